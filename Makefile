@@ -1,0 +1,111 @@
+# Everything a newcomer or CI runs. Needs only a Python from 3.11 to 3.13 and pip; `make help` lists the targets.
+#   make quickstart PYTHON=/usr/bin/python3.12      another interpreter
+#   make test VENV=.venv312                         another environment
+
+SHELL := /bin/sh
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+VENV ?= .venv
+# Any of "dev parity eval wandb tpu cuda", for `make test`; parity is PyTorch and PEFT, to compare against.
+EXTRAS ?= dev,parity
+ASSETS ?= smollm2-135m-instruct gemma-3-270m alpaca_en_demo identity dpo_en_demo v1_sft_demo \
+          glaive_toolcall_en_demo reason_tool_use_demo_50 wiki_demo c4_demo
+PYTEST_ARGS ?=
+
+# The first interpreter that really runs (a pyenv shim may not), has a version in WANT, and can make an environment.
+WANT ?= 3.11 3.12 3.13
+FIND_PYTHON = for want in $(WANT); do \
+    for python in python$$want python3 python \
+        $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$want.*/bin/python3 /opt/homebrew/bin/python$$want; do \
+      if "$$python" -c 'import sys, venv, ensurepip; sys.exit("%d.%d" % sys.version_info[:2] != sys.argv[1])' $$want \
+          >/dev/null 2>&1 </dev/null; then echo "$$python"; exit 0; fi; \
+    done; done; \
+    echo "error: no Python of version $(WANT) that can make environments was found; install one (on Debian with" \
+         "its -venv package) or name it: make PYTHON=/path/to/python3" >&2; exit 2
+PYTHON ?= $(shell $(FIND_PYTHON))
+
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+INPUTS := setup.py $(wildcard constraints/*.txt)
+PRODUCT := $(VENV)/.installed
+DEV := $(VENV)/.installed-$(subst $() ,,$(subst $(strip ,),-,$(EXTRAS)))
+CHECKED := posttrain_jax launch configs experiments tests setup.py
+
+# pip is silent unless something fails: the resolver has nothing to decide, every version is pinned.
+define PIP_INSTALL
+	@version=$$($(PY) -c 'import sys; print("%d%d" % sys.version_info[:2])'); \
+	  echo "Installing $(1) into $(VENV) ($(2); silent until it is done) ..."; \
+	  $(PY) -m pip install -qq --disable-pip-version-check -c constraints/py$$version.txt -e '$(1)' </dev/null
+endef
+
+.PHONY: help quickstart install install-dev assets test test-fast test-slow lint format types bench pins python clean
+
+help:  ## This list
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
+
+quickstart: install  ## Tune a real 135M model on real data on this machine, under 10 minutes
+	@$(PY) -m launch.quickstart
+
+install: $(PRODUCT)  ## Make .venv with what training needs
+
+install-dev: $(DEV)  ## The same, with tests, ruff, mypy and PyTorch (to compare against)
+
+assets: $(PRODUCT)  ## Fetch the demo models and data into the cache (about 340 MB, once)
+	@$(PY) -m launch.fetch $(ASSETS) >/dev/null
+
+test: $(DEV)  ## The whole suite on 8 virtual CPU devices, fast tests first
+	@$(MAKE) assets
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+test-fast: $(DEV)  ## Without the tests marked slow
+	@$(MAKE) assets
+	@$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(DEV)  ## Only the tests marked slow
+	@$(MAKE) assets
+	@$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(DEV)  ## ruff: rules and format, nothing is changed
+	@$(BIN)/ruff check $(CHECKED)
+	@$(BIN)/ruff format --check $(CHECKED)
+
+format: $(DEV)  ## ruff: fix and format
+	@$(BIN)/ruff check --fix $(CHECKED)
+	@$(BIN)/ruff format $(CHECKED)
+
+types: $(DEV)  ## mypy
+	@$(BIN)/mypy
+
+bench: install  ## Speed and memory beside TRL and a plain PyTorch loop (own environment; a quiet machine, 40 min)
+	@$(PY) -m experiments.bench.sft
+
+pins:  ## Resolve everything afresh and write constraints/pyXY.txt for PYTHON
+	@rm -rf .venv-pins && "$(PYTHON)" -m venv .venv-pins
+	@.venv-pins/bin/python -m pip install -qq -e '.[dev,parity]'
+	@version=$$(.venv-pins/bin/python -c 'import sys; print("%d%d" % sys.version_info[:2])'); \
+	  { echo "# What CI installs on Python 3.$${version#3}: every package, exactly. Made by 'make pins'."; \
+	    .venv-pins/bin/python -m pip freeze --exclude-editable | sed -E 's/^([^=]+==[^+]+)\+.*/\1/' \
+	      | grep -v -E '^(nvidia-|cuda-|triton==|setuptools==)'; } > constraints/py$$version.txt
+	@rm -rf .venv-pins
+
+python:  ## Which interpreter would be used (WANT="3.12" asks for a version)
+	@$(FIND_PYTHON)
+
+clean:  ## Remove environments and caches of this checkout (not the asset cache)
+	rm -rf $(VENV) .venv-* .pytest_cache .mypy_cache .ruff_cache build posttrain_jax.egg-info experiments/bench/.venv-*
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(PY):
+	@test -n "$(PYTHON)" || { $(FIND_PYTHON); }
+	@echo "Making $(VENV) with $$("$(PYTHON)" --version) ..."
+	@"$(PYTHON)" -m venv $(VENV)
+
+$(PRODUCT): $(INPUTS) | $(PY)
+	$(call PIP_INSTALL,.,about 300 MB and 1 minute)
+	@touch $@
+
+$(DEV): $(INPUTS) | $(PY)
+	$(call PIP_INSTALL,.[$(EXTRAS)],about 1 GB and 2 minutes)
+	@touch $(PRODUCT) $@

@@ -1,0 +1,103 @@
+"""Every key of an experiment with its default. A config starts from here and changes what its paper changes."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+
+def base_config() -> ConfigDict:
+    """All keys, all defaults; units in the comments."""
+    config = ConfigDict()
+    config.algorithm = "sft"
+    config.seed = 0
+
+    config.model = ConfigDict()
+    config.model.init = ""  # a MODEL, or "random" with model.config
+    config.model.config = ConfigDict()  # for "random": the fields of a Hugging Face config.json
+    config.model.tokenizer = ""  # "" = of model.init; a MODEL; or "bytes"
+    config.model.dtype = "float32"  # compute dtype; parameters are float32
+    config.model.attention = "auto"  # auto, xla, cudnn (GPU), splash (TPU)
+    config.model.lora = ConfigDict()
+    config.model.lora.rank = 0  # 0 = train every parameter
+    config.model.lora.alpha = 16.0
+    config.model.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
+    config.model.lora.rslora = False
+
+    config.data = ConfigDict(convert_dict=False)
+    config.data.train = ""  # path, folder, hf:NAME, tfds:NAME, or ((source, weight), ...)
+    config.data.eval = ""  # the same, or "split:0.05" of the training rows; "" = none
+    config.data.max_length = 1024  # tokens per row
+    config.data.pack = True
+    config.data.truncate = "right"  # right, drop, error
+    config.data.on_bad_row = "stop"  # stop, skip
+    config.data.train_on = "all_turns"  # all_turns, last_turn
+    config.data.chat_template = ""  # "" = the model's own; a path or the text
+
+    config.train = ConfigDict()
+    config.train.steps = 0  # exactly one of steps and epochs
+    config.train.epochs = 0.0
+    config.train.rows_per_step = 8  # global
+    config.train.micro_rows = 0  # global rows at once; 0 = all
+    config.train.remat = "elementwise"  # none, elementwise, mlp, full
+    config.train.max_skipped = 5  # non-finite updates in a row that stop the run
+
+    config.optim = ConfigDict()
+    config.optim.name = "adamw"  # adamw, adafactor, lion, sgd
+    config.optim.lr = 1e-5
+    config.optim.schedule = "cosine"  # constant, linear, cosine, wsd
+    config.optim.warmup = 0.0  # < 1: share of the steps; else steps
+    config.optim.min_lr_ratio = 0.0
+    config.optim.decay_share = 0.1  # wsd
+    config.optim.beta1 = 0.9
+    config.optim.beta2 = 0.999
+    config.optim.eps = 1e-8
+    config.optim.weight_decay = 0.0
+    config.optim.momentum = 0.0  # sgd
+    config.optim.clip_norm = 1.0  # 0 = off
+    config.optim.ema = 0.0  # decay of the moving average of the weights; 0 = off
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # -1 = the devices that are left
+    config.mesh.fsdp = 1
+    config.mesh.tensor = 1
+
+    config.log = ConfigDict()
+    config.log.every = 10  # steps
+    config.log.tensorboard = True
+    config.log.wandb_project = ""  # "" = off
+    config.log.profile = ""  # "10:12" = trace these steps
+
+    config.eval = ConfigDict()
+    config.eval.every = 0  # steps; 0 = before the first and after the last
+    config.eval.batch_rows = 8
+    config.eval.prompts = ()  # answered at every evaluation, into samples.jsonl
+    config.eval.max_new_tokens = 128
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 0  # steps; 0 = at the end
+    config.checkpoint.keep = 2
+    config.checkpoint.best_metric = ""  # such as eval/loss: its lowest checkpoint stays too
+    return config
+
+
+def tiny(config: ConfigDict) -> ConfigDict:
+    """Turns an experiment into one of the same shape that takes seconds on a CPU and needs no download."""
+    config.model.init = "random"
+    config.model.tokenizer = "bytes"
+    config.model.dtype = "float32"
+    config.data.train = "configs/tiny/chats.jsonl"
+    config.data.eval = "split:0.2"
+    config.data.max_length = 256
+    config.data.chat_template = ""
+    config.train.steps = 4
+    config.train.epochs = 0.0
+    config.train.rows_per_step = 4
+    config.train.micro_rows = 0
+    config.optim.lr = 1e-3
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, 1, 1
+    config.log.every = 1
+    config.eval.every = 2
+    config.eval.batch_rows = 2
+    config.eval.max_new_tokens = 8
+    config.checkpoint.every = 2
+    return config

@@ -1,0 +1,129 @@
+"""TRL's SFTTrainer on the prepared sequences, which it is given as token ids and labels.
+
+Variants, joined by commas (the default is what was fastest; see README.md):
+  packed         TRL packs (best-fit decreasing) and flattens a step's rows into one (padding-free)
+  checkpointing  gradient checkpointing on, which is TRL's own default; off here, because it is slower
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from typing import Any
+
+import datasets
+import torch
+import transformers
+import trl
+
+from experiments.bench.adapters import lora_config
+from experiments.bench.contract import Recorder, Settings, load_sequences, parse_settings
+
+VARIANTS = {"packed", "checkpointing"}
+
+
+class CountingTrainer(trl.SFTTrainer):
+    """Counts a step's tokens and reports when the step is done; the training itself is TRL's."""
+
+    recorder: Recorder
+    real = trained = 0
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in TRL, after counting."""
+        labels = inputs["labels"]
+        mask = inputs.get("attention_mask")
+        # Padding-free batches have no mask: their padding, if any, is a run of zeros after the last position.
+        self.real = int(mask.sum()) if mask is not None else labels.numel()
+        self.trained = int((labels[:, 1:] != -100).sum())
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.last_loss = loss.item()
+        return loss
+
+
+class StepTimes(transformers.TrainerCallback):
+    """Tells the recorder where the loop starts and where each step ends."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.trainer: CountingTrainer | None = None
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """The loop starts."""
+        self.recorder.start()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """The optimiser has stepped."""
+        assert self.trainer is not None
+        self.recorder.step(
+            loss=self.trainer.last_loss, real=self.trainer.real, trained=self.trainer.trained
+        )
+
+
+def make_trainer(settings: Settings, folder: str, recorder: Recorder) -> CountingTrainer:
+    """float32 on the CPU, constant learning rate, no evaluation, no saving, no reporting."""
+    chosen = set(filter(None, settings.variant.split(",")))
+    if not chosen <= VARIANTS:
+        raise SystemExit(f"error: unknown variant {settings.variant!r}; known: {', '.join(sorted(VARIANTS))}")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        settings.rows / "model", dtype=torch.float32, attn_implementation="sdpa"
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(settings.rows / "model")
+    sequences = load_sequences(settings.rows)
+    config = trl.SFTConfig(
+        output_dir=folder,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.rows_per_step,
+        gradient_accumulation_steps=1,
+        learning_rate=settings.lr,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        bf16=False,
+        fp16=False,
+        use_cpu=True,
+        gradient_checkpointing="checkpointing" in chosen,
+        packing="packed" in chosen,
+        max_length=max(len(row["input_ids"]) for row in sequences) if "packed" not in chosen else packed_length(settings),
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+        report_to="none",
+        logging_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        seed=0,
+    )
+    times = StepTimes(recorder)
+    trainer = CountingTrainer(
+        model=model,
+        args=config,
+        train_dataset=datasets.Dataset.from_list(sequences),
+        processing_class=tokenizer,
+        peft_config=lora_config(settings.lora_rank) if settings.lora_rank else None,
+        callbacks=[times],
+    )
+    times.trainer = trainer
+    return trainer
+
+
+def packed_length(settings: Settings) -> int:
+    """The row length that the rows were prepared for."""
+    from experiments.bench.contract import load_packed
+
+    return load_packed(settings.rows).tokens.shape[1]
+
+
+def main() -> None:
+    """Trains for a few steps and prints the line."""
+    settings = parse_settings(__doc__)
+    torch.set_num_threads(settings.threads)
+    versions = {"trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    recorder = Recorder("trl", settings, versions)
+    with tempfile.TemporaryDirectory() as folder:
+        make_trainer(settings, folder, recorder).train()
+    sys.stdout.flush()
+    recorder.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""The `--config` flag: one file per experiment, overridden key by key, with one line for every mistake."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from posttrain_jax.errors import InputError
+
+
+def define(default: str | None = None) -> flags.FlagHolder:
+    """Defines `--config=FILE.py[:variant]` with `--config.key=value` overrides; the config is locked."""
+    return config_flags.DEFINE_config_file(
+        "config", default, "Experiment: FILE.py or FILE.py:variant; --config.key=value changes a key.", lock_config=True
+    )
+
+
+def check_arguments(argv: Sequence[str]) -> None:
+    """Checks `--config` and its overrides before absl does, to say clearly what is wrong.
+
+    Raises:
+      InputError: the file is missing or fails, the variant or a key is unknown, a value has the wrong type.
+    """
+    words = [word.lstrip("-") for word in argv if word.startswith("-")]
+    files = [word.removeprefix("config=") for word in words if word.startswith("config=")]
+    if not files:
+        return
+    known = flatten(load_file(files[-1]))
+    for word in words:
+        match = re.match(r"config\.([^=]+)=?(.*)", word, re.DOTALL)
+        if match is None:
+            continue
+        key, text = match[1], match[2]
+        if re.sub(r"\[\d+\]$", "", key) in known:
+            _check_value(key, text, known[re.sub(r"\[\d+\]$", "", key)])
+            continue
+        sections = sorted({name.rsplit(".", 1)[0] for name in known if "." in name})
+        near = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0.0)
+        raise InputError(f"There is no config key {key!r} in {files[-1]}; the nearest is {near[0]!r}.")
+
+
+def _check_value(key: str, text: str, default: Any) -> None:
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise InputError(f"config.{key} is {text!r}, but must be true or false.")
+    elif isinstance(default, int | float):
+        kind = "a whole number" if isinstance(default, int) else "a number"
+        try:
+            (int if isinstance(default, int) else float)(text)
+        except ValueError:
+            raise InputError(f"config.{key} is {text!r}, but must be {kind} (its default is {default}).") from None
+
+
+def load_file(spec: str) -> ConfigDict:
+    """Runs `get_config(variant)` of FILE.py[:variant].
+
+    Raises:
+      InputError: no such file, no get_config in it, or a variant that it does not have.
+    """
+    name, _, variant = spec.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        near = difflib.get_close_matches(name, [str(p) for p in sorted(Path("configs").rglob("*.py"))], n=1, cutoff=0.0)
+        hint = f"; the nearest is {near[0]}" if near else ""
+        raise InputError(f"There is no config file {name}{hint} (run from the repository's root).")
+    module_spec = importlib.util.spec_from_file_location("experiment_config", path)
+    if module_spec is None or module_spec.loader is None:
+        raise InputError(f"The config {name} is not a Python file.")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        return module.get_config(variant) if variant else module.get_config()
+    except ValueError as error:
+        raise InputError(f"The config {spec} cannot be made: {error}.") from error
+    except AttributeError as error:
+        raise InputError(f"The config {name} fails: {error}.") from error
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys to values; `model.config` of a random model is one value."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+# Keys that may differ from those a workdir was started with: they change how a run is carried out, not what it is.
+FREE_KEYS = ("mesh.", "log.", "checkpoint.", "eval.batch_rows", "train.micro_rows", "train.remat", "train.max_skipped")
+
+
+def save_or_check(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Writes the resolved config into a new workdir, or compares it with the one that is there.
+
+    Raises:
+      InputError: the workdir was started with another config; names the keys that differ, with both values.
+    """
+    resolved = json.loads(json.dumps(config.to_dict()))
+    path = workdir / "config.json"
+    if path.is_file():
+        try:
+            saved = json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"{path} is not JSON ({error}); restore it, or use a new --workdir.") from error
+        before, now = flatten(ConfigDict(saved)), flatten(ConfigDict(resolved))
+        differing = [
+            f"{key} ({before.get(key, 'absent')!r} then, {now.get(key, 'absent')!r} now)"
+            for key in sorted(before.keys() | now.keys())
+            if _plain(before.get(key)) != _plain(now.get(key)) and not key.startswith(FREE_KEYS)
+        ]
+        if differing:
+            raise InputError(
+                f"{workdir} was started with another config: {'; '.join(differing)}. "
+                "Use the same values to resume, or a new --workdir."
+            )
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(resolved, indent=2) + "\n")
+    partial.replace(path)
+    return resolved
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,98 @@
+"""Trains: SFT now; every algorithm in ALGORITHMS. Run again with the same workdir, it resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from launch import config as config_flag
+from launch import entry
+from posttrain_jax.errors import InputError
+from posttrain_jax.types import Task
+
+EXAMPLE = "python -m launch.train --config=configs/sft/smollm2_135m.py --workdir=runs/smollm2"
+
+CONFIG = config_flag.define()
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; what is there is resumed.")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "HOST:PORT of process 0, for several processes; \"auto\" on a Cloud TPU pod."
+)
+PROCESSES = flags.DEFINE_integer("processes", 1, "Number of processes, with --coordinator=HOST:PORT.")
+PROCESS = flags.DEFINE_integer("process", 0, "This process's index, with --coordinator=HOST:PORT.")
+
+
+def algorithms() -> dict[str, Callable[[ConfigDict, Path], Task]]:
+    """Every algorithm by its name in `config.algorithm`."""
+    from posttrain_jax.algorithms import sft
+
+    return {"sft": sft.from_config}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Builds the task that the config names and trains it."""
+    del argv
+    if WORKDIR.value is None or CONFIG.value is None:
+        raise InputError(f"--config and --workdir are needed; an example: {EXAMPLE}")
+    connect()
+    entry.set_up_jax()
+    run(CONFIG.value, Path(WORKDIR.value))
+    return 0
+
+
+def connect() -> None:
+    """Joins the other processes of the run, if there are any."""
+    import jax
+
+    if COORDINATOR.value == "auto":
+        jax.distributed.initialize()
+    elif COORDINATOR.value:
+        if jax.config.jax_platforms == "cpu":
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Trains in this process; the workdir is made if it is not there.
+
+    Raises:
+      InputError: anything wrong with config, model or data.
+    """
+    import jax
+
+    from posttrain_jax.train_loop import LoopOptions, train
+
+    known = algorithms()
+    if config.algorithm not in known:
+        raise InputError(f"algorithm is {config.algorithm!r}; use one of {', '.join(known)}.")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The workdir {workdir} cannot be made: {error.strerror}.") from error
+    for key in ("log.every", "checkpoint.keep"):
+        section, name = key.split(".")
+        if config[section][name] < 1:
+            raise InputError(f"{key} is {config[section][name]}; it must be at least 1.")
+    resolved = config.to_dict()
+    if jax.process_index() == 0:
+        resolved = config_flag.save_or_check(config, workdir)
+    (workdir / "summary.json").unlink(missing_ok=True)
+    options = LoopOptions(
+        log_every=config.log.every,
+        eval_every=config.eval.every,
+        checkpoint_every=config.checkpoint.every,
+        keep=config.checkpoint.keep,
+        best_metric=config.checkpoint.best_metric,
+        max_skipped=config.train.max_skipped,
+        profile=config.log.profile,
+        tensorboard=config.log.tensorboard,
+        wandb_project=config.log.wandb_project,
+        config=resolved,
+    )
+    train(known[config.algorithm](config, workdir), options, workdir)
+
+
+if __name__ == "__main__":
+    entry.run(main, example=EXAMPLE)

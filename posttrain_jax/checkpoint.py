@@ -1,0 +1,406 @@
+"""One Orbax checkpoint manager for every algorithm: save in the background, restore exactly, survive damage.
+
+A checkpoint at step S is the folder `checkpoints/S/` with the items
+
+    params      the trained parameters
+    optimizer   optimiser state, step, RNG key data, skip counters, EMA
+    meta        JSON: data iterator, metric sums not yet logged, git hash, anything the loop wants back
+
+and `manifest.json` with the size and CRC-32 of every file, written just before Orbax's atomic rename makes the
+folder visible under its name. Parameters that are not trained (LoRA's
+base model) never change, so they are saved once, in `frozen/`. A checkpoint whose files do not match its manifest
+is named, skipped, and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import logging
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from posttrain_jax.errors import InputError
+from posttrain_jax.trees import combine, leaf_paths
+from posttrain_jax.types import PyTree, TrainState
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+ITEMS = ("params", "optimizer", "meta")
+
+
+def is_workdir(path: Path) -> bool:
+    """Whether a folder is a workdir of ours: a resolved `config.json` beside `checkpoints/`."""
+    return (path / "checkpoints").is_dir() and (path / "config.json").is_file()
+
+
+def completed_steps(workdir: Path) -> list[int]:
+    """Steps with a finished checkpoint, ascending. Folders still being written have another name."""
+    folder = workdir / "checkpoints"
+    if not folder.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in folder.iterdir() if entry.is_dir() and entry.name.isdigit())
+
+
+def write_manifest(step_dir: Path) -> None:
+    """Writes size and CRC-32 of every file of the items of a checkpoint."""
+    sums = {name: list(_size_and_crc(step_dir / name)) for name in _files(step_dir)}
+    (step_dir / MANIFEST).write_text(json.dumps(sums, indent=0))
+
+
+def damage(step_dir: Path) -> str | None:
+    """What is wrong with a checkpoint's files, in words, or None."""
+    missing = [item for item in ITEMS if not (step_dir / item).is_dir()]
+    if missing:
+        return f"it lacks {', '.join(missing)}"
+    if not (step_dir / MANIFEST).is_file():
+        return f"its {MANIFEST} is gone"
+    try:
+        sums = json.loads((step_dir / MANIFEST).read_text())
+    except ValueError:
+        return f"its {MANIFEST} is not JSON"
+    for name, (size, crc) in sums.items():
+        path = step_dir / name
+        if not path.is_file():
+            return f"its file {name} is gone"
+        if path.stat().st_size != size:
+            return f"its file {name} has {path.stat().st_size} bytes instead of {size}"
+        if _size_and_crc(path)[1] != crc:
+            return f"the contents of its file {name} have changed"
+    return None
+
+
+def _files(step_dir: Path) -> list[str]:
+    files = (path for item in ITEMS for path in (step_dir / item).rglob("*") if path.is_file())
+    return sorted(str(path.relative_to(step_dir)) for path in files)
+
+
+def _size_and_crc(path: Path) -> tuple[int, int]:
+    crc, size = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+            size += len(block)
+    return size, crc
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What `Checkpoints.restore` found."""
+
+    state: TrainState
+    meta: dict[str, Any]
+    step: int
+
+
+class Checkpoints:
+    """The checkpoints of one workdir, for writing. Every process of the run makes one and calls it alike."""
+
+    def __init__(self, workdir: Path, *, keep: int = 2, best_metric: str = "", best_is_high: bool = False):
+        """Opens (and makes) `workdir/checkpoints`, clearing what a killed run left half-written.
+
+        Args:
+          workdir: the run's folder.
+          keep: how many of the latest checkpoints stay.
+          best_metric: the checkpoint with the best value of this metric stays too ("" = off).
+          best_is_high: whether higher is better.
+        """
+        self.workdir = workdir
+        self.folder = workdir / "checkpoints"
+        policies: list[Any] = [preservation_policy.LatestN(keep)]
+        if best_metric:
+            best = preservation_policy.BestN(
+                get_metric_fn=lambda metrics: metrics[best_metric],
+                reverse=not best_is_high,
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+            policies.append(best)
+        self._best_metric = best_metric
+        self._saving: int | None = None
+        self._manager = ocp.CheckpointManager(
+            self.folder.absolute(),
+            item_names=ITEMS,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._finalised),
+            ),
+        )
+
+    def _finalised(self) -> None:
+        """Called by Orbax when every item is on disk and the folder still has its temporary name."""
+        if jax.process_index() == 0:
+            (unnamed,) = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+            write_manifest(unnamed)
+
+    def save_frozen(self, frozen: PyTree) -> None:
+        """Saves the parameters that are not trained, once per workdir; nothing if there are none."""
+        target = self.workdir / "frozen"
+        if not frozen or target.exists():
+            return
+        with ocp.StandardCheckpointer() as writer:
+            writer.save(target.absolute(), frozen)
+            writer.wait_until_finished()
+
+    def save(self, state: TrainState, meta: dict[str, Any], metrics: dict[str, float]) -> int:
+        """Starts saving; returns the step. Waits only for the copy off the devices and for the save before.
+
+        Raises:
+          InputError: the disk is full; the checkpoint before is untouched.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return step
+        optimizer = {
+            "opt_state": state.opt_state,
+            "step": state.step,
+            "key": jax.random.key_data(state.key),
+            "skipped": state.skipped,
+            "skipped_in_row": state.skipped_in_row,
+            "ema": state.ema,
+        }
+        has_best = self._best_metric in metrics
+        self.wait()
+        self._saving = step
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    optimizer=ocp.args.StandardSave(optimizer),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+                metrics={self._best_metric: metrics[self._best_metric]} if has_best else None,
+            )
+        except Exception as error:
+            raise self._explain(error) from error
+        return step
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk.
+
+        Raises:
+          InputError: the disk is full; the checkpoint before is untouched.
+        """
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._explain(error) from error
+
+    def close(self) -> None:
+        """Waits for the last save and releases the manager."""
+        self.wait()
+        self._manager.close()
+
+    def _explain(self, error: Exception) -> Exception:
+        texts = []
+        cause: BaseException | None = error
+        while cause is not None:
+            texts.append(str(cause))
+            cause = cause.__cause__ or cause.__context__
+        full = "No space left on device" in " ".join(texts) or (
+            isinstance(error, OSError) and error.errno == errno.ENOSPC
+        )
+        if not full:
+            return error
+        good = [s for s in completed_steps(self.workdir) if s != self._saving]
+        last = f"the last good checkpoint is step {good[-1]}" if good else "there is no earlier checkpoint"
+        return InputError(
+            f"The disk of {self.folder} is full: the checkpoint of step {self._saving} was not saved, {last}; "
+            "free some space and run the same command again."
+        )
+
+    def restore(self, like: TrainState) -> Restored | None:
+        """The newest undamaged checkpoint, placed like `like` (arrays or shapes with shardings); None if none.
+
+        Restoring onto another mesh or number of devices than it was saved from is allowed.
+
+        Raises:
+          InputError: the parameters on disk are not those of `like`, or no checkpoint can be read.
+        """
+        steps = completed_steps(self.workdir)
+        for step in reversed(steps):
+            problem = damage(self.folder / str(step)) if jax.process_index() == 0 else None
+            if _agree(problem is not None):
+                log.error("Checkpoint %s is damaged: %s; trying the one before it.", self.folder / str(step), problem)
+                self._set_aside(step)
+                continue
+            restored = self._read(step, like)
+            if restored is not None:
+                return restored
+            self._set_aside(step)
+        if steps:
+            raise InputError(
+                f"None of the checkpoints {steps} in {self.folder} can be read; they were renamed to *.damaged. "
+                "Restore one from a backup, or run the same command again to start from the beginning."
+            )
+        return None
+
+    def _set_aside(self, step: int) -> None:
+        multihost_utils.sync_global_devices("damaged")
+        if jax.process_index() == 0:
+            target = self.folder / f"{step}.damaged"
+            shutil.rmtree(target, ignore_errors=True)
+            (self.folder / str(step)).rename(target)
+        multihost_utils.sync_global_devices("set aside")
+        self._manager.reload()
+
+    def _read(self, step: int, like: TrainState) -> Restored | None:
+        key_data = jax.eval_shape(jax.random.key_data, like.key)
+        key_data = jax.ShapeDtypeStruct(key_data.shape, key_data.dtype, sharding=like.step.sharding)
+        optimizer = {
+            "opt_state": like.opt_state,
+            "step": like.step,
+            "key": key_data,
+            "skipped": like.skipped,
+            "skipped_in_row": like.skipped_in_row,
+            "ema": like.ema,
+        }
+        self._check_shapes(step, like.params)
+        try:
+            items = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(_abstract(like.params)),
+                    optimizer=ocp.args.StandardRestore(_abstract(optimizer)),
+                    meta=ocp.args.JsonRestore(),
+                ),
+            )
+        except Exception as error:  # noqa: BLE001 - whatever Orbax cannot read is damage to us, and is named
+            first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            log.error("Checkpoint %s cannot be read: %s; trying the one before it.", self.folder / str(step), first_line)
+            return None
+        saved = items.optimizer
+        state = TrainState(
+            step=saved["step"],
+            params=items.params,
+            frozen=self._read_frozen(like.frozen),
+            opt_state=saved["opt_state"],
+            ema=saved["ema"],
+            key=jax.random.wrap_key_data(saved["key"]),
+            skipped=saved["skipped"],
+            skipped_in_row=saved["skipped_in_row"],
+        )
+        return Restored(state=state, meta=items.meta, step=step)
+
+    def _read_frozen(self, like: PyTree) -> PyTree:
+        if not like:
+            return like
+        with ocp.StandardCheckpointer() as reader:
+            return reader.restore((self.workdir / "frozen").absolute(), _abstract(like))
+
+    def _check_shapes(self, step: int, like: PyTree) -> None:
+        saved = _saved_shapes(self.folder / str(step) / "params")
+        if saved is None:
+            return
+        wanted = dict(zip(leaf_paths(like), [leaf.shape for leaf in jax.tree.leaves(like)], strict=True))
+        wrong = sorted(path for path in wanted.keys() | saved.keys() if wanted.get(path) != saved.get(path))
+        if wrong:
+            path = wrong[0]
+            raise InputError(
+                f"Checkpoint {self.folder / str(step)} does not fit this config: {path} is "
+                f"{saved.get(path, 'absent')} on disk and {wanted.get(path, 'absent')} in the model "
+                f"({len(wrong)} such parameters); use the config that the run was started with, or a new --workdir."
+            )
+
+
+def restore_params(
+    workdir: Path, abstract_params: PyTree, *, step: int | None = None, shardings: PyTree = None, ema: bool = False
+) -> tuple[PyTree, int]:
+    """The parameters of a workdir alone, trained and frozen joined: (params, step).
+
+    Args:
+      workdir: the run's folder.
+      abstract_params: the whole tree's shapes (LoRA leaves included), as `Model.abstract_params` gives them.
+      step: which checkpoint; None = the newest that is not damaged.
+      shardings: where each leaf goes (same tree); None = the default device.
+      ema: the moving average instead of the last parameters, where the run kept one.
+
+    Raises:
+      InputError: no such checkpoint, or it is damaged.
+    """
+    steps = completed_steps(workdir)
+    if step is not None and step not in steps:
+        raise InputError(f"{workdir} has no checkpoint of step {step}; it has {steps or 'none'}.")
+    for candidate in [step] if step is not None else reversed(steps):
+        step_dir = workdir / "checkpoints" / str(candidate)
+        problem = damage(step_dir)
+        if problem is None:
+            return _read_params(workdir, step_dir, abstract_params, shardings, ema), candidate
+        log.error("Checkpoint %s is damaged: %s.", step_dir, problem)
+    raise InputError(f"{workdir} has no checkpoint that can be read (found steps: {steps or 'none'}).")
+
+
+def _read_params(
+    workdir: Path, step_dir: Path, abstract_params: PyTree, shardings: PyTree, ema: bool
+) -> PyTree:
+    if shardings is None:
+        shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract_params)
+    like = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract_params,
+        shardings,
+    )
+    saved = _saved_shapes(step_dir / "params") or {}
+    frozen_dir = workdir / "frozen"
+
+    def subset(tree: dict, names: set[str], prefix: str = "") -> dict:
+        out = {}
+        for name, child in tree.items():
+            path = prefix + name
+            part = subset(child, names, path + "/") if isinstance(child, dict) else child
+            if (isinstance(child, dict) and part) or path in names:
+                out[name] = part
+        return out
+
+    trained_like = subset(like, set(saved))
+    with ocp.StandardCheckpointer() as reader:
+        if ema:
+            whole = reader.restore((step_dir / "optimizer").absolute())
+            trained = jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), whole["ema"], trained_like)
+        else:
+            trained = reader.restore((step_dir / "params").absolute(), trained_like)
+        if not frozen_dir.is_dir():
+            return trained
+        names = set(leaf_paths(like)) - set(saved)
+        frozen = reader.restore(frozen_dir.absolute(), subset(like, names))
+    return combine(trained, frozen)
+
+
+def _saved_shapes(item_dir: Path) -> dict[str, tuple[int, ...]] | None:
+    try:
+        with ocp.StandardCheckpointer() as reader:
+            tree = reader.metadata(item_dir.absolute()).item_metadata.tree
+    except Exception:  # noqa: BLE001 - unreadable metadata is reported by the restore that follows
+        return None
+    paths = leaf_paths(jax.tree.map(lambda leaf: np.zeros(()), tree, is_leaf=_is_array_metadata))
+    leaves = jax.tree.leaves(tree, is_leaf=_is_array_metadata)
+    return {path: tuple(leaf.shape) for path, leaf in zip(paths, leaves, strict=True)}
+
+
+def _is_array_metadata(node: Any) -> bool:
+    return not isinstance(node, dict | list | tuple)
+
+
+def _abstract(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _agree(flag: bool) -> bool:
+    """Process 0's answer, for every process."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))

@@ -1,0 +1,198 @@
+"""Conversations to token ids and a loss mask that covers what the assistant says, and nothing else.
+
+The ids of a chat are those of `tokenizer.apply_chat_template` of the whole conversation. A trained turn runs from
+the first token after the generation prompt up to and including its end-of-turn token, not the newline after it. A
+token is trained when any of its characters belongs to the turn, so one that joins the header's last newline to the
+answer's first counts. Literal special tokens in a user's text become special tokens, as they do in transformers,
+but cannot move a turn; an assistant's text that holds its own end-of-turn token is a bad row.
+
+Prompt and completion texts are encoded without a template: the prompt as it is encoded alone (that is what the
+model sees when it generates), the completion's tokens, EOS; plain text is BOS (if the tokenizer adds one), text,
+EOS. The first token of a sequence has no prediction and is never trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from posttrain_jax.data.formats import Conversation
+from posttrain_jax.data.sources import RowError
+from posttrain_jax.data.spans import ChatTemplate, EndOfTurn, Span
+from posttrain_jax.errors import InputError
+
+TRAIN_ON = ("all_turns", "last_turn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """One sequence: `tokens` int32 `[n]`, and `loss_mask` bool `[n]`, True where the token is trained."""
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+
+
+def encode(
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    train_on: str = "all_turns",
+    chat_template: str = "",
+) -> Encoded:
+    """Encodes one conversation. Raises RowError when the template refuses it, InputError as `Encoder` does."""
+    result = Encoder(tokenizer, train_on=train_on, chat_template=chat_template).encode([conversation])[0]
+    if isinstance(result, RowError):
+        raise result
+    return result
+
+
+class Encoder:
+    """Encodes conversations in batches; what the template and the tokenizer do is found out once.
+
+    Args:
+      tokenizer: a fast tokenizer of transformers.
+      train_on: "all_turns", or "last_turn" for the last assistant turn of each chat alone.
+      chat_template: a template's text, the path of a file with it, or "" for the tokenizer's own.
+
+    Raises InputError for a tokenizer without offsets, without EOS, or a template that cannot be trained on.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, train_on: str = "all_turns", chat_template: str = ""
+    ) -> None:
+        if train_on not in TRAIN_ON:
+            raise InputError(f"data.train_on is {train_on!r}; it must be one of {', '.join(TRAIN_ON)}")
+        if not tokenizer.is_fast:
+            raise InputError(
+                "the tokenizer gives no character offsets; use one with a tokenizer.json (a fast one)"
+            )
+        self._tokenizer = tokenizer
+        self._train_on = train_on
+        self._template_source = chat_template
+        self._template: ChatTemplate | None = None
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded | RowError]:
+        """One Encoded, or the RowError that says why there is none, for each conversation."""
+        results: list[Encoded | RowError | None] = [None] * len(conversations)
+        chats: list[tuple[int, str, dict[int, list[Span]]]] = []
+        for i, conversation in enumerate(conversations):
+            try:
+                if conversation.messages:
+                    chats.append((i, *self._chat_template().spans(conversation)))
+                elif conversation.text is not None:
+                    results[i] = self._plain(conversation.text)
+                else:
+                    results[i] = self._prompt_completion(conversation)
+            except RowError as error:
+                results[i] = error
+        if chats:
+            batch = self._tokenizer(
+                [text for _, text, _ in chats],
+                add_special_tokens=False,
+                return_offsets_mapping=True,
+                verbose=False,
+            )
+            for k, (i, _, spans) in enumerate(chats):
+                ends = np.asarray(batch["offset_mapping"][k], np.int64).reshape(-1, 2)[:, 1]
+                try:
+                    results[i] = self._masked(conversations[i], batch["input_ids"][k], ends, spans)
+                except RowError as error:
+                    results[i] = error
+        return [result for result in results if result is not None]
+
+    def _chat_template(self) -> ChatTemplate:
+        if self._template is None:
+            self._template = ChatTemplate(self._tokenizer, self._template_source)
+        return self._template
+
+    def _masked(
+        self, conversation: Conversation, ids: list[int], ends: np.ndarray, spans: dict[int, list[Span]]
+    ) -> Encoded:
+        shape = self._chat_template().shape
+        tokens = np.asarray(ids, np.int32)
+        mask = np.zeros(len(tokens), bool)
+        trained = [i for i in spans if conversation.trained[i]]
+        last = len(conversation.messages) - 1
+        for i in trained if self._train_on == "all_turns" else trained[-1:]:
+            if i != last and not shape.between_turns:
+                raise InputError(
+                    f"the chat template ends an assistant's turn with {shape.end.text!r} only at the end of the chat, "
+                    "so the model would not learn to stop in the turns before; set data.train_on=last_turn or another "
+                    "data.chat_template"
+                )
+            end = shape.tool_end if conversation.messages[i].get("tool_calls") else shape.end
+            following = min((found[0].start for j, found in spans.items() if j > i and found), default=None)
+            until = len(tokens) if following is None else int(np.searchsorted(ends, following, side="right"))
+            ended = False
+            for span in spans[i]:
+                first = int(np.searchsorted(ends, span.start, side="right"))
+                stop = _end_of_turn(tokens[:until], first, end)
+                if span.stop >= 0:
+                    stop = self._named_stop(tokens, ends, span, stop)
+                mask[first : stop + 1] = True
+                ended |= _end_of_turn(tokens[: stop + 1], first, end) >= 0
+            if not ended:
+                raise RowError(
+                    f"messages[{i}]",
+                    f"is not closed by the end-of-turn token {end.text!r} before the next turn; the model would not "
+                    "learn to stop",
+                )
+        mask[:1] = False
+        return Encoded(tokens, mask)
+
+    def _named_stop(self, tokens: np.ndarray, ends: np.ndarray, span: Span, stop: int) -> int:
+        """The last token of a span whose end the template names: its end of turn, if only blanks lie between."""
+        inside = int(np.searchsorted(ends, span.stop, side="left"))
+        between = tokens[min(inside, stop) + 1 : max(inside + 1, stop)]
+        return stop if stop >= 0 and not self._tokenizer.decode(between).strip() else inside
+
+    def _plain(self, text: str) -> Encoded:
+        ids = self._with_eos(self._one_bos(self._ids(text, special=True)))
+        mask = np.ones(len(ids), bool)
+        mask[0] = False
+        return Encoded(np.asarray(ids, np.int32), mask)
+
+    def _prompt_completion(self, conversation: Conversation) -> Encoded:
+        """The completion's tokens are those it has after the prompt, unless they would change the prompt's."""
+        prompt, completion = conversation.prompt or "", conversation.completion or ""
+        before = self._one_bos(self._ids(prompt, special=True))
+        whole = self._one_bos(self._ids(prompt + completion, special=True))
+        if whole[: len(before)] != before:
+            whole = before + self._ids(completion, special=False)
+        ids = self._with_eos(whole)
+        mask = np.arange(len(ids)) >= max(len(before), 1)
+        return Encoded(np.asarray(ids, np.int32), mask)
+
+    def _ids(self, text: str, *, special: bool) -> list[int]:
+        ids = list(self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+        # A tokenizer that closes every text with EOS (some T5-like ones) would end the prompt.
+        eos = self._tokenizer.eos_token_id
+        return (
+            ids[:-1]
+            if special and ids and ids[-1] == eos and not text.endswith(self._tokenizer.eos_token)
+            else ids
+        )
+
+    def _one_bos(self, ids: list[int]) -> list[int]:
+        bos = self._tokenizer.bos_token_id
+        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+    def _with_eos(self, ids: list[int]) -> list[int]:
+        eos = self._tokenizer.eos_token_id
+        if eos is None:
+            raise InputError(
+                "the tokenizer has no EOS token, so the model would not learn to stop; set its eos_token"
+            )
+        return ids if ids and ids[-1] == eos else [*ids, eos]
+
+
+def _end_of_turn(tokens: np.ndarray, first: int, end: EndOfTurn) -> int:
+    """Index of the last token of the first end of turn from `first` on, or -1."""
+    width = len(end.token_ids)
+    for at in np.flatnonzero(tokens[first:] == end.token_ids[0]) + first:
+        if tuple(tokens[at : at + width].tolist()) == end.token_ids:
+            return int(at) + width - 1
+    return -1

@@ -1,0 +1,74 @@
+"""Held-out rows taken from the training data: `data.eval = "split:0.05"` (a share) or `"split:200"` (a number).
+
+Sequences are drawn before packing, by a hash of their tokens and mask with the seed as its key. So the choice does
+not depend on their order, and equal sequences, in whatever file, are on the same side.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+
+import numpy as np
+
+from posttrain_jax.data.tokenized import TokenizedData, TokenizedSource
+from posttrain_jax.errors import InputError
+
+PREFIX = "split:"
+
+
+def split_amount(eval_spec: object) -> float | None:
+    """The amount in "split:AMOUNT" (a share below 1, else a number of rows); None for any other spec."""
+    if not (isinstance(eval_spec, str) and eval_spec.startswith(PREFIX)):
+        return None
+    try:
+        amount = float(eval_spec.removeprefix(PREFIX))
+    except ValueError:
+        amount = 0.0
+    if not (0 < amount < 1 or (amount >= 1 and amount == int(amount))):
+        raise InputError(
+            f"data.eval={eval_spec!r} must be split: and a share below 1 or a whole number of rows"
+        )
+    return amount
+
+
+def hold_out(data: TokenizedData, amount: float, *, seed: int) -> tuple[TokenizedData, TokenizedData]:
+    """Splits off a share (`amount` < 1) or a number of the sequences: (the rest to train on, held out).
+
+    Raises InputError when nothing would be held out, or nothing would be left of a source.
+    """
+    groups: dict[bytes, list[tuple[int, int]]] = collections.defaultdict(list)
+    for number, source in enumerate(data.sources):
+        for i in range(len(source)):
+            groups[_digest(source, i, seed)].append((number, i))
+    target = round(amount * len(data)) if amount < 1 else int(amount)
+    held = [np.zeros(len(source), bool) for source in data.sources]
+    taken = 0
+    for digest in sorted(groups):
+        members = groups[digest]
+        if taken + len(members) <= target:  # a group of duplicates that is too large stays in training
+            taken += len(members)
+            for number, i in members:
+                held[number][i] = True
+    if not taken:
+        raise InputError(
+            f"data.eval={PREFIX}{amount:g} holds out none of the {len(data):,} sequences; ask for more"
+        )
+    for source, chosen in zip(data.sources, held, strict=True):
+        if chosen.all():
+            raise InputError(
+                f"data.eval={PREFIX}{amount:g} leaves nothing of {source.report.source} to train on"
+            )
+    pairs = list(zip(data.sources, held, strict=True))
+    train = tuple(source.select(np.flatnonzero(~chosen)) for source, chosen in pairs)
+    test = tuple(source.select(np.flatnonzero(chosen)) for source, chosen in pairs if chosen.any())
+    return dataclasses.replace(data, sources=train), dataclasses.replace(data, sources=test)
+
+
+def _digest(source: TokenizedSource, i: int, seed: int) -> bytes:
+    encoded = source.sequence(i)
+    sha = hashlib.blake2b(digest_size=16, key=str(seed).encode())
+    sha.update(encoded.tokens.tobytes())
+    sha.update(encoded.loss_mask.tobytes())
+    return sha.digest()

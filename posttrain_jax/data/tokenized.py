@@ -1,0 +1,325 @@
+"""Builds token ids and loss masks from data sources once, and keeps them in a cache on disk.
+
+What the key of a cache entry depends on is in `cache_key`; how an entry is stored, in `store`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from posttrain_jax import assets
+from posttrain_jax.data.cache_key import SourceRows, cache_key, canonical, tokenizer_fingerprint
+from posttrain_jax.data.chat import TRAIN_ON, Encoded, Encoder
+from posttrain_jax.data.formats import to_conversation
+from posttrain_jax.data.sources import Row, RowError, Spec, weighted_sources
+from posttrain_jax.data.store import StoredSequences, StoreWriter, publish, read_store
+from posttrain_jax.errors import InputError
+
+TRUNCATE = ("right", "drop", "error")
+ON_BAD_ROW = ("stop", "skip")
+_CHUNK = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizeOptions:
+    """How rows become sequences.
+
+    Attributes:
+      max_length: longest sequence (tokens); 0 = no limit.
+      truncate: what happens to a longer one: "right" cuts its end (and drops it when nothing trained is left),
+        "drop" leaves it out, "error" makes it a bad row.
+      train_on: "all_turns" or "last_turn".
+      chat_template: a template's text, the path of a file with it, or "" for the tokenizer's own.
+      on_bad_row: "stop" raises before anything is trained; "skip" leaves bad rows out and lists them.
+    """
+
+    max_length: int = 0
+    truncate: str = "right"
+    train_on: str = "all_turns"
+    chat_template: str = ""
+    on_bad_row: str = "stop"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("truncate", self.truncate, TRUNCATE),
+            ("train_on", self.train_on, TRAIN_ON),
+            ("on_bad_row", self.on_bad_row, ON_BAD_ROW),
+        ):
+            if value not in known:
+                raise InputError(f"data.{name} is {value!r}; it must be one of {', '.join(known)}")
+        if self.max_length < 0 or self.max_length == 1:
+            raise InputError(f"data.max_length is {self.max_length}; a sequence needs at least 2 tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Counts of one source. rows = sequences + bad + dropped; `truncated` sequences are kept, `duplicates` too."""
+
+    source: str
+    rows: int
+    sequences: int
+    bad: int
+    duplicates: int
+    truncated: int
+    dropped: int
+    tokens: int
+    trained_tokens: int
+
+    def text(self) -> str:
+        """One line for the console."""
+        share = 100 * self.trained_tokens / max(self.tokens, 1)
+        line = (
+            f"{self.source}: {self.rows:,} rows -> {self.sequences:,} sequences, {self.tokens:,} tokens, "
+            f"{self.trained_tokens:,} trained ({share:.1f} %)"
+        )
+        counted = [
+            (self.truncated, "cut to max_length"),
+            (self.dropped, "dropped (too long, or nothing trained was left)"),
+            (self.bad, "bad and skipped"),
+            (self.duplicates, "duplicates (kept)"),
+        ]
+        return "; ".join([line, *(f"{count:,} {what}" for count, what in counted if count)])
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedSource:
+    """The sequences of one source, or some of them, memory-mapped.
+
+    Attributes:
+      store: the arrays on disk.
+      index: int64 `[S]`, the sequences of the store that belong here.
+      weight: share in a mixture.
+      report: counts over the whole source.
+    """
+
+    store: StoredSequences
+    index: np.ndarray
+    weight: float
+    report: Report
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 `[S]`, tokens in each sequence."""
+        return self.store.offsets[self.index + 1] - self.store.offsets[self.index]
+
+    def sequence(self, i: int) -> Encoded:
+        """Sequence i, as views of the mapped files."""
+        at = self.index[i]
+        start, stop = self.store.offsets[at], self.store.offsets[at + 1]
+        return Encoded(self.store.tokens[start:stop], self.store.loss_mask[start:stop])
+
+    def row_id(self, i: int) -> str:
+        """ "file:line" of the row that sequence i came from."""
+        at = self.index[i]
+        return f"{self.store.meta['files'][self.store.files[at]]}:{self.store.lines[at]}"
+
+    def select(self, chosen: np.ndarray) -> TokenizedSource:
+        """The sequences at these places of this source."""
+        return dataclasses.replace(self, index=self.index[chosen])
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedData:
+    """What `build` returns: the sources of a mixture, each tokenised apart."""
+
+    sources: tuple[TokenizedSource, ...]
+
+    def __len__(self) -> int:
+        return sum(len(source) for source in self.sources)
+
+    def text(self) -> str:
+        """The sources' reports, one line each."""
+        return "\n".join(source.report.text() for source in self.sources)
+
+
+def build(
+    spec: Spec,
+    tokenizer: PreTrainedTokenizerBase,
+    options: TokenizeOptions = TokenizeOptions(),
+    *,
+    cache_dir: pathlib.Path | None = None,
+    rejected_path: pathlib.Path | None = None,
+) -> TokenizedData:
+    """Tokenises a path, or a list of (source, weight), through the cache.
+
+    Args:
+      spec: what `data.train` holds.
+      tokenizer: a fast tokenizer of transformers, with its chat template if it has one.
+      options: how rows become sequences.
+      cache_dir: where to keep the arrays; by default `$POSTTRAIN_CACHE` or `~/.cache/posttrain_jax`.
+      rejected_path: with on_bad_row="skip", bad rows are written here as JSON Lines (removed when there are none).
+
+    Raises InputError for data that is missing or empty, for bad rows unless they are skipped, and when no sequence
+    is left.
+    """
+    root = (cache_dir if cache_dir is not None else assets.cache_root()) / "tokenized"
+    tokenizer_key = tokenizer_fingerprint(tokenizer, options.chat_template)
+    sources, folders = [], []
+    for source, weight in weighted_sources(spec):
+        rows = SourceRows(source)
+        key = cache_key(rows, tokenizer_key, [options.max_length, options.truncate, options.train_on])
+        store = read_store(root / key)
+        if store is None:
+            with publish(root / key) as scratch:
+                _write(scratch, rows, tokenizer, options)
+            store = read_store(root / key)
+        if store is None:
+            raise InputError(
+                f"the tokenised data in {root / key} cannot be read back; delete it and try again"
+            )
+        report = Report(**store.meta["report"])
+        index = np.arange(report.sequences, dtype=np.int64)
+        sources.append(TokenizedSource(store, index, weight, report))
+        folders.append(root / key)
+    _check(sources, folders, options)
+    if rejected_path is not None and options.on_bad_row == "skip":
+        _write_rejected(rejected_path, sources, folders)
+    return TokenizedData(tuple(sources))
+
+
+def _write(
+    folder: pathlib.Path, rows: SourceRows, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions
+) -> None:
+    """Reads, converts, encodes and truncates every row, a chunk at a time."""
+    encoder = Encoder(tokenizer, train_on=options.train_on, chat_template=options.chat_template)
+    counts = dict.fromkeys(("rows", "sequences", "bad", "duplicates", "truncated", "dropped"), 0)
+    tokens = trained = 0
+    files: dict[str, int] = {}
+    seen: set[bytes] = set()
+    with StoreWriter(folder) as writer, (folder / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
+        for chunk in _chunks(rows.read()):
+            kept: list[tuple[Row, Encoded]] = []
+            for row, encoded_row in _encode(chunk, encoder, seen, counts):
+                result = _truncate(encoded_row, options, counts)
+                if isinstance(result, RowError):
+                    counts["bad"] += 1
+                    rejected.write(_rejection(row, result) + "\n")
+                elif result is not None:
+                    kept.append((row, result))
+            writer.append(
+                [encoded.tokens for _, encoded in kept],
+                [encoded.loss_mask for _, encoded in kept],
+                [files.setdefault(row.source, len(files)) for row, _ in kept],
+                [row.line for row, _ in kept],
+            )
+            counts["sequences"] += len(kept)
+            tokens += sum(len(encoded.tokens) for _, encoded in kept)
+            trained += sum(int(encoded.loss_mask.sum()) for _, encoded in kept)
+    report = Report(source=rows.source, tokens=tokens, trained_tokens=trained, **counts)
+    meta = {"files": list(files), "report": dataclasses.asdict(report), "sha256": writer.sha256()}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    chunk: list[Row] = []
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == _CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _encode(
+    chunk: Sequence[Row], encoder: Encoder, seen: set[bytes], counts: dict[str, int]
+) -> list[tuple[Row, Encoded | RowError]]:
+    """Each row with its sequence or what is wrong with it, in order."""
+    results: list[Encoded | RowError | None] = []
+    conversations = []
+    for row in chunk:
+        counts["rows"] += 1
+        try:
+            if row.error is not None:
+                raise row.error
+            conversations.append(to_conversation(row.value))
+            results.append(None)
+            digest = hashlib.blake2b(canonical(row.value).encode(), digest_size=16).digest()
+            counts["duplicates"] += digest in seen
+            seen.add(digest)
+        except RowError as error:
+            results.append(error)
+    encoded = iter(encoder.encode(conversations))
+    return [
+        (row, next(encoded) if result is None else result) for row, result in zip(chunk, results, strict=True)
+    ]
+
+
+def _truncate(
+    encoded: Encoded | RowError, options: TokenizeOptions, counts: dict[str, int]
+) -> Encoded | RowError | None:
+    """What is left of a sequence under the truncation policy; None when it is dropped."""
+    if isinstance(encoded, RowError):
+        return encoded
+    limit, length = options.max_length, len(encoded.tokens)
+    if limit and length > limit:
+        if options.truncate == "error":
+            return RowError(
+                "(row)",
+                f"has {length} tokens, more than data.max_length={limit}; raise that, or set data.truncate to "
+                "right or drop",
+            )
+        if options.truncate == "drop":
+            counts["dropped"] += 1
+            return None
+        encoded = Encoded(encoded.tokens[:limit], encoded.loss_mask[:limit])
+    if not encoded.loss_mask.any():
+        counts["dropped"] += 1
+        return None
+    counts["truncated"] += length > len(encoded.tokens)
+    return encoded
+
+
+def _rejection(row: Row, error: RowError) -> str:
+    record: dict[str, Any] = {
+        "source": row.source,
+        "line": row.line,
+        "column": error.column,
+        "reason": error.reason,
+    }
+    if row.value:
+        record["row"] = row.value
+    return json.dumps(record, ensure_ascii=False, default=str)
+
+
+def _check(
+    sources: Sequence[TokenizedSource], folders: Sequence[pathlib.Path], options: TokenizeOptions
+) -> None:
+    bad = sum(source.report.bad for source in sources)
+    if bad and options.on_bad_row == "stop":
+        folder = next(folder for source, folder in zip(sources, folders, strict=True) if source.report.bad)
+        with (folder / "rejected.jsonl").open(encoding="utf-8") as file:
+            first = json.loads(file.readline())
+        more = f" ({bad - 1:,} more bad rows)" if bad > 2 else " (1 more bad row)" if bad == 2 else ""
+        raise InputError(
+            f"{first['source']}, line {first['line']}, {first['column']}: {first['reason']}{more}; "
+            "fix the data, or set data.on_bad_row=skip to leave bad rows out"
+        )
+    for source in sources:
+        if not len(source):
+            raise InputError(f"no row is left to train on: {source.report.text()}")
+
+
+def _write_rejected(
+    path: pathlib.Path, sources: Sequence[TokenizedSource], folders: Sequence[pathlib.Path]
+) -> None:
+    path.unlink(missing_ok=True)
+    if not any(source.report.bad for source in sources):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as out:
+        for folder in folders:
+            with (folder / "rejected.jsonl").open("rb") as file:
+                shutil.copyfileobj(file, out)

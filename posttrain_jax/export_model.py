@@ -1,0 +1,107 @@
+"""Hands a model back to Hugging Face: a folder that `transformers` loads with equal logits."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from transformers import PreTrainedTokenizerFast
+
+from posttrain_jax.errors import InputError
+from posttrain_jax.models.config import LoraConfig, ModelConfig
+from posttrain_jax.models.hf_config import config_to_hf
+from posttrain_jax.models.hf_weights import save_safetensors
+from posttrain_jax.models.peft import merge_lora
+from posttrain_jax.models.tokenizer import save_tokenizer, stop_token_ids
+from posttrain_jax.types import PyTree
+
+
+def export_hf(
+    folder: str | pathlib.Path,
+    *,
+    config: ModelConfig,
+    params: PyTree,
+    tokenizer: PreTrainedTokenizerFast | None,
+    lora: LoraConfig | None = None,
+    original: dict[str, Any] | None = None,
+    generation: dict[str, Any] | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: float = 5e9,
+    overwrite: bool = False,
+) -> None:
+    """Writes weights, config, tokenizer, chat template and generation config as a Hugging Face folder.
+
+    Everything is written beside `folder` and renamed at the end: a killed export leaves no half-made folder.
+
+    Args:
+      lora: the adapter in `params`, which is merged; None = there is none.
+      original, generation: the config.json and generation_config.json that the model came with; their other fields
+        are kept.
+      dtype: "float32" or "bfloat16"; None keeps the parameters' own.
+      overwrite: replace a folder that is there already.
+
+    Raises:
+      InputError: the folder is there already, or cannot be written.
+    """
+    folder = pathlib.Path(folder).expanduser()
+    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: there is something already; remove it or give another folder.")
+    if lora is not None and lora.rank:
+        params = merge_lora(params, lora)
+    stored = dtype or str(jax.tree.leaves(params)[0].dtype)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+            made = pathlib.Path(scratch) / "model"
+            write_model_folder(
+                made,
+                config=config,
+                tokenizer=tokenizer,
+                original=original,
+                generation=generation,
+                dtype=stored,
+            )
+            save_safetensors(params, config, made, max_shard_bytes, jnp.dtype(stored))
+            if folder.exists():
+                os.replace(folder, pathlib.Path(scratch) / "replaced")
+            os.replace(made, folder)
+    except OSError as error:
+        raise InputError(f"{folder}: the export cannot be written ({error.strerror or error}).") from error
+
+
+def write_model_folder(
+    folder: str | pathlib.Path,
+    *,
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast | None,
+    original: dict[str, Any] | None = None,
+    generation: dict[str, Any] | None = None,
+    dtype: str = "float32",
+) -> None:
+    """Everything of a Hugging Face folder but the weights (a workdir keeps this in `model/`).
+
+    Args:
+      dtype: the weights' type, as config.json says it.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "config.json", {**config_to_hf(config, original), "torch_dtype": dtype})
+    stops = stop_token_ids(config, tokenizer)
+    ids: dict[str, Any] = {"eos_token_id": stops[0] if len(stops) == 1 else list(stops)} if stops else {}
+    if config.bos_token_id is not None:
+        ids["bos_token_id"] = config.bos_token_id
+    if config.pad_token_id is not None:
+        ids["pad_token_id"] = config.pad_token_id
+    kept = {key: value for key, value in (generation or {}).items() if key != "transformers_version"}
+    _write_json(folder / "generation_config.json", {**kept, **ids})
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, folder)
+
+
+def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")

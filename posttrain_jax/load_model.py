@@ -1,0 +1,255 @@
+"""MODEL, wherever it comes from: a Hugging Face folder or name, a `.gguf` file, a PEFT adapter, or a workdir of ours.
+
+`resolve` says what a MODEL is without reading weights; `load_model` loads it. `export_model` is the way back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from huggingface_hub import snapshot_download
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerFast
+
+from posttrain_jax.assets import fetch
+from posttrain_jax.checkpoint import is_workdir, restore_params
+from posttrain_jax.errors import InputError
+from posttrain_jax.models.config import LoraConfig, ModelConfig
+from posttrain_jax.models.gguf import config_from_gguf, load_gguf
+from posttrain_jax.models.gguf_file import GgufFile
+from posttrain_jax.models.hf_config import config_from_hf, read_json
+from posttrain_jax.models.hf_weights import load_safetensors
+from posttrain_jax.models.peft import load_adapter
+from posttrain_jax.models.tokenizer import TOKENIZER_FILES, load_tokenizer
+from posttrain_jax.models.transformer import Model, make_model
+from posttrain_jax.sharding import tree_shardings
+from posttrain_jax.trees import combine
+from posttrain_jax.types import Array, ModelOutput, PyTree
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
+_HUB_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a MODEL turned out to be.
+
+    Attributes:
+      name: the MODEL as it was given.
+      kind: "hf" (a folder), "gguf" (a file), "adapter" (a PEFT folder) or "workdir".
+      path: the folder or file.
+      step: which checkpoint of a workdir; None = the newest (a loaded model names the one it was).
+    """
+
+    name: str
+    kind: str
+    path: pathlib.Path
+    step: int | None = None
+
+    @property
+    def model_folder(self) -> pathlib.Path:
+        """Where config.json and the tokenizer lie: a workdir keeps them in `model/`."""
+        return self.path / "model" if self.kind == "workdir" else self.path
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to use.
+
+    Attributes:
+      config: what it is made of.
+      params: its parameters (adapter leaves included, where it has an adapter).
+      tokenizer: None where the source has none.
+      model: the transformer, as functions of the parameters.
+      source: where it came from.
+      original: the config.json that it came with, or None (GGUF).
+      generation: the generation_config.json that it came with, or {}.
+    """
+
+    config: ModelConfig
+    params: PyTree
+    tokenizer: PreTrainedTokenizerFast | None
+    model: Model
+    source: Source
+    original: dict[str, Any] | None = None
+    generation: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def lora(self) -> LoraConfig:
+        """The adapter's configuration; rank 0 where there is none."""
+        return self.model.lora
+
+    def apply(
+        self,
+        params: PyTree,
+        tokens_BT: Array,
+        *,
+        segment_ids_BT: Array | None = None,
+        positions_BT: Array | None = None,
+    ) -> ModelOutput:
+        """Runs the model; `logits_BTV` are whole, `[B, T, V]` float32 (for notebooks and parity)."""
+        return self.model.apply(
+            params, jnp.asarray(tokens_BT), segment_ids_BT=segment_ids_BT, positions_BT=positions_BT
+        )
+
+
+def resolve(model: str) -> Source:
+    """What MODEL is. A name on the Hugging Face Hub is downloaded (safetensors, JSON and tokenizer files only);
+    `asset:NAME` is one of `posttrain_jax.assets`, fetched if it is not there yet.
+
+    Raises:
+      InputError: there is no such thing, or the Hub cannot be reached.
+    """
+    name = str(model)
+    if name.startswith("asset:"):
+        return dataclasses.replace(resolve(str(fetch(name.removeprefix("asset:")))), name=name)
+    path, step = pathlib.Path(name).expanduser(), None
+    at = re.fullmatch(r"(.+)@(\d+)", name)
+    if at and not path.exists():
+        path, step = pathlib.Path(at[1]).expanduser(), int(at[2])
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(
+                f"{name}: a model file must be a .gguf; for safetensors give the folder it lies in."
+            )
+        return Source(name, "gguf", path)
+    if path.is_dir():
+        if is_workdir(path):
+            return Source(name, "workdir", path, step)
+        if step is not None:
+            raise InputError(
+                f"{name}: {path} is not a workdir (it has no checkpoints/), so @{step} means nothing."
+            )
+        return _folder(name, path)
+    if step is not None or not _HUB_NAME.fullmatch(name) or name.endswith(".gguf"):
+        raise InputError(
+            f"{name}: there is no such file or folder; give a Hugging Face folder or name, a .gguf file, or a workdir."
+        )
+    return _folder(name, _download(name))
+
+
+def _folder(name: str, path: pathlib.Path) -> Source:
+    if (path / "config.json").is_file():
+        return Source(name, "hf", path)
+    if (path / "adapter_config.json").is_file():
+        return Source(name, "adapter", path)
+    raise InputError(
+        f"{name}: the folder has no config.json, adapter_config.json or checkpoints/, so it is no model."
+    )
+
+
+def _download(name: str) -> pathlib.Path:
+    patterns = [*_HUB_FILES, *TOKENIZER_FILES, "*.jinja"]
+    try:
+        return pathlib.Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # huggingface_hub, its HTTP client and the socket layer each raise their own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{name}: there is no such folder here, and the Hugging Face Hub did not give it ({reason}); "
+            "check the name and the network, or give the path of a folder that you have."
+        ) from error
+
+
+def load_config(source: Source) -> ModelConfig:
+    """The configuration, without reading weights."""
+    if source.kind == "gguf":
+        return config_from_gguf(GgufFile(source.path))
+    if source.kind == "adapter":
+        return load_config(_base_of(source))
+    return config_from_hf(source.model_folder)
+
+
+def load_model(
+    model: str | Source,
+    *,
+    dtype: str = "float32",
+    param_dtype: str = "float32",
+    mesh: Mesh | None = None,
+    attention: str = "auto",
+    ema: bool = False,
+) -> LoadedModel:
+    """Loads a MODEL.
+
+    Args:
+      model: a MODEL, or what `resolve` made of it.
+      dtype: compute dtype, "float32" or "bfloat16".
+      param_dtype: what the parameters are stored as.
+      mesh: the parameters are sharded on it as training shards them; None = whole on the default device.
+      attention: see `make_model`.
+      ema: of a workdir, the moving average of the weights instead of the last ones.
+
+    Raises:
+      InputError: anything wrong with the model, said in one sentence.
+    """
+    source = model if isinstance(model, Source) else resolve(model)
+    if source.kind == "adapter":
+        return _load_adapter(source, dtype=dtype, param_dtype=param_dtype, mesh=mesh, attention=attention)
+    config = load_config(source)
+    lora = _workdir_lora(source.path) if source.kind == "workdir" else LoraConfig()
+    definition = make_model(config, dtype=dtype, attention=attention, lora=lora)
+    shardings = None if mesh is None else tree_shardings(definition.abstract_params(), mesh)
+    if source.kind == "gguf":
+        _, params = load_gguf(source.path, shardings, dtype=param_dtype)
+    elif source.kind == "hf":
+        params = load_safetensors(source.path, config, shardings, param_dtype)
+    else:
+        wanted = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(param_dtype)),
+            definition.abstract_params(),
+        )
+        params, step = restore_params(source.path, wanted, step=source.step, shardings=shardings, ema=ema)
+        source = dataclasses.replace(source, step=step)
+    tokenizer = load_tokenizer(source.path if source.kind == "gguf" else source.model_folder)
+    if source.kind == "gguf":
+        return LoadedModel(config, params, tokenizer, definition, source)
+    original = read_json(source.model_folder / "config.json")
+    generation_path = source.model_folder / "generation_config.json"
+    generation = read_json(generation_path) if generation_path.is_file() else {}
+    return LoadedModel(config, params, tokenizer, definition, source, original, generation)
+
+
+def _workdir_lora(workdir: pathlib.Path) -> LoraConfig:
+    """The adapter that the run in this workdir trains."""
+    fields = read_json(workdir / "config.json").get("model", {}).get("lora")
+    if not fields or not fields["rank"]:
+        return LoraConfig()
+    return LoraConfig(fields["rank"], float(fields["alpha"]), tuple(fields["targets"]), fields["rslora"])
+
+
+def _base_of(source: Source) -> Source:
+    base = read_json(source.path / "adapter_config.json").get("base_model_name_or_path")
+    if not base:
+        raise InputError(
+            f"{source.path}: adapter_config.json names no base_model_name_or_path; write it there."
+        )
+    return resolve(base)
+
+
+def _load_adapter(
+    source: Source, *, dtype: str, param_dtype: str, mesh: Mesh | None, attention: str
+) -> LoadedModel:
+    """A PEFT adapter on its base model, not merged."""
+    base = load_model(_base_of(source), dtype=dtype, param_dtype=param_dtype, mesh=mesh, attention=attention)
+    if base.lora.rank:
+        raise InputError(
+            f"{source.name}: its base model {base.source.name} has an adapter itself; merge that first."
+        )
+    lora, leaves = load_adapter(source.path, base.config)
+    return dataclasses.replace(
+        base,
+        params=combine(base.params, leaves),
+        tokenizer=load_tokenizer(source.path) or base.tokenizer,
+        model=make_model(base.config, dtype=dtype, attention=attention, lora=lora),
+        source=source,
+    )

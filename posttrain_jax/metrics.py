@@ -1,0 +1,199 @@
+"""Metrics on their way out: sums become numbers, numbers become JSON Lines, TensorBoard, W&B and a line of text.
+
+Only process 0 writes. `metrics.jsonl` is what a resumed run must continue without a trace, so a restart cuts off
+the lines that lie beyond the checkpoint it restarts from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from posttrain_jax.types import Metric, Metrics
+
+
+class Accumulator:
+    """Adds `Metric`s over steps, on the host, in float64; can be saved and restored exactly."""
+
+    def __init__(self, state: dict[str, list[float]] | None = None):
+        self._sums: dict[str, list[float]] = {name: list(pair) for name, pair in (state or {}).items()}
+
+    def add(self, metrics: dict[str, Metric]) -> None:
+        for name, metric in metrics.items():
+            total = self._sums.setdefault(name, [0.0, 0.0])
+            total[0] += float(metric.sum)
+            total[1] += float(metric.count)
+
+    def state(self) -> dict[str, list[float]]:
+        return {name: list(pair) for name, pair in self._sums.items()}
+
+    def sum(self, name: str) -> float:
+        return self._sums.get(name, [0.0, 0.0])[0]
+
+    def flush(self) -> dict[str, float]:
+        """Every metric's mean, and starts again. A metric that counted nothing is left out."""
+        means = {name: total / count for name, (total, count) in self._sums.items() if count}
+        self._sums = {}
+        return means
+
+
+def to_host(metrics: Metrics) -> dict[str, Metric]:
+    """Waits for the device and fetches all metrics in one transfer."""
+    return jax.device_get(metrics)
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Drops the lines of a JSON Lines file whose "step" lies beyond `step`, and a torn last line. Atomic."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            if line and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(b"".join(line + b"\n" for line in kept))
+    partial.replace(path)
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    """Appends one JSON object as one line, in one write."""
+    with path.open("ab") as file:
+        file.write(json.dumps(row, ensure_ascii=False, allow_nan=True).encode() + b"\n")
+
+
+class MetricsWriter:
+    """`metrics.jsonl`, TensorBoard events, and W&B if asked, for one run."""
+
+    def __init__(self, workdir: Path, *, start_step: int, tensorboard: bool, wandb_project: str, config: dict):
+        self._path = workdir / "metrics.jsonl"
+        self._board = None
+        self._wandb: Any = None
+        self.active = jax.process_index() == 0
+        if not self.active:
+            return
+        truncate_after(self._path, start_step)
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        if wandb_project:
+            import wandb
+
+            run_id = f"{workdir.name}-{abs(hash(str(workdir.absolute()))) % 10**8}"
+            self._wandb = wandb.init(project=wandb_project, name=workdir.name, id=run_id, resume="allow", config=config)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One logged step. NaN and infinities are written as strings ("nan"), which is valid JSON."""
+        if not self.active:
+            return
+        safe = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+        append_line(self._path, {"step": step, "time": time.time(), **safe})
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def sync(self) -> None:
+        """Makes what was written survive a power cut."""
+        if self.active and self._path.exists():
+            with self._path.open("rb") as file:
+                os.fsync(file.fileno())
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+# Dense bfloat16 FLOP/s of one device, from the makers' data sheets; MFU is shown only for these.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 peak of a device kind, or None when it is not in the table."""
+    matches = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
+    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+
+
+def progress_line(step: int, steps: int, values: dict[str, float], eta_seconds: float) -> str:
+    """One line for a person: how far, how long still, how it goes."""
+    hours, rest = divmod(int(max(eta_seconds, 0)), 3600)
+    parts = [f"step {step}/{steps}"]
+    if "train/loss" in values:
+        parts.append(f"loss {values['train/loss']:.4f}")
+    if "train/lr" in values:
+        parts.append(f"lr {values['train/lr']:.2e}")
+    if "train/grad_norm" in values:
+        parts.append(f"grad norm {values['train/grad_norm']:.2f}")
+    if "train/tokens_per_second" in values:
+        parts.append(f"{values['train/tokens_per_second']:,.0f} tokens/s")
+    if "train/padding_share" in values:
+        parts.append(f"padding {values['train/padding_share']:.1%}")
+    if "train/mfu" in values:
+        parts.append(f"MFU {values['train/mfu']:.1%}")
+    if values.get("train/skipped"):
+        parts.append(f"skipped {values['train/skipped']:.0f}")
+    parts.append(f"ETA {hours:d}:{rest // 60:02d}:{rest % 60:02d}")
+    return "  ".join(parts)
+
+
+def say(text: str) -> None:
+    """Prints a line on process 0, at once."""
+    if jax.process_index() == 0:
+        print(text, flush=True, file=sys.stdout)
+
+
+def plot_curves(metrics_path: Path, out: Path) -> None:
+    """`curves.png` from a `metrics.jsonl`: losses, learning rate, speed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in metrics_path.read_bytes().split(b"\n") if line]
+    panels = (
+        ("loss (nats per trained token)", ("train/loss", "eval/loss")),
+        ("learning rate", ("train/lr",)),
+        ("gradient norm", ("train/grad_norm",)),
+        ("tokens per second", ("train/tokens_per_second",)),
+    )
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), constrained_layout=True)
+    for axis, (title, names) in zip(axes, panels, strict=True):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+            if points:
+                steps, values = np.asarray(points, dtype=float).T
+                axis.plot(steps, values, label=name, marker="o" if len(points) < 30 else None, markersize=3)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step", fontsize=9)
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)

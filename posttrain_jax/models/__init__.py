@@ -1,0 +1,1 @@
+"""The one transformer, and its ways in and out: Hugging Face, GGUF, PEFT."""

@@ -1,0 +1,343 @@
+"""Who may attend to whom, and three implementations of attention under that mask: xla, cudnn, splash."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from posttrain_jax.errors import InputError
+from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.sharding import BATCH_AXES, ambient_mesh
+from posttrain_jax.types import Array
+
+IMPLEMENTATIONS = ("xla", "cudnn", "splash")
+QUERY_BLOCK = 256
+SPLASH_LANES = 128
+MASKED_SCORE = -1e30
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionMask:
+    """A mask by rule, so that no (B, T, S) array exists before an implementation needs its block of one.
+
+    A query at (segment s, order o, position p) sees a key at (s', o', p') when s == s' and o' <= o, and in a
+    local layer p - p' < window too. In packed rows the order is the index in the row and positions restart;
+    in a cache the order is the position and an empty place has a segment of its own.
+
+    Attributes:
+      query_segments_BT, key_segments_BS: int32.
+      query_order_BT, key_order_BS: int32.
+      query_positions_BT, key_positions_BS: int32.
+      packed: keys are the queries' own row, in order (no cache).
+    """
+
+    query_segments_BT: Array
+    key_segments_BS: Array
+    query_order_BT: Array
+    key_order_BS: Array
+    query_positions_BT: Array
+    key_positions_BS: Array
+    packed: bool = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def packed_rows(cls, segment_ids_BT: Array, positions_BT: Array) -> AttentionMask:
+        """Causal attention within each segment of a row."""
+        order_BT = jnp.broadcast_to(jnp.arange(segment_ids_BT.shape[1])[None, :], segment_ids_BT.shape)
+        return cls(
+            segment_ids_BT, segment_ids_BT, order_BT, order_BT, positions_BT, positions_BT, packed=True
+        )
+
+    @classmethod
+    def cached(cls, positions_BT: Array, cache_positions_BS: Array) -> AttentionMask:
+        """Causal attention by position over a cache whose empty places have position -1."""
+        return cls(
+            jnp.ones_like(positions_BT),
+            (cache_positions_BS >= 0).astype(jnp.int32),
+            positions_BT,
+            cache_positions_BS,
+            positions_BT,
+            cache_positions_BS,
+            packed=False,
+        )
+
+    def allowed(self, queries: slice, keys: slice, is_local: Array | None, window: int) -> Array:
+        """The mask of a block of queries and keys, `[B, t, s]` bool; `is_local` None = no local layers."""
+        allowed = self.query_segments_BT[:, queries, None] == self.key_segments_BS[:, None, keys]
+        allowed &= self.query_order_BT[:, queries, None] >= self.key_order_BS[:, None, keys]
+        if is_local is not None:
+            gap = self.query_positions_BT[:, queries, None] - self.key_positions_BS[:, None, keys]
+            allowed &= jnp.logical_not(is_local) | (gap < window)
+        return allowed
+
+
+def default_implementation(config: ModelConfig, dtype: str) -> str:
+    """Splash on TPU, cuDNN on GPU where it can (bfloat16, no soft cap, heads up to 128), else XLA."""
+    platform = jax.default_backend()
+    if platform == "tpu":
+        return "splash"
+    if platform == "gpu" and dtype == "bfloat16" and not config.attn_softcap and config.head_dim <= 128:
+        return "cudnn"
+    return "xla"
+
+
+def attend(
+    q_BTHK: Array,
+    k_BSGK: Array,
+    v_BSGK: Array,
+    *,
+    mask: AttentionMask,
+    is_local: Array,
+    config: ModelConfig,
+    implementation: str,
+) -> Array:
+    """softmax(query_scale * q k^T, soft-capped, masked) v, `[B, T, H, K]`.
+
+    Softmax in float32. `is_local` is a scalar bool array: whether this (scanned) layer uses the window.
+    """
+    if implementation == "cudnn":
+        return _attend_cudnn(q_BTHK, k_BSGK, v_BSGK, mask, is_local, config)
+    if implementation == "splash" and mask.packed:
+        return _attend_splash(q_BTHK, k_BSGK, v_BSGK, mask, is_local, config)
+    return _attend_xla(q_BTHK, k_BSGK, v_BSGK, mask, is_local, config)
+
+
+def _attend_xla(
+    q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask: AttentionMask, is_local: Array, config: ModelConfig
+) -> Array:
+    """Plain matrix products, a block of queries at a time; keys after the block's last query are not read.
+
+    The heads that share a key head are stacked along the query axis, so each product is one large matrix. The
+    backward pass is written by hand: it keeps q, k, v, the output and the softmax's normaliser, and computes
+    the weights again block by block (as FlashAttention does, arXiv:2205.14135, section 3.1).
+    """
+    batch, time, heads, width = q_BTHK.shape
+    groups = k_BSGK.shape[2]
+    q_BGMTK = q_BTHK.reshape(batch, time, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
+    local = is_local if config.any_local else None
+    rule = _BlockRule(
+        scale=config.query_scale,
+        softcap=config.attn_softcap,
+        window=config.sliding_window,
+    )
+    out_BGMTK = _blockwise(
+        q_BGMTK, k_BSGK.transpose(0, 2, 1, 3), v_BSGK.transpose(0, 2, 1, 3), mask, local, rule
+    )
+    return out_BGMTK.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, width)
+
+
+@dataclasses.dataclass(frozen=True)
+class _BlockRule:
+    scale: float
+    softcap: float
+    window: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """A block of t queries (of M heads each) against the first s keys."""
+
+    start: int
+    stop: int
+    last_key: int
+
+
+def _blocks(time: int, keys: int, packed: bool) -> list[_Block]:
+    starts = range(0, time, QUERY_BLOCK)
+    stops = [min(start + QUERY_BLOCK, time) for start in starts]
+    return [_Block(a, b, b if packed else keys) for a, b in zip(starts, stops, strict=True)]
+
+
+def _rows(x_BGMTK: Array, block: _Block) -> Array:
+    """The block's queries as one matrix per key head, `[B, G, M * t, K]`."""
+    batch, groups, shared, _, width = x_BGMTK.shape
+    part = x_BGMTK[:, :, :, block.start : block.stop]
+    return part.reshape(batch, groups, shared * (block.stop - block.start), width)
+
+
+def _capped_scores(
+    q_BGNK: Array, k_BGSK: Array, block: _Block, mask: AttentionMask, local: Array | None, rule: _BlockRule
+) -> tuple[Array, Array]:
+    """Scores after scale and soft cap, before the mask, and the mask: both `[B, G, M, t, s]`-broadcastable."""
+    keys = k_BGSK[:, :, : block.last_key]
+    scores = jnp.einsum("bgnk,bgsk->bgns", q_BGNK, keys, preferred_element_type=jnp.float32) * rule.scale
+    if rule.softcap:
+        scores = rule.softcap * jnp.tanh(scores / rule.softcap)
+    allowed = mask.allowed(slice(block.start, block.stop), slice(0, block.last_key), local, rule.window)
+    batch, groups = scores.shape[:2]
+    scores = scores.reshape(batch, groups, -1, block.stop - block.start, block.last_key)
+    return scores, allowed[:, None, None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _blockwise(
+    q_BGMTK: Array, k_BGSK: Array, v_BGSK: Array, mask: AttentionMask, local: Array | None, rule: _BlockRule
+) -> Array:
+    return _blockwise_fwd(q_BGMTK, k_BGSK, v_BGSK, mask, local, rule)[0]
+
+
+def _blockwise_fwd(q_BGMTK, k_BGSK, v_BGSK, mask, local, rule):  # noqa: ANN001, ANN202
+    shape = q_BGMTK.shape
+    outs, normalisers = [], []
+    for block in _blocks(shape[3], k_BGSK.shape[2], mask.packed):
+        q = _rows(q_BGMTK, block)
+        scores, allowed = _capped_scores(q, k_BGSK, block, mask, local, rule)
+        scores = jnp.where(allowed, scores, MASKED_SCORE)
+        largest = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - largest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        weights = weights.reshape(*q.shape[:3], -1).astype(q.dtype)
+        values = v_BGSK[:, :, : block.last_key]
+        out = jnp.einsum("bgns,bgsk->bgnk", weights, values, preferred_element_type=jnp.float32)
+        outs.append((out.reshape(*shape[:3], -1, shape[4]) / total).astype(q.dtype))
+        normalisers.append((largest + jnp.log(total))[..., 0])
+    out_BGMTK = checkpoint_name(jnp.concatenate(outs, axis=3), "attention_out")
+    normaliser_BGMT = checkpoint_name(jnp.concatenate(normalisers, axis=3), "attention_normaliser")
+    return out_BGMTK, (q_BGMTK, k_BGSK, v_BGSK, mask, local, out_BGMTK, normaliser_BGMT)
+
+
+def _blockwise_bwd(rule, residuals, d_out_BGMTK):  # noqa: ANN001, ANN202
+    q_BGMTK, k_BGSK, v_BGSK, mask, local, out_BGMTK, normaliser_BGMT = residuals
+    dtype, shape = q_BGMTK.dtype, q_BGMTK.shape
+    delta_BGMT = jnp.sum(d_out_BGMTK.astype(jnp.float32) * out_BGMTK.astype(jnp.float32), axis=-1)
+    d_q = []
+    d_k = jnp.zeros(k_BGSK.shape, jnp.float32)
+    d_v = jnp.zeros(v_BGSK.shape, jnp.float32)
+    for block in _blocks(shape[3], k_BGSK.shape[2], mask.packed):
+        span = slice(block.start, block.stop)
+        q, d_out = _rows(q_BGMTK, block), _rows(d_out_BGMTK, block)
+        keys, values = k_BGSK[:, :, : block.last_key], v_BGSK[:, :, : block.last_key]
+        scores, allowed = _capped_scores(q, k_BGSK, block, mask, local, rule)
+        weights = jnp.where(allowed, jnp.exp(scores - normaliser_BGMT[:, :, :, span, None]), 0.0)
+        flat = weights.reshape(*q.shape[:3], -1).astype(dtype)
+        d_weights = jnp.einsum("bgnk,bgsk->bgns", d_out, values, preferred_element_type=jnp.float32)
+        d_scores = weights * (d_weights.reshape(weights.shape) - delta_BGMT[:, :, :, span, None])
+        if rule.softcap:
+            d_scores = d_scores * (1.0 - jnp.square(scores / rule.softcap))
+        d_scores = (d_scores * rule.scale).reshape(flat.shape).astype(dtype)
+        part = jnp.einsum("bgns,bgsk->bgnk", d_scores, keys, preferred_element_type=jnp.float32)
+        d_q.append(part.reshape(*shape[:3], -1, shape[4]))
+        d_k = d_k.at[:, :, : block.last_key].add(
+            jnp.einsum("bgns,bgnk->bgsk", d_scores, q, preferred_element_type=jnp.float32)
+        )
+        d_v = d_v.at[:, :, : block.last_key].add(
+            jnp.einsum("bgns,bgnk->bgsk", flat, d_out, preferred_element_type=jnp.float32)
+        )
+    no_gradient = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), (mask, local))
+    return (jnp.concatenate(d_q, axis=3).astype(dtype), d_k.astype(dtype), d_v.astype(dtype), *no_gradient)
+
+
+_blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)
+
+
+def _attend_cudnn(
+    q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask: AttentionMask, is_local: Array, config: ModelConfig
+) -> Array:
+    """cuDNN's fused attention through `jax.nn`; 16-bit floats, no soft cap."""
+    if config.attn_softcap:
+        raise InputError(
+            f"model.attention=cudnn cannot soft-cap scores, which {config.model_type} needs; use xla."
+        )
+    local = is_local if config.any_local else None
+    allowed = mask.allowed(slice(None), slice(None), local, config.sliding_window)
+    return jax.nn.dot_product_attention(
+        q_BTHK, k_BSGK, v_BSGK, mask=allowed[:, None], scale=config.query_scale, implementation="cudnn"
+    )
+
+
+def _attend_splash(
+    q_BTHK: Array,
+    k_BSGK: Array,
+    v_BSGK: Array,
+    mask: AttentionMask,
+    is_local: Array,
+    config: ModelConfig,
+    *,
+    interpret: bool = False,
+) -> Array:
+    """Pallas splash attention for TPU: blocks that the causal or local mask empties are never computed.
+
+    Its window counts places in the row, which equals positions inside one packed segment. Head widths that
+    are no multiple of the TPU's 128 lanes are padded with zeros.
+    """
+    time, width = q_BTHK.shape[1], q_BTHK.shape[3]
+    if time % SPLASH_LANES:
+        raise InputError(
+            f"model.attention=splash needs rows of a multiple of {SPLASH_LANES} tokens, but they have {time}; "
+            "change data.max_length or use model.attention=xla."
+        )
+    padding = [(0, 0), (0, 0), (0, 0), (0, -width % SPLASH_LANES)]
+    q_BHTK = jnp.pad(q_BTHK * config.query_scale, padding).transpose(0, 2, 1, 3)
+    k_BGSK = jnp.pad(k_BSGK, padding).transpose(0, 2, 1, 3)
+    v_BGSK = jnp.pad(v_BSGK, padding).transpose(0, 2, 1, 3)
+
+    def run(window: int):
+        kernel = functools.partial(
+            _splash_rows, window=window, softcap=config.attn_softcap, interpret=interpret
+        )
+        mesh = ambient_mesh()
+        if mesh is not None:
+            tensor = "tensor" if k_BGSK.shape[1] % mesh.shape["tensor"] == 0 else None
+            rows = P(BATCH_AXES, tensor, None, None)
+            kernel = jax.shard_map(
+                kernel,
+                mesh=mesh,
+                in_specs=(rows, rows, rows, P(BATCH_AXES, None)),
+                out_specs=rows,
+                check_vma=False,
+            )
+        return lambda: kernel(q_BHTK, k_BGSK, v_BGSK, mask.query_segments_BT)
+
+    if not config.any_local:
+        out_BHTK = run(0)()
+    elif not config.any_global:
+        out_BHTK = run(config.sliding_window)()
+    else:
+        out_BHTK = jax.lax.cond(is_local, run(config.sliding_window), run(0))
+    return out_BHTK.transpose(0, 2, 1, 3)[..., :width]
+
+
+def _splash_rows(
+    q_BHTK: Array,
+    k_BGSK: Array,
+    v_BGSK: Array,
+    segments_BT: Array,
+    *,
+    window: int,
+    softcap: float,
+    interpret: bool,
+) -> Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    heads, time = q_BHTK.shape[1:3]
+    shape = (time, time)
+    rule = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
+    block = next(size for size in (512, 256, 128) if time % size == 0)
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([rule] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=softcap or None,
+        interpret=interpret,
+    )
+    return jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=splash.SegmentIds(s, s)))(
+        q_BHTK, k_BGSK, v_BGSK, segments_BT
+    )

@@ -1,0 +1,110 @@
+"""What a decoder is made of, as plain numbers: `ModelConfig`, built from a Hugging Face `config.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from posttrain_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding (arXiv:2104.09864) and how its frequencies are stretched.
+
+    Attributes:
+      theta: the base of the geometric series of frequencies.
+      scaling: "none", "linear" (positions divided by `factor`) or "llama3" (low frequencies divided by
+        `factor`, high ones kept, a smooth ramp between; Llama 3.1, arXiv:2407.21783).
+      factor, low_freq_factor, high_freq_factor, original_max_position: the scaling's parameters.
+    """
+
+    theta: float = 10_000.0
+    scaling: str = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """One decoder-only transformer. Families differ in these fields only; there is one definition.
+
+    Attributes:
+      model_type: Hugging Face's name of the family ("llama", "qwen3", "gemma3_text" ...).
+      vocab_size, d_model, n_layers, n_heads, n_kv_heads, head_dim, d_ff: sizes V, D, L, H, G, K, F.
+      max_length: longest position the model was made for (tokens).
+      norm_eps: epsilon of every RMSNorm.
+      norm_plus_one: the norm multiplies by 1 + w instead of w (Gemma).
+      sandwich_norms: norms after attention and after the MLP too, before the residual add (Gemma 2, 3).
+      qk_norm: RMSNorm over each query's and key's head width before RoPE (Qwen3, Gemma 3).
+      qkv_bias, o_bias, mlp_bias: linear layers with a bias.
+      activation: "silu" or "gelu_tanh", the gate of the gated MLP.
+      embed_scale: the embedding's output is multiplied by this (Gemma: sqrt(D)); 1 = off.
+      query_scale: attention scores are multiplied by this (usually K ** -0.5).
+      attn_softcap, logits_softcap: c * tanh(x / c) on scores / logits; 0 = off.
+      tied_embeddings: the vocabulary projection is the embedding, transposed.
+      rope: RoPE of the global layers; rope_local: RoPE of the sliding-window layers.
+      sliding_window: a local layer's query sees this many latest tokens, itself included; 0 = no local layers.
+      local_layers: per layer, whether it is a sliding-window layer.
+      bos_token_id, eos_token_ids, pad_token_id: None / () where the model names none.
+    """
+
+    model_type: str
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_ff: int
+    max_length: int = 2048
+    norm_eps: float = 1e-5
+    norm_plus_one: bool = False
+    sandwich_norms: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    activation: str = "silu"
+    embed_scale: float = 1.0
+    query_scale: float = 0.125
+    attn_softcap: float = 0.0
+    logits_softcap: float = 0.0
+    tied_embeddings: bool = True
+    rope: RopeConfig = RopeConfig()
+    rope_local: RopeConfig = RopeConfig()
+    sliding_window: int = 0
+    local_layers: tuple[bool, ...] = ()
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    @property
+    def any_local(self) -> bool:
+        return self.sliding_window > 0 and any(self.local_layers)
+
+    @property
+    def any_global(self) -> bool:
+        return not (self.sliding_window > 0 and all(self.local_layers) and self.local_layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv:2106.09685): W x + scale * B (A x), A and B trained, W frozen.
+
+    Attributes:
+      rank: R; 0 = off.
+      alpha: scale = alpha / R, or alpha / sqrt(R) with `rslora` (arXiv:2312.03732).
+      targets: which linear layers, by our names: any of q k v o gate up down.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)

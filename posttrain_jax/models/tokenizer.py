@@ -1,0 +1,172 @@
+"""Loads and saves tokenizers, always as `transformers`' fast tokenizer with the chat template in place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from posttrain_jax.assets import cache_root
+from posttrain_jax.errors import InputError
+from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.models.gguf_file import GgufFile
+from posttrain_jax.models.gguf_tokenizer import adds_bos, build_tokenizer
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+"""The files of a Hugging Face folder that a tokenizer is made of; no code, no pickles."""
+
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_CACHE_FORMAT = 1
+"""Part of the cache key: raise it when `gguf_tokenizer` builds something else from the same metadata."""
+
+
+def load_tokenizer(
+    path: str | pathlib.Path, *, gguf: GgufFile | None = None
+) -> PreTrainedTokenizerFast | None:
+    """The tokenizer of a Hugging Face folder or a `.gguf` file; None where a folder has none.
+
+    Args:
+      gguf: the same file, already open (its metadata need not be read twice).
+
+    Raises:
+      InputError: the tokenizer's files are damaged, need remote code, or hold an unknown kind of tokenizer.
+    """
+    path = pathlib.Path(path)
+    if path.suffix == ".gguf":
+        return _from_gguf(gguf or GgufFile(path))
+    if not any((path / name).is_file() for name in _VOCABULARY_FILES):
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise bare Exceptions for damaged files
+        raise InputError(f"{path}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise InputError(
+            f"{path}: the tokenizer has no fast version (tokenizer.json); convert it with transformers."
+        )
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | pathlib.Path) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and the chat template.
+
+    `PreTrainedTokenizerFast` is named as the class, so that every version of transformers reads tokenizer.json as
+    it is, instead of rebuilding it with a family's own class.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(str(folder))
+    config_path = folder / "tokenizer_config.json"
+    config = json.loads(config_path.read_text("utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for key in ("auto_map", "name_or_path", "is_local", "local_files_only"):
+        config.pop(key, None)
+    config_path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def stop_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerFast | None) -> tuple[int, ...]:
+    """The ids that end a generation: the model's EOS, the tokenizer's, and the one that ends an assistant turn."""
+    ids = list(config.eos_token_ids)
+    if tokenizer is not None:
+        ids += [index for index in (tokenizer.eos_token_id, end_of_turn_id(tokenizer)) if index is not None]
+    return tuple(dict.fromkeys(ids))
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The special token that the chat template writes after an assistant turn; None where there is none."""
+    if not tokenizer.chat_template:
+        return None
+    answer = "posttrain"
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception:  # a template may refuse any conversation, with jinja's or Python's errors
+        return None
+    tail = tokenizer(
+        text[text.rindex(answer) + len(answer) :] if answer in text else "", add_special_tokens=False
+    )
+    special = set(tokenizer.all_special_ids) | {
+        i for i, t in tokenizer.added_tokens_decoder.items() if t.special
+    }
+    return next((index for index in tail["input_ids"] if index in special), None)
+
+
+def _from_gguf(file: GgufFile) -> PreTrainedTokenizerFast:
+    metadata, where = file.metadata, str(file.path)
+    if "tokenizer.ggml.model" not in metadata:
+        raise InputError(
+            f"{where}: the file holds no tokenizer; use the model's Hugging Face folder instead."
+        )
+    tokens = metadata["tokenizer.ggml.tokens"]
+
+    def token(key: str) -> str | None:
+        index = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if index is not None and index >= len(tokens):
+            raise InputError(f"{where}: tokenizer.ggml.{key}_token_id is {index}, beyond the vocabulary.")
+        return None if index is None else tokens[index]
+
+    def tokenizer_of(json_path: pathlib.Path) -> PreTrainedTokenizerFast:
+        return PreTrainedTokenizerFast(
+            tokenizer_file=str(json_path),
+            bos_token=token("bos"),
+            eos_token=token("eos"),
+            unk_token=token("unknown"),
+            pad_token=token("padding"),
+            add_bos_token=adds_bos(metadata),
+            add_eos_token=bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
+            clean_up_tokenization_spaces=False,
+            model_max_length=metadata.get(f"{metadata['general.architecture']}.context_length"),
+        )
+
+    cached = _cache_path(metadata)
+    if not cached.is_file():
+        _build_into(cached, metadata, where)
+    try:
+        tokenizer = tokenizer_of(cached)
+    except Exception:  # tokenizers raises bare Exceptions for a damaged file
+        logging.getLogger(__name__).warning("%s is damaged; building the tokenizer again.", cached)
+        _build_into(cached, metadata, where)
+        tokenizer = tokenizer_of(cached)
+    tokenizer.chat_template = metadata.get("tokenizer.chat_template")
+    return tokenizer
+
+
+def _cache_path(metadata: dict[str, Any]) -> pathlib.Path:
+    """Where the built tokenizer.json is kept: keyed by everything that it is built from."""
+    parts = {key: value for key, value in metadata.items() if key.startswith("tokenizer.ggml.")}
+    digest = hashlib.sha256(json.dumps([_CACHE_FORMAT, parts], sort_keys=True).encode()).hexdigest()
+    return cache_root() / "tokenizers" / f"{digest[:32]}.json"
+
+
+def _build_into(path: pathlib.Path, metadata: dict[str, Any], where: str) -> None:
+    tokenizer = build_tokenizer(metadata, where)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            file.write(tokenizer.to_str())
+        os.replace(file.name, path)
+    except OSError as error:
+        raise InputError(
+            f"cannot write the tokenizer into the cache folder {path.parent} ({error.strerror or error}); "
+            "free some space or set POSTTRAIN_CACHE to another folder."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,426 @@
+"""The one decoder-only transformer: every family in `hf_config.FAMILIES` is this definition with other numbers.
+
+Layers are scanned (one compiled body, parameters stacked on a leading L axis). Flax Linen stays inside this
+folder; the rest of the code sees `Model.apply(params, tokens_BT, ...) -> ModelOutput`, a pure function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from posttrain_jax.errors import InputError
+from posttrain_jax.models.attention import IMPLEMENTATIONS, AttentionMask, attend, default_implementation
+from posttrain_jax.models.config import LoraConfig, ModelConfig
+from posttrain_jax.models.rope import apply_rope, rope_tables
+from posttrain_jax.sharding import constrain_activations
+from posttrain_jax.types import Array, ModelOutput, PyTree
+
+ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": lambda x: nn.gelu(x, approximate=True)}
+
+# What the backward pass finds saved; everything else of a layer it computes again.
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "elementwise": jax.checkpoint_policies.save_only_these_names(
+        "query", "key", "value", "attention_out", "attention_normaliser", "residual", "gate", "up"
+    ),
+    "mlp": jax.checkpoint_policies.save_only_these_names(
+        "query", "key", "value", "attention_out", "attention_normaliser", "residual"
+    ),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, in float32 (arXiv:1910.07467); `plus_one`: times 1 + scale."""
+
+    eps: float
+    plus_one: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
+        scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        weight = scale + 1.0 if self.plus_one else scale
+        return (normed * weight.reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)
+
+
+@jax.custom_vjp
+def matmul(x: Array, kernel: Array) -> Array:
+    """x `[..., in]` times kernel `[in, out]`.
+
+    The gradient is written out so that XLA's CPU backend gets its two products as they should be: without the
+    barrier it fuses the transpose that the kernel's gradient needs into the element-wise work before it and
+    writes it with a stride (a quarter of a whole training step, experiments/LOG.md).
+    """
+    return x @ kernel
+
+
+def _matmul_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _matmul_bwd(residuals: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    if jax.default_backend() == "cpu":
+        x, d_y = jax.lax.optimization_barrier((x, d_y))
+    rows, d_rows = x.reshape(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1])
+    d_kernel = jnp.einsum("nd,nf->df", rows, d_rows, preferred_element_type=jnp.float32)
+    return (d_rows @ kernel.T).reshape(x.shape), d_kernel.astype(kernel.dtype)
+
+
+matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+class Linear(nn.Module):
+    """x W (+ b) (+ scale * (x A) B when LoRA targets this layer)."""
+
+    features: int
+    use_bias: bool
+    lora: LoraConfig | None
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        width = x.shape[-1]
+        kernel = self.param("kernel", nn.initializers.normal(0.02), (width, self.features), jnp.float32)
+        y = matmul(x, kernel.astype(self.dtype))
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        if self.lora is not None:
+            rank = self.lora.rank
+            a_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+            lora_a = self.param("lora_a", a_init, (width, rank), jnp.float32)
+            lora_b = self.param("lora_b", nn.initializers.zeros, (rank, self.features), jnp.float32)
+            y = y + self.lora.scale * ((x @ lora_a.astype(self.dtype)) @ lora_b.astype(self.dtype))
+        return y
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """What every layer reads and none changes.
+
+    Attributes:
+      mask: who may attend to whom.
+      rope_global, rope_local: (cos, sin) tables, each `[B, T, K // 2]` float32.
+      cache_index_BT: where in the cache each token of this call is written (out of range = nowhere), or None.
+    """
+
+    mask: AttentionMask
+    rope_global: tuple[Array, Array]
+    rope_local: tuple[Array, Array]
+    cache_index_BT: Array | None
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv:2305.13245) with RoPE and an optional KV cache."""
+
+    config: ModelConfig
+    lora: LoraConfig
+    dtype: Any
+    implementation: str
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Array, shared: Shared, is_local: Array, cache: dict[str, Array] | None
+    ) -> tuple[Array, dict[str, Array] | None]:
+        config = self.config
+        batch, time, _ = x_BTD.shape
+
+        def project(name: str, heads: int) -> Array:
+            lora = self.lora if self.lora.rank and name in self.lora.targets else None
+            linear = Linear(heads * config.head_dim, config.qkv_bias, lora, self.dtype, name=name)
+            return linear(x_BTD).reshape(batch, time, heads, config.head_dim)
+
+        q_BTHK = project("q", config.n_heads)
+        k_BTGK = project("k", config.n_kv_heads)
+        v_BTGK = project("v", config.n_kv_heads)
+        if config.qk_norm:
+            q_BTHK = RMSNorm(config.norm_eps, config.norm_plus_one, self.dtype, name="q_norm")(q_BTHK)
+            k_BTGK = RMSNorm(config.norm_eps, config.norm_plus_one, self.dtype, name="k_norm")(k_BTGK)
+        cos, sin = shared.rope_global
+        if config.any_local:
+            cos, sin = (
+                jnp.where(is_local, local, whole)
+                for local, whole in zip(shared.rope_local, shared.rope_global, strict=True)
+            )
+        q_BTHK = apply_rope(q_BTHK, cos, sin)
+        k_BTGK = apply_rope(k_BTGK, cos, sin)
+
+        if cache is not None:
+            rows = jnp.arange(batch)[:, None]
+            cache = {
+                "k": cache["k"].at[rows, shared.cache_index_BT].set(k_BTGK.astype(cache["k"].dtype), mode="drop"),
+                "v": cache["v"].at[rows, shared.cache_index_BT].set(v_BTGK.astype(cache["v"].dtype), mode="drop"),
+            }
+            k_BTGK, v_BTGK = cache["k"].astype(self.dtype), cache["v"].astype(self.dtype)
+
+        out_BTHK = attend(
+            checkpoint_name(q_BTHK, "query"),
+            checkpoint_name(k_BTGK, "key"),
+            checkpoint_name(v_BTGK, "value"),
+            mask=shared.mask,
+            is_local=is_local,
+            config=config,
+            implementation="xla" if cache is not None else self.implementation,
+        )
+        out_BTD = out_BTHK.reshape(batch, time, config.n_heads * config.head_dim)
+        lora = self.lora if self.lora.rank and "o" in self.lora.targets else None
+        return Linear(config.d_model, config.o_bias, lora, self.dtype, name="o")(out_BTD), cache
+
+
+class GatedMLP(nn.Module):
+    """down(activation(gate(x)) * up(x)) (arXiv:2002.05202)."""
+
+    config: ModelConfig
+    lora: LoraConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BTD: Array) -> Array:
+        config = self.config
+
+        def linear(name: str, features: int) -> Linear:
+            lora = self.lora if self.lora.rank and name in self.lora.targets else None
+            return Linear(features, config.mlp_bias, lora, self.dtype, name=name)
+
+        gate_BTF = checkpoint_name(linear("gate", config.d_ff)(x_BTD), "gate")
+        up_BTF = checkpoint_name(linear("up", config.d_ff)(x_BTD), "up")
+        return linear("down", config.d_model)(ACTIVATIONS[config.activation](gate_BTF) * up_BTF)
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each with its norm(s) and residual add."""
+
+    config: ModelConfig
+    lora: LoraConfig
+    dtype: Any
+    implementation: str
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Array, shared: Shared, is_local: Array, cache: dict[str, Array] | None
+    ) -> tuple[Array, dict[str, Array] | None]:
+        config = self.config
+
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(config.norm_eps, config.norm_plus_one, self.dtype, name=name)
+
+        attention = Attention(config, self.lora, self.dtype, self.implementation, name="attn")
+        update_BTD, cache = attention(norm("attn_norm")(x_BTD), shared, is_local, cache)
+        if config.sandwich_norms:
+            update_BTD = norm("post_attn_norm")(update_BTD)
+        x_BTD = checkpoint_name(constrain_activations(x_BTD + update_BTD), "residual")
+        update_BTD = GatedMLP(config, self.lora, self.dtype, name="mlp")(norm("mlp_norm")(x_BTD))
+        if config.sandwich_norms:
+            update_BTD = norm("post_mlp_norm")(update_BTD)
+        return constrain_activations(x_BTD + update_BTD), cache
+
+
+class Embedding(nn.Module):
+    """Token ids to vectors, `[B, T] -> [B, T, D]`."""
+
+    config: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, tokens_BT: Array) -> Array:
+        shape = (self.config.vocab_size, self.config.d_model)
+        table_VD = self.param("embedding", nn.initializers.normal(0.02), shape, jnp.float32)
+        x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(self.dtype)
+        return x_BTD * jnp.asarray(self.config.embed_scale, self.dtype)
+
+
+class Head(nn.Module):
+    """Holds the untied vocabulary projection, so that `init` makes it; `head_VD` is how it is read."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> Array:
+        shape = (self.config.vocab_size, self.config.d_model)
+        return self.param("kernel", nn.initializers.normal(0.02), shape, jnp.float32)
+
+
+class Transformer(nn.Module):
+    """Tokens to final hidden states; the vocabulary projection is not part of it (see `models/heads.py`)."""
+
+    config: ModelConfig
+    lora: LoraConfig
+    dtype: Any
+    implementation: str
+    remat: str
+
+    @nn.compact
+    def __call__(
+        self, tokens_BT: Array, positions_BT: Array, segment_ids_BT: Array, cache: dict[str, Array] | None
+    ) -> tuple[Array, dict[str, Array] | None]:
+        config = self.config
+        x_BTD = constrain_activations(Embedding(config, self.dtype, name="embed")(tokens_BT))
+        if not config.tied_embeddings and self.is_initializing():
+            Head(config, name="head")()
+
+        cache_index_BT = None
+        layer_cache = None
+        if cache is None:
+            mask = AttentionMask.packed_rows(segment_ids_BT, positions_BT)
+        else:
+            cache, cache_index_BT = _reserve(cache, positions_BT, segment_ids_BT)
+            mask = AttentionMask.cached(positions_BT, cache["positions"])
+            layer_cache = {"k": cache["k"], "v": cache["v"]}
+        shared = Shared(
+            mask=mask,
+            rope_global=rope_tables(positions_BT, config.head_dim, config.rope),
+            rope_local=rope_tables(positions_BT, config.head_dim, config.rope_local),
+            cache_index_BT=cache_index_BT,
+        )
+        layers = nn.scan(
+            nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, 0, 0),
+            length=config.n_layers,
+        )(config, self.lora, self.dtype, self.implementation, name="layers")
+        is_local_L = jnp.asarray(config.local_layers or (False,) * config.n_layers)
+        x_BTD, layer_cache = layers(x_BTD, shared, is_local_L, layer_cache)
+        x_BTD = RMSNorm(config.norm_eps, config.norm_plus_one, self.dtype, name="final_norm")(x_BTD)
+        if cache is not None:
+            cache = {**cache, **layer_cache}
+        return x_BTD, cache
+
+
+def init_cache(config: ModelConfig, batch: int, length: int, dtype: str = "float32") -> dict[str, Array]:
+    """An empty KV cache: `k`, `v` `[L, B, S, G, K]`; `positions` `[B, S]` (-1 = empty); `length` `[B]`."""
+    shape = (config.n_layers, batch, length, config.n_kv_heads, config.head_dim)
+    return {
+        "k": jnp.zeros(shape, dtype),
+        "v": jnp.zeros(shape, dtype),
+        "positions": jnp.full((batch, length), -1, jnp.int32),
+        "length": jnp.zeros((batch,), jnp.int32),
+    }
+
+
+def _reserve(
+    cache: dict[str, Array], positions_BT: Array, segment_ids_BT: Array
+) -> tuple[dict[str, Array], Array]:
+    """Gives every real token (segment id not 0) the next free place of its row; padding goes nowhere."""
+    batch, size = cache["positions"].shape
+    real_BT = (segment_ids_BT != 0).astype(jnp.int32)
+    index_BT = cache["length"][:, None] + jnp.cumsum(real_BT, axis=1) - 1
+    index_BT = jnp.where(real_BT == 1, index_BT, size)
+    rows = jnp.arange(batch)[:, None]
+    positions_BS = cache["positions"].at[rows, index_BT].set(positions_BT, mode="drop")
+    length_B = cache["length"] + jnp.sum(real_BT, axis=1)
+    return {**cache, "positions": positions_BS, "length": length_B}, index_BT
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The transformer as pure functions of its parameters (plain nested dicts). Made by `make_model`."""
+
+    config: ModelConfig
+    lora: LoraConfig
+    dtype: str
+    module: Transformer
+
+    def init(self, key: Array) -> PyTree:
+        """Random float32 parameters: normal(0, 0.02) matrices, identity norms, LoRA B zero."""
+        tokens = jnp.zeros((1, 2), jnp.int32)
+        return self.module.init(key, tokens, tokens, tokens + 1, None)["params"]
+
+    def abstract_params(self) -> PyTree:
+        """Shapes and dtypes of the parameters, without making them."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def apply(
+        self,
+        params: PyTree,
+        tokens_BT: Array,
+        *,
+        segment_ids_BT: Array | None = None,
+        positions_BT: Array | None = None,
+        cache: dict[str, Array] | None = None,
+        logits: bool = True,
+    ) -> ModelOutput:
+        """Runs the decoder.
+
+        Args:
+          params: the parameter tree.
+          tokens_BT: int32 token ids.
+          segment_ids_BT: 0 = padding; tokens attend only within their own segment. Default: all ones.
+          positions_BT: position of each token in its sequence; default: 0, 1, ... in the row (after what the
+            cache already holds). Packed rows must say.
+          cache: from `init_cache`; the tokens are appended to each row. Segments cannot be packed in a cache.
+          logits: also project all positions on the vocabulary, `[B, T, V]` float32. For notebooks, parity
+            and decoding; train steps use `heads.token_logps`, which never holds such an array.
+        """
+        if segment_ids_BT is None:
+            segment_ids_BT = jnp.ones_like(tokens_BT)
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
+            if cache is not None:
+                positions_BT = positions_BT + cache["length"][:, None]
+        hidden_BTD, cache = self.module.apply(
+            {"params": params}, tokens_BT, positions_BT.astype(jnp.int32), segment_ids_BT, cache
+        )
+        return ModelOutput(
+            hidden_BTD=hidden_BTD,
+            logits_BTV=self.logits(params, hidden_BTD) if logits else None,
+            cache=cache,
+        )
+
+    def logits(self, params: PyTree, hidden_BTD: Array) -> Array:
+        """Float32 logits `[..., V]` of hidden states `[..., D]`, soft-capped where the family does."""
+        head = head_VD(params).astype(hidden_BTD.dtype)
+        logits = jnp.einsum("...d,vd->...v", hidden_BTD, head, preferred_element_type=jnp.float32)
+        cap = self.config.logits_softcap
+        return cap * jnp.tanh(logits / cap) if cap else logits
+
+
+def head_VD(params: PyTree) -> Array:
+    """The vocabulary projection, `[V, D]`: the tied embedding or the head of its own."""
+    return params["head"]["kernel"] if "head" in params else params["embed"]["embedding"]
+
+
+def make_model(
+    config: ModelConfig,
+    *,
+    dtype: str = "float32",
+    attention: str = "auto",
+    remat: str = "elementwise",
+    lora: LoraConfig | None = None,
+) -> Model:
+    """A `Model` for a config.
+
+    Args:
+      config: the decoder's numbers.
+      dtype: compute dtype, "float32" or "bfloat16"; parameters stay float32.
+      attention: "xla", "cudnn" (GPU), "splash" (TPU), or "auto": what suits the platform and the model.
+      remat: what the backward pass computes again: "none", "elementwise" (norms, RoPE, activations: no matrix
+        product but attention's), "mlp" (the MLP too), "full" (each layer from its input).
+      lora: adapters to add to the linear layers.
+
+    Raises:
+      InputError: an unknown name, or an attention implementation that cannot do what the config needs.
+    """
+    if remat not in REMAT_POLICIES:
+        raise InputError(f"train.remat is {remat!r}, which is not one of {', '.join(REMAT_POLICIES)}.")
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"model.dtype is {dtype!r}; use float32 or bfloat16.")
+    if attention == "auto":
+        attention = default_implementation(config, dtype)
+    if attention not in IMPLEMENTATIONS:
+        raise InputError(f"model.attention is {attention!r}; use auto, {', '.join(IMPLEMENTATIONS)}.")
+    lora = lora or LoraConfig()
+    module = Transformer(config, lora, jnp.dtype(dtype), attention, remat)
+    return Model(config=config, lora=lora, dtype=dtype, module=module)

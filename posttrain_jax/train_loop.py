@@ -1,0 +1,309 @@
+"""The one training loop. It is handed a `Task` (a state, a jitted step, rows, an evaluation) and knows no algorithm.
+
+Step t + 1 is dispatched before the metrics of step t are read, so the devices never wait for the host. Everything
+that a run writes can be cut back to a checkpoint, so a run that was killed at any moment and started again ends
+with the same parameters and the same `metrics.jsonl` as one that was not.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from posttrain_jax.checkpoint import Checkpoints
+from posttrain_jax.errors import InputError
+from posttrain_jax.metrics import (
+    Accumulator,
+    MetricsWriter,
+    append_line,
+    peak_flops,
+    plot_curves,
+    progress_line,
+    say,
+    to_host,
+    truncate_after,
+)
+from posttrain_jax.types import Metric, Metrics, Task, TrainState
+
+EXACT_METRICS = ("train/lr", "train/skipped", "train/skipped_in_row")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopOptions:
+    """How often things happen, in steps.
+
+    Attributes:
+      log_every: a line in `metrics.jsonl` and on the terminal.
+      eval_every: evaluation and samples; 0 = only before the first and after the last step.
+      checkpoint_every: 0 = only at the end (and on SIGTERM).
+      keep: the latest checkpoints kept.
+      best_metric: its best checkpoint is kept too; "" = off.
+      max_skipped: this many skipped updates in a row stop the run.
+      profile: "FIRST:LAST" steps traced into `profile/`; "" = off.
+      tensorboard, wandb_project: where metrics go besides JSON Lines.
+      config: the resolved config, for W&B and the checkpoints.
+    """
+
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+    keep: int
+    best_metric: str
+    max_skipped: int
+    profile: str
+    tensorboard: bool
+    wandb_project: str
+    config: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """How a run ended: "complete" or "preempted", at which step, with which last metrics."""
+
+    status: str
+    final_step: int
+    metrics: dict[str, float]
+
+
+class _Preemption:
+    """Notices SIGTERM; with several processes, all stop at the same step."""
+
+    def __init__(self) -> None:
+        self._seen = False
+        if jax.process_count() == 1:
+            self._previous = signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, signum: int, frame: Any) -> None:
+        self._seen = True
+
+    def stop_after(self, step: int) -> bool:
+        if jax.process_count() == 1:
+            return self._seen
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    def close(self) -> None:
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._previous)
+
+
+@dataclasses.dataclass
+class _Pending:
+    """A dispatched step whose metrics were not read yet."""
+
+    step: int
+    metrics: Metrics
+    row_ids: list[str]
+
+
+class _Run:
+    """The moving parts of one run: what was dispatched, what was counted, where it is written."""
+
+    def __init__(self, task: Task, options: LoopOptions, workdir: Path, start: int, meta: dict[str, Any]):
+        self.task = task
+        self.options = options
+        self.workdir = workdir
+        self.writer = MetricsWriter(
+            workdir,
+            start_step=start,
+            tensorboard=options.tensorboard,
+            wandb_project=options.wandb_project,
+            config=options.config,
+        )
+        if self.writer.active:
+            truncate_after(workdir / "samples.jsonl", start)
+        self.accumulator = Accumulator(meta.get("accumulator"))
+        self.last: dict[str, float] = dict(meta.get("last", {}))
+        self.pending: collections.deque[_Pending] = collections.deque()
+        self.started = time.time()
+        self.start_step = start
+        self.window_started = time.perf_counter()
+        self.window_tokens = 0.0
+        self.window_first = start + 1
+
+    def read_one(self) -> None:
+        """Waits for the oldest dispatched step and does what its metrics call for."""
+        item = self.pending.popleft()
+        metrics = to_host(item.metrics)
+        self._guard(item, metrics)
+        self.window_tokens += float(metrics["train/tokens"].sum)
+        if not float(metrics["train/skipped_in_row"].sum):
+            self.accumulator.add({name: m for name, m in metrics.items() if name not in EXACT_METRICS})
+        if item.step % self.options.log_every and item.step != self.task.steps:
+            return
+        now = time.perf_counter()
+        seconds = max(now - self.window_started, 1e-9)
+        values = self.accumulator.flush()
+        values.update({name: float(metrics[name].sum) for name in EXACT_METRICS if name in metrics})
+        self.last.update(values)
+        speed = self._speed(item.step, seconds)
+        self.writer.write(item.step, {**values, **speed})
+        steps_done = item.step - self.start_step
+        eta = (time.time() - self.started) / max(steps_done, 1) * (self.task.steps - item.step)
+        say(progress_line(item.step, self.task.steps, {**values, **speed}, eta))
+        self.reset_window(item.step)
+
+    def reset_window(self, step: int) -> None:
+        self.window_started = time.perf_counter()
+        self.window_tokens = 0.0
+        self.window_first = step + 1
+
+    def _speed(self, step: int, seconds: float) -> dict[str, float]:
+        tokens_per_second = self.window_tokens / seconds
+        speed = {
+            "train/tokens_per_second": tokens_per_second,
+            "train/seconds_per_step": seconds / max(step - self.window_first + 1, 1),
+        }
+        peak = peak_flops(jax.devices()[0].device_kind)
+        if peak is not None:
+            speed["train/mfu"] = tokens_per_second * self.task.flops_per_token / (peak * jax.device_count())
+        return speed
+
+    def _guard(self, item: _Pending, metrics: dict[str, Metric]) -> None:
+        in_row = int(metrics["train/skipped_in_row"].sum)
+        if in_row == 0:
+            return
+        loss = float(metrics["train/loss"].sum)
+        norm = float(metrics["train/grad_norm"].sum)
+        name, value = ("train/loss", loss) if not _finite(loss) else ("train/grad_norm", norm)
+        rows = "; ".join(item.row_ids[:8]) + (" ..." if len(item.row_ids) > 8 else "")
+        say(f"step {item.step}: {name} is {value}; this update was skipped ({in_row} in a row). Rows: {rows}")
+        if in_row >= self.options.max_skipped:
+            raise InputError(
+                f"At step {item.step} {name} is {value}, and {in_row} updates in a row were not finite (the limit "
+                f"is train.max_skipped); the rows of this batch are: {rows}. Lower optim.lr, or look at these rows."
+            )
+
+    def drain(self) -> None:
+        while self.pending:
+            self.read_one()
+
+    def evaluate(self, state: TrainState, step: int) -> None:
+        """Held-out metrics and the samples of fixed prompts, written under `step`."""
+        values = self.task.evaluate(state) if self.task.evaluate is not None else {}
+        samples = self.task.sample(state) if self.task.sample is not None else []
+        if values:
+            self.last.update(values)
+            self.writer.write(step, values)
+            say("evaluation at step %d: " % step + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        if self.writer.active:
+            for row in samples:
+                append_line(self.workdir / "samples.jsonl", {"step": step, **row})
+        self.reset_window(step)
+
+    def meta(self, git_hash: str) -> dict[str, Any]:
+        """What a checkpoint needs besides arrays, as JSON."""
+        return {
+            "rows": self.task.rows.get_state(),
+            "accumulator": self.accumulator.state(),
+            "last": self.last,
+            "git": git_hash,
+            "config": self.options.config,
+        }
+
+
+def train(task: Task, options: LoopOptions, workdir: Path) -> Summary:
+    """Trains to the last step, or until SIGTERM; resumes from the newest good checkpoint if there is one.
+
+    Raises:
+      InputError: too many non-finite updates in a row, a full disk, a checkpoint that does not fit.
+    """
+    checkpoints = Checkpoints(workdir, keep=options.keep, best_metric=options.best_metric)
+    restored = checkpoints.restore(task.abstract_state)
+    if restored is None:
+        state, start, meta = task.init_state(), 0, {}
+        checkpoints.save_frozen(state.frozen)
+    else:
+        state, start, meta = restored.state, restored.step, restored.meta
+        task.rows.set_state(meta["rows"])
+        say(f"Resuming from step {start} ({checkpoints.folder / str(start)}).")
+
+    git_hash = _git_hash()
+    run = _Run(task, options, workdir, start, meta)
+    preemption = _Preemption()
+    first_profiled, last_profiled = _profile_window(options.profile)
+    status = "complete"
+    if start == 0:
+        run.evaluate(state, 0)
+    step = start
+    try:
+        while step < task.steps:
+            rows = next(task.rows)
+            if step + 1 == first_profiled:
+                jax.profiler.start_trace(str(workdir / "profile"))
+            state, metrics = task.train_step(state, task.put(rows.arrays))
+            step += 1
+            run.pending.append(_Pending(step, metrics, rows.row_ids))
+            if len(run.pending) > 1:
+                run.read_one()
+            if step == last_profiled:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+                say(f"Profile of steps {options.profile}: {workdir / 'profile'} (open it with XProf).")
+            stop = preemption.stop_after(step)
+            last = step == task.steps
+            if last or (options.eval_every and step % options.eval_every == 0):
+                run.drain()
+                run.evaluate(state, step)
+            if last or stop or (options.checkpoint_every and step % options.checkpoint_every == 0):
+                run.drain()
+                run.writer.sync()
+                checkpoints.save(state, run.meta(git_hash), run.last)
+            if stop and not last:
+                status = "preempted"
+                break
+        run.drain()
+        checkpoints.close()
+    finally:
+        preemption.close()
+        run.writer.close()
+        task.rows.close()
+    summary = Summary(status=status, final_step=step, metrics=run.last)
+    if jax.process_index() == 0:
+        if (workdir / "metrics.jsonl").is_file():
+            plot_curves(workdir / "metrics.jsonl", workdir / "curves.png")
+        _write_json(workdir / "summary.json", dataclasses.asdict(summary))
+    say(f"{status} at step {step}: {workdir}")
+    return summary
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
+
+
+def _profile_window(profile: str) -> tuple[int, int]:
+    if not profile:
+        return -1, -1
+    first, _, last = profile.partition(":")
+    if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)):
+        raise InputError(f'log.profile is {profile!r}; write "FIRST:LAST" steps, for example "10:12".')
+    return int(first), int(last)
+
+
+def _git_hash() -> str:
+    """The commit of this code, "+" appended when the tree has changes; "unknown" outside a checkout."""
+    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    with partial.open("w") as file:
+        json.dump(value, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

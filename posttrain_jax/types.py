@@ -1,0 +1,162 @@
+"""The types that every floor shares, and the letters that name array axes.
+
+Axis letters, used as suffixes of array names at public boundaries:
+
+    B  batch rows       T  time (token positions)   V  vocabulary     D  model width
+    H  query heads      G  key/value heads          K  head width     F  feed-forward width
+    L  layers           R  LoRA rank                M  micro-batches  N  a flattened B*T, or a count
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+PyTree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A mean in the making: `sum` over things and `count` of things, so that micro-batches, devices and
+    steps add up exactly. Its value is sum / count; what is averaged over is part of the metric's name."""
+
+    sum: Array
+    count: Array
+
+    def __add__(self, other: Metric) -> Metric:
+        return Metric(self.sum + other.sum, self.count + other.count)
+
+    @staticmethod
+    def of(value: Array | float) -> Metric:
+        """A metric that is a single number (a learning rate, a norm)."""
+        return Metric(jnp.asarray(value, jnp.float32), jnp.ones((), jnp.float32))
+
+
+Metrics = dict[str, Metric]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossOutput:
+    """What a loss returns: the unreduced loss and the metrics that come for free.
+
+    Attributes:
+      loss: unreduced, float32; per token (`[B, T]`, 0 where masked) or per row (`[B]`).
+      count: scalar float32, how many entries of `loss` count; the mean loss is `loss.sum() / count`.
+      metrics: named `Metric`s.
+    """
+
+    loss: Array
+    count: Array
+    metrics: Metrics
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows of tokens on their way into a train step; every leaf is `[B, T]` (or `[M, B, T]`).
+
+    Attributes:
+      tokens: int32 token ids.
+      loss_mask: 1 where the token at this position is a target that is trained on, else 0. The first token
+        of a sequence has no prediction, so it is never 1.
+      segment_ids: int32; 0 is padding, 1.. number the sequences packed into the row.
+      positions: int32; position of each token in its own sequence.
+    """
+
+    tokens: Array
+    loss_mask: Array
+    segment_ids: Array
+    positions: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ModelOutput:
+    """What the transformer returns.
+
+    Attributes:
+      hidden_BTD: the last hidden state, after the final norm, in the compute dtype.
+      logits_BTV: float32 logits, or None when they were not asked for (train steps never ask).
+      cache: the KV cache with this call's keys and values written, or None when none was given.
+    """
+
+    hidden_BTD: Array
+    logits_BTV: Array | None = None
+    cache: PyTree = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything a run needs to go on exactly where it stopped (the data iterator's state lies beside it).
+
+    Attributes:
+      step: int32 scalar, how many steps were taken (skipped updates count as steps).
+      params: the parameters that are trained; the gradient is taken with respect to these alone.
+      frozen: the parameters that are not trained (`{}` when all are).
+      opt_state: the optimiser's state, for `params`.
+      ema: exponential moving average of `params`, or `{}` when off.
+      key: typed PRNG key; step t uses `fold_in(key, t)`.
+      skipped: int32 scalar, updates skipped so far because a loss or gradient was not finite.
+      skipped_in_row: int32 scalar, how many of the latest steps were skipped without a break.
+    """
+
+    step: Array
+    params: PyTree
+    frozen: PyTree
+    opt_state: PyTree
+    ema: PyTree
+    key: Array
+    skipped: Array
+    skipped_in_row: Array
+
+
+class HostRows(Protocol):
+    """One process's share of a step's rows, as it comes from the loader."""
+
+    arrays: dict[str, np.ndarray]
+    row_ids: list[str]
+
+
+class RowStream(Protocol):
+    """An endless stream of steps' rows whose place can be saved as JSON and found again at once."""
+
+    def __next__(self) -> HostRows: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What an algorithm hands to the training loop; the loop knows nothing else of it.
+
+    Attributes:
+      steps: how many steps the whole run has.
+      init_state: makes the first state, on the devices.
+      abstract_state: its shapes, dtypes and shardings, for restoring without making it.
+      rows: where the steps' rows come from.
+      put: this process's rows -> the global batch on the devices.
+      train_step: jitted (state, batch) -> (state, metrics), state donated.
+      evaluate: state -> named numbers, at every evaluation; or None.
+      sample: state -> rows for `samples.jsonl`, at every evaluation; or None.
+      flops_per_token: model FLOPs of one step per token, for MFU.
+    """
+
+    steps: int
+    init_state: Callable[[], TrainState]
+    abstract_state: TrainState
+    rows: RowStream
+    put: Callable[[dict[str, np.ndarray]], Batch]
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    evaluate: Callable[[TrainState], dict[str, float]] | None
+    sample: Callable[[TrainState], list[dict[str, Any]]] | None
+    flops_per_token: float

@@ -1,0 +1,67 @@
+"""Held-out sequences: deterministic, of the size asked for, and duplicates on one side."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from posttrain_jax.data.split import hold_out, split_amount
+from posttrain_jax.data.tokenized import TokenizeOptions, build
+from posttrain_jax.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def data(smollm2, tmp_path_factory):
+    """Two sources: 60 rows of which 20 come three times, and 20 of those same rows again."""
+    folder = tmp_path_factory.mktemp("split")
+    for name, numbers in (("a", [*range(20), *range(20), *range(20)]), ("b", [*range(10), *range(100, 130)])):
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in numbers)
+        )
+    spec = [(str(folder / "a.jsonl"), 1.0), (str(folder / "b.jsonl"), 1.0)]
+    return build(spec, smollm2, TokenizeOptions(), cache_dir=folder)
+
+
+def contents(data):
+    return [source.sequence(i).tokens.tobytes() for source in data.sources for i in range(len(source))]
+
+
+def row_ids(data):
+    return {source.row_id(i) for source in data.sources for i in range(len(source))}
+
+
+@pytest.mark.parametrize(("amount", "low", "high"), [(0.3, 27, 30), (10, 7, 10)])
+def test_size_and_sides(amount, low, high, data):
+    train, held = hold_out(data, amount, seed=0)
+    assert len(train) + len(held) == len(data) == 100
+    assert low <= len(held) <= high
+    assert not set(contents(train)) & set(contents(held))
+    assert row_ids(train) | row_ids(held) == row_ids(data) and not row_ids(train) & row_ids(held)
+
+
+def test_seed_decides(data):
+    first, again, other = (row_ids(hold_out(data, 0.2, seed=seed)[1]) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_nothing_left(data):
+    with pytest.raises(InputError, match="leaves nothing"):
+        hold_out(data, 100, seed=0)
+
+
+def test_nothing_held(smollm2, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "same"}\n' * 5)
+    with pytest.raises(InputError, match="holds out none"):
+        hold_out(build(str(path), smollm2, cache_dir=tmp_path), 2, seed=0)
+
+
+def test_specs():
+    assert split_amount("split:0.05") == 0.05
+    assert split_amount("split:200") == 200
+    assert split_amount("eval.jsonl") is None
+    assert split_amount([("a", 1.0)]) is None
+    for bad in ("split:", "split:0", "split:-1", "split:1.5", "split:x", "split:nan"):
+        with pytest.raises(InputError):
+            split_amount(bad)
