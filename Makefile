@@ -94,7 +94,7 @@ python:  ## Which interpreter would be used (WANT="3.12" asks for a version)
 	@$(FIND_PYTHON)
 
 clean:  ## Remove environments and caches of this checkout (not the asset cache)
-	rm -rf $(VENV) .venv-* .pytest_cache .mypy_cache .ruff_cache build posttrain_jax.egg-info experiments/bench/.venv-*
+	rm -rf $(VENV) .venv-* .pytest_cache .hypothesis .mypy_cache .ruff_cache build posttrain_jax.egg-info experiments/bench/.venv-*
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(PY):
@@ -103,9 +103,9 @@ $(PY):
 	@"$(PYTHON)" -m venv $(VENV)
 
 $(PRODUCT): $(INPUTS) | $(PY)
-	$(call PIP_INSTALL,.,about 300 MB and 1 minute)
+	$(call PIP_INSTALL,.,1.3 GB on disk, about a minute)
 	@touch $@
 
 $(DEV): $(INPUTS) | $(PY)
-	$(call PIP_INSTALL,.[$(EXTRAS)],about 1 GB and 2 minutes)
+	$(call PIP_INSTALL,.[$(EXTRAS)],up to 2.3 GB on disk, about 2 minutes)
 	@touch $(PRODUCT) $@

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,10 @@ from posttrain_jax.errors import InputError
 def define(default: str | None = None) -> flags.FlagHolder:
     """Defines `--config=FILE.py[:variant]` with `--config.key=value` overrides; the config is locked."""
     return config_flags.DEFINE_config_file(
-        "config", default, "Experiment: FILE.py or FILE.py:variant; --config.key=value changes a key.", lock_config=True
+        "config",
+        default,
+        "Experiment: FILE.py or FILE.py:variant; --config.key=value changes a key.",
+        lock_config=True,
     )
 
 
@@ -29,26 +33,40 @@ def check_arguments(argv: Sequence[str]) -> None:
     Raises:
       InputError: the file is missing or fails, the variant or a key is unknown, a value has the wrong type.
     """
-    words = [word.lstrip("-") for word in argv if word.startswith("-")]
-    files = [word.removeprefix("config=") for word in words if word.startswith("config=")]
+    given = _flags(argv)
+    files = [value for name, value in given if name == "config" and value is not None]
     if not files:
         return
     known = flatten(load_file(files[-1]))
-    for word in words:
-        match = re.match(r"config\.([^=]+)=?(.*)", word, re.DOTALL)
-        if match is None:
+    for name, text in given:
+        if not name.startswith("config."):
             continue
-        key, text = match[1], match[2]
-        if re.sub(r"\[\d+\]$", "", key) in known:
-            _check_value(key, text, known[re.sub(r"\[\d+\]$", "", key)])
+        key = re.sub(r"\[\d+\]$", "", name.removeprefix("config."))
+        if key in known:
+            _check_value(key, text, known[key])
             continue
         sections = sorted({name.rsplit(".", 1)[0] for name in known if "." in name})
         near = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0.0)
         raise InputError(f"There is no config key {key!r} in {files[-1]}; the nearest is {near[0]!r}.")
 
 
-def _check_value(key: str, text: str, default: Any) -> None:
-    if isinstance(default, bool):
+def _flags(argv: Sequence[str]) -> list[tuple[str, str | None]]:
+    """Every `--name=value`, `--name value` and `--name` (value None) of a command line."""
+    given = []
+    for place, word in enumerate(argv):
+        if not word.startswith("-"):
+            continue
+        name, equals, value = word.lstrip("-").partition("=")
+        following = argv[place + 1] if place + 1 < len(argv) and not argv[place + 1].startswith("-") else None
+        given.append((name, value if equals else following))
+    return given
+
+
+def _check_value(key: str, text: str | None, default: Any) -> None:
+    if text is None:
+        if not isinstance(default, bool):
+            raise InputError(f"--config.{key} needs a value: --config.{key}=VALUE.")
+    elif isinstance(default, bool):
         if text.lower() not in ("true", "false", "1", "0"):
             raise InputError(f"config.{key} is {text!r}, but must be true or false.")
     elif isinstance(default, int | float):
@@ -56,7 +74,9 @@ def _check_value(key: str, text: str, default: Any) -> None:
         try:
             (int if isinstance(default, int) else float)(text)
         except ValueError:
-            raise InputError(f"config.{key} is {text!r}, but must be {kind} (its default is {default}).") from None
+            raise InputError(
+                f"config.{key} is {text!r}, but must be {kind} (its default is {default})."
+            ) from None
 
 
 def load_file(spec: str) -> ConfigDict:
@@ -68,7 +88,9 @@ def load_file(spec: str) -> ConfigDict:
     name, _, variant = spec.partition(":")
     path = Path(name)
     if not path.is_file():
-        near = difflib.get_close_matches(name, [str(p) for p in sorted(Path("configs").rglob("*.py"))], n=1, cutoff=0.0)
+        near = difflib.get_close_matches(
+            name, [str(p) for p in sorted(Path("configs").rglob("*.py"))], n=1, cutoff=0.0
+        )
         hint = f"; the nearest is {near[0]}" if near else ""
         raise InputError(f"There is no config file {name}{hint} (run from the repository's root).")
     module_spec = importlib.util.spec_from_file_location("experiment_config", path)
@@ -96,18 +118,72 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 
 
 # Keys that may differ from those a workdir was started with: they change how a run is carried out, not what it is.
-FREE_KEYS = ("mesh.", "log.", "checkpoint.", "eval.batch_rows", "train.micro_rows", "train.remat", "train.max_skipped")
+FREE_KEYS = (
+    "mesh.",
+    "log.",
+    "checkpoint.",
+    "eval.batch_rows",
+    "train.micro_rows",
+    "train.remat",
+    "train.max_skipped",
+)
 
 
-def save_or_check(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Writes the resolved config into a new workdir, or compares it with the one that is there.
+# key: (least, greatest) value that makes sense, both included.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "model.lora.rank": (0, math.inf),
+    "data.max_length": (2, math.inf),
+    "train.steps": (0, math.inf),
+    "train.epochs": (0, math.inf),
+    "train.rows_per_step": (1, math.inf),
+    "train.micro_rows": (0, math.inf),
+    "train.max_skipped": (1, math.inf),
+    "optim.warmup": (0, math.inf),
+    "optim.min_lr_ratio": (0, 1),
+    "optim.decay_share": (0, 1),
+    "optim.beta1": (0, 1),
+    "optim.beta2": (0, 1),
+    "optim.eps": (0, math.inf),
+    "optim.weight_decay": (0, math.inf),
+    "optim.momentum": (0, 1),
+    "optim.clip_norm": (0, math.inf),
+    "log.every": (1, math.inf),
+    "eval.every": (0, math.inf),
+    "eval.batch_rows": (1, math.inf),
+    "eval.max_new_tokens": (1, math.inf),
+    "checkpoint.every": (0, math.inf),
+    "checkpoint.keep": (1, math.inf),
+}
+
+
+def check_bounds(config: ConfigDict) -> None:
+    """Checks the numbers that have a range.
+
+    Raises:
+      InputError: names the key, its value and the range.
+    """
+    flat = flatten(config)
+    for key, (least, greatest) in BOUNDS.items():
+        if not least <= flat[key] <= greatest:
+            limit = f"at least {least:g}" if greatest == math.inf else f"between {least:g} and {greatest:g}"
+            raise InputError(f"{key} is {flat[key]}; it must be {limit}.")
+
+
+def save_or_check(config: ConfigDict, workdir: Path, *, resumes: bool, write: bool) -> dict[str, Any]:
+    """Writes the resolved config into the workdir; where checkpoints wait to be resumed, it must be theirs.
+
+    Args:
+      config: of this start.
+      workdir: the run's folder.
+      resumes: whether there is a checkpoint to go on from.
+      write: False only compares (every process but the first).
 
     Raises:
       InputError: the workdir was started with another config; names the keys that differ, with both values.
     """
     resolved = json.loads(json.dumps(config.to_dict()))
     path = workdir / "config.json"
-    if path.is_file():
+    if path.is_file() and resumes:
         try:
             saved = json.loads(path.read_text())
         except ValueError as error:
@@ -123,9 +199,10 @@ def save_or_check(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 f"{workdir} was started with another config: {'; '.join(differing)}. "
                 "Use the same values to resume, or a new --workdir."
             )
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(resolved, indent=2) + "\n")
-    partial.replace(path)
+    if write:
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(resolved, indent=2) + "\n")
+        partial.replace(path)
     return resolved
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -34,6 +35,16 @@ def run(main: Callable[[Sequence[str]], int | None], *, example: str) -> None:
         except InputError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             code = 2
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+                raise
+            where = f" ({error.filename})" if error.filename else ""
+            print(
+                f"error: {error.strerror}{where}; make room, or use another folder.",
+                file=sys.stderr,
+                flush=True,
+            )
+            code = 2
         except KeyboardInterrupt:
             code = 130
         sys.stdout.flush()
@@ -46,7 +57,7 @@ def run(main: Callable[[Sequence[str]], int | None], *, example: str) -> None:
 def _parse(argv: Sequence[str], example: str) -> Sequence[str]:
     try:
         check_arguments(argv)
-        return app.parse_flags_with_usage(argv)
+        return app.parse_flags_with_usage(list(argv))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -18,7 +18,7 @@ EXAMPLE = "python -m launch.train --config=configs/sft/smollm2_135m.py --workdir
 CONFIG = config_flag.define()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; what is there is resumed.")
 COORDINATOR = flags.DEFINE_string(
-    "coordinator", "", "HOST:PORT of process 0, for several processes; \"auto\" on a Cloud TPU pod."
+    "coordinator", "", 'HOST:PORT of process 0, for several processes; "auto" on a Cloud TPU pod.'
 )
 PROCESSES = flags.DEFINE_integer("processes", 1, "Number of processes, with --coordinator=HOST:PORT.")
 PROCESS = flags.DEFINE_integer("process", 0, "This process's index, with --coordinator=HOST:PORT.")
@@ -49,7 +49,7 @@ def connect() -> None:
     if COORDINATOR.value == "auto":
         jax.distributed.initialize()
     elif COORDINATOR.value:
-        if jax.config.jax_platforms == "cpu":
+        if jax.config.read("jax_platforms") == "cpu":
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
 
@@ -62,6 +62,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """
     import jax
 
+    from posttrain_jax.checkpoint import completed_steps
     from posttrain_jax.train_loop import LoopOptions, train
 
     known = algorithms()
@@ -71,13 +72,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"The workdir {workdir} cannot be made: {error.strerror}.") from error
-    for key in ("log.every", "checkpoint.keep"):
-        section, name = key.split(".")
-        if config[section][name] < 1:
-            raise InputError(f"{key} is {config[section][name]}; it must be at least 1.")
-    resolved = config.to_dict()
-    if jax.process_index() == 0:
-        resolved = config_flag.save_or_check(config, workdir)
+    config_flag.check_bounds(config)
+    resolved = config_flag.save_or_check(
+        config, workdir, resumes=bool(completed_steps(workdir)), write=jax.process_index() == 0
+    )
     (workdir / "summary.json").unlink(missing_ok=True)
     options = LoopOptions(
         log_every=config.log.every,

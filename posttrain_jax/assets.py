@@ -28,6 +28,7 @@ from posttrain_jax.errors import InputError
 
 _CHUNK = 1 << 20
 _POLL_SECONDS = 0.2
+_UNFINISHED = ".unfinished-"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +213,7 @@ def fetch_asset(asset: Asset, cache: pathlib.Path, *, quiet: bool = False) -> pa
         target.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(cache / "assets" / ".lock"):
             if not _is_intact(target, asset.size, asset.sha256):
+                _sweep(cache)
                 _build(asset, target, cache / "downloads", quiet)
     except OSError as error:
         raise InputError(
@@ -219,6 +221,14 @@ def fetch_asset(asset: Asset, cache: pathlib.Path, *, quiet: bool = False) -> pa
             "free some space there or set POSTTRAIN_CACHE to another folder."
         ) from error
     return target
+
+
+def _sweep(cache: pathlib.Path) -> None:
+    """Removes what a killed process left; the lock is held, so nobody is using it."""
+    for folder in (cache / "downloads").glob(".pip-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+    for unfinished in (cache / "assets").glob(f"{_UNFINISHED}*"):
+        unfinished.unlink(missing_ok=True)
 
 
 def _build(asset: Asset, target: pathlib.Path, downloads: pathlib.Path, quiet: bool) -> None:
@@ -241,7 +251,7 @@ def _build(asset: Asset, target: pathlib.Path, downloads: pathlib.Path, quiet: b
 @contextmanager
 def _temporary_beside(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """A new empty file in the target's folder, so that renaming it is atomic; removed if still there."""
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    handle, name = tempfile.mkstemp(prefix=_UNFINISHED, dir=target.parent)
     os.close(handle)
     temporary = pathlib.Path(name)
     temporary.chmod(0o644)

@@ -14,8 +14,8 @@ is named, skipped, and the one before it is used.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import errno
 import json
 import logging
 import shutil
@@ -185,7 +185,7 @@ class Checkpoints:
                 metrics={self._best_metric: metrics[self._best_metric]} if has_best else None,
             )
         except Exception as error:
-            raise self._explain(error) from error
+            raise self.explain(error) from error
         return step
 
     def wait(self) -> None:
@@ -198,29 +198,33 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:
-            raise self._explain(error) from error
+            raise self.explain(error) from error
 
     def close(self) -> None:
         """Waits for the last save and releases the manager."""
         self.wait()
         self._manager.close()
 
-    def _explain(self, error: Exception) -> Exception:
+    def abandon(self) -> None:
+        """Lets a save under way end, well or badly, when the run is over or already failing for another reason."""
+        with contextlib.suppress(Exception):
+            self._manager.wait_until_finished()
+
+    def explain(self, error: Exception) -> Exception:
+        """The error itself, or what to do about it where it is a full disk."""
         texts = []
         cause: BaseException | None = error
         while cause is not None:
             texts.append(str(cause))
             cause = cause.__cause__ or cause.__context__
-        full = "No space left on device" in " ".join(texts) or (
-            isinstance(error, OSError) and error.errno == errno.ENOSPC
-        )
-        if not full:
+        if "No space left on device" not in " ".join(texts):
             return error
-        good = [s for s in completed_steps(self.workdir) if s != self._saving]
-        last = f"the last good checkpoint is step {good[-1]}" if good else "there is no earlier checkpoint"
+        good = completed_steps(self.workdir)
+        last = (
+            f"the last good checkpoint is that of step {good[-1]}" if good else "there is no checkpoint yet"
+        )
         return InputError(
-            f"The disk of {self.folder} is full: the checkpoint of step {self._saving} was not saved, {last}; "
-            "free some space and run the same command again."
+            f"The disk of {self.workdir} is full; {last}. Free some space and run the same command again."
         )
 
     def restore(self, like: TrainState) -> Restored | None:
@@ -235,7 +239,12 @@ class Checkpoints:
         for step in reversed(steps):
             problem = damage(self.folder / str(step)) if jax.process_index() == 0 else None
             if _agree(problem is not None):
-                log.error("Checkpoint %s is damaged: %s; trying the one before it.", self.folder / str(step), problem)
+                if problem is not None:
+                    log.error(
+                        "Checkpoint %s is damaged: %s; the one before is used.",
+                        self.folder / str(step),
+                        problem,
+                    )
                 self._set_aside(step)
                 continue
             restored = self._read(step, like)
@@ -279,9 +288,13 @@ class Checkpoints:
                     meta=ocp.args.JsonRestore(),
                 ),
             )
-        except Exception as error:  # noqa: BLE001 - whatever Orbax cannot read is damage to us, and is named
+        except Exception as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            log.error("Checkpoint %s cannot be read: %s; trying the one before it.", self.folder / str(step), first_line)
+            log.error(
+                "Checkpoint %s cannot be read: %s; trying the one before it.",
+                self.folder / str(step),
+                first_line,
+            )
             return None
         saved = items.optimizer
         state = TrainState(
@@ -318,7 +331,12 @@ class Checkpoints:
 
 
 def restore_params(
-    workdir: Path, abstract_params: PyTree, *, step: int | None = None, shardings: PyTree = None, ema: bool = False
+    workdir: Path,
+    abstract_params: PyTree,
+    *,
+    step: int | None = None,
+    shardings: PyTree = None,
+    ema: bool = False,
 ) -> tuple[PyTree, int]:
     """The parameters of a workdir alone, trained and frozen joined: (params, step).
 
@@ -348,7 +366,9 @@ def _read_params(
     workdir: Path, step_dir: Path, abstract_params: PyTree, shardings: PyTree, ema: bool
 ) -> PyTree:
     if shardings is None:
-        shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract_params)
+        shardings = jax.tree.map(
+            lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract_params
+        )
     like = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract_params,
@@ -370,7 +390,9 @@ def _read_params(
     with ocp.StandardCheckpointer() as reader:
         if ema:
             whole = reader.restore((step_dir / "optimizer").absolute())
-            trained = jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), whole["ema"], trained_like)
+            trained = jax.tree.map(
+                lambda leaf, place: jax.device_put(leaf, place.sharding), whole["ema"], trained_like
+            )
         else:
             trained = reader.restore((step_dir / "params").absolute(), trained_like)
         if not frozen_dir.is_dir():
@@ -384,7 +406,7 @@ def _saved_shapes(item_dir: Path) -> dict[str, tuple[int, ...]] | None:
     try:
         with ocp.StandardCheckpointer() as reader:
             tree = reader.metadata(item_dir.absolute()).item_metadata.tree
-    except Exception:  # noqa: BLE001 - unreadable metadata is reported by the restore that follows
+    except Exception:
         return None
     paths = leaf_paths(jax.tree.map(lambda leaf: np.zeros(()), tree, is_leaf=_is_array_metadata))
     leaves = jax.tree.leaves(tree, is_leaf=_is_array_metadata)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict as Config
 from transformers import PreTrainedTokenizerBase
 
 from posttrain_jax.assets import fetch
@@ -26,17 +26,15 @@ from posttrain_jax.errors import InputError
 from posttrain_jax.export_model import write_model_folder
 from posttrain_jax.load_model import Source, load_config, load_model, resolve
 from posttrain_jax.metrics import say
+from posttrain_jax.models.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.config import LoraConfig, ModelConfig
 from posttrain_jax.models.hf_config import config_from_hf
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.tokenizer import load_tokenizer
 from posttrain_jax.models.transformer import Model, make_model
 from posttrain_jax.optim import make_optimizer, make_schedule
 from posttrain_jax.sharding import host_data_shards, make_mesh, tree_shardings
 from posttrain_jax.trees import combine, partition
 from posttrain_jax.types import Array, PyTree
-
-Config = ml_collections.ConfigDict
 
 
 def mesh_from_config(config: Config) -> Mesh:
@@ -154,9 +152,13 @@ def _tokenizer(config: Config, source: Source | None, model_config: ModelConfig)
     elif source is not None:
         tokenizer = _tokenizer_of(source)
     else:
-        raise InputError('model.init=random needs model.tokenizer: a MODEL whose tokenizer to use, or "bytes".')
+        raise InputError(
+            'model.init=random needs model.tokenizer: a MODEL whose tokenizer to use, or "bytes".'
+        )
     if tokenizer is None:
-        raise InputError(f"{name or config.model.init} has no tokenizer; set model.tokenizer to a MODEL that has.")
+        raise InputError(
+            f"{name or config.model.init} has no tokenizer; set model.tokenizer to a MODEL that has."
+        )
     if len(tokenizer) > model_config.vocab_size:
         raise InputError(
             f"The tokenizer has {len(tokenizer)} tokens but the model's vocabulary is {model_config.vocab_size}; "
@@ -236,7 +238,11 @@ def micro_batches(config: Config, mesh: Mesh) -> int:
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if micro <= 0 or rows <= 0 or rows % micro or micro % shards:
         fitting = [n for n in range(shards, rows + 1, shards) if rows % n == 0]
-        advice = f"it could be {', '.join(map(str, fitting))}" if fitting else f"make rows_per_step a multiple of {shards}"
+        advice = (
+            f"it could be {', '.join(map(str, fitting))}"
+            if fitting
+            else f"make rows_per_step a multiple of {shards}"
+        )
         raise InputError(
             f"train.micro_rows={micro} must divide train.rows_per_step={rows} and be a multiple of "
             f"mesh.data x mesh.fsdp = {shards}: {advice}."
@@ -324,4 +330,3 @@ def seed_key(seed: int) -> Array:
     if not 0 <= seed < 2**31:
         raise InputError(f"seed is {seed}; it must be between 0 and 2147483647.")
     return jax.random.key(np.uint32(seed))
-

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
 from posttrain_jax.errors import InputError
@@ -70,8 +71,10 @@ def export_hf(
             if folder.exists():
                 os.replace(folder, pathlib.Path(scratch) / "replaced")
             os.replace(made, folder)
-    except OSError as error:
-        raise InputError(f"{folder}: the export cannot be written ({error.strerror or error}).") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{folder}: the export cannot be written ({error}); nothing was left there."
+        ) from error
 
 
 def write_model_folder(

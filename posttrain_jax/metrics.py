@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -69,39 +70,80 @@ def truncate_after(path: Path, step: int) -> None:
 def append_line(path: Path, row: dict[str, Any]) -> None:
     """Appends one JSON object as one line, in one write."""
     with path.open("ab") as file:
-        file.write(json.dumps(row, ensure_ascii=False, allow_nan=True).encode() + b"\n")
+        file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+
+
+def as_json(values: dict[str, float]) -> dict[str, float | str]:
+    """NaN and infinities as strings ("nan"), for JSON has no numbers for them."""
+    return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+
+
+class _Board:
+    """TensorBoard events, written here and now: tensorboardX's own writer has a thread that a full disk kills,
+    after which the run would wait for it forever."""
+
+    def __init__(self, folder: Path, *, last_kept: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._event = Event
+        self._scalar = scalar
+        self._writer = EventsWriter(str(folder / "events"))
+        # TensorBoard forgets what an earlier start of this run wrote beyond the checkpoint.
+        restart = SessionLog(status=SessionLog.START)
+        self._writer.write_event(Event(wall_time=time.time(), step=last_kept + 1, session_log=restart))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.write_event(
+                self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value))
+            )
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class MetricsWriter:
-    """`metrics.jsonl`, TensorBoard events, and W&B if asked, for one run."""
+    """`metrics.jsonl`, TensorBoard events, and W&B if asked, for one run.
 
-    def __init__(self, workdir: Path, *, start_step: int, tensorboard: bool, wandb_project: str, config: dict):
+    Args:
+      workdir: the run's folder.
+      last_kept: what an earlier start logged beyond this step is cut off; -1 = all of it.
+      tensorboard: whether to write events for it.
+      wandb_project: "" = off.
+      config: shown by W&B.
+    """
+
+    def __init__(self, workdir: Path, *, last_kept: int, tensorboard: bool, wandb_project: str, config: dict):
         self._path = workdir / "metrics.jsonl"
-        self._board = None
+        self._board: _Board | None = None
         self._wandb: Any = None
         self.active = jax.process_index() == 0
         if not self.active:
             return
-        truncate_after(self._path, start_step)
+        truncate_after(self._path, last_kept)
         if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+            self._board = _Board(workdir / "tensorboard", last_kept=last_kept)
         if wandb_project:
             import wandb
 
-            run_id = f"{workdir.name}-{abs(hash(str(workdir.absolute()))) % 10**8}"
-            self._wandb = wandb.init(project=wandb_project, name=workdir.name, id=run_id, resume="allow", config=config)
+            run_id = f"{workdir.name}-{zlib.crc32(str(workdir.absolute()).encode()):08x}"
+            self._wandb = wandb.init(
+                project=wandb_project, name=workdir.name, id=run_id, resume="allow", config=config
+            )
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One logged step. NaN and infinities are written as strings ("nan"), which is valid JSON."""
+        """One logged step."""
         if not self.active:
             return
-        safe = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-        append_line(self._path, {"step": step, "time": time.time(), **safe})
+        append_line(self._path, {"step": step, "time": time.time(), **as_json(values)})
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            self._board.write(step, values)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 

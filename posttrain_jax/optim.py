@@ -48,7 +48,7 @@ def make_schedule(
     """
     if name not in SCHEDULES:
         raise InputError(f"optim.schedule is {name!r}; use one of {', '.join(SCHEDULES)}.")
-    warmup_steps = int(round(warmup * steps)) if warmup < 1 else int(warmup)
+    warmup_steps = round(warmup * steps) if warmup < 1 else int(warmup)
     rest = max(steps - warmup_steps, 1)
 
     def schedule(step: Array) -> Array:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from posttrain_jax.errors import InputError
@@ -61,7 +61,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     )
 
 
-def ambient_mesh() -> Mesh | None:
+def ambient_mesh() -> AbstractMesh | None:
     """The mesh that the enclosing `jit_step` traces under, or None where there is none or it has one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
@@ -117,7 +117,9 @@ def host_data_shards(mesh: Mesh) -> tuple[int, int]:
     for row, devices in enumerate(flat):
         owners = {device.process_index for device in devices}
         if len(owners) > 1:
-            raise InputError("mesh.tensor must fit within one process; make it smaller or use mesh.fsdp instead.")
+            raise InputError(
+                "mesh.tensor must fit within one process; make it smaller or use mesh.fsdp instead."
+            )
         rows_per_process.setdefault(owners.pop(), set()).add(row)
     return sorted(rows_per_process).index(jax.process_index()), len(rows_per_process)
 

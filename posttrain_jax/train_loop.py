@@ -26,6 +26,7 @@ from posttrain_jax.metrics import (
     Accumulator,
     MetricsWriter,
     append_line,
+    as_json,
     peak_flops,
     plot_curves,
     progress_line,
@@ -112,15 +113,17 @@ class _Run:
         self.task = task
         self.options = options
         self.workdir = workdir
+        # A run that starts from the beginning evaluates before its first step, so even line 0 goes.
+        last_kept = start or -1
         self.writer = MetricsWriter(
             workdir,
-            start_step=start,
+            last_kept=last_kept,
             tensorboard=options.tensorboard,
             wandb_project=options.wandb_project,
             config=options.config,
         )
         if self.writer.active:
-            truncate_after(workdir / "samples.jsonl", start)
+            truncate_after(workdir / "samples.jsonl", last_kept)
         self.accumulator = Accumulator(meta.get("accumulator"))
         self.last: dict[str, float] = dict(meta.get("last", {}))
         self.pending: collections.deque[_Pending] = collections.deque()
@@ -129,6 +132,24 @@ class _Run:
         self.window_started = time.perf_counter()
         self.window_tokens = 0.0
         self.window_first = start + 1
+        self.first_profiled, self.last_profiled = _profile_window(options.profile)
+        self.profiling = False
+
+    def start_profile(self, step: int) -> None:
+        """Begins the trace when `step` is the first of the window (or the first of a run resumed inside it)."""
+        inside = self.first_profiled <= step <= self.last_profiled
+        if inside and not self.profiling:
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+            self.profiling = True
+
+    def stop_profile(self, state: TrainState, step: int, *, last: bool) -> None:
+        """Writes the trace after the last step of the window, or of the run."""
+        if not self.profiling or (step < self.last_profiled and not last):
+            return
+        jax.block_until_ready(state)
+        jax.profiler.stop_trace()
+        self.profiling = False
+        say(f"Profile up to step {step}: {self.workdir / 'profile'} (open it with XProf).")
 
     def read_one(self) -> None:
         """Waits for the oldest dispatched step and does what its metrics call for."""
@@ -187,18 +208,27 @@ class _Run:
         while self.pending:
             self.read_one()
 
-    def evaluate(self, state: TrainState, step: int) -> None:
-        """Held-out metrics and the samples of fixed prompts, written under `step`."""
+    def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+        """Held-out metrics (returned) and the samples of fixed prompts, written under `step`.
+
+        Raises:
+          InputError: `checkpoint.best_metric` is not among the metrics.
+        """
         values = self.task.evaluate(state) if self.task.evaluate is not None else {}
+        best = self.options.best_metric
+        if best and best not in values:
+            have = f"one of {', '.join(values)}" if values else "nothing, for data.eval is not set"
+            raise InputError(f"checkpoint.best_metric is {best!r}, but the evaluation gives {have}.")
         samples = self.task.sample(state) if self.task.sample is not None else []
         if values:
             self.last.update(values)
             self.writer.write(step, values)
-            say("evaluation at step %d: " % step + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+            say(f"evaluation at step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
         if self.writer.active:
             for row in samples:
                 append_line(self.workdir / "samples.jsonl", {"step": step, **row})
         self.reset_window(step)
+        return values
 
     def meta(self, git_hash: str) -> dict[str, Any]:
         """What a checkpoint needs besides arrays, as JSON."""
@@ -217,7 +247,21 @@ def train(task: Task, options: LoopOptions, workdir: Path) -> Summary:
     Raises:
       InputError: too many non-finite updates in a row, a full disk, a checkpoint that does not fit.
     """
+    preemption = _Preemption()
     checkpoints = Checkpoints(workdir, keep=options.keep, best_metric=options.best_metric)
+    try:
+        return _train(task, options, workdir, checkpoints, preemption)
+    except OSError as error:
+        raise checkpoints.explain(error) from error
+    finally:
+        preemption.close()
+        task.rows.close()
+        checkpoints.abandon()
+
+
+def _train(
+    task: Task, options: LoopOptions, workdir: Path, checkpoints: Checkpoints, preemption: _Preemption
+) -> Summary:
     restored = checkpoints.restore(task.abstract_state)
     if restored is None:
         state, start, meta = task.init_state(), 0, {}
@@ -229,8 +273,6 @@ def train(task: Task, options: LoopOptions, workdir: Path) -> Summary:
 
     git_hash = _git_hash()
     run = _Run(task, options, workdir, start, meta)
-    preemption = _Preemption()
-    first_profiled, last_profiled = _profile_window(options.profile)
     status = "complete"
     if start == 0:
         run.evaluate(state, 0)
@@ -238,40 +280,35 @@ def train(task: Task, options: LoopOptions, workdir: Path) -> Summary:
     try:
         while step < task.steps:
             rows = next(task.rows)
-            if step + 1 == first_profiled:
-                jax.profiler.start_trace(str(workdir / "profile"))
+            run.start_profile(step + 1)
             state, metrics = task.train_step(state, task.put(rows.arrays))
             step += 1
             run.pending.append(_Pending(step, metrics, rows.row_ids))
             if len(run.pending) > 1:
                 run.read_one()
-            if step == last_profiled:
-                jax.block_until_ready(state)
-                jax.profiler.stop_trace()
-                say(f"Profile of steps {options.profile}: {workdir / 'profile'} (open it with XProf).")
             stop = preemption.stop_after(step)
             last = step == task.steps
+            run.stop_profile(state, step, last=last or stop)
+            evaluated: dict[str, float] = {}
             if last or (options.eval_every and step % options.eval_every == 0):
                 run.drain()
-                run.evaluate(state, step)
+                evaluated = run.evaluate(state, step)
             if last or stop or (options.checkpoint_every and step % options.checkpoint_every == 0):
                 run.drain()
                 run.writer.sync()
-                checkpoints.save(state, run.meta(git_hash), run.last)
+                checkpoints.save(state, run.meta(git_hash), evaluated)
             if stop and not last:
                 status = "preempted"
                 break
         run.drain()
         checkpoints.close()
     finally:
-        preemption.close()
         run.writer.close()
-        task.rows.close()
     summary = Summary(status=status, final_step=step, metrics=run.last)
     if jax.process_index() == 0:
         if (workdir / "metrics.jsonl").is_file():
             plot_curves(workdir / "metrics.jsonl", workdir / "curves.png")
-        _write_json(workdir / "summary.json", dataclasses.asdict(summary))
+        _write_json(workdir / "summary.json", {**dataclasses.asdict(summary), "metrics": as_json(run.last)})
     say(f"{status} at step {step}: {workdir}")
     return summary
 

@@ -11,7 +11,7 @@ from posttrain_jax.types import Array, PyTree
 
 
 def leaf_path(key_path: tuple) -> str:
-    """"layers/attn/q/kernel" from JAX's key path; works for dicts, dataclasses, tuples and named tuples."""
+    """ "layers/attn/q/kernel" from JAX's key path; works for dicts, dataclasses, tuples and named tuples."""
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 

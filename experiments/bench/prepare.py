@@ -25,7 +25,9 @@ SEED = 0
 
 def main() -> None:
     """Does nothing when the folder is there already."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--max_length", type=int, default=512)
@@ -59,8 +61,13 @@ def main() -> None:
         # Best fit puts the fullest rows first; shuffled, every step has about as many tokens.
         row_order = np.random.default_rng(SEED + 1).permutation(len(packed))
         arrays = [packed[int(row)] for row in row_order]
+        stacked = {key: np.stack([row[key] for row in arrays]) for key in packing.KEYS}
         np.savez(
-            flags.out / "packed.npz", **{key: np.stack([row[key] for row in arrays]) for key in packing.KEYS}
+            flags.out / "packed.npz",
+            tokens=stacked["tokens"],
+            loss_mask=stacked["loss_mask"],
+            segment_ids=stacked["segment_ids"],
+            positions=stacked["positions"],
         )
         with (flags.out / "sequences.jsonl").open("w", encoding="utf-8") as out:
             for i in range(len(source)):

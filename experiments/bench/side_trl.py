@@ -1,8 +1,9 @@
 """TRL's SFTTrainer on the prepared sequences, which it is given as token ids and labels.
 
-Variants, joined by commas (the default is what was fastest; see README.md):
+Variants, joined by commas:
+  ""             a step pads its sequences to the longest of them
   packed         TRL packs (best-fit decreasing) and flattens a step's rows into one (padding-free)
-  checkpointing  gradient checkpointing on, which is TRL's own default; off here, because it is slower
+  checkpointing  gradient checkpointing, which is TRL's own default: less memory, more time
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import transformers
 import trl
 
 from experiments.bench.adapters import lora_config
-from experiments.bench.contract import Recorder, Settings, load_sequences, parse_settings
+from experiments.bench.contract import Recorder, Settings, load_packed, load_sequences, parse_settings
 
 VARIANTS = {"packed", "checkpointing"}
 
@@ -27,17 +28,22 @@ class CountingTrainer(trl.SFTTrainer):
 
     recorder: Recorder
     real = trained = 0
+    last_loss = float("nan")
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """As in TRL, after counting."""
         labels = inputs["labels"]
         mask = inputs.get("attention_mask")
-        # Padding-free batches have no mask: their padding, if any, is a run of zeros after the last position.
-        self.real = int(mask.sum()) if mask is not None else labels.numel()
+        self.real = int(mask.sum()) if mask is not None else count_unpadded(inputs["position_ids"][0])
         self.trained = int((labels[:, 1:] != -100).sum())
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.last_loss = loss.item()
         return loss
+
+
+def count_unpadded(positions: torch.Tensor) -> int:
+    """Tokens in a padding-free batch, which has no mask: its padding is a run of position 0 at the end."""
+    return int(positions.nonzero()[-1]) + 1
 
 
 class StepTimes(transformers.TrainerCallback):
@@ -54,9 +60,7 @@ class StepTimes(transformers.TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """The optimiser has stepped."""
         assert self.trainer is not None
-        self.recorder.step(
-            loss=self.trainer.last_loss, real=self.trainer.real, trained=self.trainer.trained
-        )
+        self.recorder.step(loss=self.trainer.last_loss, real=self.trainer.real, trained=self.trainer.trained)
 
 
 def make_trainer(settings: Settings, folder: str, recorder: Recorder) -> CountingTrainer:
@@ -84,7 +88,7 @@ def make_trainer(settings: Settings, folder: str, recorder: Recorder) -> Countin
         use_cpu=True,
         gradient_checkpointing="checkpointing" in chosen,
         packing="packed" in chosen,
-        max_length=max(len(row["input_ids"]) for row in sequences) if "packed" not in chosen else packed_length(settings),
+        max_length=load_packed(settings.rows).tokens.shape[1],
         train_sampling_strategy="sequential",
         save_strategy="no",
         report_to="none",
@@ -104,13 +108,6 @@ def make_trainer(settings: Settings, folder: str, recorder: Recorder) -> Countin
     )
     times.trainer = trainer
     return trainer
-
-
-def packed_length(settings: Settings) -> int:
-    """The row length that the rows were prepared for."""
-    from experiments.bench.contract import load_packed
-
-    return load_packed(settings.rows).tokens.shape[1]
 
 
 def main() -> None:

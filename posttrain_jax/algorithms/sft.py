@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict as Config
 
 from posttrain_jax.data.loader import eval_batches
 from posttrain_jax.data.packing import PackedRows
 from posttrain_jax.experiment import (
-    Config,
     Policy,
     abstract_on_mesh,
     fixed_prompts,
@@ -125,12 +125,12 @@ def train_step(
 def eval_step(params: PyTree, batch: Batch, *, model: Model) -> Metrics:
     """Held-out loss on rows `[1, B, T]`: per token, and per sequence (each sequence's summed loss)."""
     rows = jax.tree.map(lambda leaf: leaf[0], batch)
-    total, logps_BT, metrics = token_losses(params, rows, model=model)
+    _, logps_BT, metrics = token_losses(params, rows, model=model)
     mask_BT = shift_left(rows.loss_mask)
     time = mask_BT.shape[1]
-    has_target_BS = jax.vmap(
-        lambda mask, segments: jnp.zeros((time + 1,), bool).at[segments].max(mask != 0)
-    )(mask_BT, rows.segment_ids)
+    has_target_BS = jax.vmap(lambda mask, segments: jnp.zeros((time + 1,), bool).at[segments].max(mask != 0))(
+        mask_BT, rows.segment_ids
+    )
     sequences = jnp.sum(has_target_BS[:, 1:], dtype=jnp.float32)
     return {
         "eval/loss": metrics["loss"],
@@ -222,15 +222,14 @@ def _evaluation(
     return evaluate
 
 
-def _sampling(
-    config: Config, policy: Policy, mesh: Mesh
-) -> Callable[[TrainState], list[dict[str, Any]]]:
+def _sampling(config: Config, policy: Policy, mesh: Mesh) -> Callable[[TrainState], list[dict[str, Any]]]:
     """Greedy answers to the fixed prompts, for `samples.jsonl`."""
     tokenizer = policy.tokenizer
     stops = stop_token_ids(policy.model.config, tokenizer)
     prompts = [
         np.asarray(
-            tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"], np.int32
+            tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"],
+            np.int32,
         )
         for chat in fixed_prompts(config)
     ]

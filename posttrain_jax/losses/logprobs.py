@@ -162,10 +162,17 @@ def _forward(
 
     def body(index: Array, out: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         chunk = _forward_chunk(_slice(hidden, index, plan), head, _slice(targets, index, plan), projection)
-        parts = (chunk.logps_C, chunk.is_argmax_C, chunk.normaliser_C)
         keep = _slice(plan.kept, index, plan)
-        parts = tuple(jnp.where(keep, part, 0).astype(values.dtype) for part, values in zip(parts, out, strict=True))
-        return tuple(_store(values, part, index, plan) for values, part in zip(out, parts, strict=True))
+
+        def kept(part: Array) -> Array:
+            return jnp.where(keep, part, 0).astype(jnp.float32)
+
+        logps, is_argmax, normaliser = out
+        return (
+            _store(logps, kept(chunk.logps_C), index, plan),
+            _store(is_argmax, kept(chunk.is_argmax_C), index, plan),
+            _store(normaliser, kept(chunk.normaliser_C), index, plan),
+        )
 
     empty = jnp.zeros(plan.kept.shape, jnp.float32)
     logps, is_argmax, normaliser = jax.lax.fori_loop(0, plan.chunks, body, (empty, empty, empty))
@@ -238,15 +245,20 @@ def token_logps(
     return _forward(hidden_ND, head_VD, targets_N, mask_N, projection)[0]
 
 
-def _token_logps_fwd(hidden_ND, head_VD, targets_N, mask_N, projection):  # noqa: ANN001, ANN202
+def _token_logps_fwd(hidden_ND, head_VD, targets_N, mask_N, projection):
     logps_N = _forward(hidden_ND, head_VD, targets_N, mask_N, projection)[0]
     return logps_N, (hidden_ND, head_VD, targets_N, mask_N)
 
 
-def _token_logps_bwd(projection, residuals, cotangent_N):  # noqa: ANN001, ANN202
+def _token_logps_bwd(projection, residuals, cotangent_N):
     hidden_ND, head_VD, targets_N, mask_N = residuals
     _, _, d_hidden, d_head = _gradients(hidden_ND, head_VD, targets_N, mask_N, cotangent_N, projection)
-    return d_hidden.astype(hidden_ND.dtype), d_head.astype(head_VD.dtype), _int_zero(targets_N), _int_zero(mask_N)
+    return (
+        d_hidden.astype(hidden_ND.dtype),
+        d_head.astype(head_VD.dtype),
+        _int_zero(targets_N),
+        _int_zero(mask_N),
+    )
 
 
 token_logps.defvjp(_token_logps_fwd, _token_logps_bwd)
@@ -266,7 +278,7 @@ def sum_logps(
     return jnp.sum(logps_N), logps_N, is_argmax_N
 
 
-def _sum_logps_fwd(hidden_ND, head_VD, targets_N, mask_N, projection):  # noqa: ANN001, ANN202
+def _sum_logps_fwd(hidden_ND, head_VD, targets_N, mask_N, projection):
     ones_N = jnp.ones(mask_N.shape, jnp.float32)
     logps_N, is_argmax_N, d_hidden, d_head = _gradients(
         hidden_ND, head_VD, targets_N, mask_N, ones_N, projection
@@ -275,7 +287,7 @@ def _sum_logps_fwd(hidden_ND, head_VD, targets_N, mask_N, projection):  # noqa: 
     return (jnp.sum(logps_N), logps_N, is_argmax_N), residuals
 
 
-def _sum_logps_bwd(projection, residuals, cotangents):  # noqa: ANN001, ANN202
+def _sum_logps_bwd(projection, residuals, cotangents):
     d_hidden, d_head, targets_N, mask_N = residuals
     scale = cotangents[0]
     return (

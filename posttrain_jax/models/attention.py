@@ -1,4 +1,4 @@
-"""Who may attend to whom, and three implementations of attention under that mask: xla, cudnn, splash."""
+"""Who may attend to whom, and four implementations of attention under that mask: xla, blocks, cudnn, splash."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from posttrain_jax.errors import InputError
+from posttrain_jax.models.block_attention import BLOCK, BlockRule, block_attention
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.sharding import BATCH_AXES, ambient_mesh
 from posttrain_jax.types import Array
 
-IMPLEMENTATIONS = ("xla", "cudnn", "splash")
+IMPLEMENTATIONS = ("xla", "blocks", "cudnn", "splash")
 QUERY_BLOCK = 256
 SPLASH_LANES = 128
 MASKED_SCORE = -1e30
@@ -78,13 +80,13 @@ class AttentionMask:
 
 
 def default_implementation(config: ModelConfig, dtype: str) -> str:
-    """Splash on TPU, cuDNN on GPU where it can (bfloat16, no soft cap, heads up to 128), else XLA."""
+    """Splash on TPU; cuDNN on GPU where it can (bfloat16, no soft cap, heads up to 128), else XLA; blocks on CPU."""
     platform = jax.default_backend()
     if platform == "tpu":
         return "splash"
     if platform == "gpu" and dtype == "bfloat16" and not config.attn_softcap and config.head_dim <= 128:
         return "cudnn"
-    return "xla"
+    return "blocks" if platform == "cpu" else "xla"
 
 
 def attend(
@@ -99,12 +101,15 @@ def attend(
 ) -> Array:
     """softmax(query_scale * q k^T, soft-capped, masked) v, `[B, T, H, K]`.
 
-    Softmax in float32. `is_local` is a scalar bool array: whether this (scanned) layer uses the window.
+    Softmax in float32. `is_local` is a scalar bool array: whether this (scanned) layer uses the window. Splash and
+    blocks work on packed rows; with a cache (or, for blocks, rows of an odd length) XLA takes their place.
     """
     if implementation == "cudnn":
         return _attend_cudnn(q_BTHK, k_BSGK, v_BSGK, mask, is_local, config)
     if implementation == "splash" and mask.packed:
         return _attend_splash(q_BTHK, k_BSGK, v_BSGK, mask, is_local, config)
+    if implementation == "blocks" and mask.packed and q_BTHK.shape[1] % BLOCK == 0:
+        return _attend_blocks(q_BTHK, k_BSGK, v_BSGK, mask, is_local, config)
     return _attend_xla(q_BTHK, k_BSGK, v_BSGK, mask, is_local, config)
 
 
@@ -182,7 +187,7 @@ def _blockwise(
     return _blockwise_fwd(q_BGMTK, k_BGSK, v_BGSK, mask, local, rule)[0]
 
 
-def _blockwise_fwd(q_BGMTK, k_BGSK, v_BGSK, mask, local, rule):  # noqa: ANN001, ANN202
+def _blockwise_fwd(q_BGMTK, k_BGSK, v_BGSK, mask, local, rule):
     shape = q_BGMTK.shape
     outs, normalisers = [], []
     for block in _blocks(shape[3], k_BGSK.shape[2], mask.packed):
@@ -202,7 +207,7 @@ def _blockwise_fwd(q_BGMTK, k_BGSK, v_BGSK, mask, local, rule):  # noqa: ANN001,
     return out_BGMTK, (q_BGMTK, k_BGSK, v_BGSK, mask, local, out_BGMTK, normaliser_BGMT)
 
 
-def _blockwise_bwd(rule, residuals, d_out_BGMTK):  # noqa: ANN001, ANN202
+def _blockwise_bwd(rule, residuals, d_out_BGMTK):
     q_BGMTK, k_BGSK, v_BGSK, mask, local, out_BGMTK, normaliser_BGMT = residuals
     dtype, shape = q_BGMTK.dtype, q_BGMTK.shape
     delta_BGMT = jnp.sum(d_out_BGMTK.astype(jnp.float32) * out_BGMTK.astype(jnp.float32), axis=-1)
@@ -234,6 +239,34 @@ def _blockwise_bwd(rule, residuals, d_out_BGMTK):  # noqa: ANN001, ANN202
 
 
 _blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)
+
+
+def _attend_blocks(
+    q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask: AttentionMask, is_local: Array, config: ModelConfig
+) -> Array:
+    """`block_attention`, on each device's own rows and heads."""
+    time = q_BTHK.shape[1]
+    window = jnp.asarray(time, jnp.int32)
+    if config.any_local:
+        window = jnp.where(is_local, jnp.int32(config.sliding_window), window)
+    rule = BlockRule(scale=config.query_scale, softcap=config.attn_softcap)
+    kernel = functools.partial(block_attention, rule=rule)
+    mesh = ambient_mesh()
+    if mesh is not None:
+        rows = P(BATCH_AXES, None, _head_axis(mesh, config), None)
+        kernel = jax.shard_map(
+            kernel,
+            mesh=mesh,
+            in_specs=(rows, rows, rows, P(BATCH_AXES, None), P()),
+            out_specs=rows,
+            check_vma=False,
+        )
+    return kernel(q_BTHK, k_BSGK, v_BSGK, mask.query_segments_BT, window)
+
+
+def _head_axis(mesh: AbstractMesh, config: ModelConfig) -> str | None:
+    """The tensor axis where it divides the key heads, else None: every device computes all heads."""
+    return "tensor" if config.n_kv_heads % mesh.shape["tensor"] == 0 else None
 
 
 def _attend_cudnn(
@@ -283,8 +316,7 @@ def _attend_splash(
         )
         mesh = ambient_mesh()
         if mesh is not None:
-            tensor = "tensor" if k_BGSK.shape[1] % mesh.shape["tensor"] == 0 else None
-            rows = P(BATCH_AXES, tensor, None, None)
+            rows = P(BATCH_AXES, _head_axis(mesh, config), None, None)
             kernel = jax.shard_map(
                 kernel,
                 mesh=mesh,

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
-
-from posttrain_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

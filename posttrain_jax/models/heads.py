@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from posttrain_jax.losses import logprobs
@@ -51,7 +51,7 @@ def sum_logps(
 class _Layout:
     """How this call is split: specs of rows, of the head coming in, and of the head's gradient going out."""
 
-    mesh: Mesh
+    mesh: AbstractMesh
     projection: Projection
     head: P
     head_gradient: P
@@ -138,15 +138,15 @@ def _int_zero(values: Array) -> np.ndarray:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _sharded_token_logps(hidden, head, targets, mask, projection):  # noqa: ANN001, ANN202
+def _sharded_token_logps(hidden, head, targets, mask, projection):
     return _forward(hidden, head, targets, mask, projection)[0]
 
 
-def _sharded_token_logps_fwd(hidden, head, targets, mask, projection):  # noqa: ANN001, ANN202
+def _sharded_token_logps_fwd(hidden, head, targets, mask, projection):
     return _forward(hidden, head, targets, mask, projection)[0], (hidden, head, targets, mask)
 
 
-def _sharded_token_logps_bwd(projection, residuals, cotangent):  # noqa: ANN001, ANN202
+def _sharded_token_logps_bwd(projection, residuals, cotangent):
     hidden, head, targets, mask = residuals
     layout = _layout(head, projection)
     _, _, d_hidden, d_head = _gradients(hidden, head, targets, mask, cotangent, layout)
@@ -157,12 +157,12 @@ _sharded_token_logps.defvjp(_sharded_token_logps_fwd, _sharded_token_logps_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _sharded_sum_logps(hidden, head, targets, mask, projection):  # noqa: ANN001, ANN202
+def _sharded_sum_logps(hidden, head, targets, mask, projection):
     logps, is_argmax = _forward(hidden, head, targets, mask, projection)
     return jnp.sum(logps), logps, is_argmax
 
 
-def _sharded_sum_logps_fwd(hidden, head, targets, mask, projection):  # noqa: ANN001, ANN202
+def _sharded_sum_logps_fwd(hidden, head, targets, mask, projection):
     layout = _layout(head, projection)
     weights = jnp.ones(mask.shape, jnp.float32)
     logps, is_argmax, d_hidden, d_head = _gradients(hidden, head, targets, mask, weights, layout)
@@ -170,7 +170,7 @@ def _sharded_sum_logps_fwd(hidden, head, targets, mask, projection):  # noqa: AN
     return (jnp.sum(logps), logps, is_argmax), residuals
 
 
-def _sharded_sum_logps_bwd(projection, residuals, cotangents):  # noqa: ANN001, ANN202
+def _sharded_sum_logps_bwd(projection, residuals, cotangents):
     d_hidden, d_head, targets, mask = residuals
     scale = cotangents[0]
     return (

@@ -29,6 +29,28 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+_NOT_KEPT = (
+    "quantization_config",
+    "auto_map",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "rope_parameters",
+)
+"""Fields of an original config.json that an export drops: no longer true, or (`rope_parameters`) silently ignored by
+transformers 4, which would then use its default RoPE."""
+
+_ALWAYS_OURS = (
+    "architectures",
+    "model_type",
+    "vocab_size",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "rope_theta",
+    "rope_scaling",
+    "rope_local_base_freq",
+)
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 
 
@@ -215,16 +237,8 @@ def config_to_hf(config: ModelConfig, original: dict[str, Any] | None = None) ->
     written = _fields(config)
     if original is None:
         return written
-    kept = {k: v for k, v in text_config(original).items() if k not in ("quantization_config", "auto_map")}
-    tokens = {key: written.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size")}
-    merged = {
-        **kept,
-        **tokens,
-        "architectures": written["architectures"],
-        "model_type": written["model_type"],
-    }
-    for key in ("torch_dtype", "dtype", "transformers_version"):
-        merged.pop(key, None)
+    kept = {key: value for key, value in text_config(original).items() if key not in _NOT_KEPT}
+    merged = {**kept, **{key: written[key] for key in _ALWAYS_OURS if key in written}}
     return merged if config_from_hf(merged) == config else written
 
 

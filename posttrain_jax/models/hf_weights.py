@@ -34,8 +34,8 @@ def load_safetensors(
 ) -> PyTree:
     """The parameters of a Hugging Face folder (model.safetensors, or shards with their index).
 
-    Only the slices that this host's devices need are read; beside the result, the host holds one device's part of
-    one parameter.
+    Only the slices that this host's devices need are read, one parameter after the other: the host never holds a
+    second copy of the model.
 
     Args:
       shardings: a tree of shardings like the parameters, or None for the default device.

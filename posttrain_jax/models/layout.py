@@ -6,6 +6,10 @@ One table serves import, export, adapters and tests, so that they cannot disagre
 from __future__ import annotations
 
 import dataclasses
+import gc
+import math
+import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -141,7 +145,7 @@ Read = Callable[[Leaf, int, tuple[slice, ...]], np.ndarray]
 def build(config: ModelConfig, read: Read, shardings: PyTree | None, dtype: Any) -> PyTree:
     """The parameter tree, each leaf read straight into its place.
 
-    Holds on the host, besides the result, one device's part of one leaf.
+    Holds on the host, besides the result, what its devices need of one leaf.
 
     Args:
       read: reads one layer's tensor, or a part of it.
@@ -151,16 +155,22 @@ def build(config: ModelConfig, read: Read, shardings: PyTree | None, dtype: Any)
     params: dict[str, Any] = {}
     for leaf in leaves(config):
         sharding = None if shardings is None else get_path(shardings, leaf.path)
-        value = _build_leaf(leaf, read, sharding, jnp.dtype(dtype))
-        value.block_until_ready()  # else the host keeps the buffers of every leaf that is still being copied
-        set_path(params, leaf.path, value)
+        set_path(params, leaf.path, _build_leaf(leaf, read, sharding, jnp.dtype(dtype)))
     return params
 
 
 def _build_leaf(leaf: Leaf, read: Read, sharding: jax.sharding.Sharding | None, dtype: np.dtype) -> Array:
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        index = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, leaf.shape, strict=True))
-        out = np.empty([i.stop - i.start for i in index], dtype)
+    made: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # devices that hold the same part share it
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        index = index or (slice(None),) * len(leaf.shape)
+        bounds = tuple(i.indices(n)[:2] for i, n in zip(index, leaf.shape, strict=True))
+        if bounds not in made:
+            made[bounds] = read_part(tuple(slice(*pair) for pair in bounds))
+        return made[bounds]
+
+    def read_part(index: tuple[slice, ...]) -> np.ndarray:
+        out = _staging([i.stop - i.start for i in index], dtype)
         if not leaf.stacked:
             out[:] = read(leaf, 0, index)
             return out
@@ -171,5 +181,36 @@ def _build_leaf(leaf: Leaf, read: Read, sharding: jax.sharding.Sharding | None, 
         return out
 
     if sharding is None:
-        return jax.device_put(part((slice(None),) * len(leaf.shape)))
-    return jax.make_array_from_callback(leaf.shape, sharding, part, dtype)
+        value = jax.device_put(part(None))
+    else:
+        value = jax.make_array_from_callback(leaf.shape, sharding, part, dtype)
+    value.block_until_ready()
+    buffers = [weakref.ref(buffer) for buffer in made.values()]
+    made.clear()
+    _wait_until_freed(buffers)
+    return value
+
+
+def _staging(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """An empty host buffer that jax copies from.
+
+    A buffer on a 64-byte boundary would be used in place on the CPU, and such an array cannot be donated to a step.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 128, np.uint8)
+    start = -memory.ctypes.data % 64 + 16
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _wait_until_freed(buffers: list[weakref.ref[np.ndarray]]) -> None:
+    """Waits (at most 10 s) until jaxlib has let go of host buffers that it has copied.
+
+    It does so a little after the copy, when Python collects garbage; without the wait, a fast disk gets ahead of it
+    and the host holds several parameters at once.
+    """
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        gc.collect(0)
+        if all(buffer() is None for buffer in buffers):
+            return
+        time.sleep(0.001)

@@ -10,6 +10,7 @@ import pathlib
 import tempfile
 from typing import Any
 
+import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from posttrain_jax.assets import cache_root
@@ -96,7 +97,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     try:
         text = tokenizer.apply_chat_template(chat, tokenize=False)
-    except Exception:  # a template may refuse any conversation, with jinja's or Python's errors
+    except (jinja2.TemplateError, TypeError, ValueError):  # the template refuses this conversation
         return None
     tail = tokenizer(
         text[text.rindex(answer) + len(answer) :] if answer in text else "", add_special_tokens=False

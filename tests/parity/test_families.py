@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM
 from parity.torch_families import FAMILIES, make_config, make_model
 from posttrain_jax.export_model import export_hf
 from posttrain_jax.load_model import LoadedModel, load_model
+from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.transformer import init_cache
+from posttrain_jax.models.transformer import make_model as make_ours
 
 LENGTH = 24  # longer than every sliding window in FAMILIES
 
@@ -149,3 +151,36 @@ def test_export_import_is_bit_exact_and_loads_in_transformers(pair: Pair, tmp_pa
         with torch.no_grad():
             logits = theirs(torch.tensor(pair.tokens_BT)).logits.numpy()
         np.testing.assert_array_equal(logits, pair.reference_logits(pair.tokens_BT))
+
+
+def wrong_numbers(config: ModelConfig) -> list[ModelConfig]:
+    """The config with one number off, for every number that a family may have got wrong."""
+    change = dataclasses.replace
+    rope = change(config.rope, theta=config.rope.theta * 2)
+    out = [change(config, rope=rope, rope_local=rope), change(config, query_scale=config.query_scale * 0.8)]
+    out.append(change(config, norm_eps=config.norm_eps + 0.05))
+    if config.rope.scaling != "none":
+        unscaled = change(config.rope, scaling="none")
+        out.append(change(config, rope=unscaled, rope_local=unscaled))
+    if config.rope.scaling == "llama3":
+        out.append(change(config, rope=change(config.rope, high_freq_factor=2.0)))
+    if config.any_local:
+        out.append(change(config, sliding_window=config.sliding_window + 1))
+        out.append(change(config, local_layers=config.local_layers[1:] + config.local_layers[:1]))
+    if config.any_local and config.any_global and config.rope != config.rope_local:
+        out.append(change(config, rope=config.rope_local, rope_local=config.rope))
+    if config.attn_softcap:
+        out.append(change(config, attn_softcap=config.attn_softcap * 1.1))
+    if config.logits_softcap:
+        out.append(change(config, logits_softcap=config.logits_softcap * 1.1))
+    if config.embed_scale != 1:
+        out.append(change(config, embed_scale=1.0))
+    return [wrong for wrong in out if wrong != config]
+
+
+def test_a_wrong_number_shows(pair: Pair) -> None:
+    """The tests above can fail: each number of the config moves the logits by ten times their tolerance."""
+    reference = pair.reference_logits(pair.tokens_BT[:1])
+    for wrong in wrong_numbers(pair.ours.config):
+        logits = np.asarray(make_ours(wrong).apply(pair.ours.params, pair.tokens_BT[:1]).logits_BTV)
+        assert np.abs(logits - reference).max() > 1e-3 * np.abs(reference).max(), wrong

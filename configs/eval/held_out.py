@@ -1,0 +1,51 @@
+"""Held-out loss and perplexity, per token and per sequence, with 95 % bootstrap intervals over sequences.
+
+Command: python -m launch.evaluate --model=MODEL --config=configs/eval/held_out.py --out=DIR
+By default the 99 rows that configs/sft/smollm2_135m.py holds out of alpaca_en_demo (`python -m launch.fetch
+alpaca_en_demo`): about a minute for SmolLM2-135M on 2 CPU cores. Variants: `:tiny` (seconds, no download).
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The evaluation; see the module's docstring for the variants."""
+    config = ConfigDict()
+    config.seed = 0  # of "split:" and of the bootstrap
+
+    config.data = ConfigDict()
+    config.data.train = "asset:alpaca_en_demo"  # what "split:" is taken from
+    config.data.eval = (
+        "split:99"  # path, folder, hf:NAME, tfds:NAME, or "split:0.05" / "split:200" of data.train
+    )
+    config.data.max_length = 1024  # tokens per row
+    config.data.pack = True
+    config.data.truncate = "right"  # right, drop, error
+    config.data.on_bad_row = "stop"  # stop, skip
+    config.data.train_on = "all_turns"  # all_turns, last_turn
+    config.data.chat_template = ""  # "" = the model's own; a path or the text
+
+    config.eval = ConfigDict()
+    config.eval.batch_rows = 4
+    config.eval.bootstrap = 1000  # resamples
+
+    config.model = ConfigDict()
+    config.model.dtype = "float32"  # compute dtype
+    config.model.attention = "auto"  # auto, xla, cudnn (GPU), splash (TPU)
+    config.model.ema = False  # of a workdir: the moving average of the weights
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # -1 = the devices that are left
+    config.mesh.fsdp = 1
+    config.mesh.tensor = 1
+
+    if variant == "tiny":
+        config.data.train = "configs/tiny/chats.jsonl"
+        config.data.eval = "split:0.2"
+        config.data.max_length = 256
+        config.eval.batch_rows, config.eval.bootstrap = 2, 100
+    elif variant:
+        raise ValueError(f"unknown variant {variant!r}; use tiny")
+    return config

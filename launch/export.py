@@ -1,0 +1,139 @@
+"""Exports a trained model as a Hugging Face folder that `transformers` loads with equal logits.
+
+Also turns any other MODEL into one (a .gguf file, for instance), and LoRA runs into PEFT adapters.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from launch import entry
+from posttrain_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from posttrain_jax.load_model import LoadedModel
+
+EXAMPLE = "python -m launch.export --workdir=runs/smollm2 --out=exports/smollm2"
+
+
+def define_flags() -> None:
+    """The command line; not at import, so that modules with like-named flags can be imported together."""
+    flags.DEFINE_string("workdir", None, "The run, DIR or DIR@STEP (or any other MODEL).")
+    flags.DEFINE_string("out", None, "The folder to write.")
+    flags.DEFINE_string("dtype", "float32", "Type of the weights in the export: float32 or bfloat16.")
+    flags.DEFINE_bool("adapter_only", False, "Write the LoRA adapter alone, in PEFT's format, not merged.")
+    flags.DEFINE_bool("ema", False, "The moving average of the weights instead of the last ones.")
+    flags.DEFINE_bool("overwrite", False, "Replace what is in the folder.")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exports, and prints where the folder lies."""
+    del argv
+    given = flags.FLAGS
+    if given.workdir is None or given.out is None:
+        raise InputError(f"--workdir and --out are needed; an example: {EXAMPLE}")
+    entry.set_up_jax()
+    out = Path(given.out).expanduser()
+    step = export(
+        given.workdir,
+        out,
+        dtype=given.dtype,
+        adapter_only=given.adapter_only,
+        ema=given.ema,
+        overwrite=given.overwrite,
+    )
+    what = "adapter" if given.adapter_only else "model"
+    print(f"The {what}{'' if step is None else f' of step {step}'} lies in {out}.")
+    return 0
+
+
+def export(
+    name: str,
+    out: Path,
+    *,
+    dtype: str = "float32",
+    adapter_only: bool = False,
+    ema: bool = False,
+    overwrite: bool = False,
+) -> int | None:
+    """Writes the folder `out`; returns the step of the checkpoint that was taken.
+
+    Raises:
+      InputError: no such run or step, a run without an adapter, or something in the folder already.
+    """
+    from posttrain_jax.export_model import export_hf
+    from posttrain_jax.load_model import load_model, resolve
+
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"--dtype={dtype} is not a type that can be exported; use float32 or bfloat16.")
+    source = resolve(name)
+    _refuse(out, overwrite, source.path)
+    if ema and source.kind != "workdir":
+        raise InputError(f"--ema: {name} is no workdir, so it has no moving average of its weights.")
+    loaded = load_model(source, ema=ema)
+    if adapter_only:
+        _export_adapter(loaded, out)
+        return loaded.source.step
+    export_hf(
+        out,
+        config=loaded.config,
+        params=loaded.params,
+        tokenizer=loaded.tokenizer,
+        lora=loaded.lora,
+        original=loaded.original,
+        generation=loaded.generation,
+        dtype=dtype,
+        overwrite=overwrite,
+    )
+    return loaded.source.step
+
+
+def _refuse(out: Path, overwrite: bool, source: Path) -> None:
+    """Says no before minutes of loading."""
+    inside = source.resolve() == out.resolve() or out.resolve() in source.resolve().parents
+    if inside:
+        raise InputError(f"--out={out} holds the model that is exported; give another folder.")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out={out} is a file; give a folder.")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise InputError(
+            f"--out={out} is not empty; give another folder, or --overwrite to replace what is in it."
+        )
+
+
+def _export_adapter(loaded: LoadedModel, out: Path) -> None:
+    """A PEFT folder, written beside `out` and renamed when whole."""
+    from posttrain_jax.models.hf_config import read_json
+    from posttrain_jax.models.peft import save_adapter
+    from posttrain_jax.models.tokenizer import save_tokenizer
+
+    if not loaded.lora.rank:
+        raise InputError(f"--adapter_only: {loaded.source.name} has no LoRA adapter; leave the flag out.")
+    base = ""
+    if loaded.source.kind == "workdir":
+        base = read_json(loaded.source.path / "config.json")["model"]["init"]
+    elif loaded.source.kind == "adapter":
+        base = read_json(loaded.source.path / "adapter_config.json").get("base_model_name_or_path") or ""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+            made = Path(scratch) / "adapter"
+            save_adapter(loaded.params, loaded.lora, loaded.config, made, base_model=base)
+            if loaded.tokenizer is not None:
+                save_tokenizer(loaded.tokenizer, made)
+            if out.exists():
+                os.replace(out, Path(scratch) / "replaced")
+            os.replace(made, out)
+    except OSError as error:
+        raise InputError(f"--out={out} cannot be written: {error.strerror}.") from error
+
+
+if __name__ == "__main__":
+    define_flags()
+    entry.run(main, example=EXAMPLE)

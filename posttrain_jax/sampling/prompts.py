@@ -1,0 +1,67 @@
+"""Prompts as people write them (chats, plain text) to token ids, and answers back to text as they grow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from posttrain_jax.errors import InputError
+
+REPLACEMENT = "\ufffd"
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, Any]],
+    *,
+    tools: Sequence[dict[str, Any]] | None = None,
+) -> np.ndarray:
+    """int32 ids of a conversation up to where the assistant starts to write.
+
+    Raises:
+      InputError: there is no chat template, or it refuses these messages.
+    """
+    if not tokenizer.chat_template:
+        raise InputError(
+            "the model's tokenizer has no chat template (it is a base model); give plain text (prompt), or use a "
+            "model that was tuned on chats."
+        )
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tools=list(tools) if tools else None, add_generation_prompt=True, tokenize=False
+        )
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        raise InputError(f"the chat template refuses these messages: {error}.") from error
+    return np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
+    """int32 ids of plain text, with one BOS where the tokenizer adds one, and never an EOS that ends it."""
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if ids and ids[-1] == eos and not text.endswith(tokenizer.eos_token):
+        ids.pop()
+    if bos is not None and ids[:2] == [bos, bos]:
+        ids.pop(0)
+    return np.asarray(ids, np.int32)
+
+
+def text_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of an answer piece by piece, without special tokens; a character is held until it is whole."""
+    ids: list[int] = []
+    shown = ""
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if text.endswith(REPLACEMENT) or not text.startswith(shown):
+            continue
+        if len(text) > len(shown):
+            yield text[len(shown) :]
+            shown = text
+    rest = tokenizer.decode(ids, skip_special_tokens=True)
+    if rest.startswith(shown) and len(rest) > len(shown):
+        yield rest[len(shown) :]

@@ -1,0 +1,122 @@
+"""Schedules by hand, decay mask, the guarded update, EMA."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from posttrain_jax.errors import InputError
+from posttrain_jax.optim import (
+    OPTIMIZERS,
+    apply_gradients,
+    decay_mask,
+    make_optimizer,
+    make_schedule,
+    new_state,
+)
+
+
+def values(name, steps, **options):
+    schedule = make_schedule(name, lr=1.0, steps=steps, **options)
+    return np.asarray([schedule(jnp.asarray(step)) for step in range(steps + 1)])
+
+
+def test_warmup_ends_at_the_peak_and_never_starts_at_zero():
+    """4 steps of warm-up: 1/4, 2/4, 3/4, 4/4, then the peak."""
+    np.testing.assert_allclose(values("constant", 8, warmup=4)[:6], [0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
+    np.testing.assert_allclose(values("constant", 8, warmup=0.5)[:6], [0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
+
+
+def test_linear_by_hand():
+    """From 1 to 0.2 over 4 steps: 1, 0.8, 0.6, 0.4, 0.2."""
+    np.testing.assert_allclose(values("linear", 4, min_lr_ratio=0.2), [1.0, 0.8, 0.6, 0.4, 0.2], rtol=1e-6)
+
+
+def test_cosine_by_hand():
+    """0.1 + 0.9 * (1 + cos(pi u)) / 2 at u = 0, 1/2, 1: 1, 0.55, 0.1."""
+    np.testing.assert_allclose(values("cosine", 4, min_lr_ratio=0.1)[[0, 2, 4]], [1.0, 0.55, 0.1], rtol=1e-6)
+
+
+def test_wsd_by_hand():
+    """Constant for 8 of 10 steps, then linear to 0 over the last 2."""
+    got = values("wsd", 10, decay_share=0.2)
+    np.testing.assert_allclose(got[[0, 8, 9, 10]], [1.0, 1.0, 0.5, 0.0], atol=1e-6)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(InputError, match=r"optim\.schedule is 'cosin'"):
+        make_schedule("cosin", lr=1.0, steps=1)
+    with pytest.raises(InputError, match=r"optim\.name is 'adam'"):
+        make_optimizer("adam", lambda step: 1.0)
+
+
+def test_decay_leaves_norms_and_biases_alone():
+    params = {"layers": {"attn_norm": {"scale": 0}, "attn": {"q": {"kernel": 0, "bias": 0}}}}
+    assert decay_mask(params) == {
+        "layers": {"attn_norm": {"scale": False}, "attn": {"q": {"kernel": True, "bias": False}}}
+    }
+
+
+def test_weight_decay_by_hand():
+    """With zero gradients AdamW moves a kernel by -lr * decay * w = -0.1 * 0.5 * 2 = -0.1, and a bias not at all."""
+    optimizer = make_optimizer("adamw", lambda step: 0.1, weight_decay=0.5)
+    params = {"kernel": jnp.array([2.0]), "bias": jnp.array([2.0])}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], [-0.1], rtol=1e-6)
+    np.testing.assert_allclose(updates["bias"], [0.0])
+
+
+def test_clipping_by_hand():
+    """Gradient (3, 4) has norm 5; clipped to 1 it is (0.6, 0.8), and SGD at rate 1 subtracts it."""
+    optimizer = make_optimizer("sgd", lambda step: 1.0, clip_norm=1.0)
+    params = {"kernel": jnp.zeros(2)}
+    updates, _ = optimizer.update({"kernel": jnp.array([3.0, 4.0])}, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], [-0.6, -0.8], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_descends(name):
+    optimizer = make_optimizer(name, lambda step: 0.05, clip_norm=0.0)
+    state = new_state({"kernel": jnp.array([1.0, -2.0])}, {}, jax.random.key(0), optimizer, ema=False)
+    loss = lambda params: jnp.sum(params["kernel"] ** 2)  # noqa: E731
+    first = loss(state.params)
+    for _ in range(60):
+        state, _ = apply_gradients(state, jax.grad(loss)(state.params), jnp.float32(0), optimizer=optimizer)
+    assert loss(state.params) < 0.2 * first
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_non_finite_update_is_skipped_and_counted(bad):
+    optimizer = make_optimizer("adamw", lambda step: 0.1)
+    state = new_state({"kernel": jnp.array([1.0])}, {}, jax.random.key(0), optimizer, ema=True)
+    fine, _ = apply_gradients(
+        state, {"kernel": jnp.array([1.0])}, jnp.float32(0), optimizer=optimizer, ema_decay=0.9
+    )
+    gradient = jnp.array([jnp.inf if bad == "gradient" else 1.0])
+    loss = jnp.float32(jnp.nan if bad == "loss" else 0.0)
+    after, metrics = apply_gradients(fine, {"kernel": gradient}, loss, optimizer=optimizer, ema_decay=0.9)
+    for name in ("params", "opt_state", "ema"):
+        for a, b in zip(
+            jax.tree.leaves(getattr(after, name)), jax.tree.leaves(getattr(fine, name)), strict=True
+        ):
+            np.testing.assert_array_equal(a, b)
+    assert (after.step, after.skipped, after.skipped_in_row) == (2, 1, 1)
+    again, _ = apply_gradients(
+        after, {"kernel": jnp.array([1.0])}, jnp.float32(0), optimizer=optimizer, ema_decay=0.9
+    )
+    assert (again.skipped, again.skipped_in_row) == (1, 0)
+    assert metrics["train/skipped_in_row"].sum == 1
+
+
+def test_ema_by_hand():
+    """SGD at rate 1 from 1 with gradient 1 gives 0; the average at decay 0.9 is 0.9 * 1 + 0.1 * 0 = 0.9."""
+    optimizer = make_optimizer("sgd", lambda step: 1.0, clip_norm=0.0)
+    state = new_state({"kernel": jnp.array([1.0])}, {}, jax.random.key(0), optimizer, ema=True)
+    state, _ = apply_gradients(
+        state, {"kernel": jnp.array([1.0])}, jnp.float32(0), optimizer=optimizer, ema_decay=0.9
+    )
+    np.testing.assert_allclose(state.params["kernel"], [0.0])
+    np.testing.assert_allclose(state.ema["kernel"], [0.9], rtol=1e-6)
