@@ -94,9 +94,9 @@ def main(argv: Sequence[str]) -> int:
     given = flags.FLAGS
     if given.model is None or given.prompts is None or given.out is None:
         raise InputError(f"--model, --prompts and --out are needed; an example: {EXAMPLE}")
-    options = Options(**{field.name: given[field.name].value for field in dataclasses.fields(Options)})
+    values: dict[str, Any] = {field.name: given[field.name].value for field in dataclasses.fields(Options)}
     entry.set_up_jax()
-    generate(options)
+    generate(Options(**values))
     return 0
 
 

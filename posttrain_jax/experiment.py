@@ -268,7 +268,7 @@ def steps_from_config(config: Config, rows: Sequence[PackedRows]) -> int:
 class Optimizer:
     """An optax transformation and the schedule inside it, for the logs."""
 
-    transformation: optax.GradientTransformation
+    transformation: optax.GradientTransformationExtraArgs
     schedule: Callable[[Array], Array]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,7 @@ def make_optimizer(
     weight_decay: float = 0.0,
     clip_norm: float = 1.0,
     momentum: float = 0.0,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm (0 = off), then the named optimiser; decay is decoupled and masked.
 
     AdamW (arXiv:1711.05101), Lion (arXiv:2302.06675), Adafactor (arXiv:1804.04235; no parameter scaling, so
@@ -111,7 +112,35 @@ def make_optimizer(
         rule = optax.chain(decay, optax.sgd(schedule, momentum=momentum or None))
     else:
         raise InputError(f"optim.name is {name!r}; use one of {', '.join(OPTIMIZERS)}.")
-    return optax.chain(optax.clip_by_global_norm(clip_norm), rule) if clip_norm else rule
+    return optax.chain(divide_and_clip(clip_norm), rule)
+
+
+def divide_and_clip(clip_norm: float) -> optax.GradientTransformationExtraArgs:
+    """Turns gradient sums into the clipped mean in one multiplication: times min(1, clip_norm / norm) / count.
+
+    The count and the mean's norm come as extra arguments of `update`, since the caller has them; nothing of the
+    size of the parameters is written in between (on a CPU that is two passes over memory less).
+
+    Args:
+      clip_norm: largest global norm of the mean gradient; 0 = no clipping.
+    """
+
+    def update(
+        sums: PyTree,
+        state: optax.EmptyState,
+        params: PyTree = None,
+        *,
+        count: Array | float = 1.0,
+        norm: Array | None = None,
+        **_: Any,
+    ) -> tuple[PyTree, optax.EmptyState]:
+        norm = global_norm(sums) / count if norm is None else norm
+        factor = 1.0 / jnp.asarray(count, jnp.float32)
+        if clip_norm:
+            factor = factor * jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30))
+        return jax.tree.map(lambda leaf: leaf * factor, sums), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def gradient_sums(
@@ -146,14 +175,25 @@ def apply_gradients(
     gradients: PyTree,
     loss: Array,
     *,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
+    count: Array | float = 1.0,
     ema_decay: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
     """One optimiser step, or none: when the loss or the gradient norm is not finite, parameters, optimiser
-    state and EMA stay as they are, the step still counts, and `skipped` goes up."""
-    norm = global_norm(gradients)
+    state and EMA stay as they are, the step still counts, and `skipped` goes up.
+
+    Args:
+      state: before the step.
+      gradients: sums; the step uses gradients / count.
+      loss: anything that is finite exactly when the loss is.
+      optimizer: from `make_optimizer`.
+      count: what the sums are divided by, the global count of trained tokens; 0 counts as 1.
+      ema_decay: of the moving average of the parameters; 0 = off.
+    """
+    count = jnp.maximum(jnp.asarray(count, jnp.float32), 1.0)
+    norm = global_norm(gradients) / count
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, count=count, norm=norm)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema_decay:

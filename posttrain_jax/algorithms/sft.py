@@ -56,7 +56,7 @@ def is_trained(path: str, model: Model) -> bool:
 
 
 def init_state(
-    params: PyTree, key: Array, *, model: Model, optimizer: optax.GradientTransformation, ema_decay: float
+    params: PyTree, key: Array, *, model: Model, optimizer: optax.GradientTransformationExtraArgs, ema_decay: float
 ) -> TrainState:
     """Splits the parameters into trained and frozen and makes the optimiser's state."""
     trained, frozen = partition(params, lambda path: is_trained(path, model))
@@ -98,7 +98,7 @@ def train_step(
     batch: Batch,
     *,
     model: Model,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     schedule: Callable[[Array], Array],
     ema_decay: float,
 ) -> tuple[TrainState, Metrics]:
@@ -110,10 +110,9 @@ def train_step(
 
     gradients, metrics = gradient_sums(loss_sum, state.params, batch)
     loss = metrics["loss"]
-    gradients = jax.tree.map(lambda leaf: leaf / jnp.maximum(loss.count, 1.0), gradients)
     lr = schedule(state.step)
     state, update_metrics = apply_gradients(
-        state, gradients, loss.sum, optimizer=optimizer, ema_decay=ema_decay
+        state, gradients, loss.sum, optimizer=optimizer, count=loss.count, ema_decay=ema_decay
     )
     sums = {"trained_tokens", "tokens"}
     named = {

@@ -39,7 +39,7 @@ class Sampling:
             raise InputError(f"top_p is {self.top_p:g}; it must lie above 0 and at most at 1 (off).")
 
 
-def sample_keys(seed: int, prompt_ids_B: Array, sample_ids_B: Array) -> Array:
+def sample_keys(seed: Array | int, prompt_ids_B: Array, sample_ids_B: Array) -> Array:
     """One typed key per row; the key of the token at place t of the answer is `fold_in(key, t)`."""
     root = jax.random.key(seed)
     return jax.vmap(lambda prompt, sample: jax.random.fold_in(jax.random.fold_in(root, prompt), sample))(

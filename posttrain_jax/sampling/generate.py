@@ -249,7 +249,7 @@ def _answer(
             limits_B,
             ids_B2,
             np.uint32(plan.seed % 2**32),
-            np.int32(plan.min_new_tokens),
+            plan.min_new_tokens,
             model=model,
             capacity=bucket(plan.max_new_tokens),
             stop_token_ids=plan.stop_token_ids,
@@ -272,7 +272,10 @@ def _answer(
 def _mesh_of(params: PyTree) -> Mesh | None:
     """The mesh that the parameters lie on, or None when it is a single device."""
     sharding = jax.tree.leaves(params)[0].sharding
-    return sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+        return None
+    assert isinstance(sharding.mesh, Mesh)  # of an array that exists
+    return sharding.mesh
 
 
 def _row_bucket(rows: int, batch_size: int, mesh: Mesh | None) -> int:
@@ -314,7 +317,7 @@ def next_token(
     place: Array,
     stop_V: Array,
     *,
-    min_new_tokens: Array,
+    min_new_tokens: Array | int,
     sampling: Sampling,
 ) -> tuple[Array, Array]:
     """The token at `place` (0, 1 ...) of every answer and the model's own log-probability of it: both `[B]`.

@@ -110,4 +110,4 @@ def _step(
 @functools.partial(jax.jit, static_argnames="sampling")
 def _draw(logits_BV: Array, key: Array, place: Array, *, sampling: Sampling) -> Array:
     no_stops_V = jnp.zeros(logits_BV.shape[-1], bool)
-    return next_token(logits_BV, key, place, no_stops_V, min_new_tokens=np.int32(0), sampling=sampling)[0]
+    return next_token(logits_BV, key, place, no_stops_V, min_new_tokens=0, sampling=sampling)[0]

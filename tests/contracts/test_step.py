@@ -68,27 +68,33 @@ def test_accumulated_gradients_are_the_full_batch_gradients(micro_batches):
 
 
 def test_these_rows_would_betray_a_mean_of_means():
-    """The micro-batches' own mean losses, averaged, are far from the loss: the tests above can fail."""
+    """The micro-batches' own mean gradients, averaged, are far from the gradient: the tests above can fail."""
     mesh, rows = make_mesh(*ONE), random_rows(8, 16)
     model = make_model(LLAMA, attention="xla")
     params = params_of(model, mesh)
-    whole = float(loss_and_gradients(model, params, rows, mesh).loss)
+    whole = loss_and_gradients(model, params, rows, mesh).tree
     counts = [int(rows["loss_mask"][row].sum()) for row in range(8)]
     parts = [{key: rows[key][row : row + 1] for key in KEYS} for row in range(8)]
-    means = [float(loss_and_gradients(model, params, part, mesh).loss) for part in parts]
+    trees = [loss_and_gradients(model, params, part, mesh).tree for part in parts]
     assert max(counts) >= 8 * min(counts)
-    assert np.average(means, weights=counts) == pytest.approx(whole, rel=1e-5)
-    assert abs(np.mean(means) / whole - 1) > 1e-2
+
+    def average(weights: list[float]):
+        return jax.tree.map(lambda *leaves: np.average(np.stack(leaves), axis=0, weights=weights), *host(trees))
+
+    assert worst_difference(average(counts), whole) < 1e-5
+    assert worst_difference(average([1.0] * 8), whole) > 0.1
 
 
 @pytest.mark.parametrize("mesh_shape", [ONE, (2, 2, 2)], ids=str)
 def test_the_step_compiles_once_and_takes_the_state_for_itself(mesh_shape):
-    trainer = make_trainer(make_mesh(*mesh_shape), ema=0.5, micro_batches=2)
+    traces = []
+    trainer = make_trainer(make_mesh(*mesh_shape), ema=0.5, micro_batches=2, on_trace=lambda: traces.append(1))
     state = trainer.state
-    for step in range(3):
+    for step in range(4):
         before = state
         state, _ = trainer.step(before, trainer.put(random_rows(8, 16, seed=step)))
-        assert trainer.step.cache_size() == 1, f"step {step + 1} was traced again"
+        first = len(traces) if step == 0 else first
+        assert len(traces) == first, f"step {step + 1} was traced again"
         kept = [leaf.shape for leaf in jax.tree.leaves(before) if not leaf.is_deleted()]
         assert not kept, f"not donated: {kept}"
 
@@ -179,7 +185,7 @@ def test_ema_is_the_moving_average_by_hand():
 
 
 # Learning rates that suit each optimiser on this model.
-RATES = {"adamw": 1e-2, "adafactor": 1e-2, "lion": 2e-3, "sgd": 1e-1}
+RATES = {"adamw": 1e-2, "adafactor": 1e-2, "lion": 1e-2, "sgd": 1e-1}
 
 
 def falls(optimizer: str, schedule: str) -> None:
@@ -189,7 +195,6 @@ def falls(optimizer: str, schedule: str) -> None:
         state, metrics = trainer.step(state, batch)
         losses.append(float(metrics["train/loss"].sum / metrics["train/loss"].count))
     assert losses[-1] < 0.8 * losses[0], losses
-    assert trainer.step.cache_size() == 1
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -146,11 +146,16 @@ def make_trainer(
     ema: float = 0.0,
     clip_norm: float = 1.0,
     weight_decay: float = 0.01,
-    remat: str = "none",
+    on_trace: Callable[[], None] = lambda: None,
 ) -> Trainer:
-    """A trainer whose parameters depend on `config` alone."""
-    model = make_model(config, remat=remat, attention="xla")
-    rate = make_schedule(schedule, lr=lr, steps=steps, warmup=2, min_lr_ratio=0.1)
+    """A trainer whose parameters depend on `config` alone; `on_trace` is called whenever the step is traced."""
+    model = make_model(config, remat="none", attention="xla")
+    plain_rate = make_schedule(schedule, lr=lr, steps=steps, warmup=2, min_lr_ratio=0.1)
+
+    def rate(step: Array) -> Array:
+        on_trace()
+        return plain_rate(step)
+
     rule = make_optimizer(optimizer, rate, clip_norm=clip_norm, weight_decay=weight_decay, momentum=0.9)
     make_state = functools.partial(sft.init_state, model=model, optimizer=rule, ema_decay=ema)
     key = jax.random.key(0)

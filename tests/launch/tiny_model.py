@@ -42,9 +42,7 @@ def save_tiny_model(folder: pathlib.Path, *, scale: float = 8.0, chat: bool = Tr
 
 def environment() -> dict[str, str]:
     """One CPU device, so that a subprocess starts and compiles quickly."""
-    flags = " ".join(
-        word for word in os.environ["XLA_FLAGS"].split() if "device_count" not in word
-    )
+    flags = " ".join(word for word in os.environ["XLA_FLAGS"].split() if "device_count" not in word)
     return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 

@@ -188,3 +188,12 @@ def test_adapters_are_not_exported_by_mistake(tmp_path: pathlib.Path) -> None:
     params["layers"]["attn"]["q"]["lora_a"] = jnp.zeros((2, 16, 4))
     with pytest.raises(InputError, match="lora_a"):
         save_safetensors(params, TIED, tmp_path)
+
+
+def test_parameters_can_be_donated(saved: pathlib.Path) -> None:
+    """A step that is handed the imported parameters writes its own into the same memory."""
+    params = load_safetensors(saved, CONFIG)
+    before = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)}
+    step = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
+    after = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(step(params))}
+    assert after == before

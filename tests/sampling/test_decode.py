@@ -69,9 +69,7 @@ def test_greedy_is_the_argmax_of_the_full_forward_at_every_step(model, params):
         expected = logprobs_after(model, params, prompt, sample.tokens)
         assert len(sample.tokens) == 12 and sample.finish_reason == "length"
         np.testing.assert_array_equal(sample.tokens, expected.argmax(axis=-1))
-        np.testing.assert_allclose(
-            sample.logprobs, expected[np.arange(12), sample.tokens], atol=1e-4, rtol=0
-        )
+        np.testing.assert_allclose(sample.logprobs, expected[np.arange(12), sample.tokens], atol=1e-4, rtol=0)
         assert sample.logprobs.dtype == np.float32
 
 
@@ -112,9 +110,7 @@ def test_a_sample_does_not_depend_on_its_batch(model, params):
         np.testing.assert_array_equal(left.tokens, right.tokens)
         np.testing.assert_allclose(left.logprobs, right.logprobs, atol=1e-4, rtol=0)
         expected = logprobs_after(model, params, PROMPTS[left.prompt], left.tokens)
-        np.testing.assert_allclose(
-            left.logprobs, expected[np.arange(10), left.tokens], atol=1e-4, rtol=0
-        )
+        np.testing.assert_allclose(left.logprobs, expected[np.arange(10), left.tokens], atol=1e-4, rtol=0)
     assert len({tuple(sample.tokens) for sample in together}) == 12
     alone = generate(model, params, PROMPTS[:1], batch_size=12, **options)
     np.testing.assert_array_equal(alone[2].tokens, together[2].tokens)
@@ -146,9 +142,7 @@ def test_stop_tokens_end_an_answer_and_belong_to_it(model, params):
     np.testing.assert_array_equal(stopped[2].tokens, free[2].tokens[: first + 1])
     assert len(stopped[2].logprobs) == first + 1
 
-    ignoring = generate(
-        model, params, PROMPTS, max_new_tokens=8, stop_token_ids=(stop,), ignore_eos=True
-    )
+    ignoring = generate(model, params, PROMPTS, max_new_tokens=8, stop_token_ids=(stop,), ignore_eos=True)
     for a, b in zip(free, ignoring, strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         assert b.finish_reason == "length"

@@ -1,0 +1,137 @@
+"""A run that is killed at any moment and started again ends as one that never was: parameters bit for bit,
+the same metrics.jsonl and samples.jsonl. Real processes of `launch.train`, real signals."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs.sft.smollm2_135m import get_config
+from posttrain_jax.checkpoint import completed_steps, restore_params
+from posttrain_jax.experiment import policy_from_config
+
+pytestmark = pytest.mark.slow
+
+STEPS = 20
+COMMAND = (
+    "launch.train",
+    "--config=configs/sft/smollm2_135m.py:tiny",
+    f"--config.train.steps={STEPS}",
+    "--config.checkpoint.every=2",
+    "--config.checkpoint.keep=3",
+    "--config.log.every=3",
+    "--config.eval.every=5",
+    "--config.optim.ema=0.9",
+    "--config.eval.max_new_tokens=4",
+)
+VARY = {"time", "train/tokens_per_second", "train/seconds_per_step", "train/mfu"}
+
+
+def rows(workdir: Path, name: str) -> list[dict]:
+    parsed = [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in VARY} for row in parsed]
+
+
+def params(workdir: Path, *, ema: bool):
+    shapes = policy_from_config(get_config("tiny")).model.abstract_params()
+    tree, step = restore_params(workdir, shapes, ema=ema)
+    assert step == STEPS
+    return jax.device_get(tree)
+
+
+def assert_same_end(workdir: Path, reference: Path) -> None:
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert rows(workdir, name) == rows(reference, name), name
+    for ema in (False, True):
+        jax.tree.map(np.testing.assert_array_equal, params(workdir, ema=ema), params(reference, ema=ema))
+    ends = [json.loads((path / "summary.json").read_text()) for path in (workdir, reference)]
+    assert ends[0] == ends[1]
+
+
+@pytest.fixture(scope="module")
+def reference(processes, tmp_path_factory) -> Path:
+    """A run that nobody disturbs."""
+    workdir = tmp_path_factory.mktemp("killed") / "reference"
+    ended = processes.run(*COMMAND, f"--workdir={workdir}")
+    assert ended.code == 0, ended.err
+    assert ended.err == ""
+    assert [row["step"] for row in rows(workdir, "metrics.jsonl") if "train/loss" in row] == [*range(3, 20, 3), 20]
+    assert {row["step"] for row in rows(workdir, "samples.jsonl")} == {0, 5, 10, 15, 20}
+    return workdir
+
+
+def logged(workdir: Path) -> str:
+    path = workdir / "metrics.jsonl"
+    return path.read_text() if path.is_file() else ""
+
+
+def being_written(workdir: Path) -> list[Path]:
+    return list((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+
+
+def test_sigkill_at_many_moments(processes, reference: Path, tmp_path: Path):
+    workdir = tmp_path / "run"
+    checkpoints = workdir / "checkpoints"
+    moments = {
+        "after the first evaluation, before any checkpoint": lambda: '"eval/loss"' in logged(workdir),
+        "the folder of a save has just appeared": lambda: bool(being_written(workdir)),
+        "right after a commit": lambda: (checkpoints / "2").is_dir(),
+        "a line has just been logged, the next step is under way": lambda: '"step": 6' in logged(workdir),
+        "parameters are being written": lambda: any(
+            path.is_file() for folder in being_written(workdir) for path in folder.glob("params*/**/*")
+        ),
+        "the manifest is there, the name is not": lambda: any(
+            (folder / "manifest.json").exists() for folder in being_written(workdir)
+        )
+        or (checkpoints / "12").is_dir(),
+    }
+    for moment, reached in moments.items():
+        ended = processes.run_until(reached, signal.SIGKILL, *COMMAND, f"--workdir={workdir}")
+        assert ended.code == -signal.SIGKILL, (moment, ended)
+        assert not (workdir / "summary.json").exists(), moment
+    ended = processes.run(*COMMAND, f"--workdir={workdir}")
+    assert ended.code == 0, ended.err
+    assert "Resuming from step" in ended.out
+    assert not being_written(workdir), "half-written checkpoints are left"
+    assert_same_end(workdir, reference)
+
+
+def test_sigterm_saves_and_goes_on(processes, reference: Path, tmp_path: Path):
+    workdir = tmp_path / "run"
+    ended = processes.run_until(
+        lambda: '"step": 3' in logged(workdir), signal.SIGTERM, *COMMAND, f"--workdir={workdir}"
+    )
+    assert ended.code == 0, ended.err
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["status"] == "preempted"
+    assert 3 <= summary["final_step"] < STEPS
+    assert completed_steps(workdir)[-1] == summary["final_step"]
+    ended = processes.run(*COMMAND, f"--workdir={workdir}")
+    assert ended.code == 0, ended.err
+    assert f"Resuming from step {summary['final_step']} " in ended.out
+    assert_same_end(workdir, reference)
+
+
+def test_starting_a_complete_run_again_changes_nothing(processes, reference: Path):
+    before = (rows(reference, "metrics.jsonl"), params(reference, ema=False))
+    ended = processes.run(*COMMAND, f"--workdir={reference}")
+    assert ended.code == 0, ended.err
+    assert rows(reference, "metrics.jsonl") == before[0]
+    jax.tree.map(np.testing.assert_array_equal, params(reference, ema=False), before[1])
+
+
+def test_sigterm_while_the_first_step_compiles(processes, tmp_path: Path):
+    """Nothing is trained yet: it still ends in order, with a checkpoint of the step it stopped at."""
+    workdir = tmp_path / "run"
+    ended = processes.run_until(
+        lambda: (workdir / "checkpoints").is_dir(), signal.SIGTERM, *COMMAND, f"--workdir={workdir}"
+    )
+    assert ended.code == 0, ended.err
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["status"] == "preempted"
+    assert completed_steps(workdir) == [summary["final_step"]]

@@ -1,0 +1,321 @@
+"""The loop: what it dispatches when, what it writes, when it stops, which checkpoints it keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs.sft.smollm2_135m import get_config
+from launch.train import run
+from posttrain_jax import train_loop
+from posttrain_jax.algorithms import sft
+from posttrain_jax.checkpoint import completed_steps, restore_params
+from posttrain_jax.errors import InputError
+from posttrain_jax.metrics import Accumulator, as_json, progress_line, truncate_after
+from posttrain_jax.train_loop import LoopOptions, Summary, train
+from posttrain_jax.types import Metric, Task
+
+SPEED = {"train/tokens_per_second", "train/seconds_per_step", "train/mfu"}
+
+
+def tiny_config(**changes) -> ConfigDict:
+    """The :tiny experiment on 8 devices, without samples; `section__key=value` changes a key."""
+    config = get_config("tiny")
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 2, 2, 2
+    config.eval.prompts = ()
+    config.log.tensorboard = False
+    for name, value in changes.items():
+        section, key = name.split("__")
+        config[section][key] = value
+    return config
+
+
+def options(config: ConfigDict) -> LoopOptions:
+    return LoopOptions(
+        log_every=config.log.every,
+        eval_every=config.eval.every,
+        checkpoint_every=config.checkpoint.every,
+        keep=config.checkpoint.keep,
+        best_metric=config.checkpoint.best_metric,
+        max_skipped=config.train.max_skipped,
+        profile=config.log.profile,
+        tensorboard=config.log.tensorboard,
+        wandb_project="",
+        config=config.to_dict(),
+    )
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def make_task(config: ConfigDict, workdir: Path) -> Task:
+    workdir.mkdir(parents=True, exist_ok=True)
+    return sft.from_config(config, workdir)
+
+
+def lines(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+
+
+def test_a_whole_run_leaves_what_the_contract_names(tmp_path: Path):
+    config = tiny_config(train__steps=7, log__every=3, eval__every=4, checkpoint__every=5, log__tensorboard=True)
+    config.log.profile = "2:3"
+    run(config, tmp_path)
+    rows = lines(tmp_path)
+    train_steps = [row["step"] for row in rows if "train/loss" in row]
+    eval_steps = [row["step"] for row in rows if "eval/loss" in row]
+    assert train_steps == [3, 6, 7]
+    assert eval_steps == [0, 4, 7]
+    names = {"step", "time", "train/loss", "train/token_accuracy", "train/grad_norm", "train/lr", "train/skipped"}
+    names |= {"train/tokens_per_second", "train/trained_tokens", "train/padding_share", "train/seconds_per_step"}
+    assert names <= rows[1].keys()
+    assert {"eval/loss", "eval/perplexity", "eval/loss_per_sequence", "eval/token_accuracy"} <= rows[0].keys()
+    assert rows[0]["eval/perplexity"] == pytest.approx(math.exp(rows[0]["eval/loss"]))
+    assert [row["time"] for row in rows] == sorted(row["time"] for row in rows)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["status"], summary["final_step"]) == ("complete", 7)
+    assert summary["metrics"]["eval/loss"] == rows[-1]["eval/loss"]
+    assert json.loads((tmp_path / "config.json").read_text())["optim"]["lr"] == config.optim.lr
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert completed_steps(tmp_path) == [5, 7]
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    check_events(tmp_path, rows)
+
+
+def check_events(workdir: Path, rows: list[dict]) -> None:
+    """The event file, read by TensorBoard's own framing: length, CRC, record, CRC."""
+    import struct
+
+    from tensorboardX.proto.event_pb2 import Event
+
+    (path,) = (workdir / "tensorboard").iterdir()
+    data, at, values = path.read_bytes(), 0, {}
+    while at < len(data):
+        (length,) = struct.unpack_from("<Q", data, at)
+        event = Event.FromString(data[at + 12 : at + 12 + length])
+        values.update({(event.step, value.tag): value.simple_value for value in event.summary.value})
+        at += 16 + length
+    for row in rows:
+        for name in row.keys() - {"step", "time"}:
+            assert values[row["step"], name] == pytest.approx(row[name], rel=1e-6), (row["step"], name)
+
+
+def test_log_windows_average_over_tokens_not_steps(tmp_path: Path):
+    """The loss of a window of 3 steps is the sum of its tokens' losses over their count."""
+    each, window = tiny_config(train__steps=3), tiny_config(train__steps=3, log__every=3)
+    for name, config in (("each", each), ("window", window)):
+        train(make_task(config, tmp_path / name), options(config), tmp_path / name)
+    steps = [row for row in lines(tmp_path / "each") if "train/loss" in row]
+    (whole,) = [row for row in lines(tmp_path / "window") if "train/loss" in row]
+    tokens = np.array([row["train/trained_tokens"] for row in steps])
+    losses = np.array([row["train/loss"] for row in steps])
+    assert len(set(tokens)) == 3
+    assert whole["train/loss"] == pytest.approx(float((losses * tokens).sum() / tokens.sum()), rel=1e-6)
+    assert whole["train/lr"] == steps[-1]["train/lr"]
+
+
+def test_step_t_plus_1_is_dispatched_before_the_metrics_of_t_are_read(tmp_path: Path, monkeypatch):
+    """Recorded at the two real boundaries: the jitted step, and the one function that fetches metrics."""
+    config = tiny_config(train__steps=5, eval__every=0, checkpoint__every=0)
+    task = make_task(config, tmp_path)
+    order: list[str] = []
+    fetch = train_loop.to_host
+
+    def recording_step(state, batch):
+        order.append(f"dispatch {sum(entry.startswith('dispatch') for entry in order) + 1}")
+        return task.train_step(state, batch)
+
+    def recording_fetch(metrics):
+        order.append(f"read {sum(entry.startswith('read') for entry in order) + 1}")
+        return fetch(metrics)
+
+    monkeypatch.setattr(train_loop, "to_host", recording_fetch)
+    train(dataclasses.replace(task, train_step=recording_step), options(config), tmp_path)
+    for step in range(1, 5):
+        assert order.index(f"dispatch {step + 1}") < order.index(f"read {step}"), order
+    assert order.count("read 5") == 1
+
+
+def test_the_step_of_a_resumed_run_compiles_once(tmp_path: Path):
+    """A restored state has the shardings, types and weak types of a new one."""
+    config = tiny_config(train__steps=4, checkpoint__every=2, eval__every=0)
+    task = make_task(config, tmp_path)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(dataclasses.replace(task, rows=CrashingRows(task.rows, after=3)), options(config), tmp_path)
+    assert completed_steps(tmp_path) == [2]
+    task = make_task(config, tmp_path)
+    signatures = []
+
+    def recording_step(state, batch):
+        signatures.append(jax.tree.map(lambda leaf: (jax.typeof(leaf), str(leaf.sharding)), state))
+        return task.train_step(state, batch)
+
+    train(dataclasses.replace(task, train_step=recording_step), options(config), tmp_path)
+    assert len(signatures) == 2
+    assert jax.tree.leaves(signatures[0]) == jax.tree.leaves(signatures[1])
+
+
+class CrashingRows:
+    """Rows that fail after some steps, as a crash of the process would, but within this one."""
+
+    def __init__(self, rows, after: int):
+        self.rows, self.left = rows, after
+
+    def __next__(self):
+        if not self.left:
+            raise RuntimeError("crash")
+        self.left -= 1
+        return next(self.rows)
+
+    def get_state(self):
+        return self.rows.get_state()
+
+    def set_state(self, state):
+        self.rows.set_state(state)
+
+    def close(self):
+        self.rows.close()
+
+
+def same_but_for_speed(a: Path, b: Path, name: str = "metrics.jsonl") -> None:
+    drop = SPEED | {"time"}
+    left, right = ([{k: v for k, v in row.items() if k not in drop} for row in lines(p, name)] for p in (a, b))
+    assert left == right
+
+
+RESUMED = {
+    "lora": {"optim__name": "adamw"},
+    "adafactor_accumulated": {"optim__name": "adafactor", "train__micro_rows": 4, "train__rows_per_step": 8},
+    "sgd_ema": {"optim__name": "sgd", "optim__momentum": 0.9, "optim__ema": 0.9, "optim__lr": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_crashed_run_ends_as_one_that_never_crashed(tmp_path: Path, name: str):
+    """Eight devices; the crash lies between a checkpoint (4) and a log line (6), in the middle of a window."""
+    config = tiny_config(train__steps=7, checkpoint__every=2, log__every=3, eval__every=3, **RESUMED[name])
+    if name == "lora":
+        config.model.lora.rank = 2
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    task = make_task(config, whole)
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+        sft.combine(task.abstract_state.params, task.abstract_state.frozen),
+    )
+    train(task, options(config), whole)
+    task = make_task(config, broken)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(dataclasses.replace(task, rows=CrashingRows(task.rows, after=5)), options(config), broken)
+    assert completed_steps(broken)[-1] == 4
+    train(make_task(config, broken), options(config), broken)
+    same_but_for_speed(whole, broken)
+    for ema in (False, True) if config.optim.ema else (False,):
+        want, got = (restore_params(path, shapes, ema=ema)[0] for path in (whole, broken))
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+    if name == "lora":
+        assert not (whole / "checkpoints/7/params/embed").exists()
+        assert any(np.asarray(want["layers"]["attn"]["q"]["lora_b"]).ravel())
+
+
+def test_non_finite_steps_stop_the_run_and_name_the_rows(tmp_path: Path, capsys):
+    config = tiny_config(train__steps=20, train__max_skipped=3, eval__every=0, checkpoint__every=2)
+    task = make_task(config, tmp_path)
+
+    def poisoned_step(state, batch):
+        """From step 4 on a weight is NaN, as a corrupted chip would have it."""
+        if int(state.step) == 3:
+            scale = state.params["final_norm"]["scale"]
+            state.params["final_norm"]["scale"] = jax.device_put(jnp.full_like(scale, jnp.nan), scale.sharding)
+        return task.train_step(state, batch)
+
+    with pytest.raises(InputError) as caught:
+        train(dataclasses.replace(task, train_step=poisoned_step), options(config), tmp_path)
+    message = str(caught.value)
+    assert "At step 6" in message
+    assert "train/loss is nan" in message
+    assert "3 updates in a row" in message
+    assert "chats.jsonl:" in message
+    assert "\n" not in message
+    assert [row["step"] for row in lines(tmp_path) if "train/loss" in row] == [1, 2, 3]
+    assert [row["train/skipped"] for row in lines(tmp_path) if row["step"] in (4, 5)] == [1.0, 2.0]
+    assert not (tmp_path / "summary.json").exists()
+    assert completed_steps(tmp_path) == [2, 4]
+    said = capsys.readouterr().out
+    assert "step 4: train/loss is nan; this update was skipped (1 in a row)" in said
+
+
+def test_the_last_and_the_best_checkpoints_stay(tmp_path: Path):
+    """eval/loss by step 1..6 is made 5 3 4 6 7 8: of keep=2 there remain 5 and 6, and the best, 2."""
+    config = tiny_config(train__steps=6, checkpoint__every=1, eval__every=1)
+    config.checkpoint.best_metric = "eval/loss"
+    values = iter([9.0, 5.0, 3.0, 4.0, 6.0, 7.0, 8.0])
+    task = dataclasses.replace(make_task(config, tmp_path), evaluate=lambda state: {"eval/loss": next(values)})
+    summary = train(task, options(config), tmp_path)
+    assert completed_steps(tmp_path) == [2, 5, 6]
+    assert summary == Summary("complete", 6, summary.metrics)
+
+
+def test_a_checkpoint_without_an_evaluation_is_never_the_best(tmp_path: Path):
+    """Evaluations at 2 and 4 only; the checkpoints of 3 and 5 must not inherit their numbers."""
+    config = tiny_config(train__steps=6, checkpoint__every=1, eval__every=2)
+    config.checkpoint.best_metric = "eval/loss"
+    config.checkpoint.keep = 1
+    values = iter([9.0, 1.0, 5.0, 6.0])
+    task = dataclasses.replace(make_task(config, tmp_path), evaluate=lambda state: {"eval/loss": next(values)})
+    train(task, options(config), tmp_path)
+    assert completed_steps(tmp_path) == [2, 6]
+
+
+def test_a_best_metric_that_is_never_measured_is_refused(tmp_path: Path):
+    config = tiny_config()
+    config.checkpoint.best_metric = "eval/los"
+    with pytest.raises(InputError, match=r"checkpoint.best_metric is 'eval/los', but the evaluation gives one of eval/"):
+        run(config, tmp_path)
+
+
+def test_a_profile_window_that_outlasts_the_run_is_still_written(tmp_path: Path):
+    config = tiny_config(train__steps=3, eval__every=0, checkpoint__every=0)
+    config.log.profile = "3:9"
+    run(config, tmp_path)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_numbers_without_a_value_are_valid_json():
+    assert json.dumps(as_json({"a": math.nan, "b": math.inf, "c": 1.0}), allow_nan=False)
+    assert as_json({"a": math.nan, "b": -math.inf}) == {"a": "nan", "b": "-inf"}
+
+
+def test_truncate_drops_later_steps_and_a_torn_line(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "a": 1}\n{"step": 2, "text": "\u2028"}\n{"step": 3, "a": 1}\n{"step": 2, "a"')
+    truncate_after(path, 2)
+    assert path.read_text() == '{"step": 0, "a": 1}\n{"step": 2, "text": "\u2028"}\n'
+    truncate_after(path, -1)
+    assert path.read_text() == ""
+    truncate_after(tmp_path / "absent.jsonl", 2)
+
+
+def test_accumulator_comes_back_from_json():
+    sums = Accumulator()
+    sums.add({"loss": Metric(np.float32(0.1), np.float32(3)), "none": Metric(np.float32(0), np.float32(0))})
+    again = Accumulator(json.loads(json.dumps(sums.state())))
+    for accumulator in (sums, again):
+        accumulator.add({"loss": Metric(np.float32(7.0), np.float32(1))})
+    assert sums.flush() == again.flush() == {"loss": (float(np.float32(0.1)) + 7.0) / 4}
+    assert sums.flush() == {}
+
+
+def test_progress_line_reads_like_a_sentence():
+    values = {"train/loss": 1.5, "train/lr": 1e-4, "train/grad_norm": 2.0, "train/skipped": 1.0}
+    line = progress_line(3, 10, {**values, "train/padding_share": 0.25, "train/mfu": 0.4}, 3661)
+    assert line == "step 3/10  loss 1.5000  lr 1.00e-04  grad norm 2.00  padding 25.0%  MFU 40.0%  skipped 1  ETA 1:01:01"

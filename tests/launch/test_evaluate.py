@@ -1,0 +1,105 @@
+"""launch.evaluate: results.json and rows.jsonl, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny_model import ROOT, launch, save_tiny_model
+
+from launch.config import load_file
+from launch.evaluate import evaluate, held_out_rows
+from posttrain_jax.errors import InputError
+from posttrain_jax.evaluate.held_out import held_out_loss
+from posttrain_jax.load_model import load_model
+
+CONFIG = str(ROOT / "configs/eval/held_out.py")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def config_for(tmp_path, count=9, **data):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"question {i}? ", "completion": "yes" * (i + 1)} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = load_file(f"{CONFIG}:tiny")
+    config.data.train = str(path)
+    config.data.max_length = 64
+    for key, value in data.items():
+        config.data[key] = value
+    return config
+
+
+def test_the_files_hold_what_the_function_found(model, tmp_path, capsys):
+    config = config_for(tmp_path, eval=str(tmp_path / "rows.jsonl"))
+    out = tmp_path / "new" / "eval"
+    record = evaluate(str(model), config, out)
+    saved = json.loads((out / "results.json").read_text())
+    assert saved == json.loads(json.dumps(record))
+    assert saved["counts"]["sequences"] == 9
+    assert saved["counts"]["trained_tokens"] == sum(3 * (i + 1) + 1 for i in range(9))  # + the EOS
+
+    loaded = load_model(str(model))
+    direct = held_out_loss(loaded.model, loaded.params, held_out_rows(config, loaded, tmp_path))
+    for name, estimate in direct.metrics.items():
+        assert saved["metrics"][name]["value"] == pytest.approx(estimate.value, rel=1e-4), name
+        assert saved["metrics"][name]["low"] <= saved["metrics"][name]["value"]
+        assert saved["metrics"][name]["value"] <= saved["metrics"][name]["high"]
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 9
+    total = sum(row["loss"] for row in rows) / sum(row["trained_tokens"] for row in rows)
+    assert total == pytest.approx(saved["metrics"]["loss_per_token"]["value"], rel=1e-9)
+    assert {row["row"] for row in rows} == {f"{tmp_path}/rows.jsonl:{n}" for n in range(1, 10)}
+    assert "loss_per_token" in capsys.readouterr().out
+
+
+def test_split_takes_the_same_rows_whatever_the_batch(model, tmp_path):
+    config = config_for(tmp_path, eval="split:4")
+    names = []
+    for batch_rows in (1, 8):
+        config.eval.batch_rows = batch_rows
+        evaluate(str(model), config, tmp_path / "out")
+        lines = (tmp_path / "out" / "rows.jsonl").read_text().splitlines()
+        names.append({json.loads(line)["row"] for line in lines})
+    assert names[0] == names[1] and len(names[0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"eval": ""}, "data.eval is empty"),
+        ({"eval": "no/such/file.jsonl"}, "no/such/file.jsonl does not exist"),
+        ({"eval": "split:4", "train": ""}, "part of data.train, which is empty"),
+        ({"max_length": 4096}, "more than the model's context of 128"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(model, tmp_path, data, words):
+    with pytest.raises(InputError, match=words):
+        evaluate(str(model), config_for(tmp_path, **data), tmp_path / "out")
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_from_the_command_line(model, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "some words"}\n{"text": 5}\n')
+    flags = [
+        f"--model={model}",
+        "--config=configs/eval/held_out.py:tiny",
+        f"--config.data.eval={path}",
+        "--config.data.max_length=32",
+        f"--out={tmp_path}/out",
+    ]
+    done = launch("evaluate", *flags)
+    assert done.returncode == 2
+    assert "rows.jsonl, line 2, text: is a number, not text" in done.stderr
+    done = launch("evaluate", *flags, "--config.data.on_bad_row=skip")
+    assert done.returncode == 0, done.stderr
+    assert "perplexity_per_sequence" in done.stdout
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["counts"]["sequences"] == 1
+    assert json.loads((tmp_path / "out" / "rejected.jsonl").read_text())["line"] == 2
+    done = launch("evaluate", *flags, "--config.eval.batchrows=3")
+    assert done.returncode == 2
+    assert "eval.batch_rows" in done.stderr and "Traceback" not in done.stderr

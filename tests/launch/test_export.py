@@ -1,0 +1,179 @@
+"""launch.export: a run, its adapter or its average as a Hugging Face folder, whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_model import CONFIG, launch, save_tiny_model
+
+from launch.export import export
+from posttrain_jax.checkpoint import Checkpoints
+from posttrain_jax.errors import InputError
+from posttrain_jax.export_model import export_hf, write_model_folder
+from posttrain_jax.load_model import load_model
+from posttrain_jax.models.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.config import LoraConfig
+from posttrain_jax.models.transformer import make_model
+from posttrain_jax.optim import make_optimizer, make_schedule, new_state
+from posttrain_jax.trees import combine, partition
+
+TOKENS = np.arange(1, 20)[None]
+LORA = LoraConfig(rank=2, alpha=8.0, targets=("q", "down"))
+
+
+def save_run(workdir, *, lora: LoraConfig, ema: bool = False):
+    """A workdir with the checkpoints 1 and 2 as a run leaves it; returns the parameters of both."""
+    model = make_model(CONFIG, lora=lora)
+    params = model.init(jax.random.key(0))
+    trained, frozen = partition(params, lambda path: not lora.rank or "lora" in path)
+    schedule = make_schedule("constant", lr=0.1, steps=2, warmup=0.0, min_lr_ratio=0.0, decay_share=0.1)
+    optimizer = make_optimizer(
+        "sgd",
+        schedule,
+        beta1=0.9,
+        beta2=0.999,
+        eps=1e-8,
+        weight_decay=0.0,
+        clip_norm=0.0,
+        momentum=0.0,
+    )
+    state = new_state(trained, frozen, jax.random.key(0), optimizer, ema=ema)
+    write_model_folder(workdir / "model", config=CONFIG, tokenizer=byte_tokenizer())
+    fields = {
+        "rank": lora.rank,
+        "alpha": lora.alpha,
+        "targets": list(lora.targets),
+        "rslora": False,
+    }
+    (workdir / "config.json").write_text(json.dumps({"model": {"init": "base/folder", "lora": fields}}))
+    checkpoints = Checkpoints(workdir, keep=2)
+    checkpoints.save_frozen(frozen)
+    steps = {}
+    for step in (1, 2):
+        noise = jax.tree.map(
+            lambda leaf, step=step: leaf + 0.02 * jax.random.normal(jax.random.key(step), leaf.shape),
+            trained,
+        )
+        average = jax.tree.map(lambda leaf: 0.5 * leaf, noise) if ema else {}
+        state = dataclasses.replace(state, step=jnp.int32(step), params=noise, ema=average)
+        checkpoints.save(state, {}, {})
+        steps[step] = combine(noise, frozen)
+    checkpoints.close()
+    return model, steps
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("lora_run")
+    return (workdir, *save_run(workdir, lora=LORA))
+
+
+@pytest.fixture(scope="module")
+def full_run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("full_run")
+    return (workdir, *save_run(workdir, lora=LoraConfig(), ema=True))
+
+
+def logits_of(folder) -> np.ndarray:
+    loaded = load_model(str(folder))
+    return np.asarray(loaded.apply(loaded.params, TOKENS).logits_BTV)
+
+
+def test_a_run_is_exported_bit_for_bit_at_the_step_asked_for(full_run, tmp_path):
+    workdir, _, steps = full_run
+    assert export(str(workdir), tmp_path / "last") == 2
+    assert export(f"{workdir}@1", tmp_path / "first") == 1
+    for name, step in (("last", 2), ("first", 1)):
+        loaded = load_model(str(tmp_path / name))
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), loaded.params, steps[step]))
+    assert load_model(str(tmp_path / "last")).tokenizer.chat_template
+    generation = json.loads((tmp_path / "last" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == byte_tokenizer().eos_token_id
+    with pytest.raises(InputError, match="no checkpoint of step 5"):
+        export(f"{workdir}@5", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_average_and_the_type_can_be_chosen(full_run, tmp_path):
+    workdir, _, steps = full_run
+    export(str(workdir), tmp_path / "ema", ema=True)
+    loaded = load_model(str(tmp_path / "ema"))
+    np.testing.assert_allclose(
+        loaded.params["embed"]["embedding"], 0.5 * steps[2]["embed"]["embedding"], rtol=1e-6
+    )
+    export(str(workdir), tmp_path / "half", dtype="bfloat16")
+    stored = load_model(str(tmp_path / "half")).params["embed"]["embedding"]
+    np.testing.assert_array_equal(
+        stored, steps[2]["embed"]["embedding"].astype(jnp.bfloat16).astype(jnp.float32)
+    )
+    with pytest.raises(InputError, match="float16 is not a type"):
+        export(str(workdir), tmp_path / "other", dtype="float16")
+
+
+def test_an_adapter_is_merged_or_exported_alone(lora_run, tmp_path):
+    workdir, model, steps = lora_run
+    expected = np.asarray(model.apply(steps[2], TOKENS).logits_BTV)
+    export(str(workdir), tmp_path / "merged")
+    np.testing.assert_allclose(logits_of(tmp_path / "merged"), expected, atol=1e-5)
+
+    export(str(workdir), tmp_path / "adapter", adapter_only=True)
+    fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (fields["r"], fields["base_model_name_or_path"]) == (2, "base/folder")
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    # On its base model it is the run again.
+    base, _ = partition(steps[2], lambda path: "lora" not in path)
+    export_hf(tmp_path / "base", config=CONFIG, params=base, tokenizer=byte_tokenizer())
+    fields["base_model_name_or_path"] = str(tmp_path / "base")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(fields))
+    np.testing.assert_allclose(logits_of(tmp_path / "adapter"), expected, atol=1e-5)
+
+
+def test_a_run_without_adapter_has_none_to_export(full_run, tmp_path):
+    with pytest.raises(InputError, match="no LoRA adapter"):
+        export(str(full_run[0]), tmp_path / "adapter", adapter_only=True)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_what_is_there_is_not_overwritten_unless_asked(full_run, tmp_path):
+    workdir, _, _ = full_run
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"is not empty; .*--overwrite"):
+        export(str(workdir), out)
+    assert (out / "notes.txt").read_text() == "mine"
+    export(str(workdir), out, overwrite=True)
+    assert (out / "model.safetensors").is_file() and not (out / "notes.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing is left beside it
+    with pytest.raises(InputError, match="holds the model that is exported"):
+        export(str(workdir), workdir.parent, overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        export(str(workdir), tmp_path / "file")
+
+
+def test_any_model_can_be_exported_but_only_a_run_has_an_average(tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    assert export(str(folder), tmp_path / "copy") is None
+    np.testing.assert_array_equal(logits_of(tmp_path / "copy"), logits_of(folder))
+    with pytest.raises(InputError, match="is no workdir"):
+        export(str(folder), tmp_path / "average", ema=True)
+
+
+def test_from_the_command_line(full_run, tmp_path):
+    done = launch("export", f"--workdir={full_run[0]}@1", f"--out={tmp_path}/out")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"The model of step 1 lies in {tmp_path}/out.\n"
+    for arguments, words in (
+        ((), "--workdir and --out are needed"),
+        ((f"--workdir={full_run[0]}", f"--out={tmp_path}/out"), "is not empty"),
+        (("--workdir=no/such/run", f"--out={tmp_path}/new"), "no such file or folder"),
+    ):
+        done = launch("export", *arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert words in done.stderr and "Traceback" not in done.stderr
