@@ -40,6 +40,7 @@ setup(
         "safetensors>=0.5",
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.9",  # its data_source readers, which need no TensorFlow
+        "importlib_resources",  # tensorflow-datasets imports it without declaring it
         "tokenizers>=0.22",
         "tqdm>=4.66",
         "transformers>=5.0",  # tokenizers, chat templates and model configs only: it runs without torch

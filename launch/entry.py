@@ -6,9 +6,11 @@ import errno
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -27,7 +29,8 @@ def run(main: Callable[[Sequence[str]], int | None], *, example: str) -> None:
     quiet_libraries()
 
     def guarded(argv: Sequence[str]) -> None:
-        absl_logging.set_verbosity(absl_logging.ERROR)
+        absl_logging.set_verbosity(absl_logging.FATAL)
+        sys.excepthook = _say_main_thread_only
         try:
             if len(argv) > 1:
                 raise InputError(f"The argument {argv[1]!r} is not a flag; an example: {example}")
@@ -57,13 +60,19 @@ def run(main: Callable[[Sequence[str]], int | None], *, example: str) -> None:
 def _parse(argv: Sequence[str], example: str) -> Sequence[str]:
     try:
         check_arguments(argv)
-        return app.parse_flags_with_usage(list(argv))
+        return flags.FLAGS(list(argv))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         print(f"error: {error}\nexample: {example}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def _say_main_thread_only(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A save that fails (a full disk) raises in the main thread; TensorStore's threads would each print it as well."""
+    if threading.current_thread() is threading.main_thread():
+        sys.__excepthook__(kind, error, trace)
 
 
 def quiet_libraries() -> None:

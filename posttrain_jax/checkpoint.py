@@ -8,8 +8,8 @@ A checkpoint at step S is the folder `checkpoints/S/` with the items
 
 and `manifest.json` with the size and CRC-32 of every file, written just before Orbax's atomic rename makes the
 folder visible under its name. Parameters that are not trained (LoRA's
-base model) never change, so they are saved once, in `frozen/`. A checkpoint whose files do not match its manifest
-is named, skipped, and the one before it is used.
+base model) never change, so they are saved once, in `frozen/`, with a manifest too. A checkpoint whose files do not
+match its manifest is named, skipped, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import json
 import logging
 import shutil
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,10 @@ def completed_steps(workdir: Path) -> list[int]:
     return sorted(int(entry.name) for entry in folder.iterdir() if entry.is_dir() and entry.name.isdigit())
 
 
-def write_manifest(step_dir: Path) -> None:
+def write_manifest(folder: Path, items: Sequence[str] = ITEMS) -> None:
     """Writes size and CRC-32 of every file of the items of a checkpoint."""
-    sums = {name: list(_size_and_crc(step_dir / name)) for name in _files(step_dir)}
-    (step_dir / MANIFEST).write_text(json.dumps(sums, indent=0))
+    sums = {name: list(_size_and_crc(folder / name)) for name in _files(folder, items)}
+    (folder / MANIFEST).write_text(json.dumps(sums, indent=0))
 
 
 def damage(step_dir: Path) -> str | None:
@@ -63,14 +64,23 @@ def damage(step_dir: Path) -> str | None:
     missing = [item for item in ITEMS if not (step_dir / item).is_dir()]
     if missing:
         return f"it lacks {', '.join(missing)}"
-    if not (step_dir / MANIFEST).is_file():
+    return _differences(step_dir)
+
+
+def frozen_damage(workdir: Path) -> str | None:
+    """What is wrong with the files of the parameters that are not trained, in words, or None."""
+    return _differences(workdir / "frozen")
+
+
+def _differences(folder: Path) -> str | None:
+    if not (folder / MANIFEST).is_file():
         return f"its {MANIFEST} is gone"
     try:
-        sums = json.loads((step_dir / MANIFEST).read_text())
-    except ValueError:
-        return f"its {MANIFEST} is not JSON"
+        sums = {name: (size, crc) for name, (size, crc) in json.loads((folder / MANIFEST).read_text()).items()}
+    except (ValueError, TypeError, AttributeError):
+        return f"its {MANIFEST} is not what was written"
     for name, (size, crc) in sums.items():
-        path = step_dir / name
+        path = folder / name
         if not path.is_file():
             return f"its file {name} is gone"
         if path.stat().st_size != size:
@@ -80,9 +90,9 @@ def damage(step_dir: Path) -> str | None:
     return None
 
 
-def _files(step_dir: Path) -> list[str]:
-    files = (path for item in ITEMS for path in (step_dir / item).rglob("*") if path.is_file())
-    return sorted(str(path.relative_to(step_dir)) for path in files)
+def _files(folder: Path, items: Sequence[str]) -> list[str]:
+    files = (path for item in items for path in (folder / item).rglob("*") if path.is_file())
+    return sorted(str(path.relative_to(folder)) for path in files)
 
 
 def _size_and_crc(path: Path) -> tuple[int, int]:
@@ -148,11 +158,22 @@ class Checkpoints:
     def save_frozen(self, frozen: PyTree) -> None:
         """Saves the parameters that are not trained, once per workdir; nothing if there are none."""
         target = self.workdir / "frozen"
-        if not frozen or target.exists():
+        if not frozen or not _agree(jax.process_index() == 0 and frozen_damage(self.workdir) is not None):
             return
         with ocp.StandardCheckpointer() as writer:
-            writer.save(target.absolute(), frozen)
+            writer.save(target.absolute(), frozen, force=True)
             writer.wait_until_finished()
+        if jax.process_index() == 0:
+            write_manifest(target, (".",))
+
+    def mend_frozen(self, like: PyTree, make: Callable[[], PyTree]) -> None:
+        """Before a resume: saves the parameters that are not trained again if their files are damaged."""
+        problem = frozen_damage(self.workdir) if like and jax.process_index() == 0 else None
+        if not _agree(problem is not None):
+            return
+        if problem is not None:
+            log.error("%s is damaged: %s; it is made again from model.init.", self.workdir / "frozen", problem)
+        self.save_frozen(make())
 
     def save(self, state: TrainState, meta: dict[str, Any], metrics: dict[str, float]) -> int:
         """Starts saving; returns the step. Waits only for the copy off the devices and for the save before.
@@ -387,6 +408,9 @@ def _read_params(
         return out
 
     trained_like = subset(like, set(saved))
+    problem = frozen_damage(workdir) if frozen_dir.is_dir() else None
+    if problem is not None:
+        raise InputError(f"{frozen_dir} is damaged: {problem}; run the training command again to mend it.")
     with ocp.StandardCheckpointer() as reader:
         if ema:
             whole = reader.restore((step_dir / "optimizer").absolute())

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from posttrain_jax.checkpoint import Checkpoints
+from posttrain_jax.checkpoint import Checkpoints, completed_steps
 from posttrain_jax.errors import InputError
 from posttrain_jax.metrics import (
     Accumulator,
@@ -262,6 +262,8 @@ def train(task: Task, options: LoopOptions, workdir: Path) -> Summary:
 def _train(
     task: Task, options: LoopOptions, workdir: Path, checkpoints: Checkpoints, preemption: _Preemption
 ) -> Summary:
+    if completed_steps(workdir):
+        checkpoints.mend_frozen(task.abstract_state.frozen, lambda: task.init_state().frozen)
     restored = checkpoints.restore(task.abstract_state)
     if restored is None:
         state, start, meta = task.init_state(), 0, {}

@@ -132,7 +132,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, shared: Shared, is_local: Array, cache: dict[str, Array] | None
+        self, x_BTD: Array, shared: Shared, is_local: Array, layer: Array, cache: dict[str, Array] | None
     ) -> tuple[Array, dict[str, Array] | None]:
         config = self.config
         batch, time, _ = x_BTD.shape
@@ -159,15 +159,12 @@ class Attention(nn.Module):
 
         if cache is not None:
             rows = jnp.arange(batch)[:, None]
+            place = (layer, rows, shared.cache_index_BT)
             cache = {
-                "k": cache["k"]
-                .at[rows, shared.cache_index_BT]
-                .set(k_BTGK.astype(cache["k"].dtype), mode="drop"),
-                "v": cache["v"]
-                .at[rows, shared.cache_index_BT]
-                .set(v_BTGK.astype(cache["v"].dtype), mode="drop"),
+                "k": cache["k"].at[place].set(k_BTGK.astype(cache["k"].dtype), mode="drop"),
+                "v": cache["v"].at[place].set(v_BTGK.astype(cache["v"].dtype), mode="drop"),
             }
-            k_BTGK, v_BTGK = cache["k"].astype(self.dtype), cache["v"].astype(self.dtype)
+            k_BTGK, v_BTGK = (cache[name][layer].astype(self.dtype) for name in ("k", "v"))
 
         out_BTHK = attend(
             checkpoint_name(q_BTHK, "query"),
@@ -213,22 +210,27 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, shared: Shared, is_local: Array, cache: dict[str, Array] | None
-    ) -> tuple[Array, dict[str, Array] | None]:
+        self,
+        carry: tuple[Array, dict[str, Array] | None],
+        shared: Shared,
+        is_local: Array,
+        layer: Array,
+    ) -> tuple[tuple[Array, dict[str, Array] | None], None]:
         config = self.config
+        x_BTD, cache = carry
 
         def norm(name: str) -> RMSNorm:
             return RMSNorm(config.norm_eps, config.norm_plus_one, self.dtype, name=name)
 
         attention = Attention(config, self.lora, self.dtype, self.implementation, name="attn")
-        update_BTD, cache = attention(norm("attn_norm")(x_BTD), shared, is_local, cache)
+        update_BTD, cache = attention(norm("attn_norm")(x_BTD), shared, is_local, layer, cache)
         if config.sandwich_norms:
             update_BTD = norm("post_attn_norm")(update_BTD)
         x_BTD = checkpoint_name(constrain_activations(x_BTD + update_BTD), "residual")
         update_BTD = GatedMLP(config, self.lora, self.dtype, name="mlp")(norm("mlp_norm")(x_BTD))
         if config.sandwich_norms:
             update_BTD = norm("post_mlp_norm")(update_BTD)
-        return constrain_activations(x_BTD + update_BTD), cache
+        return (constrain_activations(x_BTD + update_BTD), cache), None
 
 
 class Embedding(nn.Module):
@@ -296,7 +298,9 @@ class Transformer(nn.Module):
             length=config.n_layers,
         )(config, self.lora, self.dtype, self.implementation, name="layers")
         is_local_L = jnp.asarray(config.local_layers or (False,) * config.n_layers)
-        x_BTD, layer_cache = layers(x_BTD, shared, is_local_L, layer_cache)
+        (x_BTD, layer_cache), _ = layers(
+            (x_BTD, layer_cache), shared, is_local_L, jnp.arange(config.n_layers)
+        )
         x_BTD = RMSNorm(config.norm_eps, config.norm_plus_one, self.dtype, name="final_norm")(x_BTD)
         if cache is not None:
             cache = {**cache, **layer_cache}

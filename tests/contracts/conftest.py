@@ -60,7 +60,8 @@ class Processes:
             cwd=ROOT,
             env=environment(self.cache, 1),
         )
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
         self._pid = 0
         assert self._messages.get(timeout=TIMEOUT)["ready"]
 
@@ -104,6 +105,8 @@ class Processes:
         except subprocess.TimeoutExpired:
             os.kill(self._pid, signal.SIGKILL)
             self._server.kill()
+        self._listener.join()
+        self._server.stdout.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +30,7 @@ def packed(time: int):
     segments, positions = np.zeros((2, time), np.int32), np.zeros((2, time), np.int32)
     for row, cuts in enumerate(([0, 0.35, 0.6, 0.9], [0, 0.08, 0.1, 0.7, 1.0])):
         edges = [round(cut * time) for cut in cuts]
-        for number, (start, stop) in enumerate(zip(edges, edges[1:], strict=False), 1):
+        for number, (start, stop) in enumerate(itertools.pairwise(edges), 1):
             segments[row, start:stop] = number
             positions[row, start:stop] = np.arange(stop - start)
     return jnp.asarray(segments), jnp.asarray(positions)

@@ -1,0 +1,146 @@
+"""Two processes (jax.distributed, gloo on the CPU) follow one process's trajectory and read each other's checkpoints."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs.sft.smollm2_135m import get_config
+from contracts.conftest import ROOT, Together, environment
+from posttrain_jax.checkpoint import completed_steps, restore_params
+from posttrain_jax.experiment import policy_from_config
+
+pytestmark = pytest.mark.slow
+
+COMMAND = (
+    "launch.train",
+    "--config=configs/sft/smollm2_135m.py:tiny",
+    "--config.train.steps=6",
+    "--config.checkpoint.every=3",
+    "--config.eval.every=3",
+    "--config.eval.max_new_tokens=4",
+    "--config.mesh.data=1",
+    "--config.mesh.fsdp=-1",
+)
+
+
+def pair(*arguments: str) -> list[tuple[str, ...]]:
+    """The two processes' commands, on a port that is free."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [
+        (*arguments, f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process={index}") for index in range(2)
+    ]
+
+
+def losses(workdir: Path) -> list[tuple]:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row.get("train/loss"), row.get("eval/loss"), row.get("train/tokens")) for row in rows]
+
+
+def params(workdir: Path):
+    shapes = policy_from_config(get_config("tiny")).model.abstract_params()
+    tree, step = restore_params(workdir, shapes)
+    assert step == 6
+    return jax.device_get(tree)
+
+
+def assert_close(workdir: Path, other: Path) -> None:
+    """Six AdamW steps in another order of summation: losses to 1e-5, parameters to a fiftieth of one step's lr."""
+    for mine, yours in zip(losses(workdir), losses(other), strict=True):
+        assert mine[0] == yours[0]
+        for a, b in zip(mine[1:], yours[1:], strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or a == pytest.approx(b, rel=1e-5), (mine, yours)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params(workdir), params(other))
+
+
+@pytest.fixture(scope="module")
+def single(processes, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("single") / "run"
+    ended = processes.run(*COMMAND, f"--workdir={workdir}")
+    assert ended.code == 0, ended.err
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def double(together: Together, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("double") / "run"
+    first, second = together.run(pair(*COMMAND, f"--workdir={workdir}"))
+    assert first.code == 0, first.err
+    assert second.code == 0, second.err
+    assert second.out == "", "only process 0 speaks"
+    return workdir
+
+
+def test_two_processes_follow_one(single: Path, double: Path):
+    assert_close(double, single)
+    assert len(list((double / "tensorboard").iterdir())) == 1
+    assert json.loads((double / "summary.json").read_text())["status"] == "complete"
+
+
+def test_one_process_reads_what_two_wrote(single: Path, double: Path, processes, tmp_path: Path):
+    workdir = cut_back(double, tmp_path)
+    ended = processes.run(*COMMAND, f"--workdir={workdir}")
+    assert ended.code == 0, ended.err
+    assert "Resuming from step 3" in ended.out
+    assert_close(workdir, single)
+
+
+def test_two_processes_read_what_one_wrote(single: Path, together: Together, tmp_path: Path):
+    workdir = cut_back(single, tmp_path)
+    first, second = together.run(pair(*COMMAND, f"--workdir={workdir}"))
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert "Resuming from step 3" in first.out
+    assert_close(workdir, single)
+
+
+def cut_back(finished: Path, tmp_path: Path) -> Path:
+    """A copy of a run as if it had been killed after step 3."""
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/6")
+    assert completed_steps(tmp_path / "run") == [3]
+    return tmp_path / "run"
+
+
+def test_sigterm_to_one_of_two_stops_both_at_the_same_step(together: Together, tmp_path: Path):
+    workdir = tmp_path / "run"
+    commands = pair(*COMMAND, f"--workdir={workdir}", "--config.train.steps=4000", "--config.eval.every=0")
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", *command],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment(together.cache, 1),
+        )
+        for command in commands
+    ]
+    try:
+        metrics = workdir / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.is_file() and '"step": 3' in metrics.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        running[1].send_signal(signal.SIGTERM)
+        errors = [process.communicate(timeout=120)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0], errors
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["status"] == "preempted"
+    assert completed_steps(workdir)[-1] == summary["final_step"] < 4000
