@@ -15,6 +15,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from posttrain_jax.errors import InputError
+from posttrain_jax.models.config import LoraConfig
 
 
 def define(default: str | None = None) -> flags.FlagHolder:
@@ -131,6 +132,7 @@ FREE_KEYS = (
 
 # key: (least, greatest) value that makes sense, both included.
 BOUNDS: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**31 - 1),
     "model.lora.rank": (0, math.inf),
     "data.max_length": (2, math.inf),
     "train.steps": (0, math.inf),
@@ -156,17 +158,25 @@ BOUNDS: dict[str, tuple[float, float]] = {
 }
 
 
-def check_bounds(config: ConfigDict) -> None:
-    """Checks the numbers that have a range.
+def check_values(config: ConfigDict) -> None:
+    """Checks what can be checked before anything is read: ranges, keys that have no default, names of layers.
 
     Raises:
-      InputError: names the key, its value and the range.
+      InputError: names the key, its value and what it may be.
     """
     flat = flatten(config)
     for key, (least, greatest) in BOUNDS.items():
         if not least <= flat[key] <= greatest:
-            limit = f"at least {least:g}" if greatest == math.inf else f"between {least:g} and {greatest:g}"
+            limit = (
+                f"at least {least:g}" if greatest == math.inf else f"between {least:g} and {greatest:.10g}"
+            )
             raise InputError(f"{key} is {flat[key]}; it must be {limit}.")
+    for key, what in (("model.init", 'a MODEL, or "random"'), ("data.train", "the rows to train on")):
+        if not flat[key]:
+            raise InputError(f"{key} is not set; it must be {what}.")
+    targets, known = set(config.model.lora.targets), LoraConfig().targets
+    if config.model.lora.rank and (not targets or not targets <= set(known)):
+        raise InputError(f"model.lora.targets is {tuple(sorted(targets))}; use some of {', '.join(known)}.")
 
 
 def save_or_check(config: ConfigDict, workdir: Path, *, resumes: bool, write: bool) -> dict[str, Any]:

@@ -6,11 +6,9 @@ import errno
 import logging
 import os
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -30,7 +28,6 @@ def run(main: Callable[[Sequence[str]], int | None], *, example: str) -> None:
 
     def guarded(argv: Sequence[str]) -> None:
         absl_logging.set_verbosity(absl_logging.FATAL)
-        sys.excepthook = _say_main_thread_only
         try:
             if len(argv) > 1:
                 raise InputError(f"The argument {argv[1]!r} is not a flag; an example: {example}")
@@ -67,12 +64,6 @@ def _parse(argv: Sequence[str], example: str) -> Sequence[str]:
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         print(f"error: {error}\nexample: {example}", file=sys.stderr, flush=True)
         sys.exit(2)
-
-
-def _say_main_thread_only(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A save that fails (a full disk) raises in the main thread; TensorStore's threads would each print it as well."""
-    if threading.current_thread() is threading.main_thread():
-        sys.__excepthook__(kind, error, trace)
 
 
 def quiet_libraries() -> None:

@@ -49,8 +49,7 @@ def connect() -> None:
     if COORDINATOR.value == "auto":
         jax.distributed.initialize()
     elif COORDINATOR.value:
-        if jax.config.read("jax_platforms") == "cpu":
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
 
 
@@ -72,7 +71,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"The workdir {workdir} cannot be made: {error.strerror}.") from error
-    config_flag.check_bounds(config)
+    config_flag.check_values(config)
     resolved = config_flag.save_or_check(
         config, workdir, resumes=bool(completed_steps(workdir)), write=jax.process_index() == 0
     )

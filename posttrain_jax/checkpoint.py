@@ -31,7 +31,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from posttrain_jax.errors import InputError
-from posttrain_jax.trees import combine, leaf_paths
+from posttrain_jax.trees import byte_count, combine, leaf_paths
 from posttrain_jax.types import PyTree, TrainState
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,9 @@ def _differences(folder: Path) -> str | None:
     if not (folder / MANIFEST).is_file():
         return f"its {MANIFEST} is gone"
     try:
-        sums = {name: (size, crc) for name, (size, crc) in json.loads((folder / MANIFEST).read_text()).items()}
+        sums = {
+            name: (size, crc) for name, (size, crc) in json.loads((folder / MANIFEST).read_text()).items()
+        }
     except (ValueError, TypeError, AttributeError):
         return f"its {MANIFEST} is not what was written"
     for name, (size, crc) in sums.items():
@@ -172,7 +174,9 @@ class Checkpoints:
         if not _agree(problem is not None):
             return
         if problem is not None:
-            log.error("%s is damaged: %s; it is made again from model.init.", self.workdir / "frozen", problem)
+            log.error(
+                "%s is damaged: %s; it is made again from model.init.", self.workdir / "frozen", problem
+            )
         self.save_frozen(make())
 
     def save(self, state: TrainState, meta: dict[str, Any], metrics: dict[str, float]) -> int:
@@ -194,6 +198,7 @@ class Checkpoints:
         }
         has_best = self._best_metric in metrics
         self.wait()
+        self._check_space(byte_count((state.params, state.opt_state, state.ema)))
         self._saving = step
         try:
             self._manager.save(
@@ -208,6 +213,12 @@ class Checkpoints:
         except Exception as error:
             raise self.explain(error) from error
         return step
+
+    def _check_space(self, needed: int) -> None:
+        """Before a save that cannot end well: TensorStore would print each write that fails."""
+        free = shutil.disk_usage(self.folder).free if jax.process_index() == 0 else needed
+        if _agree(free < needed):
+            raise self._full(f"{free / 1e6:,.1f} MB are free and a checkpoint takes {needed / 1e6:,.1f} MB")
 
     def wait(self) -> None:
         """Waits until what was saved is on disk.
@@ -240,12 +251,15 @@ class Checkpoints:
             cause = cause.__cause__ or cause.__context__
         if "No space left on device" not in " ".join(texts):
             return error
+        return self._full("a file could not be written")
+
+    def _full(self, what: str) -> InputError:
         good = completed_steps(self.workdir)
         last = (
             f"the last good checkpoint is that of step {good[-1]}" if good else "there is no checkpoint yet"
         )
         return InputError(
-            f"The disk of {self.workdir} is full; {last}. Free some space and run the same command again."
+            f"The disk of {self.workdir} is full ({what}); {last}. Free some space and run the same command again."
         )
 
     def restore(self, like: TrainState) -> Restored | None:

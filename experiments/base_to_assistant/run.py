@@ -18,7 +18,9 @@ CONFIG = "configs/sft/gemma3_270m_assistant.py"
 
 def main() -> None:
     """Runs the training entry point (which resumes) and records what it wrote."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--variant", default="")
     parser.add_argument("--out", type=Path, default=HERE, help="where answers.json and answers.md go")

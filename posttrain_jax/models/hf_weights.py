@@ -180,6 +180,7 @@ def save_safetensors(
         )
         tensors = {hf: _tensor(params, leaf, layer, dtype) for hf, leaf, layer in shard}
         save_file(tensors, str(folder / name), metadata={"format": "pt"})
+        (folder / name).chmod(0o644)  # safetensors makes it readable by its owner alone
         weight_map.update(dict.fromkeys(tensors, name))
         total += sum(t.nbytes for t in tensors.values())
     if len(shards) > 1:

@@ -134,6 +134,7 @@ def save_adapter(
                 key = f"{_PREFIX}layers.{layer}.{hf}.lora_{side}.weight"
                 tensors[key] = np.ascontiguousarray(stacked[layer].T)
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner alone
     fields = {
         **_PLAIN,
         "peft_type": "LORA",

@@ -123,7 +123,9 @@ class Together:
 
     cache: pathlib.Path
 
-    def run(self, commands: Sequence[Sequence[str]], *, devices: int = 1, extra: Mapping[str, str] = {}) -> list[Ended]:
+    def run(
+        self, commands: Sequence[Sequence[str]], *, devices: int = 1, extra: Mapping[str, str] = {}
+    ) -> list[Ended]:
         """Runs `python -m ...` for every command at once and waits for all."""
         running = [
             subprocess.Popen(

@@ -1,8 +1,8 @@
 """Starts entry points as processes of their own, quickly: the libraries are imported once, every start is a fork.
 
-Reads one JSON object a line from stdin, {"argv": [...], "out": PATH, "err": PATH}, runs `python -m argv[0]` with the rest
-in a child (JAX's backend is not up in the parent, so that nothing but imported code is shared), and writes
-{"pid": n} at once and {"pid": n, "code": c} when the child is gone (negative: the signal that killed it).
+Reads one JSON object a line from stdin, {"argv": [...], "out": PATH, "err": PATH}, runs `python -m argv[0]` with
+the rest in a child (JAX's backend is not up in the parent, so only imported code is shared), and
+writes {"pid": n} at once and {"pid": n, "code": c} when the child is gone (negative: the signal that killed it).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import runpy
 import sys
 import threading
 
-import posttrain_jax.algorithms.sft  # noqa: F401
+import posttrain_jax.algorithms.sft
 import posttrain_jax.train_loop  # noqa: F401
 
 LOCK = threading.Lock()

@@ -60,7 +60,10 @@ def reference(processes, tmp_path_factory) -> Path:
     ended = processes.run(*COMMAND, f"--workdir={workdir}")
     assert ended.code == 0, ended.err
     assert ended.err == ""
-    assert [row["step"] for row in rows(workdir, "metrics.jsonl") if "train/loss" in row] == [*range(3, 20, 3), 20]
+    assert [row["step"] for row in rows(workdir, "metrics.jsonl") if "train/loss" in row] == [
+        *range(3, 20, 3),
+        20,
+    ]
     assert {row["step"] for row in rows(workdir, "samples.jsonl")} == {0, 5, 10, 15, 20}
     return workdir
 
@@ -85,10 +88,10 @@ def test_sigkill_at_many_moments(processes, reference: Path, tmp_path: Path):
         "parameters are being written": lambda: any(
             path.is_file() for folder in being_written(workdir) for path in folder.glob("params*/**/*")
         ),
-        "the manifest is there, the name is not": lambda: any(
-            (folder / "manifest.json").exists() for folder in being_written(workdir)
-        )
-        or (checkpoints / "12").is_dir(),
+        "the manifest is there, the name is not": lambda: (
+            any((folder / "manifest.json").exists() for folder in being_written(workdir))
+            or (checkpoints / "12").is_dir()
+        ),
     }
     half_written = 0
     for moment, reached in moments.items():

@@ -68,7 +68,9 @@ def lines(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
 
 
 def test_a_whole_run_leaves_what_the_contract_names(tmp_path: Path):
-    config = tiny_config(train__steps=7, log__every=3, eval__every=4, checkpoint__every=5, log__tensorboard=True)
+    config = tiny_config(
+        train__steps=7, log__every=3, eval__every=4, checkpoint__every=5, log__tensorboard=True
+    )
     config.log.profile = "2:3"
     run(config, tmp_path)
     rows = lines(tmp_path)
@@ -76,8 +78,21 @@ def test_a_whole_run_leaves_what_the_contract_names(tmp_path: Path):
     eval_steps = [row["step"] for row in rows if "eval/loss" in row]
     assert train_steps == [3, 6, 7]
     assert eval_steps == [0, 4, 7]
-    names = {"step", "time", "train/loss", "train/token_accuracy", "train/grad_norm", "train/lr", "train/skipped"}
-    names |= {"train/tokens_per_second", "train/trained_tokens", "train/padding_share", "train/seconds_per_step"}
+    names = {
+        "step",
+        "time",
+        "train/loss",
+        "train/token_accuracy",
+        "train/grad_norm",
+        "train/lr",
+        "train/skipped",
+    }
+    names |= {
+        "train/tokens_per_second",
+        "train/trained_tokens",
+        "train/padding_share",
+        "train/seconds_per_step",
+    }
     assert names <= rows[1].keys()
     assert {"eval/loss", "eval/perplexity", "eval/loss_per_sequence", "eval/token_accuracy"} <= rows[0].keys()
     assert rows[0]["eval/perplexity"] == pytest.approx(math.exp(rows[0]["eval/loss"]))
@@ -189,7 +204,9 @@ class CrashingRows:
 
 def same_but_for_speed(a: Path, b: Path, name: str = "metrics.jsonl") -> None:
     drop = SPEED | {"time"}
-    left, right = ([{k: v for k, v in row.items() if k not in drop} for row in lines(p, name)] for p in (a, b))
+    left, right = (
+        [{k: v for k, v in row.items() if k not in drop} for row in lines(p, name)] for p in (a, b)
+    )
     assert left == right
 
 
@@ -200,7 +217,9 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize(
+    "name", ["lora", "sgd_ema", pytest.param("adafactor_accumulated", marks=pytest.mark.slow)]
+)
 def test_a_crashed_run_ends_as_one_that_never_crashed(tmp_path: Path, name: str):
     """Eight devices; the crash lies between a checkpoint (4) and a log line (6), in the middle of a window."""
     config = tiny_config(train__steps=7, checkpoint__every=2, log__every=3, eval__every=3, **RESUMED[name])
@@ -235,7 +254,9 @@ def test_non_finite_steps_stop_the_run_and_name_the_rows(tmp_path: Path, capsys)
         """From step 4 on a weight is NaN, as a corrupted chip would have it."""
         if int(state.step) == 3:
             scale = state.params["final_norm"]["scale"]
-            state.params["final_norm"]["scale"] = jax.device_put(jnp.full_like(scale, jnp.nan), scale.sharding)
+            state.params["final_norm"]["scale"] = jax.device_put(
+                jnp.full_like(scale, jnp.nan), scale.sharding
+            )
         return task.train_step(state, batch)
 
     with pytest.raises(InputError) as caught:
@@ -259,7 +280,9 @@ def test_the_last_and_the_best_checkpoints_stay(tmp_path: Path):
     config = tiny_config(train__steps=6, checkpoint__every=1, eval__every=1)
     config.checkpoint.best_metric = "eval/loss"
     values = iter([9.0, 5.0, 3.0, 4.0, 6.0, 7.0, 8.0])
-    task = dataclasses.replace(make_task(config, tmp_path), evaluate=lambda state: {"eval/loss": next(values)})
+    task = dataclasses.replace(
+        make_task(config, tmp_path), evaluate=lambda state: {"eval/loss": next(values)}
+    )
     summary = train(task, options(config), tmp_path)
     assert completed_steps(tmp_path) == [2, 5, 6]
     assert summary == Summary("complete", 6, summary.metrics)
@@ -271,7 +294,9 @@ def test_a_checkpoint_without_an_evaluation_is_never_the_best(tmp_path: Path):
     config.checkpoint.best_metric = "eval/loss"
     config.checkpoint.keep = 1
     values = iter([9.0, 1.0, 5.0, 6.0])
-    task = dataclasses.replace(make_task(config, tmp_path), evaluate=lambda state: {"eval/loss": next(values)})
+    task = dataclasses.replace(
+        make_task(config, tmp_path), evaluate=lambda state: {"eval/loss": next(values)}
+    )
     train(task, options(config), tmp_path)
     assert completed_steps(tmp_path) == [2, 6]
 
@@ -279,7 +304,9 @@ def test_a_checkpoint_without_an_evaluation_is_never_the_best(tmp_path: Path):
 def test_a_best_metric_that_is_never_measured_is_refused(tmp_path: Path):
     config = tiny_config()
     config.checkpoint.best_metric = "eval/los"
-    with pytest.raises(InputError, match=r"checkpoint.best_metric is 'eval/los', but the evaluation gives one of eval/"):
+    with pytest.raises(
+        InputError, match=r"checkpoint.best_metric is 'eval/los', but the evaluation gives one of eval/"
+    ):
         run(config, tmp_path)
 
 
@@ -297,7 +324,9 @@ def test_numbers_without_a_value_are_valid_json():
 
 def test_truncate_drops_later_steps_and_a_torn_line(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0, "a": 1}\n{"step": 2, "text": "\u2028"}\n{"step": 3, "a": 1}\n{"step": 2, "a"')
+    path.write_text(
+        '{"step": 0, "a": 1}\n{"step": 2, "text": "\u2028"}\n{"step": 3, "a": 1}\n{"step": 2, "a"'
+    )
     truncate_after(path, 2)
     assert path.read_text() == '{"step": 0, "a": 1}\n{"step": 2, "text": "\u2028"}\n'
     truncate_after(path, -1)
@@ -318,4 +347,7 @@ def test_accumulator_comes_back_from_json():
 def test_progress_line_reads_like_a_sentence():
     values = {"train/loss": 1.5, "train/lr": 1e-4, "train/grad_norm": 2.0, "train/skipped": 1.0}
     line = progress_line(3, 10, {**values, "train/padding_share": 0.25, "train/mfu": 0.4}, 3661)
-    assert line == "step 3/10  loss 1.5000  lr 1.00e-04  grad norm 2.00  padding 25.0%  MFU 40.0%  skipped 1  ETA 1:01:01"
+    assert (
+        line
+        == "step 3/10  loss 1.5000  lr 1.00e-04  grad norm 2.00  padding 25.0%  MFU 40.0%  skipped 1  ETA 1:01:01"
+    )

@@ -48,7 +48,9 @@ def reference(name: str) -> Gradients:
     return _REFERENCES[name]
 
 
-@pytest.mark.parametrize("name,mesh_shape", CASES, ids=lambda value: str(value).replace(", ", "x").strip("()"))
+@pytest.mark.parametrize(
+    "name,mesh_shape", CASES, ids=lambda value: str(value).replace(", ", "x").strip("()")
+)
 def test_mesh_gives_the_loss_and_gradients_of_one_device(name: str, mesh_shape: tuple[int, int, int]):
     got = compute(CONFIGS[name], mesh_shape)
     want = reference(name)
@@ -70,7 +72,9 @@ def test_parameters_and_optimiser_state_are_split_over_fsdp_and_tensor(mesh_shap
         held = {device: bytes_on(device, tree) for device in jax.devices()}
         assert len(set(held.values())) == 1, f"{name} is not spread evenly: {held}"
         per_device = held[jax.devices()[0]]
-        assert per_device <= whole / share + 0.03 * whole, f"{name}: {per_device} of {whole} bytes on each device"
+        assert per_device <= whole / share + 0.03 * whole, (
+            f"{name}: {per_device} of {whole} bytes on each device"
+        )
         assert per_device >= whole // share
 
 
@@ -79,7 +83,9 @@ def test_state_stays_split_after_a_step():
     trainer = make_trainer(mesh)
     places = trainer.places
     state, _ = trainer.step(trainer.state, trainer.put(random_rows(8, 16)))
-    for path, leaf, place in zip(leaf_paths(state), jax.tree.leaves(state), jax.tree.leaves(places), strict=True):
+    for path, leaf, place in zip(
+        leaf_paths(state), jax.tree.leaves(state), jax.tree.leaves(places), strict=True
+    ):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim), path
 
 

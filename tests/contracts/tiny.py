@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from posttrain_jax.algorithms import sft
 from posttrain_jax.data.packing import KEYS
-from posttrain_jax.experiment import abstract_on_mesh
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.transformer import Model, make_model
 from posttrain_jax.optim import gradient_sums, make_optimizer, make_schedule
@@ -86,10 +86,15 @@ def random_rows(rows: int, time: int, *, seed: int = 0, vocab: int = 64) -> dict
     return arrays
 
 
+@functools.cache
+def _shapes(config: ModelConfig) -> PyTree:
+    return make_model(config, attention="xla").abstract_params()
+
+
 def params_of(model: Model, mesh: Mesh, seed: int = 0) -> PyTree:
     """Random parameters in their places (norms' scales too, so that a dropped one shows), without compiling."""
     rng = np.random.default_rng(seed)
-    shapes = model.abstract_params()
+    shapes = _shapes(model.config)
     whole = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), shapes)
     return jax.device_put(whole, tree_shardings(whole, mesh))
 
@@ -157,14 +162,13 @@ def make_trainer(
         return plain_rate(step)
 
     rule = make_optimizer(optimizer, rate, clip_norm=clip_norm, weight_decay=weight_decay, momentum=0.9)
-    make_state = functools.partial(sft.init_state, model=model, optimizer=rule, ema_decay=ema)
     key = jax.random.key(0)
-    abstract = abstract_on_mesh(make_state, mesh, model.abstract_params(), key)
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    build = jit_step(make_state, mesh, in_shardings=None, out_shardings=places)
+    state = sft.init_state(params_of(model, mesh), key, model=model, optimizer=rule, ema_decay=ema)
+    places = tree_shardings(state, mesh)
     step = functools.partial(sft.train_step, model=model, optimizer=rule, schedule=rate, ema_decay=ema)
     return Trainer(
-        state=build(params_of(model, mesh), key),
+        # Copied, for `new_state` uses one zero for three counters, and a donated buffer must have one owner.
+        state=jax.device_put(jax.tree.map(jnp.copy, state), places),
         step=jit_step(
             step,
             mesh,

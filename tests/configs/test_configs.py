@@ -1,0 +1,79 @@
+"""Every config builds, is what its golden text says, and takes two finite steps in `:tiny`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from contracts.conftest import Processes
+from write_golden import GOLDEN, ROOT, golden_path, render, specs
+
+from configs.base import base_config
+from launch.config import check_values, flatten, load_file
+from posttrain_jax.errors import InputError
+
+SPECS = specs()
+TRAINED = [spec for spec in SPECS if spec.startswith("configs/sft/")]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_config_is_what_its_golden_text_says(spec: str):
+    path = golden_path(spec)
+    assert path.is_file(), f"{spec} is new; run: python tests/configs/write_golden.py"
+    want, got = path.read_text().splitlines(), render(spec).splitlines()
+    difference = "\n".join(difflib.unified_diff(want, got, "golden", spec, lineterm="", n=0))
+    assert not difference, f"if this is meant, run: python tests/configs/write_golden.py\n{difference}"
+
+
+def test_no_golden_text_is_left_over():
+    assert {path.name for path in GOLDEN.iterdir()} == {golden_path(spec).name for spec in SPECS}
+
+
+def test_every_config_has_a_tiny_variant():
+    assert {spec for spec in SPECS if ":" not in spec} == {
+        spec.removesuffix(":tiny") for spec in SPECS if ":tiny" in spec
+    }
+
+
+@pytest.mark.parametrize("spec", TRAINED)
+def test_a_config_has_no_key_of_its_own_and_only_legal_values(spec: str):
+    config = load_file(str(ROOT / spec))
+    own = {key for key in flatten(config) if not key.startswith("model.config.")}
+    assert own == {key for key in flatten(base_config()) if not key.startswith("model.config.")}
+    check_values(config)
+    assert (config.train.steps > 0) != (config.train.epochs > 0)
+    template = config.data.chat_template
+    assert not template or (ROOT / template).is_file()
+    assert len((ROOT / spec.split(":")[0]).read_text().splitlines()) <= 80
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if ":" not in spec])
+def test_an_unknown_variant_is_refused_with_those_there_are(spec: str):
+    with pytest.raises(InputError, match="unknown variant 'huge'.*tiny"):
+        load_file(f"{ROOT / spec}:huge")
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    server = Processes(tmp_path_factory.mktemp("configs"))
+    yield server
+    server.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [spec for spec in TRAINED if ":tiny" in spec])
+def test_two_tiny_steps_are_finite(processes: Processes, spec: str, tmp_path: Path):
+    ended = processes.run(
+        "launch.train", f"--config={spec}", f"--workdir={tmp_path}/run", "--config.train.steps=2"
+    )
+    assert ended.code == 0, ended.err
+    assert ended.err == ""
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert len(losses) == 2
+    assert all(math.isfinite(loss) and loss > 0 for loss in losses)
+    assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "complete"

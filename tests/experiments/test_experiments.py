@@ -1,0 +1,38 @@
+"""Every experiment runs in its tiny form, as a real process, and writes what its README shows."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_base_to_assistant_runs_tiny_and_records_answers(tmp_path):
+    command = [sys.executable, "-m", "experiments.base_to_assistant.run", "--variant=tiny"]
+    command += [f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out" / "answers.json").read_text("utf-8"))
+    assert result["steps"] == 4
+    assert set(result["held_out_loss"]) == {"0", "2", "4"}
+    assert [answer["prompt"] for answer in result["answers"]] == ["What is the capital of France?"]
+    assert (tmp_path / "out" / "answers.md").read_text("utf-8").startswith("| prompt | before | after |")
+
+
+def test_recorded_numbers_are_those_of_the_recorded_run():
+    """The README of base_to_assistant quotes expected.json, which holds what answers.json recorded."""
+    folder = ROOT / "experiments" / "base_to_assistant"
+    expected = json.loads((folder / "expected.json").read_text("utf-8"))
+    recorded = json.loads((folder / "answers.json").read_text("utf-8"))
+    losses = list(recorded["held_out_loss"].values())
+    assert (expected["held_out_loss_before"], expected["held_out_loss_after"]) == (losses[0], losses[-1])
+    assert expected["stopped_by_itself"] == recorded["stopped_by_itself"]
+    text = (folder / "README.md").read_text("utf-8")
+    for number in losses[:1] + losses[-1:]:
+        assert f"{number:.4f}" in text

@@ -1,0 +1,151 @@
+"""`python -m launch.train` with every kind of bad input: exit code 2 and one line. Real processes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from contracts.conftest import ROOT, Processes
+
+TINY = "--config=configs/sft/smollm2_135m.py:tiny"
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    server = Processes(tmp_path_factory.mktemp("launch"))
+    yield server
+    server.close()
+
+
+def refused(processes: Processes, *arguments: str) -> str:
+    """The one line that the command prints on stderr before it ends with 2."""
+    ended = processes.run("launch.train", *arguments)
+    assert ended.code == 2, ended
+    assert "Traceback" not in ended.err
+    lines = ended.err.splitlines()
+    assert len(lines) == 1, ended.err
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+# Wrong before anything is imported or made: the arguments, and what the line must hold.
+FLAGS = {
+    "unknown_key": ([TINY, "--config.optim.lrate=1"], ["'optim.lrate'", "'optim.lr'"]),
+    "unknown_section": ([TINY, "--config.optimizer.lr=1"], ["'optimizer.lr'", "'optim.lr'"]),
+    "unknown_key_apart": ([TINY, "--config.optim.lrate", "1"], ["'optim.lrate'", "'optim.lr'"]),
+    "float_is_text": ([TINY, "--config.optim.lr=fast"], ["optim.lr is 'fast'", "a number"]),
+    "int_is_float": ([TINY, "--config.train.steps=1.5"], ["train.steps is '1.5'", "a whole number"]),
+    "int_apart": ([TINY, "--config.train.steps", "many"], ["train.steps is 'many'", "a whole number"]),
+    "bool_is_text": ([TINY, "--config.data.pack=maybe"], ["data.pack is 'maybe'", "true or false"]),
+    "value_missing": ([TINY, "--config.optim.lr"], ["optim.lr", "needs a value"]),
+    "config_missing": (
+        ["--config=configs/sft/smollm.py"],
+        ["configs/sft/smollm.py", "configs/sft/smollm2_135m.py"],
+    ),
+    "config_apart_missing": (["--config", "nowhere.py"], ["no config file nowhere.py"]),
+    "variant": (["--config=configs/sft/smollm2_135m.py:huge"], ["'huge'", "tiny"]),
+    "not_a_flag": (
+        [TINY, "optim.lr=1"],
+        ["'optim.lr=1' is not a flag", "an example: python -m launch.train"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_bad_flags(processes, name: str, tmp_path: Path):
+    arguments, parts = FLAGS[name]
+    line = refused(processes, *arguments, f"--workdir={tmp_path}/run")
+    for part in parts:
+        assert part in line, line
+    assert not (tmp_path / "run").exists()
+
+
+# Wrong values of keys that exist.
+VALUES = {
+    "optimiser": ("optim.name=adam", ["optim.name is 'adam'", "adamw, adafactor, lion, sgd"]),
+    "schedule": ("optim.schedule=cos", ["optim.schedule is 'cos'", "constant, linear, cosine, wsd"]),
+    "remat": ("train.remat=some", ["train.remat is 'some'", "none, elementwise, mlp, full"]),
+    "dtype": ("model.dtype=fp8", ["model.dtype is 'fp8'", "float32 or bfloat16"]),
+    "attention": ("model.attention=flash", ["model.attention is 'flash'"]),
+    "algorithm": ("algorithm=stf", ["algorithm is 'stf'", "sft"]),
+    "truncate": ("data.truncate=left", ["data.truncate", "'left'", "right"]),
+    "on_bad_row": ("data.on_bad_row=ignore", ["data.on_bad_row", "'ignore'", "skip"]),
+    "train_on": ("data.train_on=all", ["data.train_on", "'all'", "all_turns"]),
+    "data_missing": ("data.train=rows/none.jsonl", ["rows/none.jsonl"]),
+    "split": ("data.eval=split:0", ["data.eval", "split:"]),
+    "model_missing": ("model.init=models/none", ["models/none"]),
+    "model_empty": ("model.init=", ["model.init is not set"]),
+    "data_empty": ("data.train=", ["data.train is not set"]),
+    "tokenizer_missing": ("model.tokenizer=models/none", ["models/none"]),
+    "rows": ("train.micro_rows=3", ["train.micro_rows=3", "train.rows_per_step=4", "it could be 1, 2, 4"]),
+    "epochs_too": ("train.epochs=1.0", ["exactly one of train.steps and train.epochs"]),
+    "no_steps": ("train.steps=0", ["exactly one of train.steps and train.epochs"]),
+    "negative_steps": ("train.steps=-1", ["train.steps is -1", "at least 0"]),
+    "mesh": ("mesh.tensor=3", ["mesh.data", "1 device"]),
+    "lr_negative": ("optim.lr=-1.0", ["optim.lr is -1"]),
+    "lr_nan": ("optim.lr=nan", ["optim.lr is nan"]),
+    "ema": ("optim.ema=1.0", ["optim.ema is 1.0"]),
+    "log_every": ("log.every=0", ["log.every is 0", "at least 1"]),
+    "eval_every": ("eval.every=-1", ["eval.every is -1", "at least 0"]),
+    "max_length": ("data.max_length=0", ["data.max_length is 0", "at least 2"]),
+    "profile": ("log.profile=ten", ["log.profile is 'ten'", '"10:12"']),
+    "seed": ("seed=-1", ["seed is -1"]),
+    "lora_target": ("model.lora.rank=2 model.lora.targets=('qq',)", ["model.lora.targets", "qq"]),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_bad_values(processes, name: str, tmp_path: Path):
+    overrides, parts = VALUES[name]
+    line = refused(
+        processes, TINY, f"--workdir={tmp_path}/run", *(f"--config.{text}" for text in overrides.split(" "))
+    )
+    for part in parts:
+        assert part in line, line
+
+
+def test_a_workdir_that_cannot_be_made(processes, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    for workdir in (tmp_path / "file", tmp_path / "file/run"):
+        line = refused(processes, TINY, f"--workdir={workdir}")
+        assert f"The workdir {workdir} cannot be made" in line
+
+
+def test_a_bad_row_is_named_with_file_and_line(processes, tmp_path: Path):
+    rows = tmp_path / "rows.jsonl"
+    good = (ROOT / "configs/tiny/chats.jsonl").read_text().splitlines()
+    rows.write_text("\n".join([*good[:9], '{"messages": [{"role": "user"}]}', *good[9:]]))
+    line = refused(processes, TINY, f"--config.data.train={rows}", f"--workdir={tmp_path}/run")
+    assert f"{rows}, line 10" in line
+
+
+def test_missing_flags_and_help(processes, tmp_path: Path):
+    assert "--config and --workdir are needed; an example:" in refused(processes, TINY)
+    assert "--config and --workdir are needed; an example:" in refused(processes, f"--workdir={tmp_path}")
+    ended = processes.run("launch.train", "--help")
+    assert ended.code in (0, 1)
+    assert "Example:\n  python -m launch.train --config=configs/sft/smollm2_135m.py" in ended.out + ended.err
+    assert "--workdir" in ended.out + ended.err
+
+
+def test_an_unknown_flag_is_named(processes, tmp_path: Path):
+    ended = processes.run("launch.train", TINY, f"--workdir={tmp_path}/run", "--workdri=x")
+    assert ended.code == 2
+    assert "workdri" in ended.err.splitlines()[0]
+    assert "example: python -m launch.train" in ended.err
+
+
+def test_overrides_reach_the_run(processes, tmp_path: Path):
+    """Also written apart from their flag; and what was done is what config.json says."""
+    ended = processes.run(
+        "launch.train", "--config", "configs/sft/smollm2_135m.py:tiny", "--workdir", str(tmp_path / "run"),
+        "--config.train.steps", "1", "--config.optim.lr=5e-4", "--noconfig.data.pack", "--config.eval.prompts=('Hi',)",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert ended.err == ""
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert (config["train"]["steps"], config["optim"]["lr"], config["data"]["pack"]) == (1, 5e-4, False)
+    samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["prompt"]) for row in samples] == [(0, "Hi"), (1, "Hi")]
