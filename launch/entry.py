@@ -24,10 +24,10 @@ def run(main: Callable[[Sequence[str]], int | None], *, example: str) -> None:
       main: takes the arguments left after flags, returns an exit code (None = 0).
       example: a command line that works, shown by `--help` and after a mistake in the flags.
     """
-    quiet_libraries()
 
     def guarded(argv: Sequence[str]) -> None:
-        absl_logging.set_verbosity(absl_logging.FATAL)
+        absl_logging.set_verbosity(absl_logging.ERROR)
+        quiet_libraries()
         try:
             if len(argv) > 1:
                 raise InputError(f"The argument {argv[1]!r} is not a flag; an example: {example}")
@@ -69,8 +69,10 @@ def _parse(argv: Sequence[str], example: str) -> Sequence[str]:
 def quiet_libraries() -> None:
     """Libraries speak only when something is wrong."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
-    for name in ("absl", "orbax", "jax", "datasets", "transformers", "grain"):
+    for name in ("orbax", "jax", "datasets", "transformers", "grain"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Orbax speaks through absl, and prints the trace of every thread of a save that then raises here as well.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -4,6 +4,7 @@ A checkpoint at step S is the folder `checkpoints/S/` with the items
 
     params      the trained parameters
     optimizer   optimiser state, step, RNG key data, skip counters, EMA
+    metrics     JSON: the metric by which the best is kept, if any
     meta        JSON: data iterator, metric sums not yet logged, git hash, anything the loop wants back
 
 and `manifest.json` with the size and CRC-32 of every file, written just before Orbax's atomic rename makes the
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 ITEMS = ("params", "optimizer", "meta")
+METRICS = "metrics"  # Orbax's own item, there only where the best checkpoint is kept
 
 
 def is_workdir(path: Path) -> bool:
@@ -53,7 +55,7 @@ def completed_steps(workdir: Path) -> list[int]:
     return sorted(int(entry.name) for entry in folder.iterdir() if entry.is_dir() and entry.name.isdigit())
 
 
-def write_manifest(folder: Path, items: Sequence[str] = ITEMS) -> None:
+def write_manifest(folder: Path, items: Sequence[str] = (*ITEMS, METRICS)) -> None:
     """Writes size and CRC-32 of every file of the items of a checkpoint."""
     sums = {name: list(_size_and_crc(folder / name)) for name in _files(folder, items)}
     (folder / MANIFEST).write_text(json.dumps(sums, indent=0))
@@ -140,16 +142,30 @@ class Checkpoints:
             policies.append(best)
         self._best_metric = best_metric
         self._saving: int | None = None
+        self._drop_unreadable_metrics()
         self._manager = ocp.CheckpointManager(
             self.folder.absolute(),
             item_names=ITEMS,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+                # Orbax writes the metrics, so that a resumed run knows the best, only where it is given this too.
+                best_fn=(lambda metrics: metrics[best_metric]) if best_metric else None,
+                best_mode="max" if best_is_high else "min",
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._finalised),
             ),
         )
+
+    def _drop_unreadable_metrics(self) -> None:
+        """Orbax would fail on them before a good checkpoint can be found; the manifest shows that they are gone."""
+        for step in completed_steps(self.workdir) if jax.process_index() == 0 else ():
+            folder = self.folder / str(step) / METRICS
+            try:
+                if folder.is_dir():
+                    json.loads((folder / METRICS).read_text())
+            except (OSError, ValueError):
+                shutil.rmtree(folder)
 
     def _finalised(self) -> None:
         """Called by Orbax when every item is on disk and the folder still has its temporary name."""

@@ -1,8 +1,9 @@
 """From base model to assistant: Gemma 3 270M base rambles on; it learns to answer and to stop.
 
-Data: alpaca_en_demo (939 conversations trained, 60 held out). The template is Gemma's own turn
-format; its `<end_of_turn>` is trained as the end of every answer and carried by the export. LoRA on every linear
-layer; learning rate as for LoRA in general, about ten times full fine-tuning (arXiv:2106.09685).
+Data: alpaca_en_demo (959 conversations trained, 40 held out). The template is Gemma's own turn format; its
+`<end_of_turn>` is trained as the end of every answer and carried by the export. Every parameter is trained: in the
+base model the embedding of `<end_of_turn>` was never trained (it lies among those of the unused tokens), and LoRA,
+which leaves the embedding alone, learned to answer but not to stop (experiments/LOG.md).
 Command: python -m launch.train --config=configs/sft/gemma3_270m_assistant.py --workdir=runs/assistant
 Time: see experiments/base_to_assistant/README.md (2 CPU cores). Variant: `:tiny`.
 """
@@ -32,22 +33,19 @@ def get_config(variant: str = "") -> ConfigDict:
     """The experiment; see the module's docstring for the variants."""
     config = base_config()
     config.model.init = "asset:gemma-3-270m"
-    config.model.lora.rank = 16
-    config.model.lora.alpha = 32.0
     config.data.train = "asset:alpaca_en_demo"
-    config.data.eval = "split:60"
+    config.data.eval = "split:40"
     config.data.max_length = 512
     config.data.chat_template = "configs/templates/gemma.jinja"
-    config.train.steps = 60  # two thirds of an epoch: 4 packed rows of 512 tokens a step
+    config.train.steps = 30  # a third of an epoch: 4 packed rows of 512 tokens a step
     config.train.rows_per_step = 4
-    config.optim.lr = 3e-4
+    config.optim.lr = 1e-4
     config.optim.warmup = 0.05
     config.optim.min_lr_ratio = 0.1
-    config.log.every = 5
-    config.eval.every = 30
+    config.log.every = 1
     config.eval.batch_rows = 4
     config.eval.prompts = PROMPTS
-    config.eval.max_new_tokens = 96
+    config.eval.max_new_tokens = 64
     config.checkpoint.every = 10
     if variant == "tiny":
         tiny(config).model.config = ConfigDict(TINY_MODEL)

@@ -56,7 +56,12 @@ def is_trained(path: str, model: Model) -> bool:
 
 
 def init_state(
-    params: PyTree, key: Array, *, model: Model, optimizer: optax.GradientTransformationExtraArgs, ema_decay: float
+    params: PyTree,
+    key: Array,
+    *,
+    model: Model,
+    optimizer: optax.GradientTransformationExtraArgs,
+    ema_decay: float,
 ) -> TrainState:
     """Splits the parameters into trained and frozen and makes the optimiser's state."""
     trained, frozen = partition(params, lambda path: is_trained(path, model))

@@ -369,8 +369,8 @@ def test_the_command_exits_with_2_and_one_line(processes, workdir: Path):
     ended = processes.run(*command, *overrides)
     assert ended.code == 2, ended
     told = ended.err.splitlines()
-    assert [line.split(" is damaged")[0].split()[-1] for line in told[:3]] == [
-        str(workdir / f"checkpoints/{step}") for step in (6, 4, 2)
+    assert [line.split(" is damaged")[0] for line in told[:3]] == [
+        f"Checkpoint {workdir}/checkpoints/{step}" for step in (6, 4, 2)
     ]
     assert told[3].startswith("error: None of the checkpoints [2, 4, 6]")
     assert len(told) == 4

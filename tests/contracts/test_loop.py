@@ -17,7 +17,7 @@ from configs.sft.smollm2_135m import get_config
 from launch.train import run
 from posttrain_jax import train_loop
 from posttrain_jax.algorithms import sft
-from posttrain_jax.checkpoint import completed_steps, restore_params
+from posttrain_jax.checkpoint import Checkpoints, completed_steps, restore_params
 from posttrain_jax.errors import InputError
 from posttrain_jax.metrics import Accumulator, as_json, progress_line, truncate_after
 from posttrain_jax.train_loop import LoopOptions, Summary, train
@@ -218,7 +218,8 @@ RESUMED = {
 
 
 @pytest.mark.parametrize(
-    "name", ["lora", "sgd_ema", pytest.param("adafactor_accumulated", marks=pytest.mark.slow)]
+    "name",
+    ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sgd_ema", "adafactor_accumulated"))],
 )
 def test_a_crashed_run_ends_as_one_that_never_crashed(tmp_path: Path, name: str):
     """Eight devices; the crash lies between a checkpoint (4) and a log line (6), in the middle of a window."""
@@ -286,6 +287,27 @@ def test_the_last_and_the_best_checkpoints_stay(tmp_path: Path):
     summary = train(task, options(config), tmp_path)
     assert completed_steps(tmp_path) == [2, 5, 6]
     assert summary == Summary("complete", 6, summary.metrics)
+
+
+def test_a_resumed_run_remembers_which_checkpoint_was_best(tmp_path: Path):
+    """Step 2 is the best before the crash; what comes after is worse, and keep=1 must not push it out."""
+    config = tiny_config(train__steps=6, checkpoint__every=1, eval__every=1)
+    config.checkpoint.best_metric = "eval/loss"
+    config.checkpoint.keep = 1
+    values = iter([9.0, 5.0, 3.0, 4.0, 6.0, 7.0, 8.0])
+    task = make_task(config, tmp_path)
+    crashing = dataclasses.replace(
+        task, rows=CrashingRows(task.rows, after=3), evaluate=lambda state: {"eval/loss": next(values)}
+    )
+    with pytest.raises(RuntimeError, match="crash"):
+        train(crashing, options(config), tmp_path)
+    task = dataclasses.replace(
+        make_task(config, tmp_path), evaluate=lambda state: {"eval/loss": next(values)}
+    )
+    train(task, options(config), tmp_path)
+    assert completed_steps(tmp_path) == [2, 6]
+    (tmp_path / "checkpoints/6/metrics/metrics").write_text('{"eval')
+    assert Checkpoints(tmp_path, best_metric="eval/loss").restore(task.abstract_state).step == 2
 
 
 def test_a_checkpoint_without_an_evaluation_is_never_the_best(tmp_path: Path):

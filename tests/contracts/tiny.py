@@ -111,7 +111,12 @@ def loss_and_gradients(
     model: Model, params: PyTree, arrays: dict[str, np.ndarray], mesh: Mesh, micro_batches: int = 1
 ) -> Gradients:
     """Mean loss over the trained tokens and its gradient, by the functions that the train step is made of."""
+    loss, tree = _gradient_step(model, mesh)(params, put_batch(arrays, mesh, micro_batches))
+    return Gradients(loss, tree)
 
+
+@functools.cache
+def _gradient_step(model: Model, mesh: Mesh) -> Callable[[PyTree, Batch], tuple[Array, PyTree]]:
     def compute(params: PyTree, batch: Batch) -> tuple[Array, PyTree]:
         def loss_sum(params: PyTree, micro: Batch) -> tuple[Array, Metrics]:
             total, _, metrics = sft.token_losses(params, micro, model=model)
@@ -121,12 +126,10 @@ def loss_and_gradients(
         loss = metrics["loss"]
         return loss.sum / loss.count, jax.tree.map(lambda leaf: leaf / loss.count, gradients)
 
-    places = tree_shardings(params, mesh)
-    step = jit_step(
+    places = tree_shardings(_shapes(model.config), mesh)
+    return jit_step(
         compute, mesh, in_shardings=(places, batch_sharding(mesh)), out_shardings=(replicated(mesh), places)
     )
-    loss, tree = step(params, put_batch(arrays, mesh, micro_batches))
-    return Gradients(loss, tree)
 
 
 @dataclasses.dataclass(frozen=True)
