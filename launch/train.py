@@ -1,4 +1,4 @@
-"""Trains: SFT now; every algorithm in ALGORITHMS. Run again with the same workdir, it resumes."""
+"""Trains: SFT now; every algorithm in `algorithms()`. Run again with the same workdir, it resumes."""
 
 from __future__ import annotations
 
