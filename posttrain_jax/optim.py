@@ -225,14 +225,13 @@ def new_state(
     params: PyTree, frozen: PyTree, key: Array, optimizer: optax.GradientTransformation, *, ema: bool
 ) -> TrainState:
     """The state before the first step."""
-    zero = jnp.zeros((), jnp.int32)
     return TrainState(
-        step=zero,
+        step=jnp.zeros((), jnp.int32),
         params=params,
         frozen=frozen,
         opt_state=optimizer.init(params),
         ema=jax.tree.map(jnp.copy, params) if ema else {},
         key=key,
-        skipped=zero,
-        skipped_in_row=zero,
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_in_row=jnp.zeros((), jnp.int32),
     )
