@@ -34,6 +34,9 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(attn/o|mlp/down)/lora_b", (None, None, "fsdp")),
 )
 
+# XLA's CPU backend then computes large products with Eigen instead of YNNPACK: 4 % of an SFT step, 3 % with LoRA.
+CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
 
 def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """A mesh over all devices of all processes with axes data, fsdp, tensor; at most one may be -1 (the rest).
@@ -147,7 +150,13 @@ def jit_step(
 
     `step` may depend on the ambient mesh (`ambient_mesh`); the compiled step keeps it.
     """
-    compiled = jax.jit(step, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=donate)
+    compiled = jax.jit(
+        step,
+        in_shardings=in_shardings,
+        out_shardings=out_shardings,
+        donate_argnums=donate,
+        compiler_options=CPU_OPTIONS if jax.default_backend() == "cpu" else None,
+    )
 
     def call(*arguments: Any) -> Any:
         with jax.set_mesh(mesh):

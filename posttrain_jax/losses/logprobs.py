@@ -28,6 +28,8 @@ import numpy as np
 from posttrain_jax.types import Array
 
 CHUNK_ELEMENTS = 1 << 26
+MOST_ROWS = 1024
+MOST_ROWS_ON_CPU = 256  # what stays in the last cache is faster: 1.3 s against 1.4 s for 2,048 positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ def chunk_rows(positions: int, vocab: int) -> int:
     """Rows per chunk: a power of two near CHUNK_ELEMENTS / V, at most the number of positions."""
     rows = max(64, CHUNK_ELEMENTS // max(vocab, 1))
     rows = 1 << (rows.bit_length() - 1)
-    return max(1, min(rows, 1024, positions))
+    return max(1, min(rows, MOST_ROWS_ON_CPU if jax.default_backend() == "cpu" else MOST_ROWS, positions))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,47 +85,51 @@ def _plan(mask_N: Array, vocab: int, projection: Projection) -> _Plan:
 
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
-    """One chunk of C positions, `hit_CV` marking each target's column."""
+    """One chunk of C positions, `hit_VC` marking each target's row.
 
-    logits_CV: Array
-    hit_CV: Array
+    The vocabulary comes first: sums over it then run along rows of C neighbours, which XLA's CPU backend does with
+    vector instructions in both threads (16 ms for 1,024 positions, 95 to 350 ms the other way round).
+    """
+
+    logits_VC: Array
+    hit_VC: Array
     logps_C: Array
     normaliser_C: Array
     is_argmax_C: Array
 
 
 def _forward_chunk(hidden_CD: Array, head_VD: Array, targets_C: Array, projection: Projection) -> _Chunk:
-    logits = jnp.einsum("cd,vd->cv", hidden_CD, head_VD, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("vd,cd->vc", head_VD, hidden_CD, preferred_element_type=jnp.float32)
     if projection.softcap:
         logits = projection.softcap * jnp.tanh(logits / projection.softcap)
     if projection.temperature != 1.0:
         logits = logits / projection.temperature
     axis = projection.vocab_axis
     first = jax.lax.axis_index(axis) * head_VD.shape[0] if axis is not None else 0
-    column = targets_C - first
-    inside = (column >= 0) & (column < head_VD.shape[0])
-    safe = jnp.clip(column, 0, head_VD.shape[0] - 1)
-    target = jnp.where(inside, jnp.take_along_axis(logits, safe[:, None], axis=1)[:, 0], 0.0)
-    largest = jnp.max(logits, axis=1)
+    row = targets_C - first
+    inside = (row >= 0) & (row < head_VD.shape[0])
+    safe = jnp.clip(row, 0, head_VD.shape[0] - 1)
+    target = jnp.where(inside, jnp.take_along_axis(logits, safe[None], axis=0)[0], 0.0)
+    largest = jnp.max(logits, axis=0)
     if axis is not None:
         target = jax.lax.psum(target, axis)
         largest = jax.lax.pmax(largest, axis)
-    total = jnp.sum(jnp.exp(logits - largest[:, None]), axis=1)
+    total = jnp.sum(jnp.exp(logits - largest[None]), axis=0)
     if axis is not None:
         total = jax.lax.psum(total, axis)
     normaliser = largest + jnp.log(total)
-    hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == jnp.where(inside, column, -1)[:, None]
+    hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0) == jnp.where(inside, row, -1)[None]
     return _Chunk(logits, hit, target - normaliser, normaliser, target >= largest)
 
 
 def _backward_chunk(chunk: _Chunk, weights_C: Array, projection: Projection) -> Array:
-    """Gradient of sum_c weights_c * logp_c with respect to the raw products hidden @ head^T, `[C, V]`."""
-    probabilities = jnp.exp(chunk.logits_CV - chunk.normaliser_C[:, None])
-    gradient = weights_C[:, None] * (chunk.hit_CV.astype(jnp.float32) - probabilities)
+    """Gradient of sum_c weights_c * logp_c with respect to the raw products head @ hidden^T, `[V, C]`."""
+    probabilities = jnp.exp(chunk.logits_VC - chunk.normaliser_C[None])
+    gradient = weights_C[None] * (chunk.hit_VC.astype(jnp.float32) - probabilities)
     if projection.temperature != 1.0:
         gradient = gradient / projection.temperature
     if projection.softcap:
-        capped = chunk.logits_CV * projection.temperature / projection.softcap
+        capped = chunk.logits_VC * projection.temperature / projection.softcap
         gradient = gradient * (1.0 - jnp.square(capped))
     return gradient
 
@@ -206,10 +212,10 @@ def _gradients(
         keep = _slice(plan.kept, index, plan)
         chunk = _forward_chunk(rows, head, _slice(targets, index, plan), projection)
         gradient = _backward_chunk(chunk, _slice(weights, index, plan), projection).astype(hidden.dtype)
-        d_rows = jnp.einsum("cv,vd->cd", gradient, head, preferred_element_type=jnp.float32)
+        d_rows = jnp.einsum("vc,vd->cd", gradient, head, preferred_element_type=jnp.float32)
         if projection.vocab_axis is not None:
             d_rows = jax.lax.psum(d_rows, projection.vocab_axis)
-        d_head = d_head + jnp.einsum("cv,cd->vd", gradient, rows, preferred_element_type=jnp.float32)
+        d_head = d_head + jnp.einsum("vc,cd->vd", gradient, rows, preferred_element_type=jnp.float32)
         return (
             _store(logps, jnp.where(keep, chunk.logps_C, 0.0), index, plan),
             _store(is_argmax, jnp.where(keep, chunk.is_argmax_C, False).astype(jnp.float32), index, plan),

@@ -101,7 +101,8 @@ class Linear(nn.Module):
             a_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
             lora_a = self.param("lora_a", a_init, (width, rank), jnp.float32)
             lora_b = self.param("lora_b", nn.initializers.zeros, (rank, self.features), jnp.float32)
-            y = y + self.lora.scale * ((x @ lora_a.astype(self.dtype)) @ lora_b.astype(self.dtype))
+            update = matmul(matmul(x, lora_a.astype(self.dtype)), lora_b.astype(self.dtype))
+            y = y + self.lora.scale * update
         return y
 
 
