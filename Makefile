@@ -46,7 +46,7 @@ help:  ## This list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
 
 quickstart: install  ## Tune a real 135M model on real data on this machine, under 10 minutes
-	@$(PY) -m launch.quickstart
+	@GLIBC_TUNABLES=$${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} $(PY) -m launch.quickstart
 
 install: $(PRODUCT)  ## Make .venv with what training needs
 
@@ -78,7 +78,7 @@ format: $(DEV)  ## ruff: fix and format
 types: $(DEV)  ## mypy
 	@$(BIN)/mypy
 
-bench: install  ## Speed and memory beside TRL and a plain PyTorch loop (own environment; a quiet machine, 40 min)
+bench: install  ## Speed and memory beside TRL and a plain PyTorch loop (own environment; a quiet machine, 20 min)
 	@$(PY) -m experiments.bench.sft
 
 pins:  ## Resolve everything afresh and write constraints/pyXY.txt for PYTHON

@@ -14,7 +14,13 @@ from posttrain_jax.models import attention
 from posttrain_jax.models.attention import AttentionMask, attend
 from posttrain_jax.models.block_attention import BLOCK, first_key_blocks
 from posttrain_jax.models.config import LoraConfig, ModelConfig
-from posttrain_jax.models.transformer import REMAT_POLICIES, init_cache, make_model
+from posttrain_jax.models.transformer import (
+    MANY_ROWS,
+    REMAT_POLICIES,
+    init_cache,
+    lora_matmul,
+    make_model,
+)
 
 PLAIN = ModelConfig("llama", 61, 32, 2, 4, 2, 8, 48, query_scale=8**-0.5)
 GEMMA = ModelConfig(
@@ -168,6 +174,38 @@ def test_lora_starts_as_the_base_model_and_then_adds_its_product():
     merged["layers"]["attn"]["q"]["kernel"] = q["kernel"] + 2.0 * product
     got, want = adapted.apply(params, tokens).logits_BTV, base.apply(merged, tokens).logits_BTV
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [2.0, 0.25])
+def test_lora_products_have_the_gradient_of_the_plain_formula(scale):
+    """x W + scale (x A) B, differentiated by JAX itself."""
+    shapes = ((2, MANY_ROWS // 2, 24), (24, 40), (24, 4), (4, 40))
+    keys = jax.random.split(jax.random.key(0), 5)
+    arrays = [jax.random.normal(key, shape) for key, shape in zip(keys[:4], shapes, strict=True)]
+    weights = jax.random.normal(keys[4], (2, MANY_ROWS // 2, 40)) / MANY_ROWS
+
+    def plain(x, kernel, a, b):
+        return jnp.sum(weights * jnp.sin(x @ kernel + scale * (x @ a) @ b))
+
+    def ours(x, kernel, a, b):
+        return jnp.sum(weights * jnp.sin(lora_matmul(x, kernel, a, b, scale)))
+
+    want = jax.value_and_grad(plain, argnums=(0, 1, 2, 3))(*arrays)
+    got = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2, 3)))(*arrays)
+    assert_close(got, want, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lora_says_the_same_of_few_rows_and_of_many(dtype):
+    """Rows below MANY_ROWS and from there on take different products."""
+    lora = LoraConfig(rank=4, alpha=8.0, targets=("q", "o", "up", "down"))
+    model = make_model(PLAIN, lora=lora, dtype=dtype)
+    params = jax.tree.map(lambda leaf: leaf + 0.02, model.init(jax.random.key(0)))
+    tokens = jnp.broadcast_to(jnp.arange(8)[None] % 61, (MANY_ROWS // 8, 8))
+    many = model.apply(params, tokens).hidden_BTD[:1]
+    few = model.apply(params, tokens[:1]).hidden_BTD
+    tolerance = 1e-4 if dtype == "float32" else 0.1
+    np.testing.assert_allclose(many.astype("float32"), few.astype("float32"), atol=tolerance)
 
 
 def test_bfloat16_stays_close():
