@@ -1,5 +1,8 @@
 """Batched generation: a file of prompts in, a file of answers out. Run again after a kill, it goes on.
 
+Answers are written as they end, in whatever order that is; when all are there, the file is put in the order of the
+prompts.
+
 A row of --prompts is {"id": ..., "prompt": "text" | "messages": [{"role", "content"}, ...] | "prompt_ids": [ints]},
 id optional (default: the row's number, from 0); `tools` may stand beside messages. A row of --out is {"id", "sample",
 "text", "token_ids", "logprobs", "finish_reason"}; logprobs are the model's own (nats, no temperature). Beside --out
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from posttrain_jax.load_model import LoadedModel
-    from posttrain_jax.sampling.generate import Sample
+    from posttrain_jax.sampling.generate import GenerateOptions, Sample
 
 EXAMPLE = "python -m launch.generate --model=runs/smollm2 --prompts=prompts.jsonl --out=answers.jsonl"
 SOURCES = ("prompt", "messages", "prompt_ids")
@@ -47,6 +50,14 @@ class Options:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: tuple[str, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    max_prompt_tokens: int = 0
+    long_prompts: str = "error"
     num_samples: int = 1
     seed: int = 0
     dtype: str = "float32"
@@ -70,6 +81,21 @@ def define_flags() -> None:
     flags.DEFINE_float("temperature", Options.temperature, "0 = always the likeliest token.")
     flags.DEFINE_float("top_p", Options.top_p, "Nucleus sampling; 1 = off.")
     flags.DEFINE_integer("top_k", Options.top_k, "Only the k likeliest tokens; 0 = off.")
+    flags.DEFINE_float("min_p", Options.min_p, "Least share of the likeliest token's probability; 0 = off.")
+    flags.DEFINE_float("repetition_penalty", Options.repetition_penalty, "On tokens seen before; 1 = off.")
+    flags.DEFINE_float("presence_penalty", Options.presence_penalty, "On tokens of the answer; 0 = off.")
+    flags.DEFINE_float("frequency_penalty", Options.frequency_penalty, "The same for every time; 0 = off.")
+    flags.DEFINE_multi_string("stop", [], "A text that ends an answer; may be given more than once.")
+    flags.DEFINE_multi_string("bad_words", [], "A text that no answer may hold; may be given more than once.")
+    flags.DEFINE_integer(
+        "max_prompt_tokens", Options.max_prompt_tokens, "0 = what the model's context allows."
+    )
+    flags.DEFINE_enum(
+        "long_prompts",
+        Options.long_prompts,
+        ["error", "cut"],
+        "Of a prompt that is too long: refuse it, or leave out its start (counted).",
+    )
     flags.DEFINE_integer("num_samples", Options.num_samples, "Answers per prompt.")
     flags.DEFINE_integer("seed", Options.seed, "Of the random numbers.")
     flags.DEFINE_string("dtype", Options.dtype, "float32 or bfloat16, for weights and arithmetic.")
@@ -95,6 +121,7 @@ def main(argv: Sequence[str]) -> int:
     if given.model is None or given.prompts is None or given.out is None:
         raise InputError(f"--model, --prompts and --out are needed; an example: {EXAMPLE}")
     values: dict[str, Any] = {field.name: given[field.name].value for field in dataclasses.fields(Options)}
+    values |= {name: tuple(values[name]) for name in ("stop", "bad_words")}
     entry.set_up_jax()
     generate(Options(**values))
     return 0
@@ -110,13 +137,17 @@ def read_prompts(path: str) -> list[Prompt]:
 
     if not Path(path).is_file():
         raise InputError(f"--prompts={path}: there is no such file.")
-    prompts = []
+    prompts: list[Prompt] = []
+    first: dict[str | int, str] = {}
     for number, row in enumerate(read_rows(path)):
         where = f"{row.source}:{row.line}"
         try:
             if row.error is not None:
                 raise row.error
-            prompts.append(Prompt(_row_id(row.value, number), where, _checked(row.value)))
+            prompt = Prompt(_row_id(row.value, number), where, _checked(row.value))
+            if first.setdefault(prompt.id, where) != where:
+                raise RowError("id", f"is {prompt.id!r}, which {first[prompt.id]} has already")
+            prompts.append(prompt)
         except RowError as error:
             raise InputError(f"{where}: {error.column} {error.reason}.") from error
     return prompts
@@ -169,7 +200,7 @@ def _checked(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def generate(options: Options) -> None:
-    """Generates what `options.out` lacks and appends it batch by batch.
+    """Generates what `options.out` lacks and appends it answer by answer.
 
     Raises:
       InputError: a bad option, a bad row, a prompt that the model cannot take, or an `out` that was made in
@@ -178,61 +209,96 @@ def generate(options: Options) -> None:
     import jax
 
     from posttrain_jax.load_model import load_model
-    from posttrain_jax.models.tokenizer import stop_token_ids
-    from posttrain_jax.sampling.choose import Sampling
-    from posttrain_jax.sampling.generate import check_counts, generate_batches
+    from posttrain_jax.sampling.generate import generate_as_finished
     from posttrain_jax.sharding import make_mesh
 
-    Sampling(options.temperature, options.top_k, options.top_p)
-    check_counts(
-        max_new_tokens=options.max_new_tokens,
-        min_new_tokens=options.min_new_tokens,
-        num_samples=options.num_samples,
-        batch_size=options.batch_size,
-    )
+    _asked(options, stop_token_ids=(), bad_words=())  # refuses bad options before the model is read
     prompts = read_prompts(options.prompts)
     mesh = make_mesh(data=-1, fsdp=options.fsdp, tensor=options.tensor) if jax.device_count() > 1 else None
     loaded = load_model(options.model, dtype=options.dtype, param_dtype=options.dtype, mesh=mesh)
+    asked = _asked_of(loaded, options)
     encoded = [encode(prompt, loaded) for prompt in prompts]
-    batches = functools.partial(
-        generate_batches,
+    answers = functools.partial(
+        generate_as_finished,
         loaded.model,
         loaded.params,
         encoded,
+        asked,
+        tokenizer=loaded.tokenizer,
+        names=[prompt.where for prompt in prompts],
+    )
+    answers()  # checks every prompt before anything is written
+    out = Path(options.out).expanduser()
+    wanted = [(prompt.id, sample) for prompt in prompts for sample in range(options.num_samples)]
+    description = describe(options, loaded, encoded)
+    done = take_up(out, wanted, description)
+    if len(done) < len(wanted):
+        if done:
+            print(f"{out} holds {len(done)} of {len(wanted)} answers; going on.", file=sys.stderr)
+        numbers = {prompt.id: number for number, prompt in enumerate(prompts)}
+        places = {(numbers[name], sample) for name, sample in done}
+        progress = Progress(total=len(wanted), done=len(done))
+        try:
+            write_description(out, description)
+            with out.open("ab") as file:
+                for sample in answers(done=places):
+                    append(file, answer_row(sample, prompts[sample.prompt], loaded))
+                    progress.add(sample)
+        except OSError as error:
+            raise InputError(
+                f"--out={out} cannot be written ({error.strerror}); the answers before are whole."
+            ) from error
+        progress.finish(out)
+    else:
+        print(f"done: all {len(done)} answers were in {out} already.", file=sys.stderr)
+    put_in_order(out, wanted)
+
+
+def _asked(
+    options: Options, *, stop_token_ids: Sequence[int], bad_words: tuple[tuple[int, ...], ...]
+) -> GenerateOptions:
+    from posttrain_jax.sampling.choose import Sampling
+    from posttrain_jax.sampling.generate import GenerateOptions
+
+    return GenerateOptions(
         max_new_tokens=options.max_new_tokens,
-        stop_token_ids=stop_token_ids(loaded.config, loaded.tokenizer),
         min_new_tokens=options.min_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
+        stop_token_ids=tuple(stop_token_ids),
+        stop_strings=options.stop,
+        sampling=Sampling(
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            repetition_penalty=options.repetition_penalty,
+            presence_penalty=options.presence_penalty,
+            frequency_penalty=options.frequency_penalty,
+            bad_words=bad_words,
+        ),
         num_samples=options.num_samples,
         seed=options.seed,
         ignore_eos=options.ignore_eos,
         batch_size=options.batch_size,
-        names=[prompt.where for prompt in prompts],
+        max_prompt_tokens=options.max_prompt_tokens,
+        long_prompts=options.long_prompts,
     )
-    batches()  # checks every prompt before anything is written
-    out = Path(options.out).expanduser()
-    expected = [(prompt.id, sample) for prompt in prompts for sample in range(options.num_samples)]
-    description = describe(options, loaded, encoded)
-    done = take_up(out, expected, description)
-    if done == len(expected):
-        print(f"done: all {done} answers were in {out} already.", file=sys.stderr)
-        return
-    if done:
-        print(f"{out} holds {done} of {len(expected)} answers; going on.", file=sys.stderr)
-    progress = Progress(total=len(expected), done=done)
-    try:
-        write_description(out, description)
-        with out.open("ab") as file:
-            for samples in batches(start=done):
-                append(file, [answer_row(sample, prompts[sample.prompt], loaded) for sample in samples])
-                progress.add(samples)
-    except OSError as error:
-        raise InputError(
-            f"--out={out} cannot be written ({error.strerror}); the answers before are whole."
-        ) from error
-    progress.finish(out)
+
+
+def _asked_of(loaded: LoadedModel, options: Options) -> GenerateOptions:
+    """The options with what the model's tokenizer makes of them. A bad word is banned at the start of a word too,
+    where many tokenizers write it with the space before it."""
+    from posttrain_jax.models.tokenizer import stop_token_ids
+
+    tokenizer = loaded.tokenizer
+    words = set()
+    for word in options.bad_words:
+        if tokenizer is None:
+            raise InputError(f"--bad_words need a tokenizer, and {loaded.source.name} has none.")
+        words |= {
+            tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (word, f" {word}")
+        }
+    stops = stop_token_ids(loaded.config, loaded.tokenizer)
+    return _asked(options, stop_token_ids=stops, bad_words=tuple(sorted(words)))
 
 
 def encode(prompt: Prompt, loaded: LoadedModel) -> np.ndarray:
@@ -285,8 +351,10 @@ def write_description(out: Path, description: dict[str, Any]) -> None:
     partial.replace(options_path(out))
 
 
-def take_up(out: Path, expected: list[tuple[str | int, int]], description: dict[str, Any]) -> int:
-    """How many answers `out` holds already; a torn last line is cut off.
+def take_up(
+    out: Path, wanted: list[tuple[str | int, int]], description: dict[str, Any]
+) -> set[tuple[str | int, int]]:
+    """The (id, sample) pairs that `out` holds already; a torn last line is cut off.
 
     Raises:
       InputError: it holds answers to other prompts, or answers made with other options.
@@ -294,11 +362,26 @@ def take_up(out: Path, expected: list[tuple[str | int, int]], description: dict[
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if not out.exists():
-            return 0
+            return set()
         _check_description(out, description)
-        return _whole_rows(out, expected)
+        return set(_whole_rows(out, set(wanted)))
     except OSError as error:
         raise InputError(f"--out={out} cannot be used ({error.strerror}).") from error
+
+
+def put_in_order(out: Path, wanted: list[tuple[str | int, int]]) -> None:
+    """Rewrites a complete `out` in the order of the prompts, atomically; leaves one in order as it is."""
+    rows = _whole_rows(out, set(wanted))
+    if list(rows) == wanted:
+        return
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        partial.write_bytes(b"".join(rows[key] for key in wanted))
+        partial.replace(out)
+    except OSError as error:
+        raise InputError(
+            f"--out={out} is complete but could not be put in the order of the prompts ({error.strerror})."
+        ) from error
 
 
 def _check_description(out: Path, description: dict[str, Any]) -> None:
@@ -321,25 +404,31 @@ def _check_description(out: Path, description: dict[str, Any]) -> None:
         )
 
 
-def _whole_rows(out: Path, expected: list[tuple[str | int, int]]) -> int:
-    count = whole = 0
+def _whole_rows(out: Path, wanted: set[tuple[str | int, int]]) -> dict[tuple[str | int, int], bytes]:
+    """The file's lines by (id, sample), in its order."""
+    rows: dict[tuple[str | int, int], bytes] = {}
+    whole = 0
     with out.open("rb") as file:
         for line in file:
             row = _parsed(line)
             if row is None:
                 break
-            if count >= len(expected) or (row.get("id"), row.get("sample")) != expected[count]:
+            key = (row.get("id"), row.get("sample"))
+            if key not in wanted or key in rows:
                 raise InputError(
-                    f"{out}:{count + 1} does not answer the prompt of its place in --prompts; "
+                    f"{out}:{len(rows) + 1} does not answer a prompt of --prompts, or answers it a second time; "
                     "remove the file or give another --out."
                 )
-            count, whole = count + 1, whole + len(line)
+            rows[key] = line
+            whole += len(line)
         rest = file.read()
     if rest.strip():
-        raise InputError(f"{out}:{count + 1} is not a row of answers; remove the file or give another --out.")
+        raise InputError(
+            f"{out}:{len(rows) + 1} is not a row of answers; remove the file or give another --out."
+        )
     if whole < out.stat().st_size:
         os.truncate(out, whole)
-    return count
+    return rows
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
@@ -368,7 +457,9 @@ def answer_row(sample: Sample, prompt: Prompt, loaded: LoadedModel) -> dict[str,
     text = None
     if loaded.tokenizer is not None:
         text = loaded.tokenizer.decode(sample.tokens, skip_special_tokens=True)
-    return {
+        if sample.stop_string is not None:
+            text = text[: text.index(sample.stop_string)]
+    row = {
         "id": prompt.id,
         "sample": sample.sample,
         "text": text,
@@ -376,42 +467,54 @@ def answer_row(sample: Sample, prompt: Prompt, loaded: LoadedModel) -> dict[str,
         "logprobs": [float(f"{value:.8g}") for value in sample.logprobs.tolist()],
         "finish_reason": sample.finish_reason,
     }
+    return row | ({"prompt_tokens_cut": sample.cut} if sample.cut else {})
 
 
-def append(file: BinaryIO, rows: list[dict[str, Any]]) -> None:
-    """Writes rows so that a kill can tear the last one only."""
-    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+def append(file: BinaryIO, row: dict[str, Any]) -> None:
+    """Writes a row so that a kill can tear the last one only."""
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
     file.write(text.encode("utf-8", "replace"))
     file.flush()
 
 
 class Progress:
-    """A line on stderr every few seconds: answers, tokens per second, what is left."""
+    """On stderr: a bar that is drawn anew in a terminal, a line every few seconds elsewhere."""
 
     def __init__(self, *, total: int, done: int) -> None:
         self._total = total
         self._first = self._done = done
-        self._tokens = 0
+        self._tokens = self._cut = 0
         self._start = self._said = time.monotonic()
+        self._terminal = sys.stderr.isatty()
 
-    def add(self, samples: Sequence[Sample]) -> None:
-        """Counts a batch, and says so if the last time is long enough ago."""
-        self._done += len(samples)
-        self._tokens += sum(len(sample.tokens) for sample in samples)
+    def add(self, sample: Sample) -> None:
+        """Counts an answer, and says so if the last time is long enough ago."""
+        self._done += 1
+        self._tokens += len(sample.tokens)
+        self._cut += sample.cut > 0
         now = time.monotonic()
-        if now - self._said >= PROGRESS_SECONDS and self._done < self._total:
+        if now - self._said >= (0.2 if self._terminal else PROGRESS_SECONDS) and self._done < self._total:
             self._said = now
             left = (now - self._start) / (self._done - self._first) * (self._total - self._done)
-            print(
-                f"{self._done}/{self._total} answers, {self._rate(now)}, {left:.0f} s left", file=sys.stderr
-            )
+            text = f"{self._done}/{self._total} answers, {self._rate(now)}, {left:.0f} s left"
+            if self._terminal:
+                filled = 30 * self._done // self._total
+                print(
+                    f"\r\033[K[{'#' * filled}{'.' * (30 - filled)}] {text}",
+                    end="",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            else:
+                print(text, file=sys.stderr)
 
     def finish(self, out: Path) -> None:
         """Says that all is written."""
         now = time.monotonic()
+        cut = f" {self._cut} answers are to prompts whose start was left out." if self._cut else ""
         print(
-            f"done: {self._done} answers in {out}; {self._tokens} tokens in {now - self._start:.1f} s, "
-            f"{self._rate(now)}.",
+            f"{chr(13) + chr(27) + '[K' if self._terminal else ''}done: {self._done} answers in {out}; "
+            f"{self._tokens} tokens in {now - self._start:.1f} s, {self._rate(now)}.{cut}",
             file=sys.stderr,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Iterator
 
 # These are read when jax, transformers or a BLAS is first imported, so they come before the imports below.
 _FLAGS = os.environ.get("XLA_FLAGS", "")
@@ -34,6 +35,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first; within each group the order of the files is kept."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs() -> Iterator[None]:
+    """Every compiled program on the CPU maps pages of its own; a process may have 65,530 maps, and dies of more."""
+    yield
+    jax.clear_caches()
 
 
 def _asset(name: str) -> pathlib.Path:

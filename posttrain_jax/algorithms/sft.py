@@ -44,7 +44,7 @@ from posttrain_jax.models.heads import sum_logps
 from posttrain_jax.models.tokenizer import stop_token_ids
 from posttrain_jax.models.transformer import Model, head_VD
 from posttrain_jax.optim import apply_gradients, gradient_sums, new_state
-from posttrain_jax.sampling.generate import generate
+from posttrain_jax.sampling.generate import GenerateOptions, generate
 from posttrain_jax.sharding import batch_sharding, host_data_shards, jit_step, put_batch, replicated
 from posttrain_jax.trees import combine, partition
 from posttrain_jax.types import Array, Batch, Metric, Metrics, PyTree, Task, TrainState
@@ -243,9 +243,7 @@ def _sampling(config: Config, policy: Policy, mesh: Mesh) -> Callable[[TrainStat
             policy.model,
             combine(state.params, state.frozen),
             prompts,
-            max_new_tokens=config.eval.max_new_tokens,
-            stop_token_ids=stops,
-            seed=config.seed,
+            GenerateOptions(config.eval.max_new_tokens, stop_token_ids=stops, seed=config.seed),
         )
         return [
             {

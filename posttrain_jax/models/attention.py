@@ -113,6 +113,34 @@ def attend(
     return _attend_xla(q_BTHK, k_BSGK, v_BSGK, mask, is_local, config)
 
 
+def attend_cache(
+    q_BTHK: Array, k_BGKS: Array, v_BGSK: Array, *, mask: AttentionMask, is_local: Array, config: ModelConfig
+) -> Array:
+    """The same function over a layer's cache, `[B, T, H, K]`: few queries, many keys.
+
+    Keys lie with their places last and values with their width last, so that both products read the cache in
+    order and nothing is transposed. Heads that share a key head are rows of one product.
+    """
+    batch, time, heads, width = q_BTHK.shape
+    groups = k_BGKS.shape[1]
+    q_BGNK = q_BTHK.reshape(batch, time, groups, -1, width).transpose(0, 2, 3, 1, 4)
+    q_BGNK = q_BGNK.reshape(batch, groups, -1, width)
+    scores = jnp.einsum("bgnk,bgks->bgns", q_BGNK, k_BGKS, preferred_element_type=jnp.float32)
+    scores = scores * config.query_scale
+    if config.attn_softcap:
+        scores = config.attn_softcap * jnp.tanh(scores / config.attn_softcap)
+    local = is_local if config.any_local else None
+    allowed_BTS = mask.allowed(slice(None), slice(None), local, config.sliding_window)
+    scores = scores.reshape(batch, groups, -1, time, k_BGKS.shape[3])
+    scores = jnp.where(allowed_BTS[:, None, None], scores, MASKED_SCORE)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights.reshape(batch, groups, -1, k_BGKS.shape[3]).astype(q_BTHK.dtype)
+    out = jnp.einsum("bgns,bgsk->bgnk", weights, v_BGSK, preferred_element_type=jnp.float32)
+    out = (out.reshape(batch, groups, -1, time, width) / total).astype(q_BTHK.dtype)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, width)
+
+
 def _attend_xla(
     q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask: AttentionMask, is_local: Array, config: ModelConfig
 ) -> Array:

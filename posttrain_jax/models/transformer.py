@@ -16,7 +16,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from posttrain_jax.errors import InputError
-from posttrain_jax.models.attention import IMPLEMENTATIONS, AttentionMask, attend, default_implementation
+from posttrain_jax.models.attention import (
+    IMPLEMENTATIONS,
+    AttentionMask,
+    attend,
+    attend_cache,
+    default_implementation,
+)
 from posttrain_jax.models.config import LoraConfig, ModelConfig
 from posttrain_jax.models.rope import apply_rope, rope_tables
 from posttrain_jax.sharding import constrain_activations
@@ -113,6 +119,16 @@ def _lora_matmul_bwd(scale, residuals, d_y):
 lora_matmul.defvjp(_lora_matmul_fwd, _lora_matmul_bwd)
 
 
+def few_rows_matmul(x: Array, kernel_out_in: Array) -> Array:
+    """x `[..., in]` times the kernel `[out, in]`, transposed.
+
+    For a few rows XLA's CPU backend is fastest with the weights on the left (8 rows: 22 against 32 ms for the MLPs of
+    SmolLM2-135M, experiments/LOG.md); without the barriers it would turn the product around.
+    """
+    rows_IN = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
+    return jax.lax.optimization_barrier(kernel_out_in @ rows_IN).T.reshape(*x.shape[:-1], -1)
+
+
 class Linear(nn.Module):
     """x W (+ b) (+ scale * (x A) B when LoRA targets this layer)."""
 
@@ -123,25 +139,30 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        width = x.shape[-1]
-        kernel = self.param("kernel", nn.initializers.normal(0.02), (width, self.features), jnp.float32)
-        if self.lora is None:
-            y = matmul(x, kernel.astype(self.dtype))
+        if self.has_variable(
+            "params", "kernel_out_in"
+        ):  # `decode_layers` has turned it and merged the adapter
+            y = few_rows_matmul(x, self.get_variable("params", "kernel_out_in").astype(self.dtype))
         else:
-            rank = self.lora.rank
-            a_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-            lora_a = self.param("lora_a", a_init, (width, rank), jnp.float32)
-            lora_b = self.param("lora_b", nn.initializers.zeros, (rank, self.features), jnp.float32)
-            many_rows = x.size // width >= MANY_ROWS
-            if many_rows and jnp.dtype(self.dtype) == jnp.float32:
-                y = lora_matmul(x, kernel, lora_a, lora_b, self.lora.scale)
-            else:
-                update = matmul(matmul(x, lora_a.astype(self.dtype)), lora_b.astype(self.dtype))
-                y = matmul(x, kernel.astype(self.dtype)) + self.lora.scale * update
+            y = self._many_rows(x)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return y
+
+    def _many_rows(self, x: Array) -> Array:
+        width = x.shape[-1]
+        kernel = self.param("kernel", nn.initializers.normal(0.02), (width, self.features), jnp.float32)
+        if self.lora is None:
+            return matmul(x, kernel.astype(self.dtype))
+        rank = self.lora.rank
+        a_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        lora_a = self.param("lora_a", a_init, (width, rank), jnp.float32)
+        lora_b = self.param("lora_b", nn.initializers.zeros, (rank, self.features), jnp.float32)
+        if x.size // width >= MANY_ROWS and jnp.dtype(self.dtype) == jnp.float32:
+            return lora_matmul(x, kernel, lora_a, lora_b, self.lora.scale)
+        update = matmul(matmul(x, lora_a.astype(self.dtype)), lora_b.astype(self.dtype))
+        return matmul(x, kernel.astype(self.dtype)) + self.lora.scale * update
 
 
 @jax.tree_util.register_dataclass
@@ -171,8 +192,10 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, shared: Shared, is_local: Array, layer: Array, cache: dict[str, Array] | None
-    ) -> tuple[Array, dict[str, Array] | None]:
+        self, x_BTD: Array, shared: Shared, is_local: Array, cache: dict[str, Array] | None
+    ) -> tuple[Array, dict[str, Array]]:
+        """The update of the residual stream, and this layer's cache with the new keys and values written (without
+        a cache: the keys and values themselves, `[B, T, G, K]`)."""
         config = self.config
         batch, time, _ = x_BTD.shape
 
@@ -197,23 +220,30 @@ class Attention(nn.Module):
         k_BTGK = apply_rope(k_BTGK, cos, sin)
 
         if cache is not None:
-            rows = jnp.arange(batch)[:, None]
-            place = (layer, rows, shared.cache_index_BT)
+            assert shared.cache_index_BT is not None  # `extend` gives both
             cache = {
-                "k": cache["k"].at[place].set(k_BTGK.astype(cache["k"].dtype), mode="drop"),
-                "v": cache["v"].at[place].set(v_BTGK.astype(cache["v"].dtype), mode="drop"),
+                "k": _write_keys(cache["k"], k_BTGK, shared.cache_index_BT),
+                "v": _write_values(cache["v"], v_BTGK, shared.cache_index_BT),
             }
-            k_BTGK, v_BTGK = (cache[name][layer].astype(self.dtype) for name in ("k", "v"))
-
-        out_BTHK = attend(
-            checkpoint_name(q_BTHK, "query"),
-            checkpoint_name(k_BTGK, "key"),
-            checkpoint_name(v_BTGK, "value"),
-            mask=shared.mask,
-            is_local=is_local,
-            config=config,
-            implementation="xla" if cache is not None else self.implementation,
-        )
+            out_BTHK = attend_cache(
+                q_BTHK,
+                cache["k"].astype(self.dtype),
+                cache["v"].astype(self.dtype),
+                mask=shared.mask,
+                is_local=is_local,
+                config=config,
+            )
+        else:
+            cache = {"k": k_BTGK, "v": v_BTGK}
+            out_BTHK = attend(
+                checkpoint_name(q_BTHK, "query"),
+                checkpoint_name(k_BTGK, "key"),
+                checkpoint_name(v_BTGK, "value"),
+                mask=shared.mask,
+                is_local=is_local,
+                config=config,
+                implementation=self.implementation,
+            )
         out_BTD = out_BTHK.reshape(batch, time, config.n_heads * config.head_dim)
         lora = self.lora if self.lora.rank and "o" in self.lora.targets else None
         return Linear(config.d_model, config.o_bias, lora, self.dtype, name="o")(out_BTD), cache
@@ -246,30 +276,27 @@ class Block(nn.Module):
     lora: LoraConfig
     dtype: Any
     implementation: str
+    keep_kv: bool = False
 
     @nn.compact
     def __call__(
-        self,
-        carry: tuple[Array, dict[str, Array] | None],
-        shared: Shared,
-        is_local: Array,
-        layer: Array,
-    ) -> tuple[tuple[Array, dict[str, Array] | None], None]:
+        self, x_BTD: Array, shared: Shared, is_local: Array, cache: dict[str, Array] | None = None
+    ) -> tuple[Array, dict[str, Array] | None]:
+        """The new residual stream and what `Attention` says of the cache (nothing, unless it is wanted)."""
         config = self.config
-        x_BTD, cache = carry
 
         def norm(name: str) -> RMSNorm:
             return RMSNorm(config.norm_eps, config.norm_plus_one, self.dtype, name=name)
 
         attention = Attention(config, self.lora, self.dtype, self.implementation, name="attn")
-        update_BTD, cache = attention(norm("attn_norm")(x_BTD), shared, is_local, layer, cache)
+        update_BTD, kv = attention(norm("attn_norm")(x_BTD), shared, is_local, cache)
         if config.sandwich_norms:
             update_BTD = norm("post_attn_norm")(update_BTD)
         x_BTD = checkpoint_name(constrain_activations(x_BTD + update_BTD), "residual")
         update_BTD = GatedMLP(config, self.lora, self.dtype, name="mlp")(norm("mlp_norm")(x_BTD))
         if config.sandwich_norms:
             update_BTD = norm("post_mlp_norm")(update_BTD)
-        return (constrain_activations(x_BTD + update_BTD), cache), None
+        return constrain_activations(x_BTD + update_BTD), kv if self.keep_kv else None
 
 
 class Embedding(nn.Module):
@@ -308,67 +335,131 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens_BT: Array, positions_BT: Array, segment_ids_BT: Array, cache: dict[str, Array] | None
+        self, tokens_BT: Array, positions_BT: Array, segment_ids_BT: Array, keep_kv: bool = False
     ) -> tuple[Array, dict[str, Array] | None]:
+        """The hidden states, and with `keep_kv` every layer's keys and values, `[L, B, T, G, K]` each."""
         config = self.config
         x_BTD = constrain_activations(Embedding(config, self.dtype, name="embed")(tokens_BT))
         if not config.tied_embeddings and self.is_initializing():
             Head(config, name="head")()
-
-        cache_index_BT = None
-        layer_cache = None
-        if cache is None:
-            mask = AttentionMask.packed_rows(segment_ids_BT, positions_BT)
-        else:
-            cache, cache_index_BT = _reserve(cache, positions_BT, segment_ids_BT)
-            mask = AttentionMask.cached(positions_BT, cache["positions"])
-            layer_cache = {"k": cache["k"], "v": cache["v"]}
         shared = Shared(
-            mask=mask,
+            mask=AttentionMask.packed_rows(segment_ids_BT, positions_BT),
             rope_global=rope_tables(positions_BT, config.head_dim, config.rope),
             rope_local=rope_tables(positions_BT, config.head_dim, config.rope_local),
-            cache_index_BT=cache_index_BT,
+            cache_index_BT=None,
         )
         layers = nn.scan(
             nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0, 0),
+            in_axes=(nn.broadcast, 0),
             length=config.n_layers,
-        )(config, self.lora, self.dtype, self.implementation, name="layers")
-        is_local_L = jnp.asarray(config.local_layers or (False,) * config.n_layers)
-        (x_BTD, layer_cache), _ = layers(
-            (x_BTD, layer_cache), shared, is_local_L, jnp.arange(config.n_layers)
-        )
-        x_BTD = RMSNorm(config.norm_eps, config.norm_plus_one, self.dtype, name="final_norm")(x_BTD)
-        if cache is not None:
-            cache = {**cache, **layer_cache}
-        return x_BTD, cache
+        )(config, self.lora, self.dtype, self.implementation, keep_kv, name="layers")
+        x_BTD, kv = layers(x_BTD, shared, jnp.asarray(_local_layers(config)))
+        norm = RMSNorm(config.norm_eps, config.norm_plus_one, self.dtype, name="final_norm")
+        return norm(x_BTD), kv
 
 
-def init_cache(config: ModelConfig, batch: int, length: int, dtype: str = "float32") -> dict[str, Array]:
-    """An empty KV cache: `k`, `v` `[L, B, S, G, K]`; `positions` `[B, S]` (-1 = empty); `length` `[B]`."""
-    shape = (config.n_layers, batch, length, config.n_kv_heads, config.head_dim)
-    return {
-        "k": jnp.zeros(shape, dtype),
-        "v": jnp.zeros(shape, dtype),
-        "positions": jnp.full((batch, length), -1, jnp.int32),
-        "length": jnp.zeros((batch,), jnp.int32),
-    }
-
-
-def _reserve(
-    cache: dict[str, Array], positions_BT: Array, segment_ids_BT: Array
-) -> tuple[dict[str, Array], Array]:
-    """Gives every real token (segment id not 0) the next free place of its row; padding goes nowhere."""
+def extend(
+    module: Transformer,
+    params: PyTree,
+    tokens_BT: Array,
+    positions_BT: Array,
+    segment_ids_BT: Array,
+    cache: PyTree,
+) -> tuple[Array, PyTree]:
+    """The same layers over a KV cache, one after the other (not scanned: each writes its own cache in place,
+    and XLA copies neither that nor the layer's weights if these are `decode_layers`)."""
+    config = module.config
     batch, size = cache["positions"].shape
     real_BT = (segment_ids_BT != 0).astype(jnp.int32)
     index_BT = cache["length"][:, None] + jnp.cumsum(real_BT, axis=1) - 1
     index_BT = jnp.where(real_BT == 1, index_BT, size)
     rows = jnp.arange(batch)[:, None]
     positions_BS = cache["positions"].at[rows, index_BT].set(positions_BT, mode="drop")
+    shared = Shared(
+        mask=AttentionMask.cached(positions_BT, positions_BS),
+        rope_global=rope_tables(positions_BT, config.head_dim, config.rope),
+        rope_local=rope_tables(positions_BT, config.head_dim, config.rope_local),
+        cache_index_BT=index_BT,
+    )
+    block = Block(config, module.lora, module.dtype, module.implementation, keep_kv=True)
+    x_BTD = constrain_activations(
+        Embedding(config, module.dtype).apply({"params": params["embed"]}, tokens_BT)
+    )
+    layers = []
+    for number, is_local in enumerate(_local_layers(config)):
+        weights = {"params": _layer(params["layers"], number)}
+        x_BTD, layer = block.apply(weights, x_BTD, shared, jnp.asarray(is_local), cache["layers"][number])
+        layers.append(layer)
+    norm = RMSNorm(config.norm_eps, config.norm_plus_one, module.dtype)
+    x_BTD = norm.apply({"params": params["final_norm"]}, x_BTD)
     length_B = cache["length"] + jnp.sum(real_BT, axis=1)
-    return {**cache, "positions": positions_BS, "length": length_B}, index_BT
+    return x_BTD, {"layers": layers, "positions": positions_BS, "length": length_B}
+
+
+def _local_layers(config: ModelConfig) -> tuple[bool, ...]:
+    return tuple(config.local_layers) or (False,) * config.n_layers
+
+
+def _layer(layers: PyTree, number: int) -> PyTree:
+    """One layer's parameters, of stacked ones or of `decode_layers`."""
+    return layers[number] if isinstance(layers, list) else jax.tree.map(lambda leaf: leaf[number], layers)
+
+
+def decode_layers(layers: PyTree, lora_scale: float) -> list[PyTree]:
+    """A copy of the layers' parameters as XLA's CPU backend reads them fastest for a few rows: one tree a layer
+    instead of one of stacked leaves, kernels as `kernel_out_in` (see `few_rows_matmul`) with their adapters added
+    (`lora_scale` times A B). `extend` takes it in place of `params["layers"]`."""
+
+    def turned(tree: PyTree) -> PyTree:
+        if not isinstance(tree, dict):
+            return tree
+        if "kernel" not in tree:
+            return {name: turned(value) for name, value in tree.items()}
+        kernel = tree["kernel"]
+        if "lora_a" in tree:
+            kernel = kernel + lora_scale * (tree["lora_a"] @ tree["lora_b"]).astype(kernel.dtype)
+        return {"kernel_out_in": kernel.T, **({"bias": tree["bias"]} if "bias" in tree else {})}
+
+    count = jax.tree.leaves(layers)[0].shape[0]
+    return [turned(_layer(layers, number)) for number in range(count)]
+
+
+def init_cache(config: ModelConfig, batch: int, length: int, dtype: str = "float32") -> PyTree:
+    """An empty KV cache of `length` = S places a row.
+
+    `layers`: for each layer `k` `[B, G, K, S]` and `v` `[B, G, S, K]`; `positions` `[B, S]` (-1 = empty); `length`
+    `[B]`, how many places of a row are taken.
+    """
+    groups, width = config.n_kv_heads, config.head_dim
+    return {
+        "layers": [
+            {
+                "k": jnp.zeros((batch, groups, width, length), dtype),
+                "v": jnp.zeros((batch, groups, length, width), dtype),
+            }
+            for _ in range(config.n_layers)
+        ],
+        "positions": jnp.full((batch, length), -1, jnp.int32),
+        "length": jnp.zeros((batch,), jnp.int32),
+    }
+
+
+def _write_keys(k_BGKS: Array, k_BTGK: Array, index_BT: Array) -> Array:
+    def row(k_GKS: Array, new_TGK: Array, index_T: Array) -> Array:
+        new_GKT = new_TGK.transpose(1, 2, 0).astype(k_GKS.dtype)
+        return k_GKS.at[:, :, index_T].set(new_GKT, mode="drop", unique_indices=True)
+
+    return jax.vmap(row)(k_BGKS, k_BTGK, index_BT)
+
+
+def _write_values(v_BGSK: Array, v_BTGK: Array, index_BT: Array) -> Array:
+    def row(v_GSK: Array, new_TGK: Array, index_T: Array) -> Array:
+        new_GTK = new_TGK.transpose(1, 0, 2).astype(v_GSK.dtype)
+        return v_GSK.at[:, index_T].set(new_GTK, mode="drop", unique_indices=True)
+
+    return jax.vmap(row)(v_BGSK, v_BTGK, index_BT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -383,7 +474,7 @@ class Model:
     def init(self, key: Array) -> PyTree:
         """Random float32 parameters: normal(0, 0.02) matrices, identity norms, LoRA B zero."""
         tokens = jnp.zeros((1, 2), jnp.int32)
-        return self.module.init(key, tokens, tokens, tokens + 1, None)["params"]
+        return self.module.init(key, tokens, tokens, tokens + 1)["params"]
 
     def abstract_params(self) -> PyTree:
         """Shapes and dtypes of the parameters, without making them."""
@@ -396,7 +487,8 @@ class Model:
         *,
         segment_ids_BT: Array | None = None,
         positions_BT: Array | None = None,
-        cache: dict[str, Array] | None = None,
+        cache: PyTree | None = None,
+        keep_kv: bool = False,
         logits: bool = True,
     ) -> ModelOutput:
         """Runs the decoder.
@@ -407,7 +499,8 @@ class Model:
           segment_ids_BT: 0 = padding; tokens attend only within their own segment. Default: all ones.
           positions_BT: position of each token in its sequence; default: 0, 1, ... in the row (after what the
             cache already holds). Packed rows must say.
-          cache: from `init_cache`; the tokens are appended to each row. Segments cannot be packed in a cache.
+          cache: from `init_cache`; the real tokens are appended to each row. Segments cannot be packed in a cache.
+          keep_kv: without a cache: return every layer's keys and values `k`, `v` `[L, B, T, G, K]` as `cache`.
           logits: also project all positions on the vocabulary, `[B, T, V]` float32. For notebooks, parity
             and decoding; train steps use `heads.token_logps`, which never holds such an array.
         """
@@ -417,9 +510,13 @@ class Model:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
             if cache is not None:
                 positions_BT = positions_BT + cache["length"][:, None]
-        hidden_BTD, cache = self.module.apply(
-            {"params": params}, tokens_BT, positions_BT.astype(jnp.int32), segment_ids_BT, cache
-        )
+        positions_BT = positions_BT.astype(jnp.int32)
+        if cache is None:
+            hidden_BTD, cache = self.module.apply(
+                {"params": params}, tokens_BT, positions_BT, segment_ids_BT, keep_kv
+            )
+        else:
+            hidden_BTD, cache = extend(self.module, params, tokens_BT, positions_BT, segment_ids_BT, cache)
         return ModelOutput(
             hidden_BTD=hidden_BTD,
             logits_BTV=self.logits(params, hidden_BTD) if logits else None,

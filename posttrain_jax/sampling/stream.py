@@ -10,26 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from posttrain_jax.models.transformer import Model, init_cache
-from posttrain_jax.sampling.choose import Sampling, sample_keys
-from posttrain_jax.sampling.generate import bucket, check_prompt, decode_step, next_token, prefill
+from posttrain_jax.sampling.choose import Needs, Sampling, SamplingRows, choose, sample_keys
+from posttrain_jax.sampling.engine import bucket, check_prompt, decode_params
 from posttrain_jax.types import Array, PyTree
+
+READ_TOKENS = 64
 
 
 class Stream:
     """Answers prompts one token at a time, on one device.
 
-    A prompt that starts with what the cache already holds costs only its new tokens. The cache grows by whole
-    buckets; growing reads the conversation anew.
+    A prompt that starts with what the cache already holds costs only its new tokens, which are read READ_TOKENS at
+    a time. The cache grows by whole buckets; growing reads the conversation anew.
     """
 
     def __init__(self, model: Model, params: PyTree, *, stop_token_ids: Sequence[int], seed: int = 0) -> None:
         self._model = model
-        self._params = params
+        self._params = decode_params(model, params)
         self._stops = frozenset(stop_token_ids)
         self._seed = seed
         self._turn = 0
         self._read: list[int] = []
-        self._cache: dict[str, Array] | None = None
+        self._cache: PyTree | None = None
 
     def answer(self, prompt: np.ndarray, *, max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
         """Yields the answer's tokens, a stop token last if there was one; the caller may leave at any token.
@@ -40,19 +42,20 @@ class Stream:
         prompt = np.asarray(prompt)
         check_prompt(self._model, prompt, "the conversation", max_new_tokens)
         limit = min(max_new_tokens, self._model.config.max_length - len(prompt))
-        key = sample_keys(self._seed, jnp.asarray([self._turn]), jnp.asarray([0]))
+        key_B = sample_keys(self._seed, jnp.asarray([self._turn]), jnp.asarray([0]))
+        rows, needs = SamplingRows.of([sampling]), Needs.of(sampling)
         self._turn += 1
         if limit <= 0:
             return
         logits_BV = self._read_prompt([int(token) for token in prompt], limit)
         for place in range(limit):
-            token_B = _draw(logits_BV, key, np.int32(place), sampling=sampling)
+            token_B = _draw(logits_BV, key_B, np.asarray([place], np.int32), rows, needs=needs)
             token = int(token_B[0])
             if token in self._stops or place + 1 == limit:
                 yield token
                 return
             # The next step runs on the device while the caller shows this token.
-            logits_BV = self._step(token_B)
+            logits_BV = self._append(token_B[:, None], 1)
             self._read.append(token)
             yield token
 
@@ -64,50 +67,48 @@ class Stream:
             min(len(self._read), len(prompt)),
         )
         keep = min(keep, len(prompt) - 1)  # the last token is read again: its logits are what is wanted
-        cache = self._cache
-        if cache is None or cache["positions"].shape[1] < capacity:
-            cache, keep = init_cache(self._model.config, 1, capacity, self._model.dtype), 0
-        new = prompt[keep:]
-        tokens_BT = np.zeros((1, bucket(len(new))), np.int32)
-        tokens_BT[0, : len(new)] = new
-        self._cache, logits_BV = _resume(
-            self._params,
-            cache,
-            np.int32(keep),
-            tokens_BT,
-            np.asarray([len(new)], np.int32),
-            model=self._model,
-        )
+        if self._cache is None or self._cache["positions"].shape[1] < capacity:
+            self._cache, keep = init_cache(self._model.config, 1, capacity, self._model.dtype), 0
+        self._cache = _forget(self._cache, np.int32(keep))
         self._read = list(prompt)
+        for first in range(keep, len(prompt), READ_TOKENS):
+            new = prompt[first : first + READ_TOKENS]
+            tokens_BT = np.zeros((1, READ_TOKENS), np.int32)
+            tokens_BT[0, : len(new)] = new
+            logits_BV = self._append(tokens_BT, len(new))
         return logits_BV
 
-    def _step(self, token_B: Array) -> Array:
-        self._cache, logits_BV = _step(self._params, self._cache, token_B, model=self._model)
+    def _append(self, tokens_BT: Array | np.ndarray, count: int) -> Array:
+        self._cache, logits_BV = _extend(
+            self._params, self._cache, tokens_BT, np.int32(count), model=self._model
+        )
         return logits_BV
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def _resume(
-    params: PyTree, cache: dict[str, Array], keep: Array, tokens_BT: Array, lengths_B: Array, *, model: Model
-) -> tuple[dict[str, Array], Array]:
-    """Forgets what the cache holds beyond its first `keep` tokens and appends the new ones."""
+@functools.partial(jax.jit, donate_argnames="cache")
+def _forget(cache: PyTree, keep: Array) -> PyTree:
+    """Forgets what the cache holds beyond its first `keep` tokens."""
     forgotten_1S = jnp.arange(cache["positions"].shape[1])[None, :] >= keep
-    cache = {
+    return {
         **cache,
         "positions": jnp.where(forgotten_1S, -1, cache["positions"]),
         "length": jnp.full_like(cache["length"], keep),
     }
-    return prefill(model, params, cache, tokens_BT, lengths_B)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def _step(
-    params: PyTree, cache: dict[str, Array], token_B: Array, *, model: Model
-) -> tuple[dict[str, Array], Array]:
-    return decode_step(model, params, cache, token_B, jnp.ones_like(token_B, bool))
+def _extend(
+    params: PyTree, cache: PyTree, tokens_BT: Array, count: Array, *, model: Model
+) -> tuple[PyTree, Array]:
+    """Appends the first `count` tokens; the cache and the logits `[B, V]` after the last of them."""
+    real_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None] < count, tokens_BT.shape)
+    output = model.apply(
+        params, tokens_BT, segment_ids_BT=real_BT.astype(jnp.int32), cache=cache, logits=False
+    )
+    hidden_BD = jax.lax.dynamic_index_in_dim(output.hidden_BTD, count - 1, axis=1, keepdims=False)
+    return output.cache, model.logits(params, hidden_BD)
 
 
-@functools.partial(jax.jit, static_argnames="sampling")
-def _draw(logits_BV: Array, key: Array, place: Array, *, sampling: Sampling) -> Array:
-    no_stops_V = jnp.zeros(logits_BV.shape[-1], bool)
-    return next_token(logits_BV, key, place, no_stops_V, min_new_tokens=0, sampling=sampling)[0]
+@functools.partial(jax.jit, static_argnames="needs")
+def _draw(logits_BV: Array, key_B: Array, place_B: Array, rows: SamplingRows, *, needs: Needs) -> Array:
+    return choose(logits_BV, logits_BV, key_B, place_B, rows, needs).token_B

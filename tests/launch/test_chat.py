@@ -19,7 +19,7 @@ from posttrain_jax.errors import InputError
 from posttrain_jax.load_model import load_model
 from posttrain_jax.models.tokenizer import stop_token_ids
 from posttrain_jax.sampling.choose import Sampling
-from posttrain_jax.sampling.generate import generate
+from posttrain_jax.sampling.generate import GenerateOptions, generate
 from posttrain_jax.sampling.prompts import encode_chat
 
 
@@ -42,8 +42,7 @@ def expected(loaded, messages, max_new_tokens=5):
         loaded.model,
         loaded.params,
         [encode_chat(loaded.tokenizer, messages)],
-        max_new_tokens=max_new_tokens,
-        stop_token_ids=stop_token_ids(loaded.config, loaded.tokenizer),
+        GenerateOptions(max_new_tokens, stop_token_ids=stop_token_ids(loaded.config, loaded.tokenizer)),
     )
     return loaded.tokenizer.decode(sample.tokens, skip_special_tokens=True)
 

@@ -18,6 +18,7 @@ from posttrain_jax.errors import InputError
 from posttrain_jax.load_model import load_model
 from posttrain_jax.models.tokenizer import stop_token_ids
 from posttrain_jax.sampling import generate as engine
+from posttrain_jax.sampling.choose import Sampling
 from posttrain_jax.sampling.prompts import encode_chat, encode_text
 
 ROWS = [
@@ -70,11 +71,13 @@ def test_rows_come_out_in_input_order_as_the_contract_says(model, tmp_path):
         loaded.model,
         loaded.params,
         prompts,
-        max_new_tokens=6,
-        temperature=1.0,
-        num_samples=2,
-        seed=3,
-        stop_token_ids=stop_token_ids(loaded.config, loaded.tokenizer),
+        engine.GenerateOptions(
+            6,
+            sampling=Sampling(1.0),
+            num_samples=2,
+            seed=3,
+            stop_token_ids=stop_token_ids(loaded.config, loaded.tokenizer),
+        ),
     )
     for row, sample in zip(rows, samples, strict=True):
         assert list(row) == ["id", "sample", "text", "token_ids", "logprobs", "finish_reason"]
@@ -119,8 +122,12 @@ def test_a_run_goes_on_where_it_was_cut_off(model, tmp_path, capsys):
         generate(dataclasses.replace(options, prompts=other))
     (tmp_path / "g.jsonl.options.json").unlink()
     (tmp_path / "g.jsonl").write_bytes(b"".join(lines[1:]))
-    with pytest.raises(InputError, match=r"g\.jsonl:1 does not answer the prompt of its place"):
-        generate(options)
+    generate(options)  # the first answer is missing: it alone is made, and the file put in order
+    assert (tmp_path / "g.jsonl").read_bytes() == whole
+    for wrong in (lines[0], b'{"id": 99, "sample": 0}\n'):
+        (tmp_path / "g.jsonl").write_bytes(lines[0] + wrong)
+        with pytest.raises(InputError, match=r"g\.jsonl:2 does not answer a prompt of --prompts"):
+            generate(options)
     (tmp_path / "g.jsonl").write_bytes(b"nonsense\n" + whole)
     with pytest.raises(InputError, match=r"g\.jsonl:1 is not a row of answers"):
         generate(options)

@@ -17,7 +17,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from posttrain_jax.export_model import export_hf
 from posttrain_jax.load_model import LoadedModel, load_model
 from posttrain_jax.models.tokenizer import stop_token_ids
-from posttrain_jax.models.transformer import init_cache
+from posttrain_jax.models.transformer import make_model
+from posttrain_jax.sampling.choose import Sampling
+from posttrain_jax.sampling.generate import GenerateOptions, generate
+from posttrain_jax.sampling.score import (
+    BFLOAT16_LARGEST,
+    BFLOAT16_MEAN,
+    FLOAT32_LARGEST,
+    difference,
+    score_samples,
+)
 
 NEW_TOKENS = 24
 
@@ -32,18 +41,14 @@ class Real:
     gguf: pathlib.Path
 
     def ours_greedy(self, ids: list[int]) -> list[int]:
-        """Greedy continuation through the KV cache, until a stop token."""
-        model, params = self.ours.model, self.ours.params
-        step = jax.jit(lambda p, t, c: model.apply(p, t, cache=c))
-        stops = stop_token_ids(self.ours.config, self.ours.tokenizer)
-        out = step(params, jnp.asarray([ids]), init_cache(self.ours.config, 1, len(ids) + NEW_TOKENS))
-        answer: list[int] = []
-        while len(answer) < NEW_TOKENS:
-            answer.append(int(jnp.argmax(out.logits_BTV[0, -1])))
-            if answer[-1] in stops:
-                break
-            out = step(params, jnp.asarray([answer[-1:]]), out.cache)
-        return answer
+        """Greedy continuation by the engine, until a stop token."""
+        (sample,) = generate(
+            self.ours.model,
+            self.ours.params,
+            [np.asarray(ids)],
+            GenerateOptions(NEW_TOKENS, stop_token_ids=stop_token_ids(self.ours.config, self.ours.tokenizer)),
+        )
+        return sample.tokens.tolist()
 
     def their_greedy(self, ids: list[int]) -> list[int]:
         with torch.no_grad():
@@ -95,6 +100,26 @@ def test_smollm2_answers_as_in_transformers(smollm2: Real) -> None:
     answer = smollm2.ours_greedy(plain)
     assert answer == smollm2.their_greedy(plain)
     assert tokenizer.decode(answer).startswith(" Paris.")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_sampled_token_has_the_trainers_log_probability(smollm2: Real, dtype: str) -> None:
+    """The exactness gate on a real model, with refill: unlike prompts and answers, 3 slots."""
+    model, params = make_model(smollm2.ours.config, dtype=dtype), smollm2.ours.params
+    tokenizer = smollm2.ours.tokenizer
+    assert tokenizer is not None
+    texts = ("Once upon a time", "The capital of France is", "1, 2, 3, 4, 5,", "def add(a, b):\n    return")
+    prompts = [np.asarray(tokenizer.encode(text)) for text in texts]
+    options = GenerateOptions([40, 8, 24, 16], sampling=Sampling(1.0), batch_size=3)
+    samples = generate(model, params, prompts, options)
+    scores = score_samples(model, params, prompts, samples)
+    apart = difference([sample.logprobs for sample in samples], scores)
+    print(apart)
+    assert apart.tokens == 88
+    if dtype == "float32":
+        assert apart.largest < FLOAT32_LARGEST
+    else:
+        assert apart.largest < BFLOAT16_LARGEST and apart.mean < BFLOAT16_MEAN
 
 
 @pytest.mark.slow

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from answers import answers
 
 from posttrain_jax.errors import InputError
 from posttrain_jax.models.config import ModelConfig
-from posttrain_jax.models.transformer import make_model
-from posttrain_jax.sampling.choose import Sampling
-from posttrain_jax.sampling.generate import bucket, generate
+from posttrain_jax.models.transformer import decode_layers, make_model
+from posttrain_jax.sampling.choose import Needs, Sampling
+from posttrain_jax.sampling.decode import decode, empty_slots
+from posttrain_jax.sampling.engine import bucket
 from posttrain_jax.sampling.stream import Stream
 from posttrain_jax.sharding import make_mesh, tree_shardings
 
@@ -63,7 +65,7 @@ def forward(params, tokens_BT, *, model):
 
 
 def test_greedy_is_the_argmax_of_the_full_forward_at_every_step(model, params):
-    samples = generate(model, params, PROMPTS, max_new_tokens=12, stop_token_ids=(), batch_size=3)
+    samples = answers(model, params, PROMPTS, max_new_tokens=12, batch_size=3)
     assert [sample.prompt for sample in samples] == [0, 1, 2, 3]
     for prompt, sample in zip(PROMPTS, samples, strict=True):
         expected = logprobs_after(model, params, prompt, sample.tokens)
@@ -86,7 +88,7 @@ def test_local_layers_and_softcap_decode_as_the_full_forward():
     )
     model = make_model(config)
     params = sharpen(model.init(jax.random.key(0)))
-    (sample,) = generate(model, params, PROMPTS[:1], max_new_tokens=16, stop_token_ids=())
+    (sample,) = answers(model, params, PROMPTS[:1], max_new_tokens=16)
     expected = logprobs_after(model, params, PROMPTS[0], sample.tokens)
     np.testing.assert_array_equal(sample.tokens, expected.argmax(axis=-1))
     np.testing.assert_allclose(sample.logprobs, expected.max(axis=-1), atol=1e-4, rtol=0)
@@ -96,15 +98,14 @@ def test_a_sample_does_not_depend_on_its_batch(model, params):
     """Alone, among others, in another batch size: the same tokens; logprobs are of temperature 1."""
     options = {
         "max_new_tokens": 10,
-        "stop_token_ids": (),
         "temperature": 1.3,
         "top_k": 40,
         "top_p": 0.97,
         "num_samples": 3,
         "seed": 11,
     }
-    together = generate(model, params, PROMPTS, batch_size=12, **options)
-    apart = generate(model, params, PROMPTS, batch_size=2, **options)
+    together = answers(model, params, PROMPTS, batch_size=12, **options)
+    apart = answers(model, params, PROMPTS, batch_size=2, **options)
     for left, right in zip(together, apart, strict=True):
         assert (left.prompt, left.sample) == (right.prompt, right.sample)
         np.testing.assert_array_equal(left.tokens, right.tokens)
@@ -112,42 +113,36 @@ def test_a_sample_does_not_depend_on_its_batch(model, params):
         expected = logprobs_after(model, params, PROMPTS[left.prompt], left.tokens)
         np.testing.assert_allclose(left.logprobs, expected[np.arange(10), left.tokens], atol=1e-4, rtol=0)
     assert len({tuple(sample.tokens) for sample in together}) == 12
-    alone = generate(model, params, PROMPTS[:1], batch_size=12, **options)
+    alone = answers(model, params, PROMPTS[:1], batch_size=12, **options)
     np.testing.assert_array_equal(alone[2].tokens, together[2].tokens)
-    later = generate(model, params, PROMPTS, batch_size=2, start=5, **options)
-    assert [(s.prompt, s.sample) for s in later] == [(s.prompt, s.sample) for s in apart[5:]]
-    for left, right in zip(later, apart[5:], strict=True):
-        np.testing.assert_array_equal(left.logprobs, right.logprobs)
-    other = generate(model, params, PROMPTS, batch_size=12, **{**options, "seed": 12})
+    other = answers(model, params, PROMPTS, batch_size=12, **{**options, "seed": 12})
     assert any((a.tokens != b.tokens).any() for a, b in zip(together, other, strict=True))
 
 
 def test_top_k_of_one_is_greedy(model, params):
-    greedy = generate(model, params, PROMPTS, max_new_tokens=6, stop_token_ids=())
-    drawn = generate(model, params, PROMPTS, max_new_tokens=6, stop_token_ids=(), temperature=5.0, top_k=1)
-    narrow = generate(
-        model, params, PROMPTS, max_new_tokens=6, stop_token_ids=(), temperature=1.0, top_p=1e-6
-    )
+    greedy = answers(model, params, PROMPTS, max_new_tokens=6)
+    drawn = answers(model, params, PROMPTS, max_new_tokens=6, temperature=5.0, top_k=1)
+    narrow = answers(model, params, PROMPTS, max_new_tokens=6, temperature=1.0, top_p=1e-6)
     for a, b, c in zip(greedy, drawn, narrow, strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_array_equal(a.tokens, c.tokens)
 
 
 def test_stop_tokens_end_an_answer_and_belong_to_it(model, params):
-    free = generate(model, params, PROMPTS, max_new_tokens=8, stop_token_ids=())
+    free = answers(model, params, PROMPTS, max_new_tokens=8)
     stop = int(free[2].tokens[3])
     first = int(np.flatnonzero(free[2].tokens == stop)[0])
-    stopped = generate(model, params, PROMPTS, max_new_tokens=8, stop_token_ids=(stop,))
+    stopped = answers(model, params, PROMPTS, max_new_tokens=8, stop_token_ids=(stop,))
     assert stopped[2].finish_reason == "stop"
     np.testing.assert_array_equal(stopped[2].tokens, free[2].tokens[: first + 1])
     assert len(stopped[2].logprobs) == first + 1
 
-    ignoring = generate(model, params, PROMPTS, max_new_tokens=8, stop_token_ids=(stop,), ignore_eos=True)
+    ignoring = answers(model, params, PROMPTS, max_new_tokens=8, stop_token_ids=(stop,), ignore_eos=True)
     for a, b in zip(free, ignoring, strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         assert b.finish_reason == "length"
 
-    late = generate(
+    late = answers(
         model, params, PROMPTS, max_new_tokens=8, stop_token_ids=(stop,), min_new_tokens=first + 2
     )[2]
     assert len(late.tokens) >= first + 2 and stop not in late.tokens[: first + 1]
@@ -159,15 +154,15 @@ def test_stop_tokens_end_an_answer_and_belong_to_it(model, params):
 
 
 def test_no_tokens_asked_for(model, params):
-    samples = generate(model, params, PROMPTS[:2], max_new_tokens=0, stop_token_ids=(), num_samples=2)
+    samples = answers(model, params, PROMPTS[:2], max_new_tokens=0, num_samples=2)
     assert [len(sample.tokens) for sample in samples] == [0] * 4
     assert {sample.finish_reason for sample in samples} == {"length"}
-    assert generate(model, params, [], max_new_tokens=3, stop_token_ids=()) == []
+    assert answers(model, params, [], max_new_tokens=3) == []
 
 
 def test_an_answer_ends_where_the_context_is_full(model, params):
     long, short = np.full(CONFIG.max_length - 3, 5), np.asarray([5])
-    samples = generate(model, params, [long, short], max_new_tokens=8, stop_token_ids=())
+    samples = answers(model, params, [long, short], max_new_tokens=8)
     assert [len(sample.tokens) for sample in samples] == [3, 8]
     assert samples[0].finish_reason == "length"
 
@@ -189,20 +184,20 @@ def test_an_answer_ends_where_the_context_is_full(model, params):
 def test_bad_input_is_refused_in_one_sentence(model, params, prompt, options, words):
     prompts = [np.asarray([1]), np.asarray(prompt)]
     with pytest.raises(InputError, match=words):
-        generate(
+        answers(
             model,
             params,
             prompts,
             names=("row 6", "row 7"),
-            **{"max_new_tokens": 4, "stop_token_ids": (), **options},
+            **{"max_new_tokens": 4, **options},
         )
 
 
 def test_sharded_parameters_give_the_same_answers(model, params):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     sharded = jax.device_put(params, tree_shardings(params, mesh))
-    whole = generate(model, params, PROMPTS[:3], max_new_tokens=6, stop_token_ids=(), temperature=0.7)
-    split = generate(model, sharded, PROMPTS[:3], max_new_tokens=6, stop_token_ids=(), temperature=0.7)
+    whole = answers(model, params, PROMPTS[:3], max_new_tokens=6, temperature=0.7)
+    split = answers(model, sharded, PROMPTS[:3], max_new_tokens=6, temperature=0.7)
     for a, b in zip(whole, split, strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4, rtol=0)
@@ -216,45 +211,36 @@ def test_shapes_are_rounded_up_to_few():
     assert len(sizes) == 13 and all(bucket(size) == size for size in sizes)
 
 
-def test_the_decode_loop_makes_no_array_as_large_as_all_logits(model, params):
-    """Memory grows with one position's logits, not with the prompt's length times the vocabulary."""
-    from posttrain_jax.sampling.generate import _generate
-
-    config = dataclasses.replace(CONFIG, vocab_size=32768, max_length=1024)
-    wide = make_model(config)
-    rows, length = 2, 512
-
-    def shape(*size):
-        return jax.ShapeDtypeStruct(size, jnp.int32)
-
-    compiled = _generate.lower(
-        wide.abstract_params(),
-        shape(rows, length),
-        shape(rows),
-        shape(rows),
-        shape(rows, 2),
-        jax.ShapeDtypeStruct((), jnp.uint32),
-        shape(),
-        model=wide,
-        capacity=16,
-        stop_token_ids=(1,),
-        ignore_eos=False,
-        sampling=Sampling(),
-    ).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < rows * length * 32768 * 4 / 4
+def test_the_decode_loop_copies_neither_cache_nor_weights():
+    """Beside its arguments, which it writes in place, the loop holds the logits of one position and little more."""
+    config = dataclasses.replace(CONFIG, vocab_size=1024, max_length=4096, d_model=64, head_dim=16)
+    model = make_model(config)
+    slots = jax.eval_shape(
+        lambda: empty_slots(model=model, rows=4, places=4096, new_tokens=8, needs=Needs(), stop_width=1)
+    )
+    params = model.abstract_params()
+    layers = jax.eval_shape(functools.partial(decode_layers, lora_scale=0.0), params["layers"])
+    params = {**params, "layers": layers}
+    count, flag = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.bool)
+    compiled = decode.lower(params, slots, count, flag, model=model, needs=Needs()).compile()
+    memory = compiled.memory_analysis()
+    cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(slots.cache))
+    assert memory.alias_size_in_bytes >= cache_bytes
+    # Scores of one layer (4 rows x 4 heads x 4096 places) a few times over, against 8.4 MB of cache.
+    assert memory.temp_size_in_bytes < cache_bytes / 4
 
 
 def test_stream_says_what_generate_says_and_reads_only_what_is_new(model, params):
     stream = Stream(model, params, stop_token_ids=())
     first = PROMPTS[2]
-    (whole,) = generate(model, params, [first], max_new_tokens=7, stop_token_ids=())
+    (whole,) = answers(model, params, [first], max_new_tokens=7)
     answer = list(stream.answer(first, max_new_tokens=7, sampling=Sampling()))
     assert answer == whole.tokens.tolist()
 
     # The next turn repeats the conversation and adds to it; a third one goes back to an earlier place.
     for prompt in ([*first, *answer, 8, 9], [*first[:4], 20, 21]):
         prompt = np.asarray(prompt)
-        (whole,) = generate(model, params, [prompt], max_new_tokens=7, stop_token_ids=())
+        (whole,) = answers(model, params, [prompt], max_new_tokens=7)
         assert list(stream.answer(prompt, max_new_tokens=7, sampling=Sampling())) == whole.tokens.tolist()
 
 
@@ -264,12 +250,12 @@ def test_a_stream_may_be_left_at_any_token(model, params):
     left = [next(tokens) for _ in range(3)]
     tokens.close()
     prompt = np.asarray([*PROMPTS[0], *left, 4])
-    (whole,) = generate(model, params, [prompt], max_new_tokens=5, stop_token_ids=())
+    (whole,) = answers(model, params, [prompt], max_new_tokens=5)
     assert list(stream.answer(prompt, max_new_tokens=5, sampling=Sampling())) == whole.tokens.tolist()
 
 
 def test_a_stream_ends_at_a_stop_token(model, params):
-    (whole,) = generate(model, params, PROMPTS[:1], max_new_tokens=7, stop_token_ids=())
+    (whole,) = answers(model, params, PROMPTS[:1], max_new_tokens=7)
     stop = int(whole.tokens[2])
     stream = Stream(model, params, stop_token_ids=(stop,))
     answer = list(stream.answer(PROMPTS[0], max_new_tokens=7, sampling=Sampling()))

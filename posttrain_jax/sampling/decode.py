@@ -1,0 +1,317 @@
+"""What the engine runs on the device: prompts into slots (`admit`), and tokens for all slots (`decode`).
+
+A slot is a row of the cache with the state of the answer that is being written in it. Both functions take the slots
+and give them back with the same buffers (donated). The cache is one pair of arrays a layer, written in place; every
+row's tokens lie at its places 0, 1, 2 ..., so an answer is the same in every slot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from posttrain_jax.models.transformer import Model, init_cache
+from posttrain_jax.sampling.choose import Needs, SamplingRows, ban_words, choose, penalise, sample_keys
+from posttrain_jax.sharding import BATCH_AXES, ambient_mesh
+from posttrain_jax.types import Array, PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Orders:
+    """How each of some rows is to be answered; every leaf starts with the row axis.
+
+    Attributes:
+      ids_B3: uint32, seed, prompt and sample: what the random numbers depend on.
+      limit_B: int32, most new tokens.
+      min_tokens_B: int32, no stop token before so many.
+      stop_BW: int32 token ids that end the answer, -1 where there are fewer.
+      sampling: how tokens are drawn.
+    """
+
+    ids_B3: Array
+    limit_B: Array
+    min_tokens_B: Array
+    stop_BW: Array
+    sampling: SamplingRows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """The state of B slots with S places in the cache each and room for N new tokens.
+
+    Attributes:
+      cache: see `init_cache`.
+      orders: how each slot's prompt is to be answered.
+      keys_B: typed PRNG keys, one a sample.
+      token_B: the latest token, which the cache does not hold yet.
+      count_B: how many tokens were drawn.
+      live_B: whether there are more to draw.
+      stopped_B: whether a stop token ended the answer.
+      tokens_BN, logps_BN, sample_logps_BN: the answers so far; see `Choice`.
+      alternatives_BNK, alternative_logps_BNK: see `Choice`.
+      prompt_BV, counts_BV: tokens of the prompt and how often the answer holds each; V = 0 without penalties.
+      recent_BW: the last tokens, for bad words; W = 0 without them.
+    """
+
+    cache: PyTree
+    orders: Orders
+    keys_B: Array
+    token_B: Array
+    count_B: Array
+    live_B: Array
+    stopped_B: Array
+    tokens_BN: Array
+    logps_BN: Array
+    sample_logps_BN: Array
+    alternatives_BNK: Array
+    alternative_logps_BNK: Array
+    prompt_BV: Array
+    counts_BV: Array
+    recent_BW: Array
+
+
+@functools.partial(jax.jit, static_argnames=("model", "rows", "places", "new_tokens", "needs", "stop_width"))
+def empty_slots(
+    *, model: Model, rows: int, places: int, new_tokens: int, needs: Needs, stop_width: int
+) -> Slots:
+    """Slots with nothing in them."""
+    vocab = model.config.vocab_size if needs.penalties else 0
+    width = max((len(word) - 1 for word in needs.bad_words), default=0)
+
+    def zeros(*shape: int, dtype: str = "int32") -> Array:
+        return jnp.zeros((rows, *shape), dtype)
+
+    sampling = SamplingRows(
+        **{
+            field.name: zeros(dtype="int32" if field.name == "top_k_B" else "float32")
+            for field in dataclasses.fields(SamplingRows)
+        }
+    )
+    slots = Slots(
+        cache=init_cache(model.config, rows, places, model.dtype),
+        orders=Orders(
+            ids_B3=zeros(3, dtype="uint32"),
+            limit_B=zeros(),
+            min_tokens_B=zeros(),
+            stop_BW=zeros(stop_width),
+            sampling=sampling,
+        ),
+        keys_B=sample_keys(0, zeros(), zeros()),
+        token_B=zeros(),
+        count_B=zeros(),
+        live_B=zeros(dtype="bool"),
+        stopped_B=zeros(dtype="bool"),
+        tokens_BN=zeros(new_tokens),
+        logps_BN=zeros(new_tokens, dtype="float32"),
+        sample_logps_BN=zeros(new_tokens, dtype="float32"),
+        alternatives_BNK=zeros(new_tokens, needs.alternatives),
+        alternative_logps_BNK=zeros(new_tokens, needs.alternatives, dtype="float32"),
+        prompt_BV=zeros(vocab, dtype="bool"),
+        counts_BV=zeros(vocab),
+        recent_BW=zeros(width),
+    )
+    return _constrain(slots, model)
+
+
+def _constrain(slots: Slots, model: Model) -> Slots:
+    """Rows over data and fsdp, key heads over tensor where they divide."""
+    mesh = ambient_mesh()
+    if mesh is None:
+        return slots
+    heads = "tensor" if model.config.n_kv_heads % mesh.shape["tensor"] == 0 else None
+    heads_spec = P(BATCH_AXES, heads, None, None)
+    layers = jax.tree.map(
+        lambda leaf: jax.lax.with_sharding_constraint(leaf, heads_spec), slots.cache["layers"]
+    )
+    return dataclasses.replace(slots, cache={**slots.cache, "layers": layers})
+
+
+@functools.partial(jax.jit, static_argnames=("model", "needs"), donate_argnames="slots")
+def admit(
+    params: PyTree,
+    slots: Slots,
+    tokens_PT: Array,
+    lengths_P: Array,
+    source_R: Array,
+    slot_R: Array,
+    orders_R: Orders,
+    *,
+    model: Model,
+    needs: Needs,
+) -> Slots:
+    """Reads P prompts once each, puts them into R slots and draws each answer's first token.
+
+    Args:
+      params: stacked layers, as they are trained.
+      tokens_PT, lengths_P: prompts, padded on the right.
+      source_R: which of the prompts goes into the slot (samples of one prompt share it).
+      slot_R: which slot; one out of range = nowhere, so that R can be padded.
+      orders_R: how they are answered.
+    """
+    rows, places = slots.cache["positions"].shape
+    real_PT = (jnp.arange(tokens_PT.shape[1])[None] < lengths_P[:, None]).astype(jnp.int32)
+    output = model.apply(params, tokens_PT, segment_ids_BT=real_PT, keep_kv=True, logits=False)
+    last_P11 = jnp.maximum(lengths_P - 1, 0)[:, None, None]
+    hidden_PD = jnp.take_along_axis(output.hidden_BTD, last_P11, axis=1)[:, 0]
+    logits_RV = model.logits(params, hidden_PD)[source_R]
+
+    def put(old_B: Array, new_R: Array) -> Array:
+        return old_B.at[slot_R].set(new_R.astype(old_B.dtype), mode="drop")
+
+    layers = []
+    for number, layer in enumerate(slots.cache["layers"]):
+        k_RGKT = output.cache["k"][number].transpose(0, 2, 3, 1)[source_R].astype(layer["k"].dtype)
+        v_RGTK = output.cache["v"][number].transpose(0, 2, 1, 3)[source_R].astype(layer["v"].dtype)
+        time = min(tokens_PT.shape[1], places)
+        layers.append(
+            {
+                "k": layer["k"].at[slot_R, :, :, :time].set(k_RGKT[..., :time], mode="drop"),
+                "v": layer["v"].at[slot_R, :, :time].set(v_RGTK[:, :, :time], mode="drop"),
+            }
+        )
+    length_R = lengths_P[source_R]
+    place_1S = jnp.arange(places, dtype=jnp.int32)[None]
+    cache = {
+        "layers": layers,
+        "positions": put(slots.cache["positions"], jnp.where(place_1S < length_R[:, None], place_1S, -1)),
+        "length": put(slots.cache["length"], length_R),
+    }
+    key_R = jax.vmap(lambda ids: sample_keys(ids[0], ids[1:2], ids[2:3])[0])(orders_R.ids_B3)
+    zero_R = jnp.zeros(slot_R.shape, jnp.int32)
+    slots = dataclasses.replace(
+        slots,
+        cache=cache,
+        orders=jax.tree.map(put, slots.orders, orders_R),
+        keys_B=slots.keys_B.at[slot_R].set(key_R, mode="drop"),
+        count_B=put(slots.count_B, zero_R),
+        stopped_B=put(slots.stopped_B, zero_R),
+    )
+    if needs.penalties:
+        vocab = model.config.vocab_size
+        real_RT = real_PT[source_R] == 1
+        prompt_RT = jnp.where(real_RT, tokens_PT[source_R], vocab)
+        rows_R1 = jnp.arange(slot_R.shape[0])[:, None]
+        seen_RV = jnp.zeros((slot_R.shape[0], vocab), bool).at[rows_R1, prompt_RT].set(True, mode="drop")
+        slots = dataclasses.replace(
+            slots,
+            prompt_BV=put(slots.prompt_BV, seen_RV),
+            counts_BV=put(slots.counts_BV, jnp.zeros_like(seen_RV)),
+        )
+    if needs.bad_words:
+        width = slots.recent_BW.shape[1]
+        place_RW = length_R[:, None] - width + jnp.arange(width)[None]
+        recent_RW = jnp.take_along_axis(tokens_PT[source_R], jnp.maximum(place_RW, 0), axis=1)
+        slots = dataclasses.replace(
+            slots, recent_BW=put(slots.recent_BW, jnp.where(place_RW >= 0, recent_RW, -1))
+        )
+    logits_BV = jnp.zeros((rows, logits_RV.shape[1]), jnp.float32).at[slot_R].set(logits_RV, mode="drop")
+    new_B = jnp.zeros(rows, bool).at[slot_R].set(True, mode="drop")
+    return _constrain(_record(slots, logits_BV, new_B, needs, keep=slots.live_B), model)
+
+
+def _record(slots: Slots, logits_BV: Array, active_B: Array, needs: Needs, keep: Array) -> Slots:
+    """Draws a token for every active row and writes it down; `keep` says which other rows stay live."""
+    orders = slots.orders
+    allowed_BV = logits_BV
+    rows_B1 = jnp.arange(active_B.shape[0])[:, None]
+    if needs.penalties:
+        allowed_BV = penalise(allowed_BV, slots.prompt_BV, slots.counts_BV, orders.sampling)
+    if needs.bad_words:
+        allowed_BV = ban_words(allowed_BV, slots.recent_BW, needs.bad_words)
+    if needs.min_tokens:
+        early_B1 = (slots.count_B < orders.min_tokens_B)[:, None] & (orders.stop_BW >= 0)
+        banned_BW = jnp.where(early_B1, orders.stop_BW, allowed_BV.shape[1])
+        allowed_BV = allowed_BV.at[rows_B1, banned_BW].set(-jnp.inf, mode="drop")
+    choice = choose(logits_BV, allowed_BV, slots.keys_B, slots.count_B, orders.sampling, needs)
+    token_B = jnp.where(active_B, choice.token_B, slots.token_B)
+    place_B = jnp.where(active_B, slots.count_B, slots.tokens_BN.shape[1])
+
+    def write(old_BN: Array, new_B: Array) -> Array:
+        return old_BN.at[rows_B1[:, 0], place_B].set(new_B, mode="drop")
+
+    stopped_B = active_B & jnp.any(token_B[:, None] == orders.stop_BW, axis=1)
+    count_B = slots.count_B + active_B
+    counts_BV, recent_BW = slots.counts_BV, slots.recent_BW
+    if needs.penalties:
+        counts_BV = counts_BV.at[rows_B1[:, 0], token_B].add(active_B.astype(jnp.int32))
+    if needs.bad_words and recent_BW.shape[1]:
+        moved_BW = jnp.concatenate([recent_BW[:, 1:], token_B[:, None]], axis=1)
+        recent_BW = jnp.where(active_B[:, None], moved_BW, recent_BW)
+    return dataclasses.replace(
+        slots,
+        token_B=token_B,
+        count_B=count_B,
+        live_B=jnp.where(active_B, ~stopped_B & (count_B < orders.limit_B), keep),
+        stopped_B=slots.stopped_B | stopped_B,
+        tokens_BN=write(slots.tokens_BN, token_B),
+        logps_BN=write(slots.logps_BN, choice.logp_B),
+        sample_logps_BN=write(slots.sample_logps_BN, choice.sample_logp_B),
+        alternatives_BNK=write(slots.alternatives_BNK, choice.alternatives_BK),
+        alternative_logps_BNK=write(slots.alternative_logps_BNK, choice.alternative_logps_BK),
+        counts_BV=counts_BV,
+        recent_BW=recent_BW,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "needs"), donate_argnames="slots")
+def decode(
+    params: PyTree, slots: Slots, steps: Array, until_finished: Array, *, model: Model, needs: Needs
+) -> Slots:
+    """Up to `steps` tokens for every live slot, in one loop on the device.
+
+    It ends early when no slot is live, and with `until_finished` as soon as a slot's answer ends, so that its
+    slot can be given to the next prompt. `params` may hold `transformer.decode_layers`.
+    """
+    before = jnp.sum(slots.live_B)
+
+    def go_on(carry: tuple[Array, Slots]) -> Array:
+        step, slots = carry
+        live = jnp.sum(slots.live_B)
+        return (step < steps) & (live > 0) & ~(until_finished & (live < before))
+
+    def one_token(carry: tuple[Array, Slots]) -> tuple[Array, Slots]:
+        step, slots = carry
+        live_B = slots.live_B
+        output = model.apply(
+            params,
+            slots.token_B[:, None],
+            segment_ids_BT=live_B.astype(jnp.int32)[:, None],
+            cache=slots.cache,
+            logits=False,
+        )
+        logits_BV = model.logits(params, output.hidden_BTD[:, 0])
+        slots = dataclasses.replace(slots, cache=output.cache)
+        return step + 1, _record(slots, logits_BV, live_B, needs, keep=live_B)
+
+    return _constrain(jax.lax.while_loop(go_on, one_token, (jnp.int32(0), slots))[1], model)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "places"))
+def resize(slots: Slots, *, model: Model, places: int) -> Slots:
+    """The same slots with more places in the cache (or fewer, if no more are taken)."""
+    more = places - slots.cache["positions"].shape[1]
+
+    def fit(values: Array, axis: int, empty: int = 0) -> Array:
+        if more < 0:
+            return jax.lax.slice_in_dim(values, 0, places, axis=axis)
+        widths = [(0, more if place == axis else 0) for place in range(values.ndim)]
+        return jnp.pad(values, widths, constant_values=empty)
+
+    cache = {
+        "layers": [{"k": fit(layer["k"], 3), "v": fit(layer["v"], 2)} for layer in slots.cache["layers"]],
+        "positions": fit(slots.cache["positions"], 1, -1),
+        "length": slots.cache["length"],
+    }
+    return _constrain(dataclasses.replace(slots, cache=cache), model)
+
+
+@functools.partial(jax.jit, donate_argnames="slots")
+def release(slots: Slots, ended_B: Array) -> Slots:
+    """Ends the answers of some slots where they are."""
+    return dataclasses.replace(slots, live_B=slots.live_B & ~ended_B)

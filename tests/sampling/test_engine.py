@@ -1,0 +1,306 @@
+"""The engine: refill, reproducibility, stop strings, few programs; each against the full forward or a run apart."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from answers import answers
+
+from posttrain_jax.errors import InputError
+from posttrain_jax.models.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.models.transformer import make_model
+from posttrain_jax.sampling import engine as engine_module
+from posttrain_jax.sampling.choose import Needs, Sampling
+from posttrain_jax.sampling.engine import Engine, Request
+from posttrain_jax.sampling.generate import GenerateOptions, Sample, generate_as_finished
+from posttrain_jax.sharding import make_mesh, tree_shardings
+
+CONFIG = ModelConfig(
+    "llama", 97, 32, 2, 4, 2, 8, 48, max_length=96, query_scale=8**-0.5, tied_embeddings=False
+)  # fmt: skip
+PROMPTS = [np.arange(3, 3 + n) % 97 for n in (5, 1, 17, 9, 30, 2, 12)]
+DRAWN = {"temperature": 1.1, "top_k": 50, "top_p": 0.98, "seed": 4}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return sharp(model.init(jax.random.key(3)))
+
+
+def sharp(params):
+    """Larger weights, so that answers are not one token over and over, and mistakes show."""
+    params = jax.tree.map(lambda leaf: leaf * 8, params)
+    params["final_norm"]["scale"] = params["final_norm"]["scale"] / 4
+    return params
+
+
+def assert_same(left: list[Sample], right: list[Sample]) -> None:
+    assert [(a.prompt, a.sample, a.finish_reason) for a in left] == [
+        (b.prompt, b.sample, b.finish_reason) for b in right
+    ]
+    for a, b in zip(left, right, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(a.sample_logprobs, b.sample_logprobs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, DRAWN], ids=["greedy", "drawn"])
+def test_a_freed_slot_goes_to_the_next_prompt(model, params, options):
+    """Two slots, seven prompts of unlike answers: each answer is that of the prompt alone, in input order."""
+    limits = [3, 40, 1, 7, 25, 11, 2]
+    together = answers(model, params, PROMPTS, max_new_tokens=limits, batch_size=2, **options)
+    assert [len(sample.tokens) for sample in together] == limits
+    at_once = answers(model, params, PROMPTS, max_new_tokens=limits, batch_size=7, **options)
+    assert_same(together, at_once)
+    alone = answers(model, params, PROMPTS[:2], max_new_tokens=limits[:2], batch_size=1, **options)
+    assert_same(alone, together[:2])
+
+
+def test_long_answers_do_not_hold_the_batch(model, params):
+    """With 2 slots, a 40-token answer and seven of 5 tokens take the steps of the long one, not of four batches."""
+    engine = Engine(model, params, slots=2, places=96, new_tokens=40, needs=Needs())
+    for index in range(8):
+        engine.submit(Request(PROMPTS[0], max_new_tokens=40 if index == 0 else 5, prompt=index))
+    finished, calls = [], 0
+    while engine.busy:
+        calls += 1
+        finished += [update.ticket for update in engine.step() if update.finish_reason]
+    assert finished[:6] == [1, 2, 3, 4, 5, 6] and sorted(finished[6:]) == [0, 7]
+    assert calls == 7  # one for each short one in the other slot; the last goes on to the end of the long one
+
+
+def test_what_was_resumed_is_what_was_not(model, params):
+    options = GenerateOptions(
+        max_new_tokens=9, sampling=Sampling(1.1, top_p=0.98), num_samples=2, seed=5, batch_size=3
+    )
+    whole = sorted(generate_as_finished(model, params, PROMPTS, options), key=place)
+    done = {place(sample) for sample in whole[::2]}
+    rest = sorted(generate_as_finished(model, params, PROMPTS, options, done=done), key=place)
+    assert_same(rest, whole[1::2])
+
+
+def place(sample: Sample) -> tuple[int, int]:
+    return sample.prompt, sample.sample
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
+def test_a_mesh_gives_the_same_samples(model, params, shape):
+    mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), shape, strict=True)))
+    sharded = jax.device_put(params, tree_shardings(params, mesh))
+    options = {"max_new_tokens": [8, 3, 5, 8, 1, 6, 8], "batch_size": 4, **DRAWN}
+    assert_same(answers(model, sharded, PROMPTS, **options), answers(model, params, PROMPTS, **options))
+
+
+def test_noise_is_never_used_twice(model, params):
+    """Same prompt, other place, sample or seed: other tokens. The same three: the same tokens."""
+    options = {"max_new_tokens": 8, "temperature": 1.5}
+    samples = answers(model, params, [PROMPTS[0]] * 3, num_samples=3, seed=0, **options)
+    samples += answers(model, params, [PROMPTS[0]] * 3, num_samples=3, seed=1, **options)
+    assert len({tuple(sample.tokens.tolist()) for sample in samples}) == 18
+    again = answers(model, params, [PROMPTS[0]] * 3, num_samples=3, seed=0, **options)
+    assert_same(again, samples[:9])
+
+
+def test_samples_of_a_prompt_share_one_reading(model, params):
+    engine = Engine(model, params, slots=8, places=64, new_tokens=4, needs=Needs(draw=True))
+    for prompt in range(2):
+        for sample in range(4):
+            engine.submit(Request(PROMPTS[prompt], 4, sampling=Sampling(1.0), prompt=prompt, sample=sample))
+    while engine.busy:
+        engine.step()
+    # Both prompts lie in the bucket of 16: read one after the other, each for its 4 slots.
+    assert engine.compiled_programs == 2
+
+
+def test_few_programs_are_compiled(model, params):
+    """40 prompts of all lengths, 4 slots: a decode loop and at most three readers for each of five buckets."""
+    rng = np.random.default_rng(0)
+    engine = Engine(model, params, slots=4, places=96, new_tokens=12, needs=Needs())
+    for index in range(40):
+        tokens = rng.integers(0, 97, rng.integers(1, 64))
+        engine.submit(Request(tokens, max_new_tokens=int(rng.integers(1, 12)), prompt=index))
+    before = decode_programs()
+    finished = 0
+    while engine.busy:
+        finished += sum(update.finish_reason is not None for update in engine.step())
+    assert finished == 40
+    assert decode_programs() - before <= engine.compiled_programs <= 1 + 2 * 6
+
+
+def decode_programs() -> int:
+    """How many programs of the engine this process has compiled."""
+    from posttrain_jax.sampling import decode
+
+    return decode.decode._cache_size() + decode.admit._cache_size()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_stop_strings_end_an_answer_where_its_text_first_holds_them(batch_size):
+    tokenizer = byte_tokenizer()
+    config = dataclasses.replace(CONFIG, vocab_size=len(tokenizer))
+    model = make_model(config)
+    params = sharp(model.init(jax.random.key(0)))
+    options = {"max_new_tokens": 40, "temperature": 1.0, "tokenizer": tokenizer}
+    free = answers(model, params, PROMPTS[:3], **options)
+    texts = [tokenizer.decode(sample.tokens, skip_special_tokens=True) for sample in free]
+    stop = texts[1][12:14]
+    stopped = answers(
+        model, params, PROMPTS[:3], stop_strings=(stop, "no such text"), batch_size=batch_size, **options
+    )
+    for sample, whole, text in zip(stopped, free, texts, strict=True):
+        if stop not in text:
+            assert sample.finish_reason == "length" and sample.stop_string is None
+            np.testing.assert_array_equal(sample.tokens, whole.tokens)
+            continue
+        assert (sample.finish_reason, sample.stop_string) == ("stop", stop)
+        np.testing.assert_array_equal(sample.tokens, whole.tokens[: len(sample.tokens)])
+        kept = tokenizer.decode(sample.tokens, skip_special_tokens=True)
+        assert stop in kept and stop not in tokenizer.decode(sample.tokens[:-1], skip_special_tokens=True)
+    assert stopped[1].stop_string == stop
+
+
+def test_bad_words_min_tokens_and_penalties_hold_over_a_whole_answer(model, params):
+    free = answers(model, params, PROMPTS[:3], max_new_tokens=12)
+    word = tuple(int(token) for token in free[0].tokens[4:6])
+    single = int(free[2].tokens[0])
+    banned = answers(model, params, PROMPTS[:3], max_new_tokens=12, bad_words=(word, (single,)))
+    for sample in banned:
+        tokens = sample.tokens.tolist()
+        assert single not in tokens
+        assert all(tuple(tokens[i : i + 2]) != word for i in range(len(tokens) - 1))
+    np.testing.assert_array_equal(banned[0].tokens[:4], free[0].tokens[:4])
+    once = answers(model, params, PROMPTS[:3], max_new_tokens=12, presence_penalty=1e4)
+    assert all(len(set(sample.tokens.tolist())) == 12 for sample in once)
+    new = answers(model, params, PROMPTS[:3], max_new_tokens=12, repetition_penalty=1e9)
+    for prompt, sample in zip(PROMPTS, new, strict=False):
+        assert not set(sample.tokens.tolist()) & set(prompt.tolist())
+
+
+def test_sample_logprobs_are_of_the_distribution_drawn_from(model, params):
+    """By hand from the full forward: log softmax of (logits / temperature) over the top k."""
+    options = {"max_new_tokens": 6, "temperature": 0.7, "top_k": 5, "seed": 2}
+    (sample,) = answers(model, params, PROMPTS[:1], **options)
+    whole = np.asarray([[*PROMPTS[0], *sample.tokens]])
+    logits = np.asarray(model.apply(params, whole).logits_BTV)[0, len(PROMPTS[0]) - 1 : -1].astype(np.float64)
+    for place, (token, logp) in enumerate(zip(sample.tokens, sample.sample_logprobs, strict=True)):
+        scaled = logits[place] / 0.7
+        kept = np.sort(scaled)[-5:]
+        assert scaled[token] >= kept[0] - 1e-5
+        assert logp == pytest.approx(scaled[token] - np.log(np.exp(kept).sum()), abs=1e-4)
+
+
+def test_special_prompts(model, params):
+    """Only a special token is a prompt like any other; one that fits exactly gets one token."""
+    bos = np.asarray([0])
+    (sample,) = answers(model, params, [bos], max_new_tokens=3)
+    assert len(sample.tokens) == 3
+    full = np.ones(95, np.int32)
+    (sample,) = answers(model, params, [full], max_new_tokens=3)
+    assert (len(sample.tokens), sample.finish_reason) == (1, "length")
+
+
+def test_long_prompts_are_refused_or_cut_and_counted(model, params):
+    long = np.arange(120) % 97
+    options = {"max_new_tokens": 10}
+    with pytest.raises(InputError, match="prompt 0 has 120 tokens, which leaves no room"):
+        answers(model, params, [long], **options)
+    with pytest.raises(InputError, match=r"prompt 0 has 120 tokens, more than max_prompt_tokens \(50\)"):
+        answers(model, params, [long], max_prompt_tokens=50, **options)
+    (cut,) = answers(model, params, [long], long_prompts="cut", **options)
+    (tail,) = answers(model, params, [long[-86:]], **options)
+    assert (cut.cut, tail.cut) == (34, 0)
+    np.testing.assert_array_equal(cut.tokens, tail.tokens)
+    (short,) = answers(model, params, [long], long_prompts="cut", max_prompt_tokens=20, **options)
+    assert short.cut == 100 and len(short.tokens) == 10
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (Request(np.ones(60, np.int32), 8), "leaves no room for an answer in the 48 places"),
+        (Request(np.ones(3, np.int32), 0), "max_new_tokens is 0; it must lie between 1 and 8"),
+        (Request(np.ones(3, np.int32), 9), "max_new_tokens is 9"),
+        (Request(np.ones(3, np.int32), 8, stop_token_ids=(1, 2, 3)), "3 stop tokens; at most 2"),
+        (Request(np.ones(3, np.int32), 8, stop_strings=("a",)), "stop strings need"),
+        (Request(np.ones(3, np.int32), 8, sampling=Sampling(1.0)), "was not made for"),
+        (Request(np.asarray([97]), 8), "token id 97"),
+    ],
+)
+def test_a_request_that_the_engine_was_not_made_for_is_refused(model, params, request_, words):
+    engine = Engine(model, params, slots=1, places=48, new_tokens=8, needs=Needs(), stop_width=2)
+    with pytest.raises(InputError, match=words):
+        engine.submit(request_)
+    assert not engine.busy
+
+
+def test_the_cache_grows_with_the_answers_and_shrinks_after_them(model, params, monkeypatch):
+    """From 16 places on, doubling: the same answers as with all places from the start."""
+    limits = [3, 60, 20, 40]
+    whole = answers(model, params, PROMPTS[:4], max_new_tokens=limits, batch_size=2, **DRAWN)
+    monkeypatch.setattr(engine_module, "FIRST_PLACES", 16)
+    monkeypatch.setattr(engine_module, "FEWEST_STEPS", 3)
+    assert_same(answers(model, params, PROMPTS[:4], max_new_tokens=limits, batch_size=2, **DRAWN), whole)
+
+    engine = Engine(model, params, slots=2, places=96, new_tokens=60, needs=Needs())
+    sizes = []
+    for prompt, limit in zip(PROMPTS, [3, 60, 2], strict=False):
+        engine.submit(Request(prompt, limit))
+        while engine.busy:
+            engine.step()
+            sizes.append(engine._slots.cache["positions"].shape[1])
+    assert sizes == [16, 16, 32, 64, 32]
+
+
+def test_a_cancelled_request_gives_its_slot_back(model, params):
+    engine = Engine(model, params, slots=1, places=96, new_tokens=60, needs=Needs())
+    first = engine.submit(Request(PROMPTS[0], 60))
+    waiting = engine.submit(Request(PROMPTS[1], 60))
+    last = engine.submit(Request(PROMPTS[2], 4))
+    assert [update.ticket for update in engine.step(3)] == [first]
+    engine.cancel(first)
+    engine.cancel(waiting)
+    updates = engine.step()
+    assert [(update.ticket, update.finish_reason) for update in updates] == [(last, "length")]
+    (alone,) = answers(model, params, PROMPTS[2:3], max_new_tokens=4)
+    np.testing.assert_array_equal(updates[0].tokens, alone.tokens)
+    assert not engine.busy and engine.step() == []
+
+
+def test_tokens_come_as_they_are_drawn(model, params):
+    engine = Engine(model, params, slots=2, places=96, new_tokens=20, needs=Needs(alternatives=2))
+    engine.submit(Request(PROMPTS[0], 20))
+    parts = []
+    while engine.busy:
+        parts += engine.step(6)
+    assert [len(part.tokens) for part in parts] == [7, 6, 6, 1]  # the first step also reads the prompt
+    tokens = np.concatenate([part.tokens for part in parts])
+    (whole,) = answers(model, params, PROMPTS[:1], max_new_tokens=20)
+    np.testing.assert_array_equal(tokens, whole.tokens)
+    pairs = [pair for part in parts for pair in part.alternatives]
+    logprobs = np.concatenate([part.logprobs for part in parts])
+    for token, logprob, alternatives in zip(tokens, logprobs, pairs, strict=True):
+        assert len(alternatives) == 2 and alternatives[0][0] == token
+        assert alternatives[0][1] == pytest.approx(logprob, abs=1e-5) and alternatives[1][1] <= logprob
+
+
+def test_other_parameters_can_be_put_in(model, params):
+    """After a training step the same engine goes on with the new parameters."""
+    engine = Engine(model, params, slots=1, places=64, new_tokens=8, needs=Needs())
+    engine.submit(Request(PROMPTS[0], 8))
+    (before,) = engine.step()
+    other = jax.tree.map(lambda leaf: leaf + 0.05 * jax.random.normal(jax.random.key(1), leaf.shape), params)
+    engine.set_params(other)
+    engine.submit(Request(PROMPTS[0], 8))
+    (after,) = engine.step()
+    (want,) = answers(model, other, PROMPTS[:1], max_new_tokens=8)
+    np.testing.assert_array_equal(after.tokens, want.tokens)
+    assert (before.tokens != after.tokens).any()
