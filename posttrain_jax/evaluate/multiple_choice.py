@@ -1,0 +1,312 @@
+"""Multiple choice by log-probability: which of the choices does a model find likeliest after the question?
+
+As in lm-eval (arXiv:2405.14782): acc takes the choice with the largest summed log-probability, acc_norm divides it by
+the choice's length in characters first, acc_bytes by its length in UTF-8 bytes.
+
+Where lm-eval slices the tokens of question and choice at the question's own number of tokens, a choice here starts at
+the first token in which the texts of the question and of its choices differ. So where a tokenizer merges the end of
+the question with the start of a choice, every choice is still scored as a continuation of the same tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict as Config
+
+from posttrain_jax.data.packing import best_fit, empty_row
+from posttrain_jax.data.sources import Row, RowError
+from posttrain_jax.errors import InputError
+from posttrain_jax.evaluate.sequence_sums import sequence_sums
+from posttrain_jax.evaluate.tasks import (
+    Items,
+    Progress,
+    PromptTemplate,
+    TaskResult,
+    column,
+    encode_prompt,
+    is_chat,
+    need_tokenizer,
+    read_items,
+    summarise,
+    task_rows,
+)
+from posttrain_jax.load_model import LoadedModel
+from posttrain_jax.sampling.engine import bucket
+from posttrain_jax.sampling.score import shard_multiple
+
+ROW_TOKENS = 512
+_LETTERED = re.compile(r"^([A-Z])[.)] ", re.MULTILINE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One question.
+
+    Attributes:
+      key: its id.
+      where: file and line.
+      prompt: what stands before a choice.
+      choices: the texts to choose from, at least two.
+      right: the place of the right one, from 0.
+    """
+
+    key: str | int
+    where: str
+    prompt: str
+    choices: tuple[str, ...]
+    right: int
+
+
+def load_questions(
+    source: str, *, prompt: str, choices: str, answer: str, first: int = 0, on_bad_row: str = "stop"
+) -> Items[Question]:
+    """The questions of a source.
+
+    Args:
+      source: "asset:NAME", or any source of `data.sources`. Optional column: id.
+      prompt: template of what stands before a choice.
+      choices: the column of the choices: a list of texts, {"text": [...], "label": [...]}, or one text with a choice
+        on each line that starts with its letter ("A. bank").
+      answer: the column of the right choice: its text, its label or letter, or its place from 0.
+      first, on_bad_row: see `read_items`.
+
+    Raises:
+      InputError: there is no such source, the template is none, or a row cannot be used; names file and line.
+    """
+    template = PromptTemplate(prompt)
+
+    def convert(row: Row, key: str | int) -> Question:
+        texts, labels = _choices(column(row.value, choices), choices)
+        right = _right(column(row.value, answer), texts, labels, answer)
+        return Question(key, f"{row.source}:{row.line}", template.fill(row.value), tuple(texts), right)
+
+    return read_items(task_rows(source), convert, first=first, on_bad_row=on_bad_row)
+
+
+def _choices(value: Any, name: str) -> tuple[list[str], list[str]]:
+    """The texts of the choices, and what each is called."""
+    labels: list[str] = []
+    if isinstance(value, str):
+        parts = _LETTERED.split(value)[1:]
+        labels, value = parts[::2], [text.strip() for text in parts[1::2]]
+    elif isinstance(value, dict):
+        labels, value = [str(label) for label in value.get("label") or []], value.get("text")
+    if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
+        raise RowError(name, "must be a list of texts, none of them empty")
+    if len(value) < 2:
+        raise RowError(name, f"has {len(value)} choices; there must be at least 2")
+    labels = labels or [chr(ord("A") + place) for place in range(len(value))]
+    if len(labels) != len(value) or len(set(labels)) < len(labels):
+        raise RowError(name, "must have one label for each choice, all different")
+    return value, labels
+
+
+def _right(value: Any, texts: list[str], labels: list[str], name: str) -> int:
+    if isinstance(value, str):
+        lettered = _LETTERED.match(value)
+        for wanted, among in (
+            (value.strip(), texts),
+            (value.strip(), labels),
+            (lettered and lettered[1], labels),
+        ):
+            if wanted in among:
+                return among.index(wanted)
+        value = int(value) if value.strip().isdecimal() else value
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(texts):
+        return value
+    raise RowError(name, f"is {value!r}, which is no choice: no text, label or place (from 0) of one")
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedQuestion:
+    """The tokens of each choice after its question, and how many tokens at the start all of them share."""
+
+    tokens: list[np.ndarray]
+    shared: int
+
+
+def encode_question(loaded: LoadedModel, question: Question, *, chat: bool) -> EncodedQuestion:
+    """The tokens of question and choice together, for each choice.
+
+    In plain text a space stands between them, unless the prompt ends with white space already; after a chat template
+    the choice is what the assistant writes, encoded on its own, for no token reaches over the end of a turn's header.
+
+    Raises:
+      InputError: names the row; a question and choice longer than the model's context, without a token that all
+        choices share to start from, or a choice without a token of its own.
+    """
+    prompt = encode_prompt(loaded, question.prompt, chat=chat, name=question.where)
+    if chat:
+        tokenizer = need_tokenizer(loaded)
+        ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in question.choices]
+        whole = [np.concatenate([prompt, np.asarray(end, np.int32)]) for end in ends]
+    else:
+        space = "" if question.prompt[-1:].isspace() else " "
+        texts = [question.prompt + space + text for text in question.choices]
+        whole = [encode_prompt(loaded, text, chat=False, name=question.where) for text in texts]
+    columns = zip(prompt, *whole, strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda ids: len(set(ids)) == 1, columns))
+    if shared == 0:
+        raise InputError(f"{question.where}: the prompt has no token that every choice starts with.")
+    for ids, text in zip(whole, question.choices, strict=True):
+        if len(ids) == shared:
+            raise InputError(f"{question.where}: the choice {text!r} has no token of its own.")
+        if len(ids) > loaded.config.max_length:
+            raise InputError(
+                f"{question.where} has {len(ids)} tokens with the choice {text!r}, more than the model's context of "
+                f"{loaded.config.max_length}; shorten it."
+            )
+    return EncodedQuestion(whole, shared)
+
+
+def choice_logps(
+    loaded: LoadedModel,
+    questions: Sequence[EncodedQuestion],
+    *,
+    batch_rows: int = 8,
+    mesh: Mesh | None = None,
+    progress: Progress | None = None,
+) -> list[np.ndarray]:
+    """For each question the log-probability (nats) of each choice's own tokens, summed, float64 `[choices]`.
+
+    Sequences are packed into rows, where they do not see each other; `batch_rows` rows at once over all devices.
+
+    Raises:
+      InputError: a log-probability that is not finite.
+    """
+    if batch_rows < 1:
+        raise InputError(f"eval.batch_rows is {batch_rows}; it must be at least 1.")
+    sequences = [(ids, question.shared) for question in questions for ids in question.tokens]
+    lengths = [len(ids) for ids, _ in sequences]
+    width = min(bucket(max([*lengths, ROW_TOKENS])), loaded.config.max_length)
+    rows = best_fit(lengths, width)
+    rows_per_batch = shard_multiple(min(batch_rows, len(rows)), mesh)
+    total = -(-len(rows) // rows_per_batch)
+
+    def show(done: int) -> None:
+        if progress is not None:
+            progress(done, total)
+
+    sums_S4 = sequence_sums(
+        loaded.model,
+        loaded.params,
+        _batches(sequences, rows, width, rows_per_batch),
+        mesh=mesh,
+        progress=show,
+    )
+    logps_S = np.zeros(len(sequences))
+    logps_S[[place for row in rows for place in row]] = -sums_S4[:, 0]
+    if not np.isfinite(logps_S).all():
+        raise InputError(
+            "A choice's log-probability is not finite; the model's weights or model.dtype cannot be right."
+        )
+    return np.split(logps_S, np.cumsum([len(question.tokens) for question in questions])[:-1])
+
+
+def _batches(
+    sequences: list[tuple[np.ndarray, int]], rows: list[list[int]], width: int, rows_per_batch: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of packed rows, `[rows_per_batch, width]`; the last one is filled up with rows of padding."""
+    for first in range(0, len(rows), rows_per_batch):
+        filled = [
+            _row([sequences[place] for place in row], width) for row in rows[first : first + rows_per_batch]
+        ]
+        filled += [empty_row(width)] * (rows_per_batch - len(filled))
+        yield {key: np.stack([row[key] for row in filled]) for key in filled[0]}
+
+
+def _row(sequences: list[tuple[np.ndarray, int]], width: int) -> dict[str, np.ndarray]:
+    arrays = empty_row(width)
+    at = 0
+    for segment, (ids, shared) in enumerate(sequences, 1):
+        end = at + len(ids)
+        arrays["tokens"][at:end] = ids
+        arrays["loss_mask"][at + shared : end] = 1
+        arrays["segment_ids"][at:end] = segment
+        arrays["positions"][at:end] = np.arange(len(ids))
+        at = end
+    return arrays
+
+
+def multiple_choice(
+    loaded: LoadedModel,
+    questions: Items[Question],
+    *,
+    render: str = "text",
+    batch_rows: int = 8,
+    mesh: Mesh | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> TaskResult:
+    """Scores every choice of every question.
+
+    Returns:
+      metrics acc, acc_norm, acc_bytes (share of questions where the choice that scores best is the right one; the
+      first of equals counts as the best).
+
+    Raises:
+      InputError: a bad option, or a question that the model cannot take.
+    """
+    chat = is_chat(loaded, render)
+    encoded = [encode_question(loaded, question, chat=chat) for question in questions.items]
+    found = choice_logps(loaded, encoded, batch_rows=batch_rows, mesh=mesh, progress=progress)
+    rows = []
+    for question, logps in zip(questions.items, found, strict=True):
+        best = {
+            "acc": int(logps.argmax()),
+            "acc_norm": int((logps / [len(text) for text in question.choices]).argmax()),
+            "acc_bytes": int((logps / [len(text.encode()) for text in question.choices]).argmax()),
+        }
+        rows.append(
+            {
+                "id": question.key,
+                "prompt": question.prompt,
+                "choices": list(question.choices),
+                "right": question.right,
+                "logps": logps.tolist(),
+                "best": best,
+                # A choice may stand there twice (in CommonsenseQA it does); either is the right text.
+                "metrics": {
+                    name: (float(question.choices[place] == question.choices[question.right]), 1.0)
+                    for name, place in best.items()
+                },
+            }
+        )
+    counts = {"skipped_rows": questions.skipped, "choices": sum(len(item.tokens) for item in encoded)}
+    return summarise(rows, counts=counts, by_type={}, bootstrap=bootstrap, seed=seed)
+
+
+def from_config(
+    config: Config, loaded: LoadedModel, *, mesh: Mesh, progress: Progress | None = None
+) -> TaskResult:
+    """The evaluation that `config` names.
+
+    Raises:
+      InputError: anything wrong with config or data.
+    """
+    questions = load_questions(
+        config.data.eval,
+        prompt=config.data.prompt,
+        choices=config.data.choices,
+        answer=config.data.answer,
+        first=config.data.first,
+        on_bad_row=config.data.on_bad_row,
+    )
+    return multiple_choice(
+        loaded,
+        questions,
+        render=config.data.render,
+        batch_rows=config.eval.batch_rows,
+        mesh=mesh,
+        bootstrap=config.eval.bootstrap,
+        seed=config.seed,
+        progress=progress,
+    )

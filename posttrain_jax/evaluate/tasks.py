@@ -1,0 +1,231 @@
+"""What every task evaluation is made of: rows read from a source, prompts encoded, and a result to write down."""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from posttrain_jax.assets import fetch
+from posttrain_jax.data.sources import Row, RowError, read_rows
+from posttrain_jax.errors import InputError
+from posttrain_jax.evaluate.statistics import Estimate, ratio_estimates
+from posttrain_jax.load_model import LoadedModel
+from posttrain_jax.sampling.prompts import encode_chat, encode_text
+
+RENDERINGS = ("auto", "chat", "text")
+
+Item = TypeVar("Item")
+Progress = Callable[[int, int], None]
+"""Called with (how many are done, how many there are)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskResult:
+    """What an evaluation found.
+
+    Attributes:
+      metrics: by name, each with its interval.
+      counts: how much was looked at, and what went wrong.
+      rows: one JSON object per row; each holds "id" and "metrics" (name -> (sum, count), which `comparison` pairs),
+        and for a task "prompt" (the text that was asked).
+      by_type: kind of row or check -> its counts.
+    """
+
+    metrics: dict[str, Estimate]
+    counts: dict[str, int]
+    rows: list[dict[str, Any]]
+    by_type: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+
+
+def summarise(
+    rows: list[dict[str, Any]],
+    *,
+    counts: dict[str, int],
+    by_type: dict[str, dict[str, int]],
+    bootstrap: int,
+    seed: int,
+) -> TaskResult:
+    """The result of rows that carry their "metrics"; `counts` come after the number of rows."""
+    metrics = ratio_estimates([row["metrics"] for row in rows], resamples=bootstrap, seed=seed)
+    return TaskResult(metrics, {"rows": len(rows), **counts}, rows, by_type)
+
+
+@dataclasses.dataclass(frozen=True)
+class Items(Generic[Item]):
+    """What the rows of a source were made into, and how many rows could not be used."""
+
+    items: list[Item]
+    skipped: int
+
+
+def local_source(source: str) -> str:
+    """`asset:NAME` as the path of the fetched file; any other source as it is.
+
+    Raises:
+      InputError: there is no such asset, or it cannot be fetched.
+    """
+    return str(fetch(source.removeprefix("asset:"))) if source.startswith("asset:") else source
+
+
+def task_rows(source: str) -> Iterator[Row]:
+    """The rows of `asset:NAME` or of any source of `data.sources`.
+
+    Raises:
+      InputError: there is no such source, or it is empty.
+    """
+    if not source:
+        raise InputError("data.eval is empty; give a path, a data set, or asset:NAME.")
+    return read_rows(local_source(source))
+
+
+def read_items(
+    rows: Iterable[Row],
+    convert: Callable[[Row, str | int], Item],
+    *,
+    key: str = "id",
+    first: int = 0,
+    on_bad_row: str = "stop",
+) -> Items[Item]:
+    """Makes an item of every row.
+
+    Args:
+      rows: from `task_rows`, or made otherwise.
+      convert: takes a row and its id: what the column `key` holds, or the row's number, from 0. Raises RowError for a
+        row that it cannot use.
+      key: the column of the rows' own ids.
+      first: only so many items; 0 = all.
+      on_bad_row: "stop" or "skip", for rows that cannot be used.
+
+    Raises:
+      InputError: (with "stop") a row that cannot be used, by file and line; or no row that can.
+    """
+    if on_bad_row not in ("stop", "skip"):
+        raise InputError(f"data.on_bad_row is {on_bad_row!r}; use stop or skip.")
+    if first < 0:
+        raise InputError(f"data.first is {first}; it must be 0 (all rows) or more.")
+    items: list[Item] = []
+    ids: set[str | int] = set()
+    skipped = 0
+    for number, row in enumerate(rows):
+        own = row.value.get(key)
+        row_id = own if isinstance(own, str | int) and not isinstance(own, bool) else number
+        try:
+            if row.error is not None:
+                raise row.error
+            if row_id in ids:
+                raise RowError(key, f"is {row_id!r}, which an earlier row has")
+            items.append(convert(row, row_id))
+        except RowError as error:
+            if on_bad_row == "stop":
+                raise InputError(
+                    f"{row.source}, line {row.line}, {error.column}: {error.reason}; correct the row (or leave such "
+                    "rows out with --config.data.on_bad_row=skip)."
+                ) from error
+            skipped += 1
+        ids.add(row_id)
+        if first and len(items) == first:
+            break
+    if not items:
+        raise InputError(f"There is nothing to evaluate: none of the {skipped} rows can be used.")
+    return Items(items, skipped)
+
+
+def column(row: dict[str, Any], name: str) -> Any:
+    """The value in a column.
+
+    Raises:
+      RowError: it is not there, or null.
+    """
+    value = row.get(name)
+    if value is None:
+        raise RowError(name, f"is missing (the columns are {', '.join(row) or 'none'})")
+    return value
+
+
+def text_column(row: dict[str, Any], name: str) -> str:
+    """A column's text; a number is written out.
+
+    Raises:
+      RowError: it is not there, is not text, or is empty.
+    """
+    value = column(row, name)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = f"{value:.15g}"
+    if not isinstance(value, str):
+        raise RowError(name, f"is a {type(value).__name__}, not text")
+    if not value.strip():
+        raise RowError(name, "is empty")
+    return value
+
+
+class PromptTemplate:
+    """A text in which `{column}` stands for a row's column; `{{` and `}}` are braces.
+
+    Raises:
+      InputError: the text is not such a template, or names no column.
+    """
+
+    def __init__(self, text: str) -> None:
+        try:
+            parts = list(string.Formatter().parse(text))
+        except ValueError as error:
+            raise InputError(f"data.prompt is {text!r}, which is no template: {error}.") from error
+        names = [name for _, name, _, _ in parts if name is not None]
+        odd = [name for _, name, how, as_what in parts if name is not None and (not name or how or as_what)]
+        if not names or odd or any(character in name for name in names for character in ".["):
+            raise InputError(
+                f"data.prompt is {text!r}; it must name columns as {{question}}, at least one, and nothing else."
+            )
+        self._parts = parts
+
+    def fill(self, row: dict[str, Any]) -> str:
+        """The prompt of a row.
+
+        Raises:
+          RowError: a column that the template names is not there, is not text, or is empty.
+        """
+        return "".join(
+            literal + (text_column(row, name) if name is not None else "")
+            for literal, name, _, _ in self._parts
+        )
+
+
+def need_tokenizer(loaded: LoadedModel) -> PreTrainedTokenizerFast:
+    """The model's tokenizer. Raises InputError for a model without one."""
+    if loaded.tokenizer is None:
+        raise InputError(
+            f"{loaded.source.name} has no tokenizer, so text cannot be evaluated; add its tokenizer files."
+        )
+    return loaded.tokenizer
+
+
+def is_chat(loaded: LoadedModel, render: str) -> bool:
+    """Whether prompts are rendered by the chat template: "auto" does so where there is one.
+
+    Raises:
+      InputError: the model has no tokenizer, or `render` is not one of RENDERINGS.
+    """
+    if render not in RENDERINGS:
+        raise InputError(f"data.render is {render!r}; use one of {', '.join(RENDERINGS)}.")
+    tokenizer = need_tokenizer(loaded)
+    return render == "chat" or (render == "auto" and bool(tokenizer.chat_template))
+
+
+def encode_prompt(loaded: LoadedModel, text: str, *, chat: bool, name: str) -> np.ndarray:
+    """int32 ids of a prompt: one user turn of the chat template, up to where the assistant starts; or plain text.
+
+    Raises:
+      InputError: names the row; there is no chat template, or it refuses the text.
+    """
+    tokenizer = need_tokenizer(loaded)
+    if not chat:
+        return encode_text(tokenizer, text)
+    try:
+        return encode_chat(tokenizer, [{"role": "user", "content": text}])
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error

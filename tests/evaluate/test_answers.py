@@ -1,0 +1,48 @@
+"""Answers come in the order of the questions, end before stop strings, and name the question that does not fit."""
+
+from __future__ import annotations
+
+import pytest
+
+from posttrain_jax.errors import InputError
+from posttrain_jax.evaluate.answers import Answering, answer_all, without_thinking
+
+
+def test_answers_are_in_order_whatever_the_batch(loaded):
+    questions = ["one", "a much longer question than the others", "2", "three?"]
+    names = [f"q{n}" for n in range(4)]
+    wide, narrow = (
+        answer_all(loaded, questions, names, Answering(max_new_tokens=5, batch_rows=rows)) for rows in (4, 1)
+    )
+    assert wide == narrow
+    assert all(answer.tokens <= 5 and answer.finish_reason in ("stop", "length") for answer in wide)
+
+
+def test_an_answer_ends_before_its_stop_string(parrot):
+    """The model repeats "x"; "xx" is complete after the second one."""
+    (answer,) = answer_all(parrot, ["x"], ["q"], Answering(max_new_tokens=6, render="text", stop=("xx",)))
+    assert (answer.text, answer.tokens, answer.finish_reason) == ("", 2, "stop")
+    (answer,) = answer_all(parrot, ["x"], ["q"], Answering(max_new_tokens=6, render="text"))
+    assert (answer.text, answer.finish_reason) == ("xxxxxx", "length")
+
+
+@pytest.mark.parametrize(
+    ("options", "questions", "words"),
+    [
+        ({}, ["fits", "w" * 200], "rows.jsonl:2 has .* leaves no room"),
+        ({"render": "html"}, ["a", "b"], "data.render is 'html'; use one of auto, chat, text"),
+        ({"batch_rows": 0}, ["a", "b"], "batch_size is 0"),
+        ({"temperature": -1.0}, ["a", "b"], "temperature is -1"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(loaded, options, questions, words):
+    names = ["rows.jsonl:1", "rows.jsonl:2"]
+    with pytest.raises(InputError, match=words):
+        answer_all(loaded, questions, names, Answering(max_new_tokens=4, **options))
+
+
+def test_thinking_is_left_out():
+    assert without_thinking("<think>\nso\n</think>\n\nYes") == "Yes"
+    assert without_thinking("so\n</think>Yes") == "Yes"  # the template has written <think> already
+    assert without_thinking(" <think> so") == ""
+    assert without_thinking("I think so") == "I think so"

@@ -1,0 +1,200 @@
+"""Multiple choice against log-probabilities from whole softmaxes, one forward pass for each choice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from posttrain_jax.errors import InputError
+from posttrain_jax.evaluate.multiple_choice import (
+    Question,
+    choice_logps,
+    encode_question,
+    load_questions,
+    multiple_choice,
+)
+from posttrain_jax.evaluate.tasks import Items
+from posttrain_jax.sharding import make_mesh, tree_shardings
+
+QUESTIONS = [
+    Question("a", "q:1", "The sky is", ("blue", "a deep and lasting green", "é"), 0),
+    Question("b", "q:2", "Two and two make ", ("four", "five"), 1),
+    Question(
+        "c", "q:3", "A question that is longer than the others, to be sure, is", ("rare", "no", "so", "x"), 2
+    ),
+]
+
+
+def by_hand(loaded, ids, shared):
+    """Sum of log softmax over the whole vocabulary, at the places of the tokens after the first `shared`."""
+    logits = np.asarray(loaded.apply(loaded.params, jnp.asarray([ids])).logits_BTV[0], np.float64)
+    logps = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    return sum(logps[t - 1, ids[t]] for t in range(shared, len(ids)))
+
+
+@pytest.mark.parametrize("batch_rows", [1, 8])
+def test_log_probabilities_are_those_of_the_whole_softmax(loaded, batch_rows):
+    encoded = [encode_question(loaded, question, chat=False) for question in QUESTIONS]
+    found = choice_logps(loaded, encoded, batch_rows=batch_rows)
+    assert [len(logps) for logps in found] == [3, 2, 4]
+    for question, item, logps in zip(QUESTIONS, encoded, found, strict=True):
+        space = "" if question.prompt.endswith(" ") else " "
+        for text, logp in zip(question.choices, logps, strict=True):
+            prompt = loaded.tokenizer(question.prompt)["input_ids"]
+            whole = loaded.tokenizer(question.prompt + space + text)["input_ids"]
+            assert logp == pytest.approx(by_hand(loaded, whole, len(prompt)), rel=1e-5)
+        assert item.shared == len(question.prompt)  # one token a byte; the space belongs to the choice
+
+
+def test_a_mesh_changes_nothing(loaded):
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    params = jax.device_put(loaded.params, tree_shardings(loaded.params, mesh))
+    encoded = [encode_question(loaded, question, chat=False) for question in QUESTIONS]
+    whole = choice_logps(loaded, encoded)
+    sharded = choice_logps(dataclasses.replace(loaded, params=params), encoded, batch_rows=3, mesh=mesh)
+    np.testing.assert_allclose(np.concatenate(whole), np.concatenate(sharded), rtol=1e-5)
+
+
+def merging_tokenizer():
+    """One token a byte, and one for a space with "a" after it."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: index for index, character in enumerate([*alphabet, "Ġa"])}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[("Ġ", "a")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+
+
+def test_a_token_over_the_boundary_moves_it_for_every_choice(loaded):
+    """Between prompt x and choice ab stands a space, and x, Ġa, b are the tokens; with choice cd they are x, Ġ, c, d.
+    Both are scored as what follows x, also where the prompt ends with the space, and so is encoded as x, Ġ."""
+    merging = dataclasses.replace(loaded, tokenizer=merging_tokenizer())
+    for prompt in ("x", "x "):
+        question = Question("q", "q:1", prompt, ("ab", "cd"), 0)
+        encoded = encode_question(merging, question, chat=False)
+        assert [len(ids) for ids in encoded.tokens] == [3, 4]
+        assert encoded.shared == 1
+        (logps,) = choice_logps(merging, [encoded])
+        for ids, logp in zip(encoded.tokens, logps, strict=True):
+            assert logp == pytest.approx(by_hand(merging, ids.tolist(), 1), rel=1e-5)
+
+
+def test_after_a_chat_template_the_choice_is_what_the_assistant_writes(loaded):
+    question = Question("q", "q:1", "Hi?", ("yes", "no"), 0)
+    encoded = encode_question(loaded, question, chat=True)
+    header = "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
+    assert [loaded.tokenizer.decode(ids) for ids in encoded.tokens] == [f"{header}yes", f"{header}no"]
+    assert loaded.tokenizer.decode(encoded.tokens[0][: encoded.shared]) == header
+
+
+def test_the_metrics_follow_from_the_log_probabilities(loaded):
+    """acc takes the largest log-probability, acc_norm divides by characters, acc_bytes by bytes ("é" has two)."""
+    result = multiple_choice(loaded, Items(QUESTIONS, 5))
+    for name, length in (
+        ("acc", lambda text: 1),
+        ("acc_norm", len),
+        ("acc_bytes", lambda text: len(text.encode())),
+    ):
+        right = [
+            max(range(len(row["choices"])), key=lambda n: row["logps"][n] / length(row["choices"][n]))
+            == row["right"]
+            for row in result.rows
+        ]
+        assert result.metrics[name].value == pytest.approx(sum(right) / 3)
+        assert [row["metrics"][name] for row in result.rows] == [(float(one), 1.0) for one in right]
+    assert result.counts == {"rows": 3, "skipped_rows": 5, "choices": 9}
+    assert len({row["best"]["acc"] != row["best"]["acc_norm"] for row in result.rows}) == 2  # they do differ
+
+
+def test_a_right_choice_that_stands_there_twice_is_right_in_either_place(loaded):
+    """Equal choices have equal log-probabilities, and the first of equals counts as the best."""
+    twice = Question("q", "q:1", "The sky is", ("blue", "blue"), 1)
+    (row,) = multiple_choice(loaded, Items([twice], 0)).rows
+    assert row["logps"][0] == pytest.approx(row["logps"][1], rel=1e-6)
+    assert row["metrics"] == {"acc": (1.0, 1.0), "acc_norm": (1.0, 1.0), "acc_bytes": (1.0, 1.0)}
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def load(source, **options):
+    return load_questions(source, prompt="{question}", choices="choices", answer="answer", **options)
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "texts", "right"),
+    [
+        (["a cat", "a dog"], 1, ("a cat", "a dog"), 1),
+        (["a cat", "a dog"], "1", ("a cat", "a dog"), 1),
+        (["a cat", "a dog"], "B", ("a cat", "a dog"), 1),
+        (["a cat", "a dog"], "a dog", ("a cat", "a dog"), 1),
+        (["1", "0"], "0", ("1", "0"), 1),  # the text comes before the place
+        (["B", "A"], "A", ("B", "A"), 1),  # and before the letter
+        ({"text": ["a cat", "a dog"], "label": ["1", "2"]}, "2", ("a cat", "a dog"), 1),  # ARC
+        ("A. a cat\nB. a dog", "B. a dog", ("a cat", "a dog"), 1),
+        ("\nA. a cat \nB. a dog\nwith spots", "B. a dog\nwith spots", ("a cat", "a dog\nwith spots"), 1),
+    ],
+)
+def test_how_choices_and_answers_are_written(tmp_path, choices, answer, texts, right):
+    source = write(tmp_path / "q.jsonl", {"question": "Which?", "choices": choices, "answer": answer})
+    (question,) = load(source).items
+    assert (question.choices, question.right, question.key) == (texts, right, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"choices": None}, "line 2, choices: is missing"),
+        ({"answer": None}, "line 2, answer: is missing"),
+        ({"question": None}, "line 2, question: is missing"),
+        ({"choices": ["one"]}, "has 1 choices; there must be at least 2"),
+        ({"choices": "no letters"}, "has 0 choices"),
+        ({"choices": ["a", ""]}, "none of them empty"),
+        ({"choices": {"text": ["a", "b"], "label": ["x", "x"]}}, "one label for each choice"),
+        ({"answer": 2}, "is 2, which is no choice"),
+        ({"answer": -1}, "is -1, which is no choice"),
+        ({"answer": "C"}, "is 'C', which is no choice"),
+        ({"answer": True}, "is True, which is no choice"),
+    ],
+)
+def test_a_row_that_is_no_question_is_refused_by_line(tmp_path, change, words):
+    good = {"question": "Which?", "choices": ["a", "b"], "answer": 0}
+    source = write(tmp_path / "q.jsonl", good, {**good, **change})
+    with pytest.raises(InputError, match=words):
+        load(source)
+    assert load(source, on_bad_row="skip").skipped == 1
+
+
+def test_real_questions(demo_path):
+    demo_path("openbookqa"), demo_path("commonsenseqa")
+    books = load_questions("asset:openbookqa", prompt="{question}", choices="options", answer="answer").items
+    assert len(books) == 500 and {len(question.choices) for question in books} == {4}
+    assert books[2].prompt == "Predators eat " and books[2].choices[books[2].right] == "bunnies"
+    sense = load_questions("asset:commonsenseqa", prompt="{question}", choices="options", answer="answer")
+    assert len(sense.items) == 1221
+    assert sense.items[0].choices == ("bank", "library", "department store", "mall", "new york")
+
+
+def test_what_the_model_cannot_take_is_refused(loaded):
+    def asked(prompt, *choices, **options):
+        return multiple_choice(loaded, Items([Question("q", "f.jsonl:3", prompt, choices, 0)], 0), **options)
+
+    with pytest.raises(InputError, match=r"f\.jsonl:3 has 206 tokens with the choice .*context of 128"):
+        asked("Which?", "a", "w" * 199)
+    with pytest.raises(InputError, match="eval.batch_rows is 0"):
+        asked("Which?", "a", "b", batch_rows=0)
+    with pytest.raises(InputError, match="data.render is 'html'"):
+        asked("Which?", "a", "b", render="html")
+    broken = dataclasses.replace(loaded, params=jax.tree.map(lambda leaf: leaf * jnp.nan, loaded.params))
+    with pytest.raises(InputError, match="not finite"):
+        choice_logps(broken, [encode_question(loaded, QUESTIONS[0], chat=False)])
