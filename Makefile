@@ -8,10 +8,12 @@ SHELL := /bin/sh
 MAKEFLAGS += --no-print-directory
 
 VENV ?= .venv
-# Any of "dev parity eval wandb tpu cuda", for `make test`; parity is PyTorch and PEFT, to compare against.
-EXTRAS ?= dev,parity
+# Any of "dev parity harness eval serve wandb tpu cuda", for `make test`; parity is PyTorch and PEFT, to compare
+# against, harness is lm-eval, which asks launch.serve.
+EXTRAS ?= dev,parity,harness
 ASSETS ?= smollm2-135m-instruct gemma-3-270m alpaca_en_demo identity dpo_en_demo v1_sft_demo \
-          glaive_toolcall_en_demo reason_tool_use_demo_50 wiki_demo c4_demo
+          glaive_toolcall_en_demo reason_tool_use_demo_50 wiki_demo c4_demo \
+          ifeval nltk_punkt_tab gsm8k_100 openbookqa commonsenseqa
 PYTEST_ARGS ?=
 
 # The first interpreter that really runs (a pyenv shim may not), has a version in WANT, and can make an environment.
@@ -52,7 +54,7 @@ install: $(PRODUCT)  ## Make .venv with what training needs
 
 install-dev: $(DEV)  ## The same, with tests, ruff, mypy and PyTorch (to compare against)
 
-assets: $(PRODUCT)  ## Fetch the demo models and data into the cache (about 340 MB, once)
+assets: $(PRODUCT)  ## Fetch the demo models and data into the cache (about 400 MB, once)
 	@$(PY) -m launch.fetch $(ASSETS) >/dev/null
 
 test: $(DEV)  ## The whole suite on 8 virtual CPU devices, fast tests first
@@ -83,7 +85,7 @@ bench: install  ## Speed and memory beside TRL and a plain PyTorch loop (own env
 
 pins:  ## Resolve everything afresh and write constraints/pyXY.txt for PYTHON
 	@rm -rf .venv-pins && "$(PYTHON)" -m venv .venv-pins
-	@.venv-pins/bin/python -m pip install -qq -e '.[dev,parity]'
+	@.venv-pins/bin/python -m pip install -qq -e '.[dev,parity,harness]'
 	@version=$$(.venv-pins/bin/python -c 'import sys; print("%d%d" % sys.version_info[:2])'); \
 	  { echo "# What CI installs on Python 3.$${version#3}: every package, exactly. Made by 'make pins'."; \
 	    .venv-pins/bin/python -m pip freeze --exclude-editable | sed -E 's/^([^=]+==[^+]+)\+.*/\1/' \

@@ -9,6 +9,10 @@ ROOT = pathlib.Path(__file__).parent
 INIT = (ROOT / "posttrain_jax" / "__init__.py").read_text("utf-8")
 VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[1]
 README = ROOT / "README.md"
+SERVE = ["fastapi>=0.115", "pydantic>=2.10", "uvicorn>=0.34"]
+
+# The checks of launch.evaluate: pinned, for another version may judge the same answer differently.
+EVAL = ["if-verifiable==0.1.2", "math-verify==0.9.0"]
 
 setup(
     name="posttrain_jax",
@@ -48,9 +52,11 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
-        "eval": ["lm-eval>=0.4.13"],
+        "eval": EVAL,
+        "harness": ["lm-eval[api]>=0.4.13"],  # lm-eval, as a client of launch.serve
+        "serve": SERVE,
         "wandb": ["wandb>=0.19"],
         "parity": ["peft>=0.18", "torch>=2.9"],
-        "dev": ["hypothesis>=6.100", "mypy>=1.15", "pytest>=8.3", "ruff>=0.15"],
+        "dev": [*EVAL, *SERVE, "hypothesis>=6.100", "mypy>=1.15", "openai>=2.0", "pytest>=8.3", "ruff>=0.15"],
     },
 )

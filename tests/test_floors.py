@@ -29,6 +29,7 @@ FLOORS = {
     "posttrain_jax.sampling": 3,
     "posttrain_jax.rewards": 3,
     "posttrain_jax.experiment": 4,
+    "posttrain_jax.serving": 4,
     "posttrain_jax.algorithms": 5,
     "posttrain_jax.evaluate": 5,
     "posttrain_jax.train_loop": 6,

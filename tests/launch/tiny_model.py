@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -29,14 +30,17 @@ CONFIG = ModelConfig(
 )
 
 
-def save_tiny_model(folder: pathlib.Path, *, scale: float = 8.0, chat: bool = True) -> pathlib.Path:
+def save_tiny_model(
+    folder: pathlib.Path, *, scale: float = 8.0, chat: bool = True, max_length: int = CONFIG.max_length
+) -> pathlib.Path:
     """`scale` sharpens the random logits, so that argmax has no near-ties."""
-    params = make_model(CONFIG).init(jax.random.key(0))
+    config = dataclasses.replace(CONFIG, max_length=max_length)
+    params = make_model(config).init(jax.random.key(0))
     params["embed"]["embedding"] = params["embed"]["embedding"] * scale
     tokenizer = byte_tokenizer()
     if not chat:
         tokenizer.chat_template = None
-    export_hf(folder, config=CONFIG, params=params, tokenizer=tokenizer)
+    export_hf(folder, config=config, params=params, tokenizer=tokenizer)
     return folder
 
 

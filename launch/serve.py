@@ -1,0 +1,306 @@
+"""Serves a model over HTTP as OpenAI's API does: models, completions and chat completions, streamed or whole.
+
+Any client of that API can use it, with http://HOST:PORT/v1 as its base URL. Answers of many clients are written side
+by side in --slots slots. SIGINT and SIGTERM let the answers that are being written end (--shutdown_seconds at most).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import dataclasses
+import importlib.util
+import ipaddress
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from launch import entry
+from posttrain_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from posttrain_jax.load_model import LoadedModel
+    from posttrain_jax.sampling.engine import Engine
+    from posttrain_jax.serving.orders import Limits
+
+EXAMPLE = "python -m launch.serve --model=runs/smollm2 --port=8000"
+KEY_VARIABLE = "POSTTRAIN_JAX_API_KEY"
+NEEDED = ("fastapi", "uvicorn", "pydantic")
+DEFAULT_LENGTH = 2048
+LAST_SECONDS = 5  # for errors to reach the clients after --shutdown_seconds
+KEEP_ALIVE_SECONDS = 75  # longer than clients keep an idle connection, so that none closes under a request
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the flags say; see `define_flags`."""
+
+    model: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str = ""
+    served_model_name: str = ""
+    slots: int = 8
+    max_model_len: int = 0
+    max_waiting: int = 256
+    max_logprobs: int = 20
+    max_body_mb: int = 16
+    shutdown_seconds: int = 30
+    dtype: str = "float32"
+    fsdp: int = 1
+    tensor: int = 1
+
+
+def define_flags() -> None:
+    """The command line; not at import, so that modules with like-named flags can be imported together."""
+    flags.DEFINE_string("model", None, "A Hugging Face folder or name, a .gguf file, or a workdir.")
+    flags.DEFINE_string("host", Options.host, "Address to listen on; 0.0.0.0 = on every network.")
+    flags.DEFINE_integer("port", Options.port, "0 = any free one; the URL is printed.")
+    flags.DEFINE_string(
+        "api_key",
+        "",
+        f"Bearer token that clients must send; default: ${KEY_VARIABLE}, which other users' ps does not show.",
+    )
+    flags.DEFINE_string("served_model_name", "", "What clients call the model; default: what --model says.")
+    flags.DEFINE_integer("slots", Options.slots, "Answers written side by side.")
+    flags.DEFINE_integer(
+        "max_model_len",
+        Options.max_model_len,
+        f"Most tokens of prompt and answer together; 0 = the model's context, at most {DEFAULT_LENGTH}.",
+    )
+    flags.DEFINE_integer("max_waiting", Options.max_waiting, "Most answers that wait for a slot; then 429.")
+    flags.DEFINE_integer("max_logprobs", Options.max_logprobs, "Most log-probabilities beside each token.")
+    flags.DEFINE_integer("max_body_mb", Options.max_body_mb, "Largest request, in MB; then 413.")
+    flags.DEFINE_integer("shutdown_seconds", Options.shutdown_seconds, "How long answers may take to end.")
+    flags.DEFINE_string("dtype", Options.dtype, "float32 or bfloat16, for weights and arithmetic.")
+    flags.DEFINE_integer("fsdp", Options.fsdp, "Devices that share the weights; the answers take the others.")
+    flags.DEFINE_integer("tensor", Options.tensor, "Devices that share each layer.")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serves until a signal comes."""
+    del argv
+    given = flags.FLAGS
+    if given.model is None:
+        raise InputError(f"--model is needed; an example: {EXAMPLE}")
+    values: dict[str, Any] = {field.name: given[field.name].value for field in dataclasses.fields(Options)}
+    values["api_key"] = values["api_key"] or os.environ.get(KEY_VARIABLE, "")
+    values["served_model_name"] = values["served_model_name"] or values["model"]
+    options = Options(**values)
+    check(options)
+    # A signal while the model is being read ends the program in the same way as one after it.
+    signal.signal(signal.SIGTERM, _interrupt)
+    entry.set_up_jax()
+    return serve(options)
+
+
+def check(options: Options) -> None:
+    """Raises InputError for flags that cannot be meant, before anything is loaded."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"launch.serve needs {' and '.join(missing)}; run: pip install -e '.[serve]'")
+    least = {"slots": 1, "max_waiting": 0, "max_logprobs": 1, "max_body_mb": 1, "shutdown_seconds": 0}
+    for name, value in dataclasses.asdict(options).items():
+        if name in least and value < least[name]:
+            raise InputError(f"--{name}={value} must be at least {least[name]}.")
+    if not 0 <= options.port < 2**16:
+        raise InputError(f"--port={options.port} must lie between 0 and 65535.")
+    if options.max_model_len < 0 or options.max_model_len == 1:
+        raise InputError(f"--max_model_len={options.max_model_len} must be 0 or at least 2.")
+    if not options.api_key.isascii():
+        raise InputError("the API key must be plain ASCII: it travels in an HTTP header.")
+
+
+def serve(options: Options) -> int:
+    """Loads the model and serves it; 0 after a signal, 1 after a failure of the engine.
+
+    Raises:
+      InputError: the address is taken, or the model cannot be served.
+    """
+    with listen(options.host, options.port) as listener:
+        if not options.api_key and not is_loopback(options.host):
+            print(
+                f"warning: {options.host} can be reached from other machines and there is no key; set --api_key or "
+                f"${KEY_VARIABLE}.",
+                file=sys.stderr,
+                flush=True,
+            )
+        return run(load(options), options, listener)
+
+
+def run(loaded: LoadedModel, options: Options, listener: socket.socket) -> int:
+    """Serves a loaded model; see `serve`."""
+    import uvicorn
+
+    from posttrain_jax.serving.app import Service, make_app
+    from posttrain_jax.serving.worker import Worker
+
+    def end() -> None:
+        server.should_exit = True
+
+    limits = limits_of(loaded, options)
+    engine = make_engine(loaded, options, places=limits.places)
+    worker = Worker(loaded.model, loaded.params, engine, capacity=limits.answers, on_failure=end)
+    service = Service(
+        name=options.served_model_name,
+        tokenizer=loaded.tokenizer,
+        limits=limits,
+        worker=worker,
+        api_key=options.api_key,
+        max_body_bytes=options.max_body_mb * 10**6,
+        stopping=lambda: server.should_exit,
+    )
+
+    class Server(uvicorn.Server):
+        """Answers that take longer than --shutdown_seconds end with an error that says so."""
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            asyncio.get_running_loop().call_later(options.shutdown_seconds, worker.stop)
+            await super().shutdown(sockets)
+
+    server = Server(
+        uvicorn.Config(
+            make_app(service),
+            log_config=None,
+            access_log=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=options.shutdown_seconds + LAST_SECONDS,
+        )
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _ignore)  # uvicorn has its own, and raises the signal again when it is done
+    listener.listen()
+    print(f"serving {options.served_model_name} at {url(listener)}/v1", flush=True)
+    server.run(sockets=[listener])
+    return 1 if worker.failed else 0
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    del signum, frame
+    raise SystemExit(0)
+
+
+def _ignore(signum: int, frame: FrameType | None) -> None:
+    del signum, frame
+
+
+def load(options: Options) -> LoadedModel:
+    """The model, on all devices.
+
+    Raises:
+      InputError: there is none, or it has no tokenizer.
+    """
+    import jax
+
+    from posttrain_jax.load_model import load_model
+    from posttrain_jax.sharding import make_mesh
+
+    mesh = make_mesh(data=-1, fsdp=options.fsdp, tensor=options.tensor) if jax.device_count() > 1 else None
+    loaded = load_model(options.model, dtype=options.dtype, param_dtype=options.dtype, mesh=mesh)
+    if loaded.tokenizer is None:
+        raise InputError(f"{loaded.source.name} has no tokenizer, so it cannot be served; add its files.")
+    return loaded
+
+
+def limits_of(loaded: LoadedModel, options: Options) -> Limits:
+    """What this model can do with these flags.
+
+    Raises:
+      InputError: --max_model_len is more than the model's context, or --max_logprobs more than its vocabulary.
+    """
+    from posttrain_jax.models.tokenizer import stop_token_ids
+    from posttrain_jax.serving.orders import Limits
+
+    context, vocabulary = loaded.config.max_length, loaded.config.vocab_size
+    if options.max_model_len > context:
+        raise InputError(
+            f"--max_model_len={options.max_model_len} is more than the model's context, {context}."
+        )
+    if options.max_logprobs > vocabulary:
+        raise InputError(f"--max_logprobs={options.max_logprobs} is more than the vocabulary, {vocabulary}.")
+    return Limits(
+        places=options.max_model_len or min(context, DEFAULT_LENGTH),
+        vocabulary=vocabulary,
+        alternatives=options.max_logprobs,
+        answers=options.slots + options.max_waiting,
+        stop_token_ids=stop_token_ids(loaded.config, loaded.tokenizer),
+    )
+
+
+def make_engine(loaded: LoadedModel, options: Options, *, places: int) -> Engine:
+    """An engine that can do what requests may ask for, with its decode loop compiled."""
+    import numpy as np
+
+    from posttrain_jax.models.tokenizer import stop_token_ids
+    from posttrain_jax.sampling.choose import Needs
+    from posttrain_jax.sampling.engine import Engine, Request
+    from posttrain_jax.serving.bodies import MOST_STOPS
+
+    stops = stop_token_ids(loaded.config, loaded.tokenizer)
+    engine = Engine(
+        loaded.model,
+        loaded.params,
+        slots=options.slots,
+        places=places,
+        new_tokens=places - 1,
+        needs=Needs(
+            draw=True,
+            nucleus=True,
+            min_p=True,
+            penalties=True,
+            min_tokens=True,
+            alternatives=options.max_logprobs,
+        ),
+        stop_width=len(stops) + MOST_STOPS,
+        tokenizer=copy.deepcopy(loaded.tokenizer),  # tokenizers are not safe to share between threads
+    )
+    engine.submit(Request(tokens=np.zeros(1, np.int32), max_new_tokens=min(2, places - 1)))
+    while engine.busy:
+        engine.step()
+    return engine
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to the address, not listening yet.
+
+    Raises:
+      InputError: there is no such address here, or it is taken.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise InputError(
+            f"cannot listen on --host={host} --port={port} ({error.strerror or error}); use another one "
+            "(--port=0 takes any that is free)."
+        ) from error
+    return listener
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def url(listener: socket.socket) -> str:
+    """Where the socket can be reached."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+if __name__ == "__main__":
+    define_flags()
+    entry.run(main, example=EXAMPLE)

@@ -1,0 +1,181 @@
+"""From a checked body to work for the engine: prompts as tokens, limits, seeds and ways of sampling."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from posttrain_jax.errors import InputError
+from posttrain_jax.sampling.choose import Needs, Sampling
+from posttrain_jax.sampling.engine import Request
+from posttrain_jax.sampling.prompts import encode_chat, encode_text
+from posttrain_jax.serving.bodies import GREEDY_BELOW, Body, ChatBody, CompletionBody
+from posttrain_jax.serving.token_text import Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What this server can do.
+
+    Attributes:
+      places: prompt and answer together have to fit in so many tokens.
+      vocabulary: token ids lie below it.
+      alternatives: most log-probabilities beside each token.
+      answers: most answers of one request.
+      stop_token_ids: what ends an answer of this model.
+    """
+
+    places: int
+    vocabulary: int
+    alternatives: int
+    answers: int
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt's ids, and its text where the answer is to begin with it.
+
+    `silent` is how many of the first tokens are not in the text (a BOS that the tokenizer added).
+    """
+
+    tokens: np.ndarray
+    text: str = ""
+    silent: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """One HTTP request, as the engine will see it.
+
+    Attributes:
+      prompts: at least one.
+      requests: one for each answer, prompt by prompt; `max_new_tokens` may be 0 (nothing to generate).
+      n: answers of each prompt.
+      echo: whether each answer begins with its prompt.
+      alternatives: as `Body.alternatives`.
+    """
+
+    prompts: list[Prompt]
+    requests: list[Request]
+    n: int
+    echo: bool
+    alternatives: int | None
+
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether log-probabilities of the prompts' own tokens are wanted."""
+        return self.echo and self.alternatives is not None
+
+    def is_scored(self, request: Request) -> bool:
+        """Whether the scores of its prompt say the whole answer: at most one token, the likeliest one."""
+        one = request.max_new_tokens == 1 and not request.stop_strings
+        plain = Needs.of(request.sampling, min_tokens=request.min_new_tokens) == Needs()
+        return self.scores_prompts and one and plain
+
+    def is_generated(self, request: Request) -> bool:
+        """Whether the engine has to write the answer."""
+        return request.max_new_tokens > 0 and not self.is_scored(request)
+
+
+def order_of(body: Body, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, limits: Limits) -> Order:
+    """The work that a body asks for.
+
+    Raises:
+      InputError: a prompt, a number of tokens or of log-probabilities that this server or model cannot do.
+    """
+    n, alternatives = body.n or 1, body.alternatives
+    if alternatives is not None and alternatives > limits.alternatives:
+        field = "top_logprobs" if isinstance(body, ChatBody) else "logprobs"
+        raise InputError(
+            f"{field} is {alternatives}; this server reports at most {limits.alternatives} (--max_logprobs)."
+        )
+    echo = isinstance(body, CompletionBody) and bool(body.echo)
+    prompts = _prompts(body, tokenizer, echo)
+    if n * len(prompts) > limits.answers:
+        raise InputError(
+            f"the request asks for {n * len(prompts)} answers (prompts times n); this server takes at most "
+            f"{limits.answers} at a time (--slots and --max_waiting)."
+        )
+    requests = []
+    for index, prompt in enumerate(prompts):
+        name = f"prompt {index}" if len(prompts) > 1 else "the prompt"
+        limit = _limit(body, prompt, name, limits)
+        # Asked for with a seed, an answer does not depend on its prompt's place in the list.
+        seed = secrets.randbits(32) if body.seed is None else body.seed
+        requests += [_request(body, prompt, limit, vocabulary, limits, seed, sample) for sample in range(n)]
+    return Order(prompts, requests, n, echo, alternatives)
+
+
+def _prompts(body: Body, tokenizer: PreTrainedTokenizerBase, echo: bool) -> list[Prompt]:
+    if isinstance(body, ChatBody):
+        return [Prompt(encode_chat(tokenizer, [message.for_template() for message in body.messages]))]
+    assert isinstance(body, CompletionBody)
+    prompts = []
+    for given in body.prompt:
+        if isinstance(given, str):
+            tokens = encode_text(tokenizer, given)
+            bos = tokenizer.bos_token_id
+            added = len(tokens) > 0 and bos is not None and tokens[0] == bos
+            silent = int(added and not given.startswith(tokenizer.bos_token))
+            prompts.append(Prompt(tokens, given if echo else "", silent))
+        else:
+            text = tokenizer.decode(given) if echo and _decodable(given, tokenizer) else ""
+            prompts.append(Prompt(np.asarray(given, np.int64), text))
+    return prompts
+
+
+def _decodable(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    return all(0 <= index < len(tokenizer) for index in ids)
+
+
+def _limit(body: Body, prompt: Prompt, name: str, limits: Limits) -> int:
+    """Most new tokens after this prompt, checked."""
+    tokens, length = prompt.tokens, len(prompt.tokens)
+    if length == 0:
+        raise InputError(f"{name} has no tokens; a model needs at least one token to go on from.")
+    wrong = tokens[(tokens < 0) | (tokens >= limits.vocabulary)]
+    if wrong.size:
+        raise InputError(
+            f"{name} holds the token id {int(wrong[0])}; the model knows 0 to {limits.vocabulary - 1}."
+        )
+    limit = max(limits.places - length, 1) if body.limit is None else body.limit
+    if length + limit > limits.places:
+        raise InputError(
+            f"{name} has {length} tokens and {limit} are asked for, together {length + limit}; this model's maximum "
+            f"context length here is {limits.places} tokens (--max_model_len)."
+        )
+    if (body.min_tokens or 0) > limit:
+        raise InputError(f"min_tokens is {body.min_tokens}, more than the {limit} tokens that are possible.")
+    return limit
+
+
+def _request(
+    body: Body, prompt: Prompt, limit: int, vocabulary: Vocabulary, limits: Limits, seed: int, sample: int
+) -> Request:
+    # Special tokens do not show in an answer's text, so a stop string that is one stops as a token.
+    as_tokens = [vocabulary.special[stop] for stop in body.stop if stop in vocabulary.special]
+    as_strings = [stop for stop in body.stop if stop not in vocabulary.special]
+    own = () if body.ignore_eos else limits.stop_token_ids
+    temperature = 1.0 if body.temperature is None else body.temperature
+    return Request(
+        tokens=prompt.tokens.astype(np.int32),
+        max_new_tokens=limit,
+        min_new_tokens=body.min_tokens or 0,
+        stop_token_ids=tuple(dict.fromkeys([*own, *as_tokens])),
+        stop_strings=tuple(as_strings),
+        sampling=Sampling(
+            temperature=0.0 if temperature < GREEDY_BELOW else temperature,
+            top_k=max(body.top_k or 0, 0),
+            top_p=1.0 if body.top_p is None else body.top_p,
+            min_p=body.min_p or 0.0,
+            repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+        ),
+        seed=seed,
+        sample=sample,
+    )

@@ -1,0 +1,153 @@
+"""An answer piece by piece: the engine's updates as text with its tokens, ready to be written down."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from posttrain_jax.sampling.engine import Request, Update
+from posttrain_jax.serving.orders import Prompt
+from posttrain_jax.serving.prompt_scores import PromptScores
+from posttrain_jax.serving.token_text import Detokenizer, Vocabulary, held_back
+
+LOWEST_LOGPROB = -9999.0
+"""JSON has no minus infinity."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenScore:
+    """One token of a piece.
+
+    Attributes:
+      token: its id.
+      logprob: nats, under the model itself; None for a prompt's first token.
+      alternatives: the likeliest tokens in its place with their log-probabilities, the likeliest first.
+      offset: where its text begins, counted from the start of the choice's text.
+    """
+
+    token: int
+    logprob: float | None
+    alternatives: list[tuple[int, float]]
+    offset: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of one choice.
+
+    Attributes:
+      text: what is added to its text; text that may be the start of a stop string is held back.
+      scores: its tokens, if log-probabilities are wanted.
+      count: how many tokens were generated.
+      finish_reason: "stop" or "length" in the last piece.
+    """
+
+    text: str
+    scores: list[TokenScore]
+    count: int = 0
+    finish_reason: str | None = None
+
+
+def join(pieces: Iterable[Piece]) -> Piece:
+    """Several pieces of one choice as one."""
+    parts = list(pieces)
+    return Piece(
+        text="".join(part.text for part in parts),
+        scores=[score for part in parts for score in part.scores],
+        count=sum(part.count for part in parts),
+        finish_reason=parts[-1].finish_reason,
+    )
+
+
+class Writer:
+    """Turns the updates of one answer into pieces.
+
+    Args:
+      request: what is answered.
+      alternatives: how many to report beside each token; None = no log-probabilities.
+      offset: length of the text before the answer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        vocabulary: Vocabulary,
+        request: Request,
+        *,
+        alternatives: int | None,
+        offset: int = 0,
+    ) -> None:
+        self._vocabulary = vocabulary
+        self._stops = request.stop_strings
+        self._alternatives = alternatives
+        self._offset = offset
+        self._detokenizer = Detokenizer(tokenizer)
+        self._held = ""
+
+    def piece(self, update: Update) -> Piece:
+        """What the update adds."""
+        ids = update.tokens.tolist()
+        stop_token = update.finish_reason == "stop" and update.stop_string is None
+        text = self._held + "".join(map(self._detokenizer.add, ids[:-1] if stop_token else ids))
+        if update.finish_reason is None:
+            keep = len(text) - held_back(text, self._stops)
+            text, self._held = text[:keep], text[keep:]
+        else:
+            text += self._detokenizer.rest()
+            cut = text.find(update.stop_string) if update.stop_string is not None else -1
+            text = text[:cut] if cut >= 0 else text
+        scores = [] if self._alternatives is None else self._scores(update, self._alternatives)
+        return Piece(text, scores, len(ids), update.finish_reason)
+
+    def _scores(self, update: Update, most: int) -> list[TokenScore]:
+        scores = []
+        for place, (token, logprob) in enumerate(
+            zip(update.tokens.tolist(), update.logprobs.tolist(), strict=True)
+        ):
+            alternatives = update.alternatives[place][:most] if most else []
+            scores.append(TokenScore(token, logprob, alternatives, self._offset))
+            if not self._vocabulary.is_special(token):
+                self._offset += self._vocabulary.length(token)
+        return scores
+
+
+def echo_piece(
+    prompt: Prompt, scores: PromptScores | None, vocabulary: Vocabulary, *, alternatives: int | None
+) -> Piece:
+    """The prompt itself as the first piece of an answer."""
+    if scores is None or alternatives is None:
+        return Piece(prompt.text, [])
+    offset, tokens = 0, []
+    for place, token in enumerate(prompt.tokens.tolist()):
+        logprob = float(scores.logprobs[place - 1]) if place else None
+        likeliest = _row(scores, place - 1)[:alternatives] if place else []
+        tokens.append(TokenScore(token, logprob, likeliest, offset))
+        if place >= prompt.silent:
+            offset += vocabulary.length(token)
+    return Piece(prompt.text, tokens)
+
+
+def scored_update(request: Request, scores: PromptScores) -> Update:
+    """The answer of one token, the likeliest, that the scores of its prompt say already."""
+    token, logprob = _row(scores, len(request.tokens) - 1)[0]
+    return Update(
+        ticket=-1,
+        tokens=np.asarray([token], np.int32),
+        logprobs=np.asarray([logprob], np.float32),
+        sample_logprobs=np.zeros(1, np.float32),
+        alternatives=[_row(scores, len(request.tokens) - 1)],
+        finish_reason="stop" if token in request.stop_token_ids else "length",
+    )
+
+
+def _row(scores: PromptScores, place: int) -> list[tuple[int, float]]:
+    ids, logprobs = scores.alternatives[place].tolist(), scores.alternative_logprobs[place].tolist()
+    return list(zip(ids, logprobs, strict=True))
+
+
+def finite(logprob: float) -> float:
+    """The log-probability as JSON can hold it."""
+    return max(LOWEST_LOGPROB, logprob)
