@@ -46,6 +46,7 @@ def main() -> None:
                 sampling=Sampling(temperature=float(work.samples > 1)),
                 num_samples=work.samples,
                 batch_size=work.batch,
+                seed=0,
             ),
         )
         return [sample.tokens.tolist() for sample in samples]

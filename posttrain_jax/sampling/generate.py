@@ -54,7 +54,7 @@ class GenerateOptions:
       stop_strings: an answer ends where its text first holds one of these (needs the tokenizer).
       sampling: how tokens are drawn.
       num_samples: answers per prompt; they share one reading of it.
-      seed: of the random numbers.
+      seed: of the random numbers; needed with a temperature, for two calls with one seed draw the same numbers.
       ignore_eos: stop tokens do not end an answer.
       batch_size: answers written side by side.
       max_prompt_tokens: most tokens of a prompt; 0 = what the model's context allows.
@@ -68,7 +68,7 @@ class GenerateOptions:
     stop_strings: tuple[str, ...] = ()
     sampling: Sampling = GREEDY
     num_samples: int = 1
-    seed: int = 0
+    seed: int | None = None
     ignore_eos: bool = False
     batch_size: int = 8
     max_prompt_tokens: int = 0
@@ -85,6 +85,10 @@ class GenerateOptions:
                 )
         if self.num_samples < 1:
             raise InputError(f"num_samples is {self.num_samples}; it must be at least 1.")
+        if self.seed is None and self.sampling.temperature > 0:
+            raise InputError(
+                "seed is needed with a temperature: calls with the same seed draw the same random numbers."
+            )
         if self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size}; it must be at least 1.")
         if self.max_prompt_tokens < 0:
@@ -220,7 +224,7 @@ def _answers(
             stop_token_ids=stops,
             stop_strings=options.stop_strings,
             sampling=options.sampling,
-            seed=options.seed,
+            seed=options.seed or 0,
             prompt=prompt,
             sample=sample,
         )

@@ -110,7 +110,7 @@ def test_every_sampled_token_has_the_trainers_log_probability(smollm2: Real, dty
     assert tokenizer is not None
     texts = ("Once upon a time", "The capital of France is", "1, 2, 3, 4, 5,", "def add(a, b):\n    return")
     prompts = [np.asarray(tokenizer.encode(text)) for text in texts]
-    options = GenerateOptions([40, 8, 24, 16], sampling=Sampling(1.0), batch_size=3)
+    options = GenerateOptions([40, 8, 24, 16], sampling=Sampling(1.0), seed=0, batch_size=3)
     samples = generate(model, params, prompts, options)
     scores = score_samples(model, params, prompts, samples)
     apart = difference([sample.logprobs for sample in samples], scores)

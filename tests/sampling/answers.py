@@ -21,5 +21,5 @@ def answers(
     """The options are fields of `GenerateOptions` and of `Sampling`."""
     how = {name: options.pop(name) for name in SAMPLING & options.keys()}
     names = options.pop("names", ())
-    asked = GenerateOptions(sampling=Sampling(**how), **options)
+    asked = GenerateOptions(sampling=Sampling(**how), **{"seed": 0, **options})
     return generate(model, params, prompts, asked, tokenizer=tokenizer, names=names)

@@ -108,6 +108,8 @@ def test_noise_is_never_used_twice(model, params):
     assert len({tuple(sample.tokens.tolist()) for sample in samples}) == 18
     again = answers(model, params, [PROMPTS[0]] * 3, num_samples=3, seed=0, **options)
     assert_same(again, samples[:9])
+    with pytest.raises(InputError, match="seed is needed with a temperature"):
+        GenerateOptions(8, sampling=Sampling(1.5))
 
 
 def test_samples_of_a_prompt_share_one_reading(model, params):
