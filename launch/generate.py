@@ -332,11 +332,12 @@ def describe(options: Options, loaded: LoadedModel, encoded: list[np.ndarray]) -
     digest = hashlib.sha256()
     for ids in encoded:
         digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i8").tobytes())
-    return {
+    description = {
         **dataclasses.asdict(options),
         "step": loaded.source.step,
         "prompts_sha256": digest.hexdigest(),
     }
+    return json.loads(json.dumps(description))  # as it is read back: tuples become lists
 
 
 def options_path(out: Path) -> Path:

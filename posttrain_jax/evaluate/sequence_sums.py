@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
-from posttrain_jax.losses.logprobs import Projection
-from posttrain_jax.masking import shift_left
-from posttrain_jax.models.heads import sum_logps
-from posttrain_jax.models.transformer import Model, head_VD
+from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.score import token_scores
-from posttrain_jax.sharding import BATCH_AXES, ambient_mesh
-from posttrain_jax.types import Array, Batch, PyTree
+from posttrain_jax.types import Array, PyTree
 
 
 def sequence_sums(
@@ -67,37 +59,3 @@ def _sums_of_batch(scores: tuple[Array, Array], arrays: dict[str, np.ndarray]) -
         by_segment = [np.bincount(segments, weights=column, minlength=last + 1) for column in columns]
         sums.append(np.stack(by_segment, axis=1)[1:])
     return np.concatenate(sums)
-
-
-def _put(arrays: dict[str, np.ndarray], mesh: Mesh | None) -> Batch:
-    """The batch on the devices, rows split over data and fsdp; every process holds the whole batch."""
-    if mesh is None:
-        return Batch(**{name: jnp.asarray(rows) for name, rows in arrays.items()})
-    sharding = NamedSharding(mesh, P(BATCH_AXES, None))
-
-    def put(rows: np.ndarray) -> Array:
-        return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
-
-    return Batch(**{name: put(rows) for name, rows in arrays.items()})
-
-
-@functools.partial(jax.jit, static_argnames=("model",))
-def _token_scores(params: PyTree, batch: Batch, *, model: Model) -> tuple[Array, Array]:
-    output = model.apply(
-        params,
-        batch.tokens,
-        segment_ids_BT=batch.segment_ids,
-        positions_BT=batch.positions,
-        logits=False,
-    )
-    _, logps_BT, is_argmax_BT = sum_logps(
-        output.hidden_BTD,
-        head_VD(params),
-        shift_left(batch.tokens),
-        shift_left(batch.loss_mask),
-        Projection(softcap=model.config.logits_softcap),
-    )
-    scores = (logps_BT, is_argmax_BT)
-    if ambient_mesh() is not None:
-        scores = jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, P()), scores)
-    return scores
