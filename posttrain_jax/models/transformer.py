@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import flax.linen as nn
@@ -199,14 +200,22 @@ class Attention(nn.Module):
         config = self.config
         batch, time, _ = x_BTD.shape
 
-        def project(name: str, heads: int) -> Array:
-            lora = self.lora if self.lora.rank and name in self.lora.targets else None
-            linear = Linear(heads * config.head_dim, config.qkv_bias, lora, self.dtype, name=name)
-            return linear(x_BTD).reshape(batch, time, heads, config.head_dim)
+        heads = {"q": config.n_heads, "k": config.n_kv_heads, "v": config.n_kv_heads}
+        widths = {name: count * config.head_dim for name, count in heads.items()}
 
-        q_BTHK = project("q", config.n_heads)
-        k_BTGK = project("k", config.n_kv_heads)
-        v_BTGK = project("v", config.n_kv_heads)
+        def project(name: str) -> Array:
+            lora = self.lora if self.lora.rank and name in self.lora.targets else None
+            return Linear(widths[name], config.qkv_bias, lora, self.dtype, name=name)(x_BTD)
+
+        if self.has_variable("params", "qkv"):  # `decode_layers` has joined them
+            joined = Linear(sum(widths.values()), config.qkv_bias, None, self.dtype, name="qkv")(x_BTD)
+            parts = jnp.split(joined, list(itertools.accumulate(widths.values()))[:-1], axis=-1)
+        else:
+            parts = [project(name) for name in heads]
+        q_BTHK, k_BTGK, v_BTGK = (
+            part.reshape(batch, time, count, config.head_dim)
+            for part, count in zip(parts, heads.values(), strict=True)
+        )
         if config.qk_norm:
             q_BTHK = RMSNorm(config.norm_eps, config.norm_plus_one, self.dtype, name="q_norm")(q_BTHK)
             k_BTGK = RMSNorm(config.norm_eps, config.norm_plus_one, self.dtype, name="k_norm")(k_BTGK)
@@ -264,8 +273,12 @@ class GatedMLP(nn.Module):
             lora = self.lora if self.lora.rank and name in self.lora.targets else None
             return Linear(features, config.mlp_bias, lora, self.dtype, name=name)
 
-        gate_BTF = checkpoint_name(linear("gate", config.d_ff)(x_BTD), "gate")
-        up_BTF = checkpoint_name(linear("up", config.d_ff)(x_BTD), "up")
+        if self.has_variable("params", "gate_up"):  # `decode_layers` has joined them
+            joined = Linear(2 * config.d_ff, config.mlp_bias, None, self.dtype, name="gate_up")(x_BTD)
+            gate_BTF, up_BTF = jnp.split(joined, 2, axis=-1)
+        else:
+            gate_BTF = checkpoint_name(linear("gate", config.d_ff)(x_BTD), "gate")
+            up_BTF = checkpoint_name(linear("up", config.d_ff)(x_BTD), "up")
         return linear("down", config.d_model)(ACTIVATIONS[config.activation](gate_BTF) * up_BTF)
 
 
@@ -409,21 +422,34 @@ def _layer(layers: PyTree, number: int) -> PyTree:
 
 def decode_layers(layers: PyTree, lora_scale: float) -> list[PyTree]:
     """A copy of the layers' parameters as XLA's CPU backend reads them fastest for a few rows: one tree a layer
-    instead of one of stacked leaves, kernels as `kernel_out_in` (see `few_rows_matmul`) with their adapters added
-    (`lora_scale` times A B). `extend` takes it in place of `params["layers"]`."""
+    instead of one of stacked leaves; kernels as `kernel_out_in` (see `few_rows_matmul`) with their adapters added
+    (`lora_scale` times A B); q, k, v joined as `qkv`, gate and up as `gate_up`. `extend` takes it in place of
+    `params["layers"]`."""
 
-    def turned(tree: PyTree) -> PyTree:
-        if not isinstance(tree, dict):
-            return tree
-        if "kernel" not in tree:
-            return {name: turned(value) for name, value in tree.items()}
-        kernel = tree["kernel"]
-        if "lora_a" in tree:
-            kernel = kernel + lora_scale * (tree["lora_a"] @ tree["lora_b"]).astype(kernel.dtype)
-        return {"kernel_out_in": kernel.T, **({"bias": tree["bias"]} if "bias" in tree else {})}
+    def turned(linear: PyTree) -> PyTree:
+        kernel = linear["kernel"]
+        if "lora_a" in linear:
+            kernel = kernel + lora_scale * (linear["lora_a"] @ linear["lora_b"]).astype(kernel.dtype)
+        return {"kernel_out_in": kernel.T, **({"bias": linear["bias"]} if "bias" in linear else {})}
+
+    def joined(part: PyTree, names: tuple[str, ...]) -> PyTree:
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(turned(part[name]) for name in names))
+
+    def rest(part: PyTree, *names: str) -> PyTree:
+        return {name: value for name, value in part.items() if name not in names}
+
+    def decode_layer(layer: PyTree) -> PyTree:
+        attn, mlp = layer["attn"], layer["mlp"]
+        qkv, o = joined(attn, ("q", "k", "v")), turned(attn["o"])
+        gate_up, down = joined(mlp, ("gate", "up")), turned(mlp["down"])
+        return {
+            **layer,
+            "attn": {**rest(attn, "q", "k", "v"), "qkv": qkv, "o": o},
+            "mlp": {"gate_up": gate_up, "down": down},
+        }
 
     count = jax.tree.leaves(layers)[0].shape[0]
-    return [turned(_layer(layers, number)) for number in range(count)]
+    return [decode_layer(_layer(layers, number)) for number in range(count)]
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: str = "float32") -> PyTree:

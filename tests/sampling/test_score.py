@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from answers import answers
 
 from posttrain_jax.errors import InputError
-from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.models.config import LoraConfig, ModelConfig
 from posttrain_jax.models.transformer import make_model
 from posttrain_jax.sampling.score import (
     BFLOAT16_LARGEST,
@@ -29,9 +31,12 @@ GEMMA = ModelConfig(
 PROMPTS = [np.arange(3, 3 + n) % 97 for n in (5, 1, 17, 9, 30)]
 
 
-def sampled(config, dtype="float32", mesh=None):
-    model = make_model(config, dtype=dtype)
-    params = model.init(jax.random.key(0))
+def sampled(config, dtype="float32", mesh=None, lora=None):
+    model = make_model(config, dtype=dtype, lora=lora)
+    noise = iter(jax.random.split(jax.random.key(1), 100))
+    params = jax.tree.map(
+        lambda leaf: leaf + 0.05 * jax.random.normal(next(noise), leaf.shape), model.init(jax.random.key(0))
+    )
     params["embed"]["embedding"] = params["embed"]["embedding"] * 10.0
     if mesh is not None:
         params = jax.device_put(params, tree_shardings(params, mesh))
@@ -53,6 +58,12 @@ def test_every_sampled_token_has_the_trainers_log_probability(config):
     apart = sampled(config)
     assert apart.tokens == 2 * (30 + 5 + 12 + 1 + 25)
     assert 0 <= apart.mean <= apart.largest < FLOAT32_LARGEST
+
+
+def test_with_biases_and_adapters():
+    """On a CPU the decode loop reads joined kernels with the adapters added, the prompts the layers as trained."""
+    biased = dataclasses.replace(LLAMA, qkv_bias=True, tied_embeddings=False)
+    assert sampled(biased, lora=LoraConfig(rank=4, alpha=8.0)).largest < FLOAT32_LARGEST
 
 
 def test_on_a_mesh_too():
