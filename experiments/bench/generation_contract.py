@@ -49,8 +49,10 @@ WORKS = {
     "batch1": Work("(a) batch 1, 128 new tokens", prompts=2, batch=1),
     "batch8": Work("(a) batch 8, 128 new tokens", prompts=8, batch=8),
     "batch32": Work("(a) batch 32, 128 new tokens", prompts=32, batch=32),
-    "mixed": Work("(b) 32 answers of 16 to 256 tokens, 8 at a time", prompts=32, batch=8, new_tokens=0),
-    "samples": Work("(c) 8 samples of each of 8 prompts, 128 new tokens", prompts=8, batch=64, samples=8),
+    "mixed": Work("(b) 24 answers of 16 to 256 tokens, 8 at a time", prompts=24, batch=8, new_tokens=0),
+    "samples": Work(
+        "(c) 8 samples of each of 8 prompts, 64 new tokens", prompts=8, batch=64, new_tokens=64, samples=8
+    ),
 }
 
 
