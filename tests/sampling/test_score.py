@@ -33,10 +33,11 @@ PROMPTS = [np.arange(3, 3 + n) % 97 for n in (5, 1, 17, 9, 30)]
 
 def sampled(config, dtype="float32", mesh=None, lora=None):
     model = make_model(config, dtype=dtype, lora=lora)
-    noise = iter(jax.random.split(jax.random.key(1), 100))
-    params = jax.tree.map(
-        lambda leaf: leaf + 0.05 * jax.random.normal(next(noise), leaf.shape), model.init(jax.random.key(0))
-    )
+    params = model.init(jax.random.key(0))
+    if lora is not None:  # adapters start at zero
+        params = jax.tree.map(
+            lambda leaf: leaf + 0.02 * jax.random.normal(jax.random.key(1), leaf.shape), params
+        )
     params["embed"]["embedding"] = params["embed"]["embedding"] * 10.0
     if mesh is not None:
         params = jax.device_put(params, tree_shardings(params, mesh))
