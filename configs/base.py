@@ -80,6 +80,28 @@ def base_config() -> ConfigDict:
     return config
 
 
+def preference_config() -> ConfigDict:
+    """The keys of `base_config` and those of learning from preferences.
+
+    `train.rows_per_step` counts prompts (for pairs: comparisons); `train.micro_rows` counts packed rows.
+    """
+    config = base_config()
+    config.algorithm = "dpo"
+    config.data.row_length = 0  # tokens in a packed row; 0 = what the longest prompt with its completions needs
+    config.data.share_prompt = "auto"  # the prompt once for all its completions: auto, yes, no
+    config.dpo = ConfigDict()
+    config.dpo.loss = "dpo"  # algorithms/dpo.py::LOSSES
+    config.dpo.beta = 0.1
+    config.dpo.label_smoothing = 0.0  # cdpo, robust: share of wrong labels; exo: its epsilon
+    config.dpo.gamma = 0.0  # simpo, slic
+    config.dpo.alpha = 0.0  # rdpo, dpop, cpo, orpo, slic: weight of the second term
+    config.dpo.eta = 1.0  # rpo
+    config.dpo.nll_weight = 0.0  # of the chosen completion's mean negative log-likelihood
+    config.dpo.skip_end = False  # leave the end-of-turn token out of the comparison
+    config.dpo.reference = "cached"  # cached, memory, adapter (LoRA off), none
+    return config
+
+
 def tiny(config: ConfigDict) -> ConfigDict:
     """Turns an experiment into one of the same shape that takes seconds on a CPU and needs no download."""
     config.model.init = "random"
@@ -100,4 +122,14 @@ def tiny(config: ConfigDict) -> ConfigDict:
     config.eval.batch_rows = 2
     config.eval.max_new_tokens = 8
     config.checkpoint.every = 2
+    return config
+
+
+def tiny_preferences(config: ConfigDict) -> ConfigDict:
+    """`tiny` for an experiment on preferences."""
+    tiny(config)
+    config.data.train = "configs/tiny/pairs.jsonl"
+    config.data.row_length = 0
+    config.data.truncate = "right"
+    config.train.micro_rows = 0
     return config

@@ -1,4 +1,4 @@
-"""Trains: SFT now; every algorithm in `algorithms()`. Run again with the same workdir, it resumes."""
+"""Trains, by every algorithm in `algorithms()`. Run again with the same workdir, it resumes."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ PROCESS = flags.DEFINE_integer("process", 0, "This process's index, with --coord
 
 def algorithms() -> dict[str, Callable[[ConfigDict, Path], Task]]:
     """Every algorithm by its name in `config.algorithm`."""
-    from posttrain_jax.algorithms import sft
+    from posttrain_jax.algorithms import dpo, sft
 
-    return {"sft": sft.from_config}
+    return {"sft": sft.from_config, "dpo": dpo.from_config}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -17,11 +17,13 @@ from ml_collections import ConfigDict as Config
 from transformers import PreTrainedTokenizerBase
 
 from posttrain_jax.assets import fetch
-from posttrain_jax.data.loader import Loader
+from posttrain_jax.data.loader import Loader, RowSource
 from posttrain_jax.data.packing import PackedRows, efficiency, pack
+from posttrain_jax.data.preference_rows import RowShape, row_shape
 from posttrain_jax.data.spans import resolve_template
 from posttrain_jax.data.split import hold_out, split_amount
 from posttrain_jax.data.tokenized import TokenizedData, TokenizeOptions, build
+from posttrain_jax.data.tokenized_preferences import PreferenceData, build_preferences
 from posttrain_jax.errors import InputError
 from posttrain_jax.export_model import write_model_folder
 from posttrain_jax.load_model import Source, load_config, load_model, resolve
@@ -31,10 +33,10 @@ from posttrain_jax.models.config import LoraConfig, ModelConfig
 from posttrain_jax.models.hf_config import config_from_hf
 from posttrain_jax.models.tokenizer import load_tokenizer
 from posttrain_jax.models.transformer import Model, make_model
-from posttrain_jax.optim import make_optimizer, make_schedule
+from posttrain_jax.optim import make_optimizer, make_schedule, new_state
 from posttrain_jax.sharding import host_data_shards, make_mesh, tree_shardings
 from posttrain_jax.trees import combine, partition
-from posttrain_jax.types import Array, PyTree
+from posttrain_jax.types import Array, PyTree, TrainState
 
 
 def mesh_from_config(config: Config) -> Mesh:
@@ -171,6 +173,24 @@ def _tokenizer_of(source: Source) -> PreTrainedTokenizerBase | None:
     return load_tokenizer(source.path if source.kind == "gguf" else source.model_folder)
 
 
+def is_trained(path: str, model: Model) -> bool:
+    """Whether a parameter is trained: every one, or with LoRA the adapters alone."""
+    return not model.lora.rank or path.endswith(("lora_a", "lora_b"))
+
+
+def init_state(
+    params: PyTree,
+    key: Array,
+    *,
+    model: Model,
+    optimizer: optax.GradientTransformationExtraArgs,
+    ema_decay: float,
+) -> TrainState:
+    """Splits the parameters into trained and frozen and makes the optimiser's state."""
+    trained, frozen = partition(params, lambda path: is_trained(path, model))
+    return new_state(trained, frozen, key, optimizer, ema=ema_decay > 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """Packed rows to train and to evaluate on."""
@@ -212,6 +232,73 @@ def rows_from_config(config: Config, tokenizer: PreTrainedTokenizerBase, workdir
     return Rows(train=rows, held_out=evaluation)
 
 
+@dataclasses.dataclass(frozen=True)
+class Preferences:
+    """Preference data to train and to evaluate on, and the rows they are packed into.
+
+    Attributes:
+      train, held_out: `held_out` is None where data.eval is "".
+      shape: of a step's rows.
+      eval_shape: of an evaluation's rows (the same length).
+    """
+
+    train: PreferenceData
+    held_out: PreferenceData | None
+    shape: RowShape
+    eval_shape: RowShape
+
+
+def preferences_from_config(
+    config: Config, tokenizer: PreTrainedTokenizerBase, workdir: Path, *, attention: str
+) -> Preferences:
+    """Reads, tokenises (or finds in the cache) and splits the preferences of `config.data`, and says what it did.
+
+    Raises:
+      InputError: bad rows, a missing file, nothing left to train on, a group that does not fit.
+    """
+    options = TokenizeOptions(
+        max_length=config.data.max_length,
+        truncate=config.data.truncate,
+        chat_template=config.data.chat_template,
+        on_bad_row=config.data.on_bad_row,
+    )
+    train = build_preferences(
+        _spec(config.data.train), tokenizer, options, rejected_path=workdir / "rejected.jsonl"
+    )
+    say(train.text())
+    held_out: PreferenceData | None = None
+    if config.data.eval:
+        amount = split_amount(_spec(config.data.eval))
+        if amount is not None:
+            train, held_out = hold_out(train, amount, seed=config.seed)
+        else:
+            held_out = build_preferences(_spec(config.data.eval), tokenizer, options)
+            say(held_out.text())
+    parts = [train] if held_out is None else [train, held_out]
+    share = share_prompt(config.data.share_prompt, attention)
+    shape = row_shape(
+        parts, groups=config.train.rows_per_step, length=config.data.row_length, share_prompt=share
+    )
+    eval_shape = row_shape(parts, groups=config.eval.batch_rows, length=shape.length, share_prompt=share)
+    say(
+        f"{len(train):,} prompts to train on, {0 if held_out is None else len(held_out):,} held out; "
+        f"{config.train.rows_per_step} a step, packed into rows of {shape.length:,} tokens"
+        + (", completions after a shared prompt." if share else ", every completion with its prompt.")
+    )
+    return Preferences(train=train, held_out=held_out, shape=shape, eval_shape=eval_shape)
+
+
+def share_prompt(wanted: str, attention: str) -> bool:
+    """Whether completions share their prompt: "auto" = wherever the attention implementation can.
+
+    Raises:
+      InputError: another word.
+    """
+    if wanted not in ("auto", "yes", "no"):
+        raise InputError(f"data.share_prompt is {wanted!r}; use auto, yes or no.")
+    return wanted == "yes" or (wanted == "auto" and attention != "splash")
+
+
 def _spec(value: Any) -> Any:
     """A data spec as `data.build` takes it: a string, or (source, weight) pairs; `asset:NAME` is fetched."""
     if not isinstance(value, str):
@@ -219,7 +306,7 @@ def _spec(value: Any) -> Any:
     return str(fetch(value.removeprefix("asset:"))) if value.startswith("asset:") else value
 
 
-def loader_from_config(config: Config, rows: Sequence[PackedRows], mesh: Mesh) -> Loader:
+def loader_from_config(config: Config, rows: Sequence[RowSource], mesh: Mesh) -> Loader:
     """This process's share of the training rows.
 
     Raises:
@@ -250,7 +337,7 @@ def micro_batches(config: Config, mesh: Mesh) -> int:
     return rows // micro
 
 
-def steps_from_config(config: Config, rows: Sequence[PackedRows]) -> int:
+def steps_from_config(config: Config, rows: Sequence[RowSource]) -> int:
     """`train.steps`, or as many as `train.epochs` over the rows take.
 
     Raises:
@@ -318,11 +405,6 @@ def abstract_on_mesh(make: Callable[..., PyTree], mesh: Mesh, *arguments: PyTree
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
     )
-
-
-def fixed_prompts(config: Config) -> list[list[dict[str, str]]]:
-    """The prompts answered at every evaluation, as conversations of one user turn."""
-    return [[{"role": "user", "content": prompt}] for prompt in config.eval.prompts]
 
 
 def seed_key(seed: int) -> Array:

@@ -11,7 +11,7 @@ import optax
 
 from posttrain_jax.errors import InputError
 from posttrain_jax.trees import global_norm, leaf_path
-from posttrain_jax.types import Array, Batch, Metric, Metrics, PyTree, TrainState
+from posttrain_jax.types import Array, Metric, Metrics, PyTree, TrainState
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
@@ -144,7 +144,11 @@ def divide_and_clip(clip_norm: float) -> optax.GradientTransformationExtraArgs:
 
 
 def gradient_sums(
-    loss_sum: Callable[[PyTree, Batch], tuple[Array, Metrics]], params: PyTree, batch: Batch
+    loss_sum: Callable[[PyTree, PyTree], tuple[Array, Metrics]],
+    params: PyTree,
+    batch: PyTree,
+    *,
+    used: Array | None = None,
 ) -> tuple[PyTree, Metrics]:
     """Gradient and metrics of a loss that is a sum, added over the micro-batches on the batch's leading axis.
 
@@ -152,22 +156,51 @@ def gradient_sums(
     micro-batches (or spread over devices) never changes the result.
 
     Args:
-      loss_sum: (params, micro-batch `[B, T]`) -> (sum of losses, metrics).
+      loss_sum: (params, micro-batch `[B, ...]`) -> (sum of losses, metrics).
       params: differentiated.
-      batch: leaves `[M, B, T]`.
+      batch: leaves `[M, B, ...]`.
+      used: scalar int32, how many micro-batches to do (the others are empty); None = all.
     """
     gradient = jax.grad(loss_sum, has_aux=True)
     micro_batches = jax.tree.leaves(batch)[0].shape[0]
     if micro_batches == 1:
         return gradient(params, jax.tree.map(lambda leaf: leaf[0], batch))
 
-    def body(total: PyTree, micro: Batch) -> tuple[PyTree, None]:
+    def body(total: PyTree, micro: PyTree) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, gradient(params, micro)), None
 
     first = jax.tree.map(lambda leaf: leaf[0], batch)
     shapes = jax.eval_shape(gradient, params, first)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.lax.scan(body, zeros, batch)[0]
+    if used is None:
+        return jax.lax.scan(body, zeros, batch)[0]
+
+    def one(number: Array, total: PyTree) -> PyTree:
+        micro = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), batch)
+        return body(total, micro)[0]
+
+    return jax.lax.fori_loop(0, used, one, zeros)
+
+
+def used_micro_batches(segment_ids_MBT: Array) -> Array:
+    """How many micro-batches come before the first that holds padding alone (empty rows lie last), at least 1."""
+    filled_M = jnp.any(segment_ids_MBT != 0, axis=(1, 2))
+    count = segment_ids_MBT.shape[0]
+    return jnp.max(jnp.where(filled_M, jnp.arange(1, count + 1, dtype=jnp.int32), 1))
+
+
+def map_micro_batches(function: Callable[[PyTree], PyTree], batch: PyTree, used: Array) -> PyTree:
+    """`function` of each of the first `used` micro-batches, stacked on a leading axis; zeros for the others."""
+    first = jax.tree.map(lambda leaf: leaf[0], batch)
+    count = jax.tree.leaves(batch)[0].shape[0]
+    shapes = jax.eval_shape(function, first)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), shapes)
+
+    def one(number: Array, out: PyTree) -> PyTree:
+        micro = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), batch)
+        return jax.tree.map(lambda whole, part: whole.at[number].set(part), out, function(micro))
+
+    return jax.lax.fori_loop(0, used, one, zeros)
 
 
 def apply_gradients(

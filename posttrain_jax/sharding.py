@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from posttrain_jax.errors import InputError
 from posttrain_jax.trees import leaf_path
-from posttrain_jax.types import Array, Batch, PyTree
+from posttrain_jax.types import Array, Batch, PreferenceBatch, PyTree
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -99,7 +99,7 @@ def tree_shardings(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Micro-batched rows `[M, B, T]`: rows over data and fsdp."""
+    """Micro-batched rows `[M, B, ...]`: rows over data and fsdp."""
     return NamedSharding(mesh, P(None, BATCH_AXES, None))
 
 
@@ -127,15 +127,20 @@ def host_data_shards(mesh: Mesh) -> tuple[int, int]:
     return sorted(rows_per_process).index(jax.process_index()), len(rows_per_process)
 
 
-def put_batch(arrays: dict[str, np.ndarray], mesh: Mesh, micro_batches: int) -> Batch:
-    """This process's rows `[rows, T]` as its part of the global `[M, B, T]` batch on the devices."""
+RowBatch = TypeVar("RowBatch", Batch, PreferenceBatch)
+
+
+def put_batch(
+    arrays: dict[str, np.ndarray], mesh: Mesh, micro_batches: int, kind: type[RowBatch] = Batch
+) -> RowBatch:
+    """This process's rows `[rows, ...]` as its part of the global `[M, B, ...]` batch on the devices."""
     sharding = batch_sharding(mesh)
 
     def put(rows: np.ndarray) -> Array:
         split = rows.reshape(micro_batches, rows.shape[0] // micro_batches, rows.shape[1])
         return jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(split))
 
-    return Batch(**{name: put(rows) for name, rows in arrays.items()})
+    return kind(**{name: put(rows) for name, rows in arrays.items()})
 
 
 def jit_step(

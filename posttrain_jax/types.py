@@ -79,6 +79,47 @@ class Batch:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class PreferenceBatch:
+    """Rows of prompts with their completions; see `data/preference_rows.py` for how a row is laid out.
+
+    A row has T tokens, room for N completions and for P comparisons between them; every leaf is `[B, ...]` (or
+    `[M, B, ...]`). An empty place of a completion has `sequence_ids` 0, of a comparison `weights` 0.
+
+    Attributes:
+      tokens, loss_mask, segment_ids, positions: `[B, T]` as in `Batch`; a segment is a prompt with its completions.
+      branches: `[B, T]` int32, 0 = prompt, n = completion n - 1 of the row.
+      ends: `[B, N]` int32, the place of a completion's last token.
+      lengths: `[B, N]` int32, trained tokens of a completion.
+      sequence_ids: `[B, N]` int32, number of the completion in its source + 1.
+      group_ids: `[B, N]` int32, 1.. numbers the prompts of the row.
+      ratings, labels, reference_logps: `[B, N]` float32; NaN (ratings) or -1 (labels) where there is none.
+      better, worse: `[B, P]` int32, the places of the two completions of a comparison.
+      weights, margins, probabilities: `[B, P]` float32, see `data.preferences.Comparison`.
+      shares: `[B, P]` float32, 1 / C(K, 2) for a comparison among K completions.
+    """
+
+    tokens: Array
+    loss_mask: Array
+    segment_ids: Array
+    positions: Array
+    branches: Array
+    ends: Array
+    lengths: Array
+    sequence_ids: Array
+    group_ids: Array
+    ratings: Array
+    labels: Array
+    reference_logps: Array
+    better: Array
+    worse: Array
+    weights: Array
+    margins: Array
+    probabilities: Array
+    shares: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class ModelOutput:
     """What the transformer returns.
 
@@ -157,8 +198,8 @@ class Task:
     init_state: Callable[[], TrainState]
     abstract_state: TrainState
     rows: RowStream
-    put: Callable[[dict[str, np.ndarray]], Batch]
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    put: Callable[[dict[str, np.ndarray]], PyTree]
+    train_step: Callable[[TrainState, PyTree], tuple[TrainState, Metrics]]
     evaluate: Callable[[TrainState], dict[str, float]] | None
     sample: Callable[[TrainState], list[dict[str, Any]]] | None
     flops_per_token: float

@@ -73,6 +73,12 @@ def alpaca_path() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def dpo_en_demo() -> pathlib.Path:
+    """300 real preference pairs."""
+    return _asset("dpo_en_demo")
+
+
+@pytest.fixture(scope="session")
 def demo_path():
     """A function from the name of an asset to its path."""
     return _asset

@@ -11,11 +11,9 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
@@ -23,10 +21,9 @@ from ml_collections import ConfigDict as Config
 from posttrain_jax.data.loader import eval_batches
 from posttrain_jax.data.packing import PackedRows
 from posttrain_jax.experiment import (
-    Policy,
     abstract_on_mesh,
-    fixed_prompts,
     flops_per_token,
+    init_state,
     loader_from_config,
     mesh_from_config,
     micro_batches,
@@ -36,36 +33,17 @@ from posttrain_jax.experiment import (
     seed_key,
     steps_from_config,
 )
+from posttrain_jax.fixed_prompts import answer_fixed_prompts
 from posttrain_jax.losses.logprobs import Projection
 from posttrain_jax.losses.sft import nll_loss
 from posttrain_jax.masking import shift_left
 from posttrain_jax.metrics import Accumulator, to_host
 from posttrain_jax.models.heads import sum_logps
-from posttrain_jax.models.tokenizer import stop_token_ids
 from posttrain_jax.models.transformer import Model, head_VD
-from posttrain_jax.optim import apply_gradients, gradient_sums, new_state
-from posttrain_jax.sampling.generate import GenerateOptions, generate
+from posttrain_jax.optim import apply_gradients, gradient_sums
 from posttrain_jax.sharding import batch_sharding, host_data_shards, jit_step, put_batch, replicated
-from posttrain_jax.trees import combine, partition
+from posttrain_jax.trees import combine
 from posttrain_jax.types import Array, Batch, Metric, Metrics, PyTree, Task, TrainState
-
-
-def is_trained(path: str, model: Model) -> bool:
-    """Whether a parameter is trained: every one, or with LoRA the adapters alone."""
-    return not model.lora.rank or path.endswith(("lora_a", "lora_b"))
-
-
-def init_state(
-    params: PyTree,
-    key: Array,
-    *,
-    model: Model,
-    optimizer: optax.GradientTransformationExtraArgs,
-    ema_decay: float,
-) -> TrainState:
-    """Splits the parameters into trained and frozen and makes the optimiser's state."""
-    trained, frozen = partition(params, lambda path: is_trained(path, model))
-    return new_state(trained, frozen, key, optimizer, ema=ema_decay > 0)
 
 
 def token_losses(params: PyTree, batch: Batch, *, model: Model) -> tuple[Array, Array, Metrics]:
@@ -195,7 +173,7 @@ def from_config(config: Config, workdir: Path) -> Task:
             donate=(0,),
         ),
         evaluate=_evaluation(config, rows.held_out, model, mesh) if rows.held_out else None,
-        sample=_sampling(config, policy, mesh) if config.eval.prompts else None,
+        sample=answer_fixed_prompts(config, policy) if config.eval.prompts else None,
         flops_per_token=flops_per_token(model.config, config.data.max_length),
     )
 
@@ -224,35 +202,3 @@ def _evaluation(
         return values
 
     return evaluate
-
-
-def _sampling(config: Config, policy: Policy, mesh: Mesh) -> Callable[[TrainState], list[dict[str, Any]]]:
-    """Greedy answers to the fixed prompts, for `samples.jsonl`."""
-    tokenizer = policy.tokenizer
-    stops = stop_token_ids(policy.model.config, tokenizer)
-    prompts = [
-        np.asarray(
-            tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"],
-            np.int32,
-        )
-        for chat in fixed_prompts(config)
-    ]
-
-    def sample(state: TrainState) -> list[dict[str, Any]]:
-        samples = generate(
-            policy.model,
-            combine(state.params, state.frozen),
-            prompts,
-            GenerateOptions(config.eval.max_new_tokens, stop_token_ids=stops, seed=config.seed),
-        )
-        return [
-            {
-                "prompt": prompt,
-                "answer": tokenizer.decode(sample.tokens, skip_special_tokens=True),
-                "finish_reason": sample.finish_reason,
-                "tokens": len(sample.tokens),
-            }
-            for prompt, sample in zip(config.eval.prompts, samples, strict=True)
-        ]
-
-    return sample

@@ -31,6 +31,10 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "function_call": "assistant",
 }
+
+# A message as a chat template takes it, and whether it is an assistant turn that may be trained.
+Message = tuple[dict[str, Any], bool]
+
 _OPTIONAL_TEXT = ("reasoning_content", "name", "tool_call_id")
 
 
@@ -57,9 +61,9 @@ class Conversation:
 def to_conversation(row: dict[str, Any]) -> Conversation:
     """Converts one row of any known format. Raises RowError with the column and the reason."""
     if "messages" in row:
-        return _chat(_messages(row["messages"], "messages"), row)
+        return _chat(read_messages(row["messages"], "messages"), row)
     if "conversations" in row:
-        return _chat(_sharegpt(row["conversations"]), row)
+        return _chat(read_sharegpt(row["conversations"]), row)
     if "prompt" in row and "completion" in row:
         return _prompt_completion(row)
     if "instruction" in row and "output" in row:
@@ -79,11 +83,11 @@ def to_conversation(row: dict[str, Any]) -> Conversation:
 
 
 def _chat(
-    messages: list[tuple[dict[str, Any], bool]], row: dict[str, Any], column: str = "messages"
+    messages: list[Message], row: dict[str, Any], column: str = "messages"
 ) -> Conversation:
     system = row.get("system")
     if system is not None and not isinstance(system, str):
-        raise RowError("system", f"is {_kind(system)}, not text")
+        raise RowError("system", f"is {describe_kind(system)}, not text")
     if system and messages[0][0]["role"] != "system":
         messages = [({"role": "system", "content": system}, False), *messages]
     if not any(message["role"] == "assistant" for message, _ in messages):
@@ -97,12 +101,13 @@ def _chat(
     )
 
 
-def _messages(value: Any, column: str) -> list[tuple[dict[str, Any], bool]]:
+def read_messages(value: Any, column: str) -> list[Message]:
+    """[{"role", "content", ...}], each with whether it may be trained. Raises RowError."""
     items = _list_of_dicts(value, column)
     return [_message(item, f"{column}[{i}]") for i, item in enumerate(items)]
 
 
-def _message(item: dict[str, Any], where: str) -> tuple[dict[str, Any], bool]:
+def _message(item: dict[str, Any], where: str) -> Message:
     """One message, and whether it is trained."""
     role = item.get("role")
     if role is None:
@@ -137,14 +142,14 @@ def _content(item: dict[str, Any], where: str) -> tuple[str | None, str, list[di
     if content is None or isinstance(content, str):
         return content, "", []
     if not isinstance(content, list):
-        raise RowError(f"{where}.content", f"is {_kind(content)}, not text")
+        raise RowError(f"{where}.content", f"is {describe_kind(content)}, not text")
     texts, reasoning, calls = [], [], []
     for j, block in enumerate(_list_of_dicts(content, f"{where}.content") if content else []):
         column = f"{where}.content[{j}]"
         kind = block.get("type")
         value = block.get("value", block.get("text"))
         if not isinstance(value, str):
-            raise RowError(column, f"holds {_kind(value)}, not text (block type {kind!r})")
+            raise RowError(column, f"holds {describe_kind(value)}, not text (block type {kind!r})")
         if kind == "text":
             texts.append(value)
         elif kind == "reasoning":
@@ -169,7 +174,7 @@ def _weight(item: dict[str, Any], where: str) -> float:
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
     """{"type": "function", "function": {"name", "arguments": object}}, from that or from its inner part."""
     if not isinstance(call, dict):
-        raise RowError(where, f"is {_kind(call)}, not an object with name and arguments")
+        raise RowError(where, f"is {describe_kind(call)}, not an object with name and arguments")
     function = call.get("function", call)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RowError(where, "has no function name")
@@ -182,13 +187,14 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     return result
 
 
-def _sharegpt(value: Any) -> list[tuple[dict[str, Any], bool]]:
-    items = _list_of_dicts(value, "conversations")
+def read_sharegpt(value: Any, column: str = "conversations") -> list[Message]:
+    """ShareGPT turns [{"from", "value"}], or messages, as messages. Raises RowError."""
+    items = _list_of_dicts(value, column)
     if "from" not in items[0] and "role" in items[0]:
-        return _messages(items, "conversations")
+        return read_messages(items, column)
     messages = []
     for i, item in enumerate(items):
-        where = f"conversations[{i}]"
+        where = f"{column}[{i}]"
         speaker = item.get("from")
         if speaker is None:
             raise RowError(f"{where}.from", "is missing" if "from" not in item else "is null")
@@ -217,22 +223,27 @@ def _prompt_completion(row: dict[str, Any]) -> Conversation:
         if row[column] is None:
             raise RowError(column, "is null")
     if isinstance(prompt, str) and isinstance(completion, str):
-        if not completion:
-            raise RowError("completion", "is empty, so there is nothing to train on")
-        return Conversation(prompt=prompt, completion=completion)
+        return prompt_completion(prompt, completion)
     if isinstance(prompt, list) and isinstance(completion, list):
-        before = [(message, False) for message, _ in _messages(prompt, "prompt")]
+        before = [(message, False) for message, _ in read_messages(prompt, "prompt")]
         return _chat(before + _checked_completion(completion), row, "completion")
     for column in ("prompt", "completion"):
         if not isinstance(row[column], str | list):
-            raise RowError(column, f"is {_kind(row[column])}, not text or a list of messages")
+            raise RowError(column, f"is {describe_kind(row[column])}, not text or a list of messages")
     raise RowError(
-        "completion", f"is {_kind(completion)} but the prompt is {_kind(prompt)}; both must be the same"
+        "completion", f"is {describe_kind(completion)} but the prompt is {describe_kind(prompt)}; both must be the same"
     )
 
 
-def _checked_completion(completion: list[Any]) -> list[tuple[dict[str, Any], bool]]:
-    messages = _messages(completion, "completion")
+def prompt_completion(prompt: str, completion: str, column: str = "completion") -> Conversation:
+    """Text after text, without a chat template. Raises RowError when there is no completion."""
+    if not completion:
+        raise RowError(column, "is empty, so there is nothing to train on")
+    return Conversation(prompt=prompt, completion=completion)
+
+
+def _checked_completion(completion: list[Any]) -> list[Message]:
+    messages = read_messages(completion, "completion")
     if not any(message["role"] == "assistant" for message, _ in messages):
         raise RowError("completion", "has no assistant turn, so there is nothing to train on")
     return messages
@@ -250,7 +261,7 @@ def _alpaca(row: dict[str, Any]) -> Conversation:
     messages = []
     history = row.get("history") or []
     if not isinstance(history, list):
-        raise RowError("history", f"is {_kind(history)}, not a list of [question, answer] pairs")
+        raise RowError("history", f"is {describe_kind(history)}, not a list of [question, answer] pairs")
     for i, pair in enumerate(history):
         if not (
             isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
@@ -281,12 +292,12 @@ def _list_of_dicts(value: Any, column: str) -> list[dict[str, Any]]:
     if isinstance(value, dict) and _is_columns(value):
         value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
     if not isinstance(value, list):
-        raise RowError(column, f"is {_kind(value)}, not a list")
+        raise RowError(column, f"is {describe_kind(value)}, not a list")
     if not value:
         raise RowError(column, "is an empty list")
     for i, item in enumerate(value):
         if not isinstance(item, dict):
-            raise RowError(f"{column}[{i}]", f"is {_kind(item)}, not an object")
+            raise RowError(f"{column}[{i}]", f"is {describe_kind(item)}, not an object")
     return value
 
 
@@ -302,7 +313,7 @@ def _text(row: dict[str, Any], key: str, column: str = "") -> str:
     if value is None:
         raise RowError(column, "is null" if key in row else "is missing")
     if not isinstance(value, str):
-        raise RowError(column, f"is {_kind(value)}, not text")
+        raise RowError(column, f"is {describe_kind(value)}, not text")
     if key == "text" and not value.strip():
         raise RowError(column, "is empty")
     return value
@@ -315,7 +326,8 @@ def _parse_json(text: str, column: str) -> Any:
         raise RowError(column, f"should hold JSON, but: {error}") from None
 
 
-def _kind(value: Any) -> str:
+def describe_kind(value: Any) -> str:
+    """What a JSON value is, in words."""
     if value is None:
         return "null"
     names = {

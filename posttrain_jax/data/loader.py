@@ -11,16 +11,27 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
 
-from posttrain_jax.data.packing import KEYS, PackedRows, empty_row
 from posttrain_jax.errors import InputError
 
 # Rows in an endless stream. Grain's own endless repeat overflows when a batch is one row.
 _ENDLESS = 2**45
+
+
+class RowSource(Protocol):
+    """Rows of one source: `packing.PackedRows`, or `preference_rows.PreferenceRows`."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, row: int) -> Any: ...
+    def row_id(self, row: int) -> str: ...
+    def fingerprint(self) -> bytes: ...
+    def collate(self, rows: Sequence[Any]) -> dict[str, np.ndarray]: ...
+    @property
+    def weight(self) -> float: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +39,7 @@ class HostBatch:
     """This host's rows of one step.
 
     Attributes:
-      arrays: tokens, loss_mask, segment_ids, positions, each int32 `[rows, max_length]`.
+      arrays: what the source's `collate` makes of them: the leaves of a batch, `[rows, ...]`.
       row_ids: for each row, "file:line" of the sequences in it ("" for an empty row).
     """
 
@@ -40,7 +51,7 @@ class Loader:
     """Endless batches over packed rows.
 
     Args:
-      rows: what `pack` returns; each part's weight is its source's.
+      rows: one part for each source; all parts collate alike.
       rows_per_step: rows of one step over all hosts.
       seed: of the shuffle.
       host_index, host_count: which share of each step this process takes.
@@ -52,7 +63,7 @@ class Loader:
 
     def __init__(
         self,
-        rows: Sequence[PackedRows],
+        rows: Sequence[RowSource],
         *,
         rows_per_step: int,
         seed: int,
@@ -72,13 +83,13 @@ class Loader:
         if len(parts) == 1:
             stream = parts[0]
         else:
-            stream = grain.MapDataset.mix(parts, [part.source.weight for part in self._rows])
-        batches = stream.slice(slice(host_index, None, host_count)).batch(per_host, batch_fn=_stack)
+            stream = grain.MapDataset.mix(parts, [part.weight for part in self._rows])
+        batches = stream.slice(slice(host_index, None, host_count)).batch(per_host, batch_fn=self._collate)
         options = grain.ReadOptions(num_threads=min(2, prefetch), prefetch_buffer_size=prefetch)
         self._batches = iter(batches.to_iter_dataset(options))
 
-    def _part(self, number: int, rows: PackedRows, shuffle: bool) -> grain.MapDataset:
-        def load(row: int) -> tuple[int, int, dict[str, np.ndarray]]:
+    def _part(self, number: int, rows: RowSource, shuffle: bool) -> grain.MapDataset:
+        def load(row: int) -> _Taken:
             return number, row, rows[row]
 
         dataset = grain.MapDataset.range(len(rows))
@@ -86,6 +97,9 @@ class Loader:
             seed = int(np.random.SeedSequence([self._seed, number]).generate_state(1, np.uint32)[0])
             dataset = dataset.shuffle(seed=seed)
         return dataset.repeat(_ENDLESS // len(rows) + 1).map(load)
+
+    def _collate(self, taken: Sequence[_Taken]) -> _Loaded:
+        return _load(self._rows[0], taken)
 
     @property
     def rows_per_epoch(self) -> int:
@@ -133,23 +147,23 @@ class Loader:
 
 
 def eval_batches(
-    rows: Sequence[PackedRows], *, rows_per_step: int, host_index: int = 0, host_count: int = 1
+    rows: Sequence[RowSource], *, rows_per_step: int, host_index: int = 0, host_count: int = 1
 ) -> Iterator[HostBatch]:
     """One pass over all rows in order. Every host gets the same number of batches; empty rows fill the last."""
     _check_rows_per_step(rows_per_step, host_count)
     places = [(number, row) for number, part in enumerate(rows) for row in range(len(part))]
     for start in range(0, len(places), rows_per_step):
-        taken: list[tuple[int, int, dict[str, np.ndarray]]] = []
+        taken: list[_Taken] = []
         for place in range(start + host_index, start + rows_per_step, host_count):
             if place < len(places):
                 number, row = places[place]
                 taken.append((number, row, rows[number][row]))
             else:
-                taken.append((-1, -1, empty_row(rows[0].max_length)))
-        yield _host_batch(rows, _stack(taken))
+                taken.append((-1, -1, None))
+        yield _host_batch(rows, _load(rows[0], taken))
 
 
-def eval_batch_count(rows: Sequence[PackedRows], *, rows_per_step: int) -> int:
+def eval_batch_count(rows: Sequence[RowSource], *, rows_per_step: int) -> int:
     """How many batches `eval_batches` gives."""
     return -(-sum(len(part) for part in rows) // rows_per_step)
 
@@ -162,12 +176,16 @@ class _Loaded:
     places: list[tuple[int, int]]
 
 
-def _stack(rows: Sequence[tuple[int, int, dict[str, np.ndarray]]]) -> _Loaded:
-    arrays = {key: np.stack([row[2][key] for row in rows]) for key in KEYS}
-    return _Loaded(arrays, [(int(number), int(row)) for number, row, _ in rows])
+# Source number, row, and the row itself (None = an empty one).
+_Taken = tuple[int, int, Any]
 
 
-def _host_batch(rows: Sequence[PackedRows], loaded: _Loaded) -> HostBatch:
+def _load(part: RowSource, taken: Sequence[_Taken]) -> _Loaded:
+    arrays = part.collate([row for _, _, row in taken])
+    return _Loaded(arrays, [(int(number), int(row)) for number, row, _ in taken])
+
+
+def _host_batch(rows: Sequence[RowSource], loaded: _Loaded) -> HostBatch:
     ids = [rows[number].row_id(row) if number >= 0 else "" for number, row in loaded.places]
     return HostBatch(loaded.arrays, ids)
 
@@ -180,11 +198,9 @@ def _check_rows_per_step(rows_per_step: int, host_count: int) -> None:
         )
 
 
-def _fingerprint(rows: Sequence[PackedRows], shuffle: bool) -> str:
+def _fingerprint(rows: Sequence[RowSource], shuffle: bool) -> str:
     """A hash of everything that decides the order and the contents of the stream, but the seed."""
     digest = hashlib.sha256(str(shuffle).encode())
     for part in rows:
-        digest.update(f"{part.source.store.meta['sha256']} {part.source.weight!r} {part.max_length}".encode())
-        for array in (part.source.index, part.plan, part.starts):
-            digest.update(np.ascontiguousarray(array, np.int64).tobytes())
+        digest.update(part.fingerprint())
     return digest.hexdigest()[:32]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -84,6 +85,23 @@ class PackedRows:
             arrays["positions"][at:end] = np.arange(end - at)
             at = end
         return arrays
+
+    @property
+    def weight(self) -> float:
+        """Share in a mixture."""
+        return self.source.weight
+
+    def collate(self, rows: Sequence[dict[str, np.ndarray] | None]) -> dict[str, np.ndarray]:
+        """Rows (None = an empty one) as the leaves of a `Batch`, `[rows, max_length]`."""
+        filled = [empty_row(self.max_length) if row is None else row for row in rows]
+        return {key: np.stack([row[key] for row in filled]) for key in KEYS}
+
+    def fingerprint(self) -> bytes:
+        """A hash of everything that decides the rows and their contents."""
+        digest = hashlib.sha256(f"{self.source.store.meta['sha256']} {self.weight!r} {self.max_length}".encode())
+        for array in (self.source.index, self.plan, self.starts):
+            digest.update(np.ascontiguousarray(array, np.int64).tobytes())
+        return digest.digest()
 
     def sequences(self, row: int) -> list[int]:
         """The sequence numbers in a row, in order."""

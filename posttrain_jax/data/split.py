@@ -1,7 +1,8 @@
 """Held-out rows taken from the training data: `data.eval = "split:0.05"` (a share) or `"split:200"` (a number).
 
 Sequences are drawn before packing, by a hash of their tokens and mask with the seed as its key. So the choice does
-not depend on their order, and equal sequences, in whatever file, are on the same side.
+not depend on their order, and equal sequences, in whatever file, are on the same side. Preferences are drawn by their
+prompt: all that was said about one prompt is on the same side.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+from typing import TypeVar
 
 import numpy as np
 
-from posttrain_jax.data.tokenized import TokenizedData, TokenizedSource
+from posttrain_jax.data.tokenized import TokenizedData
+from posttrain_jax.data.tokenized_preferences import PreferenceData
 from posttrain_jax.errors import InputError
 
 PREFIX = "split:"
+Data = TypeVar("Data", TokenizedData, PreferenceData)
 
 
 def split_amount(eval_spec: object) -> float | None:
@@ -33,15 +37,16 @@ def split_amount(eval_spec: object) -> float | None:
     return amount
 
 
-def hold_out(data: TokenizedData, amount: float, *, seed: int) -> tuple[TokenizedData, TokenizedData]:
-    """Splits off a share (`amount` < 1) or a number of the sequences: (the rest to train on, held out).
+def hold_out(data: Data, amount: float, *, seed: int) -> tuple[Data, Data]:
+    """Splits off a share (`amount` < 1) or a number of the sequences (or preferences): (the rest to train on, held out).
 
     Raises InputError when nothing would be held out, or nothing would be left of a source.
     """
     groups: dict[bytes, list[tuple[int, int]]] = collections.defaultdict(list)
     for number, source in enumerate(data.sources):
         for i in range(len(source)):
-            groups[_digest(source, i, seed)].append((number, i))
+            digest = hashlib.blake2b(source.identity(i), digest_size=16, key=str(seed).encode()).digest()
+            groups[digest].append((number, i))
     target = round(amount * len(data)) if amount < 1 else int(amount)
     held = [np.zeros(len(source), bool) for source in data.sources]
     taken = 0
@@ -65,10 +70,3 @@ def hold_out(data: TokenizedData, amount: float, *, seed: int) -> tuple[Tokenize
     test = tuple(source.select(np.flatnonzero(chosen)) for source, chosen in pairs if chosen.any())
     return dataclasses.replace(data, sources=train), dataclasses.replace(data, sources=test)
 
-
-def _digest(source: TokenizedSource, i: int, seed: int) -> bytes:
-    encoded = source.sequence(i)
-    sha = hashlib.blake2b(digest_size=16, key=str(seed).encode())
-    sha.update(encoded.tokens.tobytes())
-    sha.update(encoded.loss_mask.tobytes())
-    return sha.digest()

@@ -120,6 +120,11 @@ class TokenizedSource:
         start, stop = self.store.offsets[at], self.store.offsets[at + 1]
         return Encoded(self.store.tokens[start:stop], self.store.loss_mask[start:stop])
 
+    def identity(self, i: int) -> bytes:
+        """What makes two sequences the same: tokens and mask."""
+        encoded = self.sequence(i)
+        return encoded.tokens.tobytes() + encoded.loss_mask.tobytes()
+
     def row_id(self, i: int) -> str:
         """ "file:line" of the row that sequence i came from."""
         at = self.index[i]
@@ -183,9 +188,12 @@ def build(
         index = np.arange(report.sequences, dtype=np.int64)
         sources.append(TokenizedSource(store, index, weight, report))
         folders.append(root / key)
-    _check(sources, folders, options)
+    check_bad_rows([source.report.bad for source in sources], folders, options)
+    for item in sources:
+        if not len(item):
+            raise InputError(f"no row is left to train on: {item.report.text()}")
     if rejected_path is not None and options.on_bad_row == "skip":
-        _write_rejected(rejected_path, sources, folders)
+        write_rejected(rejected_path, sum(item.report.bad for item in sources), folders)
     return TokenizedData(tuple(sources))
 
 
@@ -199,13 +207,13 @@ def _write(
     files: dict[str, int] = {}
     seen: set[bytes] = set()
     with StoreWriter(folder) as writer, (folder / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
-        for chunk in _chunks(rows.read()):
+        for chunk in in_chunks(rows.read()):
             kept: list[tuple[Row, Encoded]] = []
             for row, encoded_row in _encode(chunk, encoder, seen, counts):
                 result = _truncate(encoded_row, options, counts)
                 if isinstance(result, RowError):
                     counts["bad"] += 1
-                    rejected.write(_rejection(row, result) + "\n")
+                    rejected.write(rejection(row, result) + "\n")
                 elif result is not None:
                     kept.append((row, result))
             writer.append(
@@ -222,7 +230,8 @@ def _write(
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
-def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+def in_chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """The rows, some at a time, in order."""
     chunk: list[Row] = []
     for row in rows:
         chunk.append(row)
@@ -282,7 +291,8 @@ def _truncate(
     return encoded
 
 
-def _rejection(row: Row, error: RowError) -> str:
+def rejection(row: Row, error: RowError) -> str:
+    """A bad row and its reason as a line of JSON."""
     record: dict[str, Any] = {
         "source": row.source,
         "line": row.line,
@@ -294,12 +304,20 @@ def _rejection(row: Row, error: RowError) -> str:
     return json.dumps(record, ensure_ascii=False, default=str)
 
 
-def _check(
-    sources: Sequence[TokenizedSource], folders: Sequence[pathlib.Path], options: TokenizeOptions
-) -> None:
-    bad = sum(source.report.bad for source in sources)
+def check_bad_rows(counts: Sequence[int], folders: Sequence[pathlib.Path], options: TokenizeOptions) -> None:
+    """Stops on the first bad row, unless bad rows are skipped.
+
+    Args:
+      counts: bad rows of each source.
+      folders: where each source's `rejected.jsonl` lies.
+      options: say what to do.
+
+    Raises:
+      InputError: with the file, line, column and reason.
+    """
+    bad = sum(counts)
     if bad and options.on_bad_row == "stop":
-        folder = next(folder for source, folder in zip(sources, folders, strict=True) if source.report.bad)
+        folder = next(folder for count, folder in zip(counts, folders, strict=True) if count)
         with (folder / "rejected.jsonl").open(encoding="utf-8") as file:
             first = json.loads(file.readline())
         more = f" ({bad - 1:,} more bad rows)" if bad > 2 else " (1 more bad row)" if bad == 2 else ""
@@ -307,16 +325,12 @@ def _check(
             f"{first['source']}, line {first['line']}, {first['column']}: {first['reason']}{more}; "
             "fix the data, or set data.on_bad_row=skip to leave bad rows out"
         )
-    for source in sources:
-        if not len(source):
-            raise InputError(f"no row is left to train on: {source.report.text()}")
 
 
-def _write_rejected(
-    path: pathlib.Path, sources: Sequence[TokenizedSource], folders: Sequence[pathlib.Path]
-) -> None:
+def write_rejected(path: pathlib.Path, bad: int, folders: Sequence[pathlib.Path]) -> None:
+    """Gathers the sources' bad rows in one file; there is none when no row is bad."""
     path.unlink(missing_ok=True)
-    if not any(source.report.bad for source in sources):
+    if not bad:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as out:

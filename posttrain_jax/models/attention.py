@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from posttrain_jax.errors import InputError
-from posttrain_jax.models.block_attention import BLOCK, BlockRule, block_attention
+from posttrain_jax.models.block_attention import BLOCK, BlockRule, RowPlaces, block_attention
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.sharding import BATCH_AXES, ambient_mesh
 from posttrain_jax.types import Array
@@ -31,13 +31,15 @@ class AttentionMask:
 
     A query at (segment s, order o, position p) sees a key at (s', o', p') when s == s' and o' <= o, and in a
     local layer p - p' < window too. In packed rows the order is the index in the row and positions restart;
-    in a cache the order is the position and an empty place has a segment of its own.
+    in a cache the order is the position and an empty place has a segment of its own. Where a segment has branches
+    (completions of one prompt), a query of branch b sees branch 0 (the prompt) and b, not the others.
 
     Attributes:
       query_segments_BT, key_segments_BS: int32.
       query_order_BT, key_order_BS: int32.
       query_positions_BT, key_positions_BS: int32.
       packed: keys are the queries' own row, in order (no cache).
+      branches_BT: int32, of packed rows; None = every segment is one sequence.
     """
 
     query_segments_BT: Array
@@ -47,13 +49,23 @@ class AttentionMask:
     query_positions_BT: Array
     key_positions_BS: Array
     packed: bool = dataclasses.field(metadata={"static": True})
+    branches_BT: Array | None = None
 
     @classmethod
-    def packed_rows(cls, segment_ids_BT: Array, positions_BT: Array) -> AttentionMask:
-        """Causal attention within each segment of a row."""
+    def packed_rows(
+        cls, segment_ids_BT: Array, positions_BT: Array, branches_BT: Array | None = None
+    ) -> AttentionMask:
+        """Causal attention within each segment of a row (and within its branches)."""
         order_BT = jnp.broadcast_to(jnp.arange(segment_ids_BT.shape[1])[None, :], segment_ids_BT.shape)
         return cls(
-            segment_ids_BT, segment_ids_BT, order_BT, order_BT, positions_BT, positions_BT, packed=True
+            segment_ids_BT,
+            segment_ids_BT,
+            order_BT,
+            order_BT,
+            positions_BT,
+            positions_BT,
+            packed=True,
+            branches_BT=branches_BT,
         )
 
     @classmethod
@@ -73,6 +85,9 @@ class AttentionMask:
         """The mask of a block of queries and keys, `[B, t, s]` bool; `is_local` None = no local layers."""
         allowed = self.query_segments_BT[:, queries, None] == self.key_segments_BS[:, None, keys]
         allowed &= self.query_order_BT[:, queries, None] >= self.key_order_BS[:, None, keys]
+        if self.branches_BT is not None:
+            key_branches = self.branches_BT[:, None, keys]
+            allowed &= (key_branches == 0) | (key_branches == self.branches_BT[:, queries, None])
         if is_local is not None:
             gap = self.query_positions_BT[:, queries, None] - self.key_positions_BS[:, None, keys]
             allowed &= jnp.logical_not(is_local) | (gap < window)
@@ -289,7 +304,8 @@ def _attend_blocks(
             out_specs=rows,
             check_vma=False,
         )
-    return kernel(q_BTHK, k_BSGK, v_BSGK, mask.query_segments_BT, window)
+    places = RowPlaces(mask.query_segments_BT, mask.query_positions_BT, mask.branches_BT)
+    return kernel(q_BTHK, k_BSGK, v_BSGK, places, window)
 
 
 def _head_axis(mesh: AbstractMesh, config: ModelConfig) -> str | None:
@@ -328,6 +344,11 @@ def _attend_splash(
     are no multiple of the TPU's 128 lanes are padded with zeros.
     """
     time, width = q_BTHK.shape[1], q_BTHK.shape[3]
+    if mask.branches_BT is not None:
+        raise InputError(
+            "model.attention=splash cannot share a prompt between completions; set data.share_prompt=no, or "
+            "model.attention=xla."
+        )
     if time % SPLASH_LANES:
         raise InputError(
             f"model.attention=splash needs rows of a multiple of {SPLASH_LANES} tokens, but they have {time}; "

@@ -35,14 +35,30 @@ class BlockRule:
     softcap: float
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowPlaces:
+    """Where each token of a packed row belongs, int32 `[B, T]` each.
+
+    Attributes:
+      segments: 0 = padding; a segment is one run of equal ids.
+      positions: of a token in its sequence; 0 at the start of a segment.
+      branches: a token of branch b sees branch 0 and b of its segment; None = there are none, and positions count up.
+    """
+
+    segments: Array
+    positions: Array
+    branches: Array | None = None
+
+
 def block_attention(
-    q_BTHK: Array, k_BTGK: Array, v_BTGK: Array, segments_BT: Array, window: Array, rule: BlockRule
+    q_BTHK: Array, k_BTGK: Array, v_BTGK: Array, places: RowPlaces, window: Array, rule: BlockRule
 ) -> Array:
     """Causal attention within segments, `[B, T, H, K]`; T must be a multiple of BLOCK.
 
     Args:
       q_BTHK, k_BTGK, v_BTGK: H a multiple of G.
-      segments_BT: 0 = padding; a segment is one run of equal ids.
+      places: who may see whom.
       window: scalar int32: how many latest tokens a query sees, itself included; T or more = all.
       rule: scale and soft cap.
     """
@@ -50,21 +66,28 @@ def block_attention(
     groups = k_BTGK.shape[2]
     q_BGMTK = q_BTHK.reshape(batch, time, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
     out_BGMTK = _attention(
-        q_BGMTK, k_BTGK.transpose(0, 2, 1, 3), v_BTGK.transpose(0, 2, 1, 3), segments_BT, window, rule
+        q_BGMTK, k_BTGK.transpose(0, 2, 1, 3), v_BTGK.transpose(0, 2, 1, 3), places, window, rule
     )
     return out_BGMTK.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, width)
 
 
-def first_key_blocks(segments_BT: Array, window: Array) -> Array:
-    """For each row and block of queries, the first block of keys that any of its queries can see, `[B, n]`."""
+def first_key_blocks(places: RowPlaces, window: Array) -> Array:
+    """For each row and block of queries, the first block of keys that any of its queries can see, `[B, n]`.
+
+    With branches the window counts positions, and a prompt's positions begin where its segment does.
+    """
+    segments_BT = places.segments
     batch, time = segments_BT.shape
     index_T = jnp.arange(time, dtype=jnp.int32)
     changes_BT = jnp.concatenate(
         [jnp.ones((batch, 1), bool), segments_BT[:, 1:] != segments_BT[:, :-1]], axis=1
     )
     starts_BT = jax.lax.cummax(jnp.where(changes_BT, index_T[None, :], 0), axis=1)
-    first_BT = jnp.maximum(starts_BT, index_T[None, :] - window + 1)
-    return first_BT[:, ::BLOCK] // BLOCK
+    if places.branches is None:
+        first_BT = jnp.maximum(starts_BT, index_T[None, :] - window + 1)
+        return first_BT[:, ::BLOCK] // BLOCK
+    first_BT = starts_BT + jnp.maximum(0, places.positions - window + 1)
+    return jnp.min(first_BT.reshape(batch, -1, BLOCK), axis=2) // BLOCK
 
 
 def _part(x: Array, row: Array, block: Array, axis: int) -> Array:
@@ -90,12 +113,22 @@ def _scores(q_GNK: Array, k_GSK: Array, rule: BlockRule) -> Array:
     return scores.reshape(q_GNK.shape[0], -1, BLOCK, BLOCK)
 
 
-def _mask(segments_BT: Array, window: Array, row: Array, queries: Array, keys: Array) -> Array:
+def _mask(places: RowPlaces, window: Array, row: Array, queries: Array, keys: Array) -> Array:
     """Who sees whom between two blocks, `[1, 1, t, s]`."""
+
+    def parts(values_BT: Array) -> tuple[Array, Array]:
+        return _part(values_BT, row, queries, 1)[:, None], _part(values_BT, row, keys, 1)[None, :]
+
     offset = jnp.arange(BLOCK, dtype=jnp.int32)
     gap = (queries * BLOCK + offset)[:, None] - (keys * BLOCK + offset)[None, :]
-    same = _part(segments_BT, row, queries, 1)[:, None] == _part(segments_BT, row, keys, 1)[None, :]
-    return (same & (gap >= 0) & (gap < window))[None, None]
+    query_segments, key_segments = parts(places.segments)
+    allowed = (query_segments == key_segments) & (gap >= 0)
+    if places.branches is not None:
+        query_branches, key_branches = parts(places.branches)
+        allowed &= (key_branches == 0) | (key_branches == query_branches)
+        query_positions, key_positions = parts(places.positions)
+        gap = query_positions - key_positions
+    return (allowed & (gap < window))[None, None]
 
 
 def _rows(x_GMtK: Array) -> Array:
@@ -105,15 +138,15 @@ def _rows(x_GMtK: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attention(
-    q_BGMTK: Array, k_BGTK: Array, v_BGTK: Array, segments_BT: Array, window: Array, rule: BlockRule
+    q_BGMTK: Array, k_BGTK: Array, v_BGTK: Array, places: RowPlaces, window: Array, rule: BlockRule
 ) -> Array:
-    return _forward(q_BGMTK, k_BGTK, v_BGTK, segments_BT, window, rule)[0]
+    return _forward(q_BGMTK, k_BGTK, v_BGTK, places, window, rule)[0]
 
 
-def _forward(q_BGMTK, k_BGTK, v_BGTK, segments_BT, window, rule):
+def _forward(q_BGMTK, k_BGTK, v_BGTK, places, window, rule):
     batch, groups, shared, time, width = q_BGMTK.shape
     blocks = time // BLOCK
-    first_Bn = first_key_blocks(segments_BT, window)
+    first_Bn = first_key_blocks(places, window)
 
     def query_block(number: Array, outs: tuple[Array, Array]) -> tuple[Array, Array]:
         row, i = number // blocks, number % blocks
@@ -122,7 +155,7 @@ def _forward(q_BGMTK, k_BGTK, v_BGTK, segments_BT, window, rule):
         def key_block(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             largest, total, weighted = carry
             scores = _scores(q, _part(k_BGTK, row, j, 2), rule)
-            allowed = _mask(segments_BT, window, row, i, j)
+            allowed = _mask(places, window, row, i, j)
             scores = jnp.where(allowed, scores, MASKED_SCORE)
             new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1))
             weights = jnp.where(allowed, jnp.exp(scores - new_largest[..., None]), 0.0)
@@ -148,14 +181,14 @@ def _forward(q_BGMTK, k_BGTK, v_BGTK, segments_BT, window, rule):
     out_BGMTK, normaliser_BGMT = jax.lax.fori_loop(0, batch * blocks, query_block, empty)
     out_BGMTK = checkpoint_name(out_BGMTK, "attention_out")
     normaliser_BGMT = checkpoint_name(normaliser_BGMT, "attention_normaliser")
-    return out_BGMTK, (q_BGMTK, k_BGTK, v_BGTK, segments_BT, window, out_BGMTK, normaliser_BGMT)
+    return out_BGMTK, (q_BGMTK, k_BGTK, v_BGTK, places, window, out_BGMTK, normaliser_BGMT)
 
 
 def _backward(rule, residuals, d_out_BGMTK):
-    q_BGMTK, k_BGTK, v_BGTK, segments_BT, window, out_BGMTK, normaliser_BGMT = residuals
+    q_BGMTK, k_BGTK, v_BGTK, places, window, out_BGMTK, normaliser_BGMT = residuals
     batch, groups, shared, time, width = q_BGMTK.shape
     blocks, dtype = time // BLOCK, q_BGMTK.dtype
-    first_Bn = first_key_blocks(segments_BT, window)
+    first_Bn = first_key_blocks(places, window)
     delta_BGMT = jnp.sum(d_out_BGMTK.astype(jnp.float32) * out_BGMTK.astype(jnp.float32), axis=-1)
 
     def query_block(number: Array, gradients: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -169,7 +202,7 @@ def _backward(rule, residuals, d_out_BGMTK):
             d_q_block, d_k, d_v = carry
             keys, values = _part(k_BGTK, row, j, 2), _part(v_BGTK, row, j, 2)
             scores = _scores(q, keys, rule)
-            weights = jnp.where(_mask(segments_BT, window, row, i, j), jnp.exp(scores - normaliser), 0.0)
+            weights = jnp.where(_mask(places, window, row, i, j), jnp.exp(scores - normaliser), 0.0)
             d_weights = jnp.einsum("gnk,gsk->gns", d_out, values, preferred_element_type=jnp.float32)
             d_scores = weights * (d_weights.reshape(weights.shape) - delta)
             if rule.softcap:
@@ -189,7 +222,7 @@ def _backward(rule, residuals, d_out_BGMTK):
 
     empty = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q_BGMTK, k_BGTK, v_BGTK))
     d_q, d_k, d_v = jax.lax.fori_loop(0, batch * blocks, query_block, empty)
-    no_gradient = (np.zeros(segments_BT.shape, jax.dtypes.float0), np.zeros((), jax.dtypes.float0))
+    no_gradient = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), (places, window))
     return (d_q.astype(dtype), d_k.astype(dtype), d_v.astype(dtype), *no_gradient)
 
 

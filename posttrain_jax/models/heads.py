@@ -17,8 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 from posttrain_jax.losses import logprobs
 from posttrain_jax.losses.logprobs import Projection
+from posttrain_jax.masking import shift_left
 from posttrain_jax.sharding import BATCH_AXES, ambient_mesh
-from posttrain_jax.types import Array
+from posttrain_jax.types import Array, PreferenceBatch
 
 
 def token_logps(
@@ -45,6 +46,40 @@ def sum_logps(
         )
         return total, logps_N.reshape(targets_BT.shape), is_argmax_N.reshape(targets_BT.shape)
     return _sharded_sum_logps(hidden_BTD, head_VD, targets_BT, mask_BT, projection)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionLogps:
+    """Log-probabilities of the completions in rows, nats; 0 in empty places.
+
+    Attributes:
+      sums_BN: over the completion's trained tokens.
+      end_BN: of its last token alone, the end of the turn (0 where that is not trained).
+    """
+
+    sums_BN: Array
+    end_BN: Array
+
+
+def completion_logps(
+    hidden_BTD: Array, head_VD: Array, batch: PreferenceBatch, projection: Projection
+) -> CompletionLogps:
+    """Log-probability of every completion given its prompt; differentiable."""
+    mask_BT = shift_left(batch.loss_mask)
+    logps_BT = token_logps(hidden_BTD, head_VD, shift_left(batch.tokens), mask_BT, projection)
+    sums_BN = sum_branches(logps_BT, batch.branches, batch.ends.shape[1])
+    before_BN = jnp.maximum(batch.ends - 1, 0)
+    end_BN = jnp.take_along_axis(logps_BT, before_BN, axis=1)
+    return CompletionLogps(sums_BN, jnp.where(batch.sequence_ids != 0, end_BN, 0.0))
+
+
+def sum_branches(values_BT: Array, branches_BT: Array, count: int) -> Array:
+    """Sums of values over each branch 1.. of a row, `[B, count]`."""
+
+    def row(values_T: Array, branches_T: Array) -> Array:
+        return jnp.zeros((count + 1,), values_T.dtype).at[branches_T].add(values_T)[1:]
+
+    return jax.vmap(row)(values_BT, branches_BT)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -348,7 +348,12 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens_BT: Array, positions_BT: Array, segment_ids_BT: Array, keep_kv: bool = False
+        self,
+        tokens_BT: Array,
+        positions_BT: Array,
+        segment_ids_BT: Array,
+        branches_BT: Array | None = None,
+        keep_kv: bool = False,
     ) -> tuple[Array, dict[str, Array] | None]:
         """The hidden states, and with `keep_kv` every layer's keys and values, `[L, B, T, G, K]` each."""
         config = self.config
@@ -356,7 +361,7 @@ class Transformer(nn.Module):
         if not config.tied_embeddings and self.is_initializing():
             Head(config, name="head")()
         shared = Shared(
-            mask=AttentionMask.packed_rows(segment_ids_BT, positions_BT),
+            mask=AttentionMask.packed_rows(segment_ids_BT, positions_BT, branches_BT),
             rope_global=rope_tables(positions_BT, config.head_dim, config.rope),
             rope_local=rope_tables(positions_BT, config.head_dim, config.rope_local),
             cache_index_BT=None,
@@ -513,6 +518,7 @@ class Model:
         *,
         segment_ids_BT: Array | None = None,
         positions_BT: Array | None = None,
+        branches_BT: Array | None = None,
         cache: PyTree | None = None,
         keep_kv: bool = False,
         logits: bool = True,
@@ -525,6 +531,8 @@ class Model:
           segment_ids_BT: 0 = padding; tokens attend only within their own segment. Default: all ones.
           positions_BT: position of each token in its sequence; default: 0, 1, ... in the row (after what the
             cache already holds). Packed rows must say.
+          branches_BT: completions that share their segment's prompt (branch 0): a token of branch b sees the prompt
+            and b alone. Positions go on after the prompt in every branch. Not with a cache.
           cache: from `init_cache`; the real tokens are appended to each row. Segments cannot be packed in a cache.
           keep_kv: without a cache: return every layer's keys and values `k`, `v` `[L, B, T, G, K]` as `cache`.
           logits: also project all positions on the vocabulary, `[B, T, V]` float32. For notebooks, parity
@@ -539,7 +547,7 @@ class Model:
         positions_BT = positions_BT.astype(jnp.int32)
         if cache is None:
             hidden_BTD, cache = self.module.apply(
-                {"params": params}, tokens_BT, positions_BT, segment_ids_BT, keep_kv
+                {"params": params}, tokens_BT, positions_BT, segment_ids_BT, branches_BT, keep_kv
             )
         else:
             hidden_BTD, cache = extend(self.module, params, tokens_BT, positions_BT, segment_ids_BT, cache)

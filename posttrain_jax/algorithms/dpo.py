@@ -1,0 +1,494 @@
+"""Direct preference optimisation and its family: raise what people preferred above what they did not, without a
+reward model and without sampling.
+
+The step, from top to bottom: prompts with their completions, packed into rows -> hidden states, the prompt's once ->
+log-probability of every completion -> the two of every comparison -> a loss of `losses/dpo.py` (or of its
+reference-free siblings) -> gradient sums over the micro-batches that are not empty -> one division by the global
+weight of the comparisons -> clip, optimiser, EMA, unless something is not finite.
+
+The reference is the model that training starts from. By `dpo.reference` its log-probabilities are
+
+    cached    computed before the first step and kept on disk (posttrain_jax/reference.py); the default
+    memory    computed in every step by a second copy of the parameters
+    adapter   computed in every step by the same parameters with the LoRA adapter left out
+    none      not there, for losses that need no reference
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict as Config
+
+from posttrain_jax.data.loader import eval_batches
+from posttrain_jax.data.preference_rows import PreferenceRows, RowShape
+from posttrain_jax.data.tokenized_preferences import PreferenceData
+from posttrain_jax.errors import InputError
+from posttrain_jax.experiment import (
+    Policy,
+    Preferences,
+    abstract_on_mesh,
+    flops_per_token,
+    init_state,
+    loader_from_config,
+    mesh_from_config,
+    micro_batches,
+    optimizer_from_config,
+    policy_from_config,
+    preferences_from_config,
+    seed_key,
+    steps_from_config,
+)
+from posttrain_jax.fixed_prompts import answer_fixed_prompts
+from posttrain_jax.losses import anchored
+from posttrain_jax.losses import dpo as losses
+from posttrain_jax.losses import preference_odds as odds
+from posttrain_jax.metrics import Accumulator, say, to_host
+from posttrain_jax.models.transformer import Model, make_model
+from posttrain_jax.optim import apply_gradients, gradient_sums, map_micro_batches, used_micro_batches
+from posttrain_jax.reference import policy_logps, reference_logps
+from posttrain_jax.sharding import batch_sharding, host_data_shards, jit_step, put_batch, replicated
+from posttrain_jax.trees import combine
+from posttrain_jax.types import Array, LossOutput, Metric, Metrics, PreferenceBatch, PyTree, Task, TrainState
+
+REFERENCES = ("cached", "memory", "adapter", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The numbers of the losses; each uses those that its formula has.
+
+    Attributes:
+      loss: a name in LOSSES.
+      beta: strength of the pull to the reference (or the scale of the reward).
+      label_smoothing: cdpo, robust: how likely a label is wrong; exo: its epsilon.
+      gamma: simpo's target margin, slic's delta.
+      alpha: the weight of the formula's second term: rdpo's of the length difference, dpop's of its penalty, cpo's of
+        the likelihood, orpo's and slic's lambda.
+      eta: rpo's scale of the data's margins.
+      nll_weight: of the chosen completion's mean negative log-likelihood, added to any loss (Llama 3: 0.2).
+      skip_end: leaves the end-of-turn token out of the comparison (Llama 3's masking of termination tokens).
+    """
+
+    loss: str
+    beta: float
+    label_smoothing: float
+    gamma: float
+    alpha: float
+    eta: float
+    nll_weight: float
+    skip_end: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """The two completions of every comparison, float32 `[B, P]` each; see `PreferenceBatch`.
+
+    Log-probabilities are sums over trained tokens, lengths their number.
+    """
+
+    chosen: Array
+    rejected: Array
+    reference_chosen: Array
+    reference_rejected: Array
+    chosen_lengths: Array
+    rejected_lengths: Array
+    margins: Array
+    weights: Array
+    chosen_nll: Array
+    nll_lengths: Array
+
+    @property
+    def logps(self) -> tuple[Array, Array, Array, Array]:
+        """The four log-probabilities, as the losses take them."""
+        return self.chosen, self.rejected, self.reference_chosen, self.reference_rejected
+
+    @property
+    def lengths(self) -> tuple[Array, Array]:
+        """Chosen and rejected."""
+        return self.chosen_lengths, self.rejected_lengths
+
+
+PairLoss = Callable[[Pairs, Options], LossOutput]
+
+LOSSES: dict[str, PairLoss] = {
+    "dpo": lambda p, o: losses.dpo_loss(*p.logps, beta=o.beta, weights_B=p.weights),
+    "cdpo": lambda p, o: losses.cdpo_loss(
+        *p.logps, beta=o.beta, label_smoothing=o.label_smoothing, weights_B=p.weights
+    ),
+    "robust": lambda p, o: losses.robust_dpo_loss(
+        *p.logps, beta=o.beta, label_smoothing=o.label_smoothing, weights_B=p.weights
+    ),
+    "ipo": lambda p, o: losses.ipo_loss(*p.logps, beta=o.beta, weights_B=p.weights),
+    "ipo_mean": lambda p, o: losses.ipo_mean_loss(*p.logps, *p.lengths, beta=o.beta, weights_B=p.weights),
+    "hinge": lambda p, o: losses.hinge_loss(*p.logps, beta=o.beta, weights_B=p.weights),
+    "normalized": lambda p, o: losses.normalized_dpo_loss(
+        *p.logps, *p.lengths, beta=o.beta, weights_B=p.weights
+    ),
+    "rdpo": lambda p, o: losses.rdpo_loss(
+        *p.logps, *p.lengths, beta=o.beta, alpha=o.alpha, weights_B=p.weights
+    ),
+    "dpop": lambda p, o: losses.dpop_loss(*p.logps, beta=o.beta, lambda_=o.alpha, weights_B=p.weights),
+    "exo": lambda p, o: losses.exo_loss(
+        *p.logps, beta=o.beta, label_smoothing=o.label_smoothing, weights_B=p.weights
+    ),
+    "rpo": lambda p, o: losses.rpo_loss(
+        *p.logps, p.margins, jnp.zeros_like(p.margins), beta=o.beta, eta=o.eta, weights_B=p.weights
+    ),
+    "apo_zero": lambda p, o: anchored.apo_zero_loss(*p.logps, beta=o.beta, weights_B=p.weights),
+    "apo_down": lambda p, o: anchored.apo_down_loss(*p.logps, beta=o.beta, weights_B=p.weights),
+    "nca": lambda p, o: anchored.nca_loss(*p.logps, beta=o.beta, weights_B=p.weights),
+    "bco_pair": lambda p, o: anchored.bco_pair_loss(*p.logps, beta=o.beta, weights_B=p.weights),
+    "sppo_hard": lambda p, o: anchored.sppo_hard_loss(*p.logps, beta=o.beta, weights_B=p.weights),
+    "slic": lambda p, o: odds.slic_loss(
+        p.chosen, p.rejected, p.chosen, delta=o.gamma, lambda_=o.alpha, weights_B=p.weights
+    ),
+    "simpo": lambda p, o: odds.simpo_loss(
+        p.chosen, p.rejected, *p.lengths, beta=o.beta, gamma=o.gamma, weights_B=p.weights
+    ),
+    "orpo": lambda p, o: odds.orpo_loss(
+        p.chosen, p.rejected, *p.lengths, lambda_=o.alpha, weights_B=p.weights
+    ),
+    "cpo": lambda p, o: odds.cpo_loss(
+        p.chosen, p.rejected, p.chosen_lengths, beta=o.beta, alpha=o.alpha, weights_B=p.weights
+    ),
+}
+SUMS = {"pairs", "tokens"}
+REFERENCE_FREE = ("slic", "simpo", "orpo", "cpo")
+
+
+def pairs_of(logps_BN2: Array, batch: PreferenceBatch, reference_BN: Array, options: Options) -> Pairs:
+    """Gathers the comparisons' completions."""
+
+    def gather(values_BN: Array, places_BP: Array) -> Array:
+        return jnp.take_along_axis(values_BN, places_BP, axis=1)
+
+    def two(values_BN: Array) -> tuple[Array, Array]:
+        return gather(values_BN, batch.better), gather(values_BN, batch.worse)
+
+    sums_BN = logps_BN2[..., 0]
+    lengths_BN = batch.lengths.astype(jnp.float32)
+    compared_BN = _compared(logps_BN2, options)
+    compared_lengths_BN = jnp.maximum(lengths_BN - 1, 1) if options.skip_end else lengths_BN
+    chosen, rejected = two(compared_BN)
+    reference_chosen, reference_rejected = two(reference_BN)
+    chosen_lengths, rejected_lengths = two(compared_lengths_BN)
+    return Pairs(
+        chosen=chosen,
+        rejected=rejected,
+        reference_chosen=reference_chosen,
+        reference_rejected=reference_rejected,
+        chosen_lengths=jnp.maximum(chosen_lengths, 1),
+        rejected_lengths=jnp.maximum(rejected_lengths, 1),
+        margins=batch.margins,
+        weights=batch.weights,
+        chosen_nll=-gather(sums_BN, batch.better),
+        nll_lengths=jnp.maximum(gather(lengths_BN, batch.better), 1),
+    )
+
+
+def pair_losses(
+    params: PyTree, batch: PreferenceBatch, reference_BN: Array, *, model: Model, options: Options, share_prompt: bool
+) -> tuple[Array, Metrics]:
+    """Sum of the losses over the comparisons of rows `[B, ...]` (differentiable), and metrics."""
+    logps_BN2 = policy_logps(params, batch, model=model, share_prompt=share_prompt)
+    pairs = pairs_of(logps_BN2, batch, reference_BN, options)
+    output = LOSSES[options.loss](pairs, options)
+    total = jnp.sum(output.loss)
+    metrics = jax.lax.stop_gradient(output.metrics)
+    if options.nll_weight:
+        nll_BP = pairs.weights * pairs.chosen_nll / pairs.nll_lengths
+        total = total + options.nll_weight * jnp.sum(nll_BP)
+        metrics["nll_chosen"] = Metric(jax.lax.stop_gradient(jnp.sum(nll_BP)), output.count)
+    real = jnp.sum(batch.segment_ids != 0, dtype=jnp.float32)
+    metrics |= {
+        "loss": Metric(jax.lax.stop_gradient(total), output.count),
+        "pairs": Metric(jnp.sum(batch.weights != 0, dtype=jnp.float32), jnp.float32(1)),
+        "tokens": Metric(real, jnp.float32(1)),
+        "padding_share": Metric(jnp.float32(batch.tokens.size) - real, jnp.float32(batch.tokens.size)),
+    }
+    return total, metrics
+
+
+# (frozen parameters, reference parameters, micro-batch) -> log-probabilities `[B, N]`
+Reference = Callable[[PyTree, PyTree, PreferenceBatch], Array]
+
+
+def train_step(
+    state: TrainState,
+    batch: PreferenceBatch,
+    reference_params: PyTree,
+    *,
+    model: Model,
+    optimizer: optax.GradientTransformationExtraArgs,
+    schedule: Callable[[Array], Array],
+    ema_decay: float,
+    options: Options,
+    reference: Reference,
+    share_prompt: bool,
+) -> tuple[TrainState, Metrics]:
+    """One step on a global batch `[M, B, ...]`."""
+
+    def loss_sum(params: PyTree, micro: PreferenceBatch) -> tuple[Array, Metrics]:
+        reference_BN = jax.lax.stop_gradient(reference(state.frozen, reference_params, micro))
+        whole = combine(params, state.frozen)
+        return pair_losses(
+            whole, micro, reference_BN, model=model, options=options, share_prompt=share_prompt
+        )
+
+    used = used_micro_batches(batch.segment_ids)
+    gradients, metrics = gradient_sums(loss_sum, state.params, batch, used=used)
+    loss = metrics["loss"]
+    lr = schedule(state.step)
+    state, update_metrics = apply_gradients(
+        state, gradients, loss.sum, optimizer=optimizer, count=loss.count, ema_decay=ema_decay
+    )
+    named = {
+        f"train/{name}": Metric.of(metric.sum) if name in SUMS else metric for name, metric in metrics.items()
+    }
+    return state, {**named, **update_metrics, "train/lr": Metric.of(lr)}
+
+
+def eval_step(
+    params: PyTree,
+    frozen: PyTree,
+    batch: PreferenceBatch,
+    reference_params: PyTree,
+    *,
+    model: Model,
+    options: Options,
+    reference: Reference,
+    share_prompt: bool,
+) -> Metrics:
+    """Held-out metrics on rows `[M, B, ...]`, per comparison."""
+
+    def micro_metrics(micro: PreferenceBatch) -> Metrics:
+        reference_BN = reference(frozen, reference_params, micro)
+        whole = combine(params, frozen)
+        return pair_losses(
+            whole, micro, reference_BN, model=model, options=options, share_prompt=share_prompt
+        )[1]
+
+    stacked = map_micro_batches(micro_metrics, batch, used_micro_batches(batch.segment_ids))
+    metrics = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), stacked)
+    counted = {name: metric for name, metric in metrics.items() if name not in SUMS | {"padding_share"}}
+    named = {f"eval/{name}": metric for name, metric in counted.items()}
+    return {**named, "eval/reward_accuracy": metrics["rewards/accuracies"]}
+
+
+def from_config(config: Config, workdir: Path) -> Task:
+    """Everything the training loop needs, from an experiment's config.
+
+    Raises:
+      InputError: a bad value, a bad row, a model that cannot be used.
+    """
+    options = options_from_config(config)
+    mesh = mesh_from_config(config)
+    policy = policy_from_config(config)
+    model = policy.model
+    data = preferences_from_config(config, policy.tokenizer, workdir, attention=model.module.implementation)
+    _check_pairs(data)
+    key = seed_key(config.seed)
+    share = data.shape.share_prompt
+    source = _reference_from_config(config, policy, data, options, mesh, key)
+    loader = loader_from_config(config, source.train, mesh)
+    steps = steps_from_config(config, source.train)
+    optimizer = optimizer_from_config(config, steps)
+    make_state = functools.partial(
+        init_state, model=model, optimizer=optimizer.transformation, ema_decay=config.optim.ema
+    )
+    abstract = abstract_on_mesh(make_state, mesh, model.abstract_params(), key)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+    def first_state() -> TrainState:
+        params = policy.init_params(mesh, key)
+        build = jit_step(make_state, mesh, in_shardings=None, out_shardings=places, donate=(0,))
+        return build(params, key)
+
+    if jax.process_index() == 0:
+        policy.describe(workdir / "model")
+    forward = {"model": model, "options": options, "reference": source.logps, "share_prompt": share}
+    step = jit_step(
+        functools.partial(
+            train_step,
+            optimizer=optimizer.transformation,
+            schedule=optimizer.schedule,
+            ema_decay=config.optim.ema,
+            **forward,
+        ),
+        mesh,
+        in_shardings=(places, batch_sharding(mesh), None),
+        out_shardings=(places, replicated(mesh)),
+        donate=(0,),
+    )
+    evaluate = None
+    if source.held_out:
+        jitted = jit_step(
+            functools.partial(eval_step, **forward), mesh, in_shardings=None, out_shardings=replicated(mesh)
+        )
+        evaluate = _evaluation(config, source, jitted, mesh, options)
+    return Task(
+        steps=steps,
+        init_state=first_state,
+        abstract_state=abstract,
+        rows=loader,
+        put=functools.partial(
+            put_batch, mesh=mesh, micro_batches=micro_batches(config, mesh), kind=PreferenceBatch
+        ),
+        train_step=lambda state, batch: step(state, batch, source.params),
+        evaluate=evaluate,
+        sample=answer_fixed_prompts(config, policy) if config.eval.prompts else None,
+        flops_per_token=flops_per_token(model.config, data.shape.length),
+    )
+
+
+def options_from_config(config: Config) -> Options:
+    """The loss and its numbers.
+
+    Raises:
+      InputError: an unknown loss or reference, a number out of its range, a loss without the reference it needs.
+    """
+    dpo = config.dpo
+    if dpo.loss not in LOSSES:
+        raise InputError(f"dpo.loss is {dpo.loss!r}; use one of {', '.join(LOSSES)}.")
+    if dpo.reference not in REFERENCES:
+        raise InputError(f"dpo.reference is {dpo.reference!r}; use one of {', '.join(REFERENCES)}.")
+    if dpo.reference == "none" and dpo.loss not in REFERENCE_FREE:
+        raise InputError(
+            f"dpo.loss={dpo.loss} compares with a reference, but dpo.reference is none; use cached, or one of the "
+            f"losses that need none: {', '.join(REFERENCE_FREE)}."
+        )
+    if not dpo.beta > 0:
+        raise InputError(f"dpo.beta is {dpo.beta}; it must be more than 0.")
+    if not 0 <= dpo.label_smoothing < 0.5:
+        raise InputError(f"dpo.label_smoothing is {dpo.label_smoothing}; it must be from 0 to below 0.5.")
+    if dpo.loss == "exo" and dpo.label_smoothing == 0:
+        raise InputError("dpo.loss=exo takes the logarithm of dpo.label_smoothing; set it, to 1e-3 for example.")
+    return Options(
+        loss=dpo.loss,
+        beta=dpo.beta,
+        label_smoothing=dpo.label_smoothing,
+        gamma=dpo.gamma,
+        alpha=dpo.alpha,
+        eta=dpo.eta,
+        nll_weight=dpo.nll_weight,
+        skip_end=dpo.skip_end,
+    )
+
+
+def _check_pairs(data: Preferences) -> None:
+    for part in (data.train, data.held_out):
+        for source in part.sources if part is not None else ():
+            if not source.report.comparisons:
+                raise InputError(
+                    f"{source.report.source} holds no comparison of two completions (one completion a prompt, or ties), "
+                    "and DPO needs them; labels are for algorithm=kto, ratings for algorithm=reward_model."
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class _ReferenceSource:
+    """Where the reference's log-probabilities come from, and the rows that may carry them.
+
+    Attributes:
+      logps: how a micro-batch's are had.
+      params: of a reference in memory, else {}.
+      train, held_out: rows.
+    """
+
+    logps: Reference
+    params: PyTree
+    train: list[PreferenceRows]
+    held_out: list[PreferenceRows]
+
+
+def _reference_from_config(
+    config: Config, policy: Policy, data: Preferences, options: Options, mesh: Mesh, key: Array
+) -> _ReferenceSource:
+    kind = config.dpo.reference
+
+    def rows(part: PreferenceData | None, shape: RowShape, known: Sequence[np.ndarray] | None) -> list[PreferenceRows]:
+        if part is None:
+            return []
+        logps = [None] * len(part.sources) if known is None else [_compared(k, options) for k in known]
+        return [PreferenceRows(s, shape, one) for s, one in zip(part.sources, logps, strict=True)]
+
+    if kind == "cached":
+        params = policy.init_params(mesh, key)
+        known = {}
+        for name, part in (("train", data.train), ("held_out", data.held_out)):
+            known[name] = reference_logps(
+                policy.model,
+                params,
+                part.sources if part is not None else (),
+                data.shape,
+                mesh,
+                groups=config.train.rows_per_step,
+                micro_batches=micro_batches(config, mesh),
+            )
+        return _ReferenceSource(
+            logps=lambda frozen, params, micro: micro.reference_logps,
+            params={},
+            train=rows(data.train, data.shape, known["train"]),
+            held_out=rows(data.held_out, data.eval_shape, known["held_out"]),
+        )
+    train, held_out = rows(data.train, data.shape, None), rows(data.held_out, data.eval_shape, None)
+    if kind == "none":
+        return _ReferenceSource(lambda frozen, params, micro: micro.reference_logps, {}, train, held_out)
+    if kind == "adapter":
+        if not policy.model.lora.rank:
+            raise InputError("dpo.reference=adapter leaves a LoRA adapter out, but model.lora.rank is 0.")
+        base = make_model(
+            policy.model.config,
+            dtype=config.model.dtype,
+            attention=config.model.attention,
+            remat=config.train.remat,
+        )
+    else:
+        base = policy.model
+    share = data.shape.share_prompt
+
+    def computed(frozen: PyTree, params: PyTree, micro: PreferenceBatch) -> Array:
+        weights = frozen if kind == "adapter" else params
+        return _compared(policy_logps(weights, micro, model=base, share_prompt=share), options)
+
+    params = policy.init_params(mesh, key) if kind == "memory" else {}
+    return _ReferenceSource(computed, params, train, held_out)
+
+
+def _compared(logps: Array, options: Options) -> Array:
+    """Of `[..., 2]` (all trained tokens, the last one): what is compared."""
+    return logps[..., 0] - logps[..., 1] if options.skip_end else logps[..., 0]
+
+
+def _evaluation(
+    config: Config, source: _ReferenceSource, step: Callable[..., Metrics], mesh: Mesh, options: Options
+) -> Callable[[TrainState], dict[str, float]]:
+    """One pass over the held-out comparisons."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    groups = -(-config.eval.batch_rows // shards) * shards
+    index, count = host_data_shards(mesh)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        sums = Accumulator()
+        for rows in eval_batches(source.held_out, rows_per_step=groups, host_index=index, host_count=count):
+            batch = put_batch(rows.arrays, mesh, groups // shards, PreferenceBatch)
+            sums.add(to_host(step(state.params, state.frozen, batch, source.params)))
+        values = sums.flush()
+        fallen = values.get("eval/rewards/chosen", 0.0) / options.beta
+        if fallen < -1.0 and options.loss not in REFERENCE_FREE:
+            say(
+                f"The held-out chosen completions are {-fallen:.1f} nats less likely than under the reference: DPO can "
+                "lower both sides (likelihood displacement, arXiv:2410.08847); dpo.nll_weight or loss=dpop hold them up."
+            )
+        return values
+
+    return evaluate

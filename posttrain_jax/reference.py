@@ -1,0 +1,150 @@
+"""Log-probabilities of completions under a frozen reference model, computed once and kept on disk.
+
+DPO and its family compare the policy with the model it started from. That model does not change, so what it says of
+every completion is computed before the first step, in the rows that training uses, and found again by the next run on
+the same model and data: no second model in memory, no second forward pass in a step.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from posttrain_jax.assets import cache_root
+from posttrain_jax.data.preference_rows import PreferenceRows, RowShape
+from posttrain_jax.data.tokenized_preferences import PreferenceSource
+from posttrain_jax.losses.logprobs import Projection
+from posttrain_jax.metrics import say
+from posttrain_jax.models.heads import completion_logps
+from posttrain_jax.models.transformer import Model, head_VD
+from posttrain_jax.optim import map_micro_batches, used_micro_batches
+from posttrain_jax.sharding import batch_sharding, host_data_shards, jit_step, put_batch, replicated
+from posttrain_jax.trees import fingerprint
+from posttrain_jax.types import Array, PreferenceBatch, PyTree
+
+FORMAT_VERSION = 1
+
+
+def policy_logps(params: PyTree, batch: PreferenceBatch, *, model: Model, share_prompt: bool) -> Array:
+    """Log-probability of every completion, `[B, N, 2]`: of all its trained tokens, and of its last one alone."""
+    output = model.apply(
+        params,
+        batch.tokens,
+        segment_ids_BT=batch.segment_ids,
+        positions_BT=batch.positions,
+        branches_BT=batch.branches if share_prompt else None,
+        logits=False,
+    )
+    projection = Projection(softcap=model.config.logits_softcap)
+    logps = completion_logps(output.hidden_BTD, head_VD(params), batch, projection)
+    return jax.numpy.stack([logps.sums_BN, logps.end_BN], axis=-1)
+
+
+def score_step(
+    params: PyTree, batch: PreferenceBatch, *, model: Model, share_prompt: bool
+) -> tuple[Array, Array]:
+    """`policy_logps` of a step's rows, `[M, B, N, 2]`, and their `sequence_ids` `[M, B, N]`."""
+    score = functools.partial(policy_logps, params, model=model, share_prompt=share_prompt)
+    return map_micro_batches(score, batch, used_micro_batches(batch.segment_ids)), batch.sequence_ids
+
+
+def reference_logps(
+    model: Model,
+    params: PyTree,
+    sources: Sequence[PreferenceSource],
+    shape: RowShape,
+    mesh: Mesh,
+    *,
+    groups: int,
+    micro_batches: int,
+    folder: Path | None = None,
+) -> list[np.ndarray]:
+    """What the reference says of every completion of some sources, from the cache where it is there.
+
+    Args:
+      model, params: the reference.
+      sources: their groups.
+      shape: of the rows, as training packs them.
+      mesh: where `params` lie.
+      groups: prompts at once, over all processes.
+      micro_batches: how these rows are cut.
+      folder: the cache; by default `$POSTTRAIN_CACHE` or `~/.cache/posttrain_jax`, in `reference_logps/`.
+
+    Returns:
+      For each source float32 `[S, 2]` (S sequences of its store; those of groups that are not in the source's index
+      are 0): of all trained tokens, and of the last one alone.
+    """
+    root = folder if folder is not None else cache_root() / "reference_logps"
+    identity = fingerprint(params)
+    results = []
+    for source in sources:
+        index = hashlib.sha256(np.ascontiguousarray(source.index, np.int64).tobytes()).hexdigest()
+        parts = (FORMAT_VERSION, jax.__version__, jax.default_backend(), model, identity, index, shape)
+        digest = hashlib.sha256(f"{parts} {source.store.meta['sha256']}".encode()).hexdigest()[:32]
+        path = root / f"{digest}.npy"
+        found = _read(path, len(source.store.lines))
+        if not _everywhere(found is not None) or found is None:
+            say(f"Reference log-probabilities of {len(source):,} prompts are computed once and kept in {path}.")
+            found = _compute(model, params, source, shape, mesh, groups=groups, micro_batches=micro_batches)
+            _write(path, found)
+        results.append(found)
+    return results
+
+
+def _everywhere(found: bool) -> bool:
+    """Whether every process has found it; they compute together or not at all."""
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(found))))
+
+
+def _compute(
+    model: Model,
+    params: PyTree,
+    source: PreferenceSource,
+    shape: RowShape,
+    mesh: Mesh,
+    *,
+    groups: int,
+    micro_batches: int,
+) -> np.ndarray:
+    index, count = host_data_shards(mesh)
+    rows = PreferenceRows(source, shape)
+    step = jit_step(
+        functools.partial(score_step, model=model, share_prompt=shape.share_prompt),
+        mesh,
+        in_shardings=(None, batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )
+    order = np.argsort(-source.needs(share_prompt=shape.share_prompt), kind="stable")
+    out = np.zeros((len(source.store.lines), 2), np.float32)
+    for first in range(0, len(order), groups):
+        places = [p if p < len(order) else -1 for p in range(first + index, first + groups, count)]
+        taken = [rows[int(order[p])] if p >= 0 else None for p in places]
+        batch = put_batch(rows.collate(taken), mesh, micro_batches, PreferenceBatch)
+        logps, ids = (np.asarray(leaf) for leaf in step(params, batch))
+        kept = ids != 0
+        out[ids[kept] - 1] = logps[kept]
+    return out
+
+
+def _read(path: Path, sequences: int) -> np.ndarray | None:
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return found if found.shape == (sequences, 2) and found.dtype == np.float32 else None
+
+
+def _write(path: Path, values: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
+        np.save(file, values)
+    os.replace(file.name, path)

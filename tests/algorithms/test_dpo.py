@@ -1,0 +1,227 @@
+"""DPO's step: completions after a shared prompt are those after a prompt of their own, and the loss starts at log 2."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contracts.tiny import GEMMA, LLAMA, make_mesh
+
+from posttrain_jax.algorithms import dpo
+from posttrain_jax.data.preference_rows import PreferenceRows, row_shape
+from posttrain_jax.data.tokenized import TokenizeOptions
+from posttrain_jax.data.tokenized_preferences import PreferenceData, build_preferences
+from posttrain_jax.models.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.transformer import make_model
+from posttrain_jax.optim import gradient_sums, used_micro_batches
+from posttrain_jax.reference import policy_logps, reference_logps
+from posttrain_jax.sharding import jit_step, put_batch, replicated, tree_shardings
+from posttrain_jax.types import PreferenceBatch
+
+OPTIONS = dpo.Options(
+    loss="dpo",
+    beta=0.1,
+    label_smoothing=0.1,
+    gamma=0.5,
+    alpha=0.2,
+    eta=1.0,
+    nll_weight=0.0,
+    skip_end=False,
+)
+WORDS = ("red", "a much longer answer that goes on for a while", "no", "perhaps, but who can tell", "yes!")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> PreferenceData:
+    """Seven prompts with two to four completions each."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rows = [
+        {
+            "prompt": "question " * (i % 3 + 1) + str(i),
+            "completions": [f"{WORDS[(i + k) % 5]} {i}" for k in range(2 + i % 3)],
+            "scores": list(range(2 + i % 3)),
+        }
+        for i in range(7)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return build_preferences(
+        str(folder / "rows.jsonl"), byte_tokenizer(), TokenizeOptions(), cache_dir=folder
+    )
+
+
+@functools.cache
+def tiny_model(family: str, attention: str = "xla"):
+    config = dataclasses.replace({"llama": LLAMA, "gemma": GEMMA}[family], vocab_size=260)
+    return make_model(config, attention=attention, remat="none")
+
+
+@functools.cache
+def tiny_params(family: str):
+    """Normal(0, 0.1) everywhere, so that every parameter matters."""
+    shapes = tiny_model(family).abstract_params()
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.1, leaf.shape), jnp.float32), shapes)
+
+
+def batch_of(data: PreferenceData, mesh, *, share: bool, micro_batches: int, length: int = 0, rows: int = 8):
+    shape = row_shape([data], groups=rows, length=length, share_prompt=share)
+    source = PreferenceRows(data.sources[0], shape)
+    groups = [source[i] if i < len(data) else None for i in range(rows)]
+    return put_batch(source.collate(groups), mesh, micro_batches, PreferenceBatch)
+
+
+def mean_gradient(family: str, batch, mesh, *, share: bool, attention: str = "xla", options=OPTIONS):
+    model, params = tiny_model(family, attention), tiny_params(family)
+
+    def compute(params, batch):
+        def loss_sum(params, micro):
+            zeros_BN = jnp.zeros(micro.ends.shape, jnp.float32)
+            return dpo.pair_losses(
+                params, micro, zeros_BN, model=model, options=options, share_prompt=share
+            )
+
+        used = used_micro_batches(batch.segment_ids)
+        gradients, metrics = gradient_sums(loss_sum, params, batch, used=used)
+        count = metrics["loss"].count
+        return metrics["loss"].sum / count, jax.tree.map(lambda leaf: leaf / count, gradients), count
+
+    step = jit_step(compute, mesh, in_shardings=None, out_shardings=replicated(mesh))
+    places = tree_shardings(params, mesh)
+    return step(jax.device_put(params, places), batch)
+
+
+def assert_same(got, want, tolerance=2e-5):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        scale = max(float(jnp.max(jnp.abs(b))), 1e-4)
+        np.testing.assert_allclose(np.asarray(a) / scale, np.asarray(b) / scale, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "length"), [("llama", "xla", 0), ("gemma", "xla", 0), ("gemma", "blocks", 512)]
+)
+def test_a_shared_prompt_gives_the_same_loss_and_gradient(data, family, attention, length):
+    """The Gemma model has soft caps and layers whose window (6 tokens) ends within the prompt."""
+    mesh = make_mesh(1, 1, 1)
+    plain = batch_of(data, mesh, share=False, micro_batches=1)
+    want = mean_gradient(family, plain, mesh, share=False)
+    shared = batch_of(data, mesh, share=True, micro_batches=1, length=length)
+    assert int(jnp.sum(shared.segment_ids != 0)) < int(jnp.sum(plain.segment_ids != 0))
+    assert_same(mean_gradient(family, shared, mesh, share=True, attention=attention), want)
+
+
+@pytest.mark.parametrize(("mesh", "cuts"), [((1, 1, 1), 8), ((1, 1, 1), 2), ((4, 1, 1), 2), ((1, 2, 2), 4)])
+def test_micro_batches_and_meshes_do_not_change_it(data, mesh, cuts):
+    """Eight groups fill fewer than eight rows; the micro-batches that stay empty are left out."""
+    one = make_mesh(1, 1, 1)
+    want = mean_gradient("llama", batch_of(data, one, share=True, micro_batches=1, length=128), one, share=True)
+    many = make_mesh(*mesh)
+    batch = batch_of(data, many, share=True, micro_batches=cuts, length=128)
+    if cuts == 8:
+        assert int(used_micro_batches(batch.segment_ids)) < 8
+    assert_same(mean_gradient("llama", batch, many, share=True), want)
+
+
+@pytest.mark.parametrize("loss", dpo.LOSSES)
+def test_every_loss_prefers_the_better_completion(data, loss):
+    """Its gradient raises the better and lowers the worse; empty places have none. (DPOP's penalty is not met: the
+    better one is likelier than under the reference.)"""
+    mesh = make_mesh(1, 1, 1)
+    rows = jax.tree.map(lambda leaf: leaf[0], batch_of(data, mesh, share=True, micro_batches=1))
+    options = dataclasses.replace(OPTIONS, loss=loss)
+    present_BN = rows.sequence_ids != 0
+    reference_BN = jnp.where(present_BN, -5.0 * rows.lengths - 1.0, 0.0)
+    logps_BN2 = jnp.stack([reference_BN + 1.0, jnp.full_like(reference_BN, -0.5)], axis=-1)
+
+    def total(logps_BN2):
+        pairs = dpo.pairs_of(logps_BN2, rows, reference_BN, options)
+        return jnp.sum(dpo.LOSSES[loss](pairs, options).loss)
+
+    value, gradient = jax.value_and_grad(total)(logps_BN2)
+    assert np.isfinite(float(value))
+    gradient_BN = np.asarray(gradient[..., 0])
+    assert not gradient_BN[~np.asarray(present_BN)].any()
+    compared = np.asarray(rows.weights) != 0
+    groups = np.asarray(rows.group_ids)
+    for r in range(len(groups)):
+        for number in range(1, groups[r].max() + 1):
+            slots = np.flatnonzero(groups[r] == number)
+            assert gradient_BN[r, slots[-1]] < 0 < gradient_BN[r, slots[0]]  # the last has the highest score
+    assert compared.sum() == sum(n * (n - 1) // 2 for n in (2, 3, 4, 2, 3, 4, 2))
+
+
+def test_the_end_of_turn_can_be_left_out_and_the_likelihood_kept(data):
+    """skip_end compares sums less the last token's; the mean negative log-likelihood of the better one is added."""
+    mesh = make_mesh(1, 1, 1)
+    batch = batch_of(data, mesh, share=True, micro_batches=1)
+    options = dataclasses.replace(OPTIONS, nll_weight=0.2, skip_end=True)
+    value, gradients, count = mean_gradient("llama", batch, mesh, share=True, options=options)
+    rows = jax.tree.map(lambda leaf: leaf[0], batch)
+    logps = np.asarray(policy_logps(tiny_params("llama"), rows, model=tiny_model("llama"), share_prompt=True))
+    want = []
+    for r, p in zip(*np.nonzero(np.asarray(rows.weights)), strict=True):
+        w, x = int(rows.better[r, p]), int(rows.worse[r, p])
+        h = (logps[r, w, 0] - logps[r, w, 1]) - (logps[r, x, 0] - logps[r, x, 1])
+        want.append(np.log1p(np.exp(-0.1 * h)) - 0.2 * logps[r, w, 0] / int(rows.lengths[r, w]))
+    assert float(count) == len(want)
+    np.testing.assert_allclose(float(value), np.mean(want), rtol=1e-5)
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(gradients))
+
+
+def test_the_log_probability_is_that_of_the_sequence_alone(data):
+    """Each completion after its own prompt, one row a sequence, through whole logits."""
+    mesh = make_mesh(1, 1, 1)
+    model, params = tiny_model("gemma"), tiny_params("gemma")
+    batch = batch_of(data, mesh, share=True, micro_batches=1)
+    rows = jax.tree.map(lambda leaf: leaf[0], batch)
+    logps_BN2 = np.asarray(policy_logps(params, rows, model=model, share_prompt=True))
+    ids = np.asarray(rows.sequence_ids)
+    store = data.sources[0].store
+    for r, slot in zip(*np.nonzero(ids), strict=True):
+        at = slice(store.offsets[ids[r, slot] - 1], store.offsets[ids[r, slot]])
+        tokens = jnp.asarray(store.tokens[at])[None]
+        logps = jax.nn.log_softmax(model.apply(params, tokens).logits_BTV[0, :-1])
+        each = np.asarray(logps[np.arange(tokens.shape[1] - 1), tokens[0, 1:]])
+        want = each[np.asarray(store.loss_mask[at])[1:]]
+        np.testing.assert_allclose(logps_BN2[r, slot], [want.sum(), want[-1]], rtol=2e-5, atol=2e-5)
+
+
+def test_the_first_loss_is_log_2(data, tmp_path):
+    """Cached reference log-probabilities are those of the policy at step 0: -log s(0) = log 2, to 1e-6."""
+    mesh = make_mesh(1, 1, 1)
+    model, params = tiny_model("llama"), tiny_params("llama")
+    shape = row_shape([data], groups=4, length=256)
+    (known,) = reference_logps(
+        model, params, data.sources, shape, mesh, groups=4, micro_batches=2, folder=tmp_path
+    )
+    source = PreferenceRows(data.sources[0], shape, known[:, 0])
+    batch = put_batch(source.collate([source[i] for i in range(4)]), mesh, 1, PreferenceBatch)
+    rows = jax.tree.map(lambda leaf: leaf[0], batch)
+    total, metrics = dpo.pair_losses(
+        params, rows, rows.reference_logps, model=model, options=OPTIONS, share_prompt=True
+    )
+    assert abs(float(total) / float(metrics["loss"].count) - np.log(2)) < 1e-6
+    assert abs(float(metrics["rewards/margins"].sum)) < 1e-4
+
+
+def test_the_reference_is_computed_once(data, tmp_path, capsys):
+    """A second call reads the file; other parameters make another one."""
+    mesh = make_mesh(1, 1, 1)
+    model, params = tiny_model("llama"), tiny_params("llama")
+    shape = row_shape([data], groups=4)
+
+    def ask(params):
+        return reference_logps(
+            model, params, data.sources, shape, mesh, groups=4, micro_batches=1, folder=tmp_path
+        )[0]
+
+    first = ask(params)
+    assert "computed once" in capsys.readouterr().out
+    np.testing.assert_array_equal(ask(params), first)
+    assert "computed once" not in capsys.readouterr().out
+    assert np.abs(ask(jax.tree.map(lambda leaf: 1.1 * leaf, params)) - first).max() > 1e-3
+    assert len(list(tmp_path.iterdir())) == 2
