@@ -49,13 +49,19 @@ class LossOutput:
 
     Attributes:
       loss: unreduced, float32; per token (`[B, T]`, 0 where masked) or per row (`[B]`).
-      count: scalar float32, how many entries of `loss` count; the mean loss is `loss.sum() / count`.
+      count: scalar float32, how many entries of `loss` count (where rows are weighted, the sum of their weights);
+        the mean loss is `loss.sum() / count`.
       metrics: named `Metric`s.
     """
 
     loss: Array
     count: Array
     metrics: Metrics
+
+    @property
+    def loss_B(self) -> Array:
+        """`loss` under the name of its axis, for losses of one value per row (a pair, an answer)."""
+        return self.loss
 
 
 @jax.tree_util.register_dataclass
