@@ -42,7 +42,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> int:
     """Loads the model and talks until the input ends."""
     del argv
-    from posttrain_jax.load_model import load_model
+    from posttrain_jax.load_model import load_model, require_language_model
     from posttrain_jax.sampling.choose import Sampling
 
     given = flags.FLAGS
@@ -53,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
     sampling = Sampling(temperature=given.temperature, top_p=given.top_p)
     entry.set_up_jax()
     loaded = load_model(given.model, dtype=given.dtype, param_dtype=given.dtype)
+    require_language_model(loaded)
     talk(Chat(loaded, sampling, system=given.system, max_new_tokens=given.max_new_tokens, seed=given.seed))
     return 0
 

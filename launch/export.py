@@ -1,6 +1,7 @@
 """Exports a trained model as a Hugging Face folder that `transformers` loads with equal logits.
 
-Also turns any other MODEL into one (a .gguf file, for instance), and LoRA runs into PEFT adapters.
+A reward model becomes a folder for AutoModelForSequenceClassification, with equal scores. Also turns any other MODEL
+into a folder (a .gguf file, for instance), and LoRA runs into PEFT adapters.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def main(argv: Sequence[str]) -> int:
     if given.workdir is None or given.out is None:
         raise InputError(f"--workdir and --out are needed; an example: {EXAMPLE}")
     entry.set_up_jax()
+    from posttrain_jax.models.hf_config import read_json
+
     out = Path(given.out).expanduser()
     step = export(
         given.workdir,
@@ -50,6 +53,9 @@ def main(argv: Sequence[str]) -> int:
     )
     what = "adapter" if given.adapter_only else "model"
     print(f"The {what}{'' if step is None else f' of step {step}'} lies in {out}.")
+    bias = None if given.adapter_only else read_json(out / "config.json").get("score_bias")
+    if bias is not None:
+        print(f"Its scores are those of transformers + {bias:.9g} (score_bias in its config.json).")
     return 0
 
 
@@ -115,6 +121,11 @@ def _export_adapter(loaded: LoadedModel, out: Path) -> None:
 
     if not loaded.lora.rank:
         raise InputError(f"--adapter_only: {loaded.source.name} has no LoRA adapter; leave the flag out.")
+    if "score_head" in loaded.params:
+        raise InputError(
+            f"--adapter_only: {loaded.source.name} is a reward model, and its score head is no part of an adapter; "
+            "leave the flag out."
+        )
     base = ""
     if loaded.source.kind == "workdir":
         base = read_json(loaded.source.path / "config.json")["model"]["init"]

@@ -208,7 +208,7 @@ def generate(options: Options) -> None:
     """
     import jax
 
-    from posttrain_jax.load_model import load_model
+    from posttrain_jax.load_model import load_model, require_language_model
     from posttrain_jax.sampling.generate import generate_as_finished
     from posttrain_jax.sharding import make_mesh
 
@@ -216,6 +216,7 @@ def generate(options: Options) -> None:
     prompts = read_prompts(options.prompts)
     mesh = make_mesh(data=-1, fsdp=options.fsdp, tensor=options.tensor) if jax.device_count() > 1 else None
     loaded = load_model(options.model, dtype=options.dtype, param_dtype=options.dtype, mesh=mesh)
+    require_language_model(loaded)
     asked = _asked_of(loaded, options)
     encoded = [encode(prompt, loaded) for prompt in prompts]
     answers = functools.partial(

@@ -198,11 +198,12 @@ def load(options: Options) -> LoadedModel:
     """
     import jax
 
-    from posttrain_jax.load_model import load_model
+    from posttrain_jax.load_model import load_model, require_language_model
     from posttrain_jax.sharding import make_mesh
 
     mesh = make_mesh(data=-1, fsdp=options.fsdp, tensor=options.tensor) if jax.device_count() > 1 else None
     loaded = load_model(options.model, dtype=options.dtype, param_dtype=options.dtype, mesh=mesh)
+    require_language_model(loaded)
     if loaded.tokenizer is None:
         raise InputError(f"{loaded.source.name} has no tokenizer, so it cannot be served; add its files.")
     return loaded

@@ -381,6 +381,20 @@ class Checkpoints:
             )
 
 
+def saved_parameters(workdir: Path, *, step: int | None = None) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of every parameter that a workdir holds, trained and frozen; {} where that cannot be read.
+
+    Args:
+      step: which checkpoint; None = the newest (all of a run hold the same parameters).
+    """
+    steps = completed_steps(workdir) if step is None else [step]
+    if not steps:
+        return {}
+    trained = _saved_shapes(workdir / "checkpoints" / str(steps[-1]) / "params") or {}
+    frozen = _saved_shapes(workdir / "frozen") if (workdir / "frozen").is_dir() else None
+    return {**(frozen or {}), **trained}
+
+
 def restore_params(
     workdir: Path,
     abstract_params: PyTree,

@@ -82,14 +82,19 @@ class Policy:
         with jax.set_mesh(mesh):
             return combine(loaded.params, jax.jit(adapters, out_shardings=places)(key))
 
-    def describe(self, folder: Path) -> None:
-        """Writes config.json, tokenizer, chat template and generation config: what export and chat need."""
+    def describe(self, folder: Path, *, reward: bool = False) -> None:
+        """Writes config.json, tokenizer, chat template and generation config: what export and chat need.
+
+        Args:
+          reward: the run trains a reward model, so its checkpoints hold a `score_head`.
+        """
         write_model_folder(
             folder,
             config=self.model.config,
             tokenizer=self.tokenizer,
             original=self.original,
             generation=self.generation,
+            reward=reward,
         )
 
 

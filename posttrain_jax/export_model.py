@@ -1,7 +1,14 @@
-"""Hands a model back to Hugging Face: a folder that `transformers` loads with equal logits."""
+"""Hands a model back to Hugging Face: a folder that `transformers` loads with equal logits.
+
+A model with a `score_head` becomes a `...ForSequenceClassification` with one label. The head of transformers has no
+bias, and no weight of the model could take one (what comes out of the last norm has no constant direction), so a bias
+is noted in config.json as `score_bias`, where `load_model` finds it again: our score = transformers' + `score_bias`.
+"""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,10 +22,11 @@ from transformers import PreTrainedTokenizerFast
 
 from posttrain_jax.errors import InputError
 from posttrain_jax.models.config import LoraConfig, ModelConfig
-from posttrain_jax.models.hf_config import config_to_hf
+from posttrain_jax.models.hf_config import config_to_hf, reward_config
 from posttrain_jax.models.hf_weights import save_safetensors
 from posttrain_jax.models.peft import merge_lora
-from posttrain_jax.models.tokenizer import save_tokenizer, stop_token_ids
+from posttrain_jax.models.reward_head import fold_gain
+from posttrain_jax.models.tokenizer import save_tokenizer, scoring_pad_id, stop_token_ids
 from posttrain_jax.types import PyTree
 
 
@@ -40,6 +48,7 @@ def export_hf(
     Everything is written beside `folder` and renamed at the end: a killed export leaves no half-made folder.
 
     Args:
+      params: with a `score_head`, a reward model is written; its `head` is left out, if there is one.
       lora: the adapter in `params`, which is merged; None = there is none.
       original, generation: the config.json and generation_config.json that the model came with; their other fields
         are kept.
@@ -47,7 +56,7 @@ def export_hf(
       overwrite: replace a folder that is there already.
 
     Raises:
-      InputError: the folder is there already, or cannot be written.
+      InputError: the folder is there already, or cannot be written; a reward model without a padding token.
     """
     folder = pathlib.Path(folder).expanduser()
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
@@ -55,6 +64,12 @@ def export_hf(
     if lora is not None and lora.rank:
         params = merge_lora(params, lora)
     stored = dtype or str(jax.tree.leaves(params)[0].dtype)
+    reward, bias = "score_head" in params, 0.0
+    if reward:
+        kernel, bias = fold_gain(params["score_head"])
+        params = {name: part for name, part in params.items() if name != "head"}
+        params["score_head"] = {"kernel": kernel}
+        config = reward_config(config)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
@@ -66,6 +81,8 @@ def export_hf(
                 original=original,
                 generation=generation,
                 dtype=stored,
+                reward=reward,
+                score_bias=bias,
             )
             save_safetensors(params, config, made, max_shard_bytes, jnp.dtype(stored))
             if folder.exists():
@@ -85,15 +102,30 @@ def write_model_folder(
     original: dict[str, Any] | None = None,
     generation: dict[str, Any] | None = None,
     dtype: str = "float32",
+    reward: bool = False,
+    score_bias: float = 0.0,
 ) -> None:
     """Everything of a Hugging Face folder but the weights (a workdir keeps this in `model/`).
 
     Args:
       dtype: the weights' type, as config.json says it.
+      reward: a reward model. Its padding token is never the one that ends a text (`tokenizer.scoring_pad_id`), in
+        config.json and in the tokenizer.
+      score_bias: of a reward model, see above; a workdir's stands in its checkpoint instead.
+
+    Raises:
+      InputError: a reward model without a padding token.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", {**config_to_hf(config, original), "torch_dtype": dtype})
+    if reward:
+        pad = scoring_pad_id(config, tokenizer)
+        config = dataclasses.replace(config, pad_token_id=pad)
+        if tokenizer is not None:
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    fields = config_to_hf(config, original, reward=reward, score_bias=score_bias)
+    _write_json(folder / "config.json", {**fields, "torch_dtype": dtype})
     stops = stop_token_ids(config, tokenizer)
     ids: dict[str, Any] = {"eos_token_id": stops[0] if len(stops) == 1 else list(stops)} if stops else {}
     if config.bos_token_id is not None:

@@ -1,6 +1,10 @@
 """MODEL, wherever it comes from: a Hugging Face folder or name, a `.gguf` file, a PEFT adapter, or a workdir of ours.
 
 `resolve` says what a MODEL is without reading weights; `load_model` loads it. `export_model` is the way back.
+
+A Hugging Face `...ForSequenceClassification` with one label, and the workdir of a reward model, are reward models:
+their parameters hold a `score_head` (see `models/reward_head.py`) and no vocabulary projection. `require_score_head`
+and `require_language_model` refuse the one kind where the other is needed.
 """
 
 from __future__ import annotations
@@ -17,14 +21,15 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from posttrain_jax.assets import fetch
-from posttrain_jax.checkpoint import is_workdir, restore_params
+from posttrain_jax.checkpoint import is_workdir, restore_params, saved_parameters
 from posttrain_jax.errors import InputError
 from posttrain_jax.models.config import LoraConfig, ModelConfig
 from posttrain_jax.models.gguf import config_from_gguf, load_gguf
 from posttrain_jax.models.gguf_file import GgufFile
-from posttrain_jax.models.hf_config import config_from_hf, read_json
+from posttrain_jax.models.hf_config import config_from_hf, is_reward_config, read_json
 from posttrain_jax.models.hf_weights import load_safetensors
 from posttrain_jax.models.peft import load_adapter
+from posttrain_jax.models.reward_head import abstract_score_head
 from posttrain_jax.models.tokenizer import TOKENIZER_FILES, load_tokenizer
 from posttrain_jax.models.transformer import Model, make_model
 from posttrain_jax.sharding import tree_shardings
@@ -69,7 +74,8 @@ class LoadedModel:
 
     Attributes:
       config: what it is made of.
-      params: its parameters (adapter leaves included, where it has an adapter).
+      params: its parameters (adapter leaves included, where it has an adapter; a `score_head`, where it is a reward
+        model).
       tokenizer: None where the source has none.
       model: the transformer, as functions of the parameters.
       source: where it came from.
@@ -98,9 +104,14 @@ class LoadedModel:
         segment_ids_BT: Array | None = None,
         positions_BT: Array | None = None,
     ) -> ModelOutput:
-        """Runs the model; `logits_BTV` are whole, `[B, T, V]` float32 (for notebooks and parity)."""
+        """Runs the model; `logits_BTV` are whole, `[B, T, V]` float32 (for notebooks and parity), or None for a
+        reward model, whose scores `reward_head.scores` reads off `hidden_BTD`."""
         return self.model.apply(
-            params, jnp.asarray(tokens_BT), segment_ids_BT=segment_ids_BT, positions_BT=positions_BT
+            params,
+            jnp.asarray(tokens_BT),
+            segment_ids_BT=segment_ids_BT,
+            positions_BT=positions_BT,
+            logits="score_head" not in params,
         )
 
 
@@ -170,6 +181,39 @@ def load_config(source: Source) -> ModelConfig:
     return config_from_hf(source.model_folder)
 
 
+def is_reward_model(source: Source) -> bool:
+    """Whether a MODEL says of itself that it has a score head, without reading weights."""
+    if source.kind == "adapter":
+        return is_reward_model(_base_of(source))
+    return source.kind != "gguf" and is_reward_config(read_json(source.model_folder / "config.json"))
+
+
+def require_score_head(loaded: LoadedModel) -> PyTree:
+    """The head's parameters, of a reward model.
+
+    Raises:
+      InputError: it is a language model.
+    """
+    if "score_head" not in loaded.params:
+        raise InputError(
+            f"{loaded.source.name} has no score head, so it is a language model and no reward model; give the workdir "
+            "of a reward model's run, or a Hugging Face ...ForSequenceClassification folder."
+        )
+    return loaded.params["score_head"]
+
+
+def require_language_model(loaded: LoadedModel) -> None:
+    """Refuses a reward model where tokens are to be written.
+
+    Raises:
+      InputError: it is one.
+    """
+    if "score_head" in loaded.params:
+        raise InputError(
+            f"{loaded.source.name} is a reward model: it gives scores and cannot write; give a language model."
+        )
+
+
 def load_model(
     model: str | Source,
     *,
@@ -198,18 +242,26 @@ def load_model(
     config = load_config(source)
     lora = _workdir_lora(source.path) if source.kind == "workdir" else LoraConfig()
     definition = make_model(config, dtype=dtype, attention=attention, lora=lora)
-    shardings = None if mesh is None else tree_shardings(definition.abstract_params(), mesh)
+    reward = is_reward_model(source)
+    abstract = definition.abstract_params()
+    if reward:
+        abstract["score_head"] = abstract_score_head(config.d_model)
+    if source.kind == "workdir":
+        abstract |= _kept_head(source, reward)
+    shardings = None if mesh is None else tree_shardings(abstract, mesh)
     if source.kind == "gguf":
         _, params = load_gguf(source.path, shardings, dtype=param_dtype)
     elif source.kind == "hf":
-        params = load_safetensors(source.path, config, shardings, param_dtype)
+        params = load_safetensors(source.path, config, shardings, param_dtype, reward=reward)
     else:
-        wanted = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(param_dtype)),
-            definition.abstract_params(),
-        )
+        wanted = {
+            name: part if name == "score_head" else _stored_as(part, param_dtype)
+            for name, part in abstract.items()
+        }
         params, step = restore_params(source.path, wanted, step=source.step, shardings=shardings, ema=ema)
         source = dataclasses.replace(source, step=step)
+        if reward:
+            params.pop("head", None)
     tokenizer = load_tokenizer(source.path if source.kind == "gguf" else source.model_folder)
     if source.kind == "gguf":
         return LoadedModel(config, params, tokenizer, definition, source)
@@ -217,6 +269,27 @@ def load_model(
     generation_path = source.model_folder / "generation_config.json"
     generation = read_json(generation_path) if generation_path.is_file() else {}
     return LoadedModel(config, params, tokenizer, definition, source, original, generation)
+
+
+def _stored_as(tree: PyTree, dtype: str) -> PyTree:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), tree)
+
+
+def _kept_head(source: Source, reward: bool) -> PyTree:
+    """The vocabulary projection that the checkpoints of a reward model may hold all the same, as shapes, or {}.
+
+    Raises:
+      InputError: a workdir's description and its checkpoints do not agree on what the model is.
+    """
+    saved = saved_parameters(source.path, step=source.step)
+    if saved and ("score_head/kernel" in saved) != reward:
+        raise InputError(
+            f"{source.path}: the checkpoints {'lack a' if reward else 'hold a'} score head but model/config.json "
+            f"says that this is a {'reward' if reward else 'language'} model; they are not of one run."
+        )
+    if not reward or "head/kernel" not in saved:
+        return {}
+    return {"head": {"kernel": jax.ShapeDtypeStruct(saved["head/kernel"], jnp.float32)}}
 
 
 def _workdir_lora(workdir: pathlib.Path) -> LoraConfig:

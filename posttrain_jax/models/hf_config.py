@@ -3,10 +3,14 @@
 Files written by transformers 4 (`rope_theta`, `rope_scaling`, `rope_local_base_freq`) and 5 (`rope_parameters`) are
 both read, through transformers' own config classes, so that its defaults are ours. Written is the form of 4, which
 both read. Whatever the transformer here would compute differently is refused by name.
+
+A `...ForSequenceClassification` with one label is a reward model. It has no vocabulary projection, so its config is
+read as `tied_embeddings`, whatever the file says: its parameters have no `head`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -29,6 +33,17 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+_REWARD_ARCHITECTURES = {
+    "gemma2": "Gemma2ForSequenceClassification",
+    "gemma3_text": "Gemma3TextForSequenceClassification",
+    "llama": "LlamaForSequenceClassification",
+    "mistral": "MistralForSequenceClassification",
+    "qwen2": "Qwen2ForSequenceClassification",
+    "qwen3": "Qwen3ForSequenceClassification",
+}
+_REWARD_FIELDS = ("num_labels", "id2label", "label2id", "score_bias")
+"""What the config.json of a reward model says more; `score_bias` is ours, for transformers' head has no bias."""
+
 _NOT_KEPT = (
     "quantization_config",
     "auto_map",
@@ -36,6 +51,7 @@ _NOT_KEPT = (
     "dtype",
     "transformers_version",
     "rope_parameters",
+    *_REWARD_FIELDS,
 )
 """Fields of an original config.json that an export drops: no longer true, or (`rope_parameters`) silently ignored by
 transformers 4, which would then use its default RoPE."""
@@ -50,6 +66,7 @@ _ALWAYS_OURS = (
     "rope_theta",
     "rope_scaling",
     "rope_local_base_freq",
+    *_REWARD_FIELDS,
 )
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 
@@ -91,6 +108,11 @@ def config_from_hf(source: str | pathlib.Path | dict[str, Any]) -> ModelConfig:
     return _config_from_dict(read_json(folder / "config.json"), str(folder / "config.json"), generation)
 
 
+def is_reward_config(fields: dict[str, Any]) -> bool:
+    """Whether a config.json is that of a reward model (`architectures` ends with ForSequenceClassification)."""
+    return any(name.endswith("ForSequenceClassification") for name in fields.get("architectures") or ())
+
+
 def text_config(fields: dict[str, Any]) -> dict[str, Any]:
     """The part of a config.json that describes the text model (all of it, except for multimodal Gemma 3)."""
     if fields.get("model_type") != "gemma3":
@@ -99,6 +121,7 @@ def text_config(fields: dict[str, Any]) -> dict[str, Any]:
     for key in ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config"):
         if fields.get(key) is not None:
             text.setdefault(key, fields[key])
+    text |= {key: fields[key] for key in ("architectures", *_REWARD_FIELDS) if fields.get(key) is not None}
     return {**text, "model_type": "gemma3_text"}
 
 
@@ -120,7 +143,15 @@ def _config_from_dict(fields: dict[str, Any], where: str, generation: dict[str, 
         hf = AutoConfig.for_model(**{k: v for k, v in fields.items() if k != "quantization_config"})
     except Exception as error:  # transformers validates with exceptions of its own
         raise InputError(f"{where}: transformers refuses it: {' '.join(str(error).split())}") from error
-    return _from_transformers(hf, where, generation)
+    config = _from_transformers(hf, where, generation)
+    if not is_reward_config(fields):
+        return config
+    if hf.num_labels != 1:
+        raise InputError(
+            f"{where}: a {fields['architectures'][0]} with {hf.num_labels} labels is a classifier, which is not "
+            "supported; a reward model has one (num_labels 1)."
+        )
+    return reward_config(config)
 
 
 def _from_transformers(hf: PreTrainedConfig, where: str, generation: dict[str, Any]) -> ModelConfig:
@@ -228,13 +259,31 @@ def _rope(fields: dict[str, Any], where: str) -> RopeConfig:
     raise InputError(f"{where}: RoPE scaling {kind!r} is not supported; known: default, linear, llama3.")
 
 
-def config_to_hf(config: ModelConfig, original: dict[str, Any] | None = None) -> dict[str, Any]:
+def reward_config(config: ModelConfig) -> ModelConfig:
+    """The config of a reward model made of the model of `config`: the same without a vocabulary projection."""
+    return dataclasses.replace(config, tied_embeddings=True)
+
+
+def config_to_hf(
+    config: ModelConfig,
+    original: dict[str, Any] | None = None,
+    *,
+    reward: bool = False,
+    score_bias: float = 0.0,
+) -> dict[str, Any]:
     """The contents of a config.json that transformers 4 and 5 load as the same model.
 
     Args:
       original: the config.json that the model came with; its other fields are kept.
+      reward: a reward model, `...ForSequenceClassification` with one label.
+      score_bias: of a reward model: what its scores are above those that transformers computes.
     """
+    config = reward_config(config) if reward else config
     written = _fields(config)
+    if reward:
+        written["architectures"] = [_REWARD_ARCHITECTURES[config.model_type]]
+        written |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        written |= {"score_bias": score_bias} if score_bias else {}
     if original is None:
         return written
     kept = {key: value for key, value in text_config(original).items() if key not in _NOT_KEPT}

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -18,7 +19,7 @@ from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.hf_config import read_json
 from posttrain_jax.models.layout import Leaf, build, get_path, leaves
 from posttrain_jax.trees import leaf_paths
-from posttrain_jax.types import PyTree
+from posttrain_jax.types import Array, PyTree
 
 _PREFIXES = ("model.", "", "language_model.model.", "model.language_model.")
 """What comes before `embed_tokens`, `layers` and `norm`: causal LMs, bare models, multimodal Gemma 3 (4.x, 5.x)."""
@@ -30,7 +31,12 @@ _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 def load_safetensors(
-    folder: str | pathlib.Path, config: ModelConfig, shardings: PyTree | None = None, dtype: Any = jnp.float32
+    folder: str | pathlib.Path,
+    config: ModelConfig,
+    shardings: PyTree | None = None,
+    dtype: Any = jnp.float32,
+    *,
+    reward: bool = False,
 ) -> PyTree:
     """The parameters of a Hugging Face folder (model.safetensors, or shards with their index).
 
@@ -39,7 +45,9 @@ def load_safetensors(
 
     Args:
       shardings: a tree of shardings like the parameters, or None for the default device.
-      dtype: what the parameters are stored as.
+      dtype: what the parameters are stored as; a score head is float32.
+      reward: the folder holds a `...ForSequenceClassification` with one label: its score head is read too, with gain
+        1 and the bias that config.json notes (`score_bias`, which is ours; 0 without it).
 
     Raises:
       InputError: no safetensors, damaged files, or missing, unexpected or wrongly shaped tensors.
@@ -50,19 +58,32 @@ def load_safetensors(
     head = next((n for n in handles if n.endswith("lm_head.weight")), "lm_head.weight")
 
     def name_of(leaf: Leaf, layer: int) -> str:
+        if leaf.path[0] == "score_head":
+            return leaf.hf
         return head if leaf.path[0] == "head" else prefix + leaf.hf.format(layer)
 
-    _check(
-        folder, handles, config, {name_of(leaf, n): leaf for leaf in leaves(config) for n in _layers(leaf)}
-    )
-    if config.tied_embeddings and head in handles:
+    expected = {name_of(leaf, n): leaf for leaf in leaves(config, reward=reward) for n in _layers(leaf)}
+    _check(folder, handles, config, expected)
+    if config.tied_embeddings and not reward and head in handles:
         _check_tied(folder, handles[head], handles[prefix + "embed_tokens.weight"], head, prefix)
 
     def read(leaf: Leaf, layer: int, index: tuple[slice, ...]) -> np.ndarray:
         name = name_of(leaf, layer)
         return handles[name].get_slice(name)[index]
 
-    return build(config, read, shardings, dtype)
+    params = build(config, read, shardings, dtype, reward=reward)
+    if reward:
+        bias = read_json(folder / "config.json").get("score_bias", 0.0)
+        for name, value in (("gain", 1.0), ("bias", bias)):
+            place = None if shardings is None else shardings["score_head"][name]
+            params["score_head"][name] = _scalar(value, place)
+    return params
+
+
+def _scalar(value: float, sharding: jax.sharding.Sharding | None) -> Array:
+    if sharding is None:
+        return jnp.asarray(value, jnp.float32)
+    return jax.make_array_from_callback((), sharding, lambda _: np.float32(value), jnp.float32)
 
 
 def _layers(leaf: Leaf) -> range:
@@ -156,7 +177,8 @@ def save_safetensors(
     A tied head is not written. The host holds at most one shard beside the parameters.
 
     Args:
-      params: without adapter leaves (see `peft.merge_lora`).
+      params: without adapter leaves (see `peft.merge_lora`); of a reward model with `score_head/kernel` and without
+        a vocabulary projection (see `reward_head.fold_gain`).
       dtype: stored as this; None keeps each parameter's own.
 
     Raises:
@@ -164,7 +186,8 @@ def save_safetensors(
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    odd = sorted(set(leaf_paths(params)) ^ {"/".join(leaf.path) for leaf in leaves(config)})
+    stored = leaves(config, reward="score_head" in params)
+    odd = sorted(set(leaf_paths(params)) ^ {"/".join(leaf.path) for leaf in stored})
     if odd:
         raise InputError(
             f"{folder}: the parameters to export do not fit the model: {odd[0]} (merge adapters first)."
@@ -194,8 +217,8 @@ def _plan(
     """Which tensors go into which file, in the order of the forward pass of each layer's parts."""
     shard: list[tuple[str, Leaf, int]] = []
     size = 0
-    for leaf in leaves(config):
-        name = leaf.hf if leaf.path[0] == "head" else "model." + leaf.hf
+    for leaf in leaves(config, reward="score_head" in params):
+        name = leaf.hf if leaf.path[0] in ("head", "score_head") else "model." + leaf.hf
         stored = jnp.dtype(dtype or get_path(params, leaf.path).dtype)
         for layer in _layers(leaf):
             n_bytes = int(np.prod(leaf.file_shape)) * stored.itemsize

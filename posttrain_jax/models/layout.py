@@ -82,8 +82,12 @@ def _has_bias(config: ModelConfig, name: str) -> bool:
     return config.o_bias if name == "o" else config.mlp_bias
 
 
-def leaves(config: ModelConfig) -> list[Leaf]:
-    """Every parameter of the model, without adapters, in the order of the forward pass."""
+def leaves(config: ModelConfig, *, reward: bool = False) -> list[Leaf]:
+    """Every parameter that a file holds, without adapters, in the order of the forward pass.
+
+    Args:
+      reward: of a reward model: a score head's kernel in place of the vocabulary projection.
+    """
     n_layers, d = config.n_layers, config.d_model
 
     def norm(name: str, hf: str, gguf: str, width: int = d, block: tuple[str, ...] = ()) -> Leaf:
@@ -119,7 +123,9 @@ def leaves(config: ModelConfig) -> list[Leaf]:
     if config.sandwich_norms:
         out.append(norm("post_mlp_norm", "post_feedforward_layernorm", "post_ffw_norm"))
     out.append(Leaf(("final_norm", "scale"), "norm.weight", "output_norm.weight", (d,), False, norm=True))
-    if not config.tied_embeddings:
+    if reward:
+        out.append(Leaf(("score_head", "kernel"), "score.weight", "", (d, 1), False, transposed=True))
+    elif not config.tied_embeddings:
         out.append(Leaf(("head", "kernel"), "lm_head.weight", "output.weight", (config.vocab_size, d), False))
     return out
 
@@ -142,7 +148,9 @@ Read = Callable[[Leaf, int, tuple[slice, ...]], np.ndarray]
 """(leaf, layer, slices in the file's axes) -> that part of the layer's tensor, in the file's axes."""
 
 
-def build(config: ModelConfig, read: Read, shardings: PyTree | None, dtype: Any) -> PyTree:
+def build(
+    config: ModelConfig, read: Read, shardings: PyTree | None, dtype: Any, *, reward: bool = False
+) -> PyTree:
     """The parameter tree, each leaf read straight into its place.
 
     Holds on the host, besides the result, what its devices need of one leaf.
@@ -150,12 +158,14 @@ def build(config: ModelConfig, read: Read, shardings: PyTree | None, dtype: Any)
     Args:
       read: reads one layer's tensor, or a part of it.
       shardings: a tree of `jax.sharding.Sharding` like the parameters, or None: the default device, uncommitted.
-      dtype: what the leaves are stored as.
+      dtype: what the leaves are stored as; a score head's kernel always as float32.
+      reward: see `leaves`.
     """
     params: dict[str, Any] = {}
-    for leaf in leaves(config):
+    for leaf in leaves(config, reward=reward):
         sharding = None if shardings is None else get_path(shardings, leaf.path)
-        set_path(params, leaf.path, _build_leaf(leaf, read, sharding, jnp.dtype(dtype)))
+        stored = jnp.dtype(jnp.float32 if leaf.path[0] == "score_head" else dtype)
+        set_path(params, leaf.path, _build_leaf(leaf, read, sharding, stored))
     return params
 
 
@@ -172,7 +182,8 @@ def _build_leaf(leaf: Leaf, read: Read, sharding: jax.sharding.Sharding | None, 
     def read_part(index: tuple[slice, ...]) -> np.ndarray:
         out = _staging([i.stop - i.start for i in index], dtype)
         if not leaf.stacked:
-            out[:] = read(leaf, 0, index)
+            piece = read(leaf, 0, index[::-1] if leaf.transposed else index)
+            out[:] = piece.T if leaf.transposed else piece
             return out
         rest = index[1:][::-1] if leaf.transposed else index[1:]
         for row, layer in enumerate(range(index[0].start, index[0].stop)):

@@ -89,6 +89,37 @@ def stop_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerFast | Non
     return tuple(dict.fromkeys(ids))
 
 
+def scoring_pad_id(config: ModelConfig, tokenizer: PreTrainedTokenizerFast | None) -> int:
+    """The padding id of a reward model's Hugging Face folder.
+
+    transformers reads a score at a row's last token that is not padding, so the token that ends a completion must not
+    be the padding too (as it is in SmolLM2). The tokenizer's own, or the config's, or else the special token that is
+    least likely to end anything: one named "pad", the unknown token, one that no generation stops at.
+
+    Raises:
+      InputError: there is none.
+    """
+    ends = set(config.eos_token_ids)
+    candidates = [config.pad_token_id]
+    if tokenizer is not None:
+        own_ends = {tokenizer.eos_token_id, end_of_turn_id(tokenizer)} - {None}
+        special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        order = sorted(
+            special,
+            key=lambda i: ("pad" not in special[i].lower(), i != tokenizer.unk_token_id, i in ends, i),
+        )
+        candidates = [tokenizer.pad_token_id, config.pad_token_id]
+        candidates += [index for index in order if index != tokenizer.bos_token_id]
+        ends = own_ends or ends
+    for index in candidates:
+        if index is not None and index not in ends:
+            return index
+    raise InputError(
+        "The reward model has no padding token other than the one that ends a text, so transformers could not find "
+        "where a text ends; add a special token to its tokenizer and make it the pad_token."
+    )
+
+
 def end_of_turn_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
     """The special token that the chat template writes after an assistant turn; None where there is none."""
     if not tokenizer.chat_template:

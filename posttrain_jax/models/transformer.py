@@ -566,7 +566,13 @@ class Model:
 
 
 def head_VD(params: PyTree) -> Array:
-    """The vocabulary projection, `[V, D]`: the tied embedding or the head of its own."""
+    """The vocabulary projection, `[V, D]`: the tied embedding or the head of its own.
+
+    Raises:
+      InputError: the parameters are a reward model's, which has none.
+    """
+    if "score_head" in params:
+        raise InputError("A reward model gives scores, no next token; give a language model instead.")
     return params["head"]["kernel"] if "head" in params else params["embed"]["embedding"]
 
 

@@ -18,6 +18,7 @@ from posttrain_jax.export_model import export_hf, write_model_folder
 from posttrain_jax.load_model import load_model
 from posttrain_jax.models.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.config import LoraConfig
+from posttrain_jax.models.reward_head import score_head_params
 from posttrain_jax.models.transformer import make_model
 from posttrain_jax.optim import make_optimizer, make_schedule, new_state
 from posttrain_jax.trees import combine, partition
@@ -163,6 +164,19 @@ def test_any_model_can_be_exported_but_only_a_run_has_an_average(tmp_path):
     np.testing.assert_array_equal(logits_of(tmp_path / "copy"), logits_of(folder))
     with pytest.raises(InputError, match="is no workdir"):
         export(str(folder), tmp_path / "average", ema=True)
+
+
+def test_a_reward_model_says_its_bias_and_cannot_chat(tmp_path):
+    head = score_head_params(jax.random.key(1), CONFIG.d_model, init="normal")
+    params = {**make_model(CONFIG).init(jax.random.key(0)), "score_head": {**head, "bias": jnp.float32(-0.5)}}
+    export_hf(tmp_path / "model", config=CONFIG, params=params, tokenizer=byte_tokenizer())
+    done = launch("export", f"--workdir={tmp_path}/model", f"--out={tmp_path}/out")
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.split("\n")[1]
+    assert said == "Its scores are those of transformers + -0.5 (score_bias in its config.json)."
+    refused = launch("chat", f"--model={tmp_path}/out")
+    assert refused.returncode == 2
+    assert "is a reward model: it gives scores" in refused.stderr and "Traceback" not in refused.stderr
 
 
 def test_from_the_command_line(full_run, tmp_path):

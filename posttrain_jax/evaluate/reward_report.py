@@ -1,0 +1,609 @@
+"""How good a reward model is, from the scores that it gave to preference pairs: numbers, tables and plots.
+
+Everything is computed from arrays on the host. The margin of a pair is score(chosen) - score(rejected).
+
+- Accuracy: the share of pairs with a margin above 0. A tie counts as wrong, as in RewardBench (arXiv:2403.13787), and
+  ties are counted besides.
+- Calibration: a reward model trained on -log sigma(margin) says that the chosen answer is preferred with probability
+  p = sigma(margin). Which of the two answers stands first is arbitrary, so every pair enters in both orders with half
+  its weight: (p, chosen first, 1) and (1 - p, rejected first, 0). The curve is therefore symmetric about (1/2, 1/2) and
+  no random order is needed. The bins are of equal width, an even number of them, so that no bin holds a pair in both
+  orders. Expected calibration error (arXiv:1706.04599, eq. 3): sum over bins of the bin's share of the weight times
+  |mean outcome - mean p|.
+- Intervals are 95 % percentile bootstraps over groups (the prompts, which were drawn independently), not over pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from posttrain_jax.errors import InputError
+from posttrain_jax.evaluate.statistics import bootstrap_means, interval
+
+LENGTH_UNITS = ("tokens", "characters")
+HISTOGRAM_BINS = 40
+LENGTH_BINS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredPairs:
+    """The pairs of one split with the scores that a reward model gave them; N pairs.
+
+    Attributes:
+      split: the split's name, such as "in_distribution".
+      chosen_scores_N, rejected_scores_N: the scores.
+      chosen_lengths_N, rejected_lengths_N: lengths of the completions.
+      length_unit: what lengths are counted in, "tokens" or "characters".
+      margins_N: how much better the label says that the chosen one is, on the label's own scale; or None.
+      weights_N: how much each pair counts, above 0; None = 1 each.
+      groups_N: what was drawn independently: the prompt's id of each pair; None = every pair for itself.
+      subsets_N: the name of each pair's subset, for section scores; or None.
+      raters: each rater's own preference, by name: 1 the chosen one, -1 the rejected one, 0 a tie, NaN not asked.
+      member_chosen_scores_EN, member_rejected_scores_EN: the scores of an ensemble's E members, on one scale; or None.
+    """
+
+    split: str
+    chosen_scores_N: np.ndarray
+    rejected_scores_N: np.ndarray
+    chosen_lengths_N: np.ndarray
+    rejected_lengths_N: np.ndarray
+    length_unit: str = "tokens"
+    margins_N: np.ndarray | None = None
+    weights_N: np.ndarray | None = None
+    groups_N: np.ndarray | None = None
+    subsets_N: Sequence[str] | None = None
+    raters: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    member_chosen_scores_EN: np.ndarray | None = None
+    member_rejected_scores_EN: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.chosen_scores_N)
+        if count == 0:
+            raise InputError(f"There is nothing to report on: the split {self.split!r} holds no pairs.")
+        if self.length_unit not in LENGTH_UNITS:
+            raise InputError(f"length_unit is {self.length_unit!r}; use {' or '.join(LENGTH_UNITS)}.")
+        given = {
+            "rejected_scores_N": self.rejected_scores_N,
+            "chosen_lengths_N": self.chosen_lengths_N,
+            "rejected_lengths_N": self.rejected_lengths_N,
+            "margins_N": self.margins_N,
+            "weights_N": self.weights_N,
+            "groups_N": self.groups_N,
+            "subsets_N": self.subsets_N,
+            **{f"the preferences of {name}": values for name, values in self.raters.items()},
+        }
+        for name, values in given.items():
+            if values is not None and len(values) != count:
+                raise InputError(
+                    f"The split {self.split!r} has {count} pairs, but {name} holds {len(values)} values."
+                )
+        for name in ("chosen_scores_N", "rejected_scores_N"):
+            scores = self.chosen_scores_N if name == "chosen_scores_N" else self.rejected_scores_N
+            lost = int(np.sum(~np.isfinite(np.asarray(scores, np.float64))))
+            if lost:
+                raise InputError(
+                    f"The split {self.split!r}: {lost} of {name} are not finite; was the model trained well?"
+                )
+        if self.weights_N is not None and not np.all(np.asarray(self.weights_N) > 0):
+            raise InputError(f"The split {self.split!r}: every weight must be above 0; leave such pairs out.")
+        members = (self.member_chosen_scores_EN, self.member_rejected_scores_EN)
+        if (members[0] is None) != (members[1] is None):
+            raise InputError(f"The split {self.split!r}: give both member scores or none.")
+        for scores_EN in members:
+            if scores_EN is not None and (scores_EN.ndim != 2 or scores_EN.shape[1] != count):
+                raise InputError(
+                    f"The split {self.split!r}: member scores have shape {scores_EN.shape}, not (E, {count})."
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Counted:
+    """Pairs as accuracies need them: float64 wins (1 or 0), weights, and the number of each pair's group."""
+
+    wins_N: np.ndarray
+    weights_N: np.ndarray
+    groups_N: np.ndarray
+    resamples: int
+    seed: int
+
+    def resampled(self, wins_N: np.ndarray, where_N: np.ndarray, offset: int = 0) -> np.ndarray:
+        """Weighted mean of `wins_N` over the pairs of `where_N`: of the data, then of every resample of the groups."""
+        _, group_N = np.unique(self.groups_N[where_N], return_inverse=True)
+        weights_N = self.weights_N[where_N]
+        columns_G2 = np.column_stack(
+            [np.bincount(group_N, weights_N * wins_N[where_N]), np.bincount(group_N, weights_N)]
+        )
+        means = bootstrap_means(columns_G2, resamples=self.resamples, seed=self.seed + offset)
+        return means[:, 0] / means[:, 1]
+
+    def share(self, wins_N: np.ndarray, where_N: np.ndarray) -> dict[str, float]:
+        return dataclasses.asdict(interval(self.resampled(wins_N, where_N)))
+
+    def accuracy(self, where_N: np.ndarray) -> dict[str, float]:
+        return self.share(self.wins_N, where_N)
+
+
+def reward_report(
+    splits: Sequence[ScoredPairs],
+    *,
+    sections: Mapping[str, Sequence[str]] | None = None,
+    section_counts: Mapping[str, int] | None = None,
+    calibration_bins: int = 10,
+    margin_bins: int = 4,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Everything that `write_report` writes, as numbers that JSON can hold (None where a number is not defined).
+
+    Args:
+      splits: each with a name of its own.
+      sections: section -> its subsets, for splits that name subsets. Score of a section: sum over its subsets of
+        accuracy * count / sum of counts; overall: the mean of the sections (RewardBench).
+      section_counts: subset -> the count that it enters its section with, where that is not its number of pairs
+        (RewardBench gives math-prm the weight of all code subsets).
+      calibration_bins: how many, over [0, 1]; even.
+      margin_bins: how many quantile bins of the label's margin and of the predicted one.
+      resamples, seed: of the bootstrap; 0 resamples makes the intervals as narrow as the value.
+
+    Raises:
+      InputError: no splits, two of one name, an odd number of bins, or a subset that no split holds.
+    """
+    names = [pairs.split for pairs in splits]
+    if not names:
+        raise InputError("There is nothing to report on: no split was given.")
+    if len(set(names)) < len(names):
+        raise InputError(f"Two splits have one name: {', '.join(names)}; name each once.")
+    if calibration_bins < 2 or calibration_bins % 2:
+        raise InputError(f"calibration_bins is {calibration_bins}; it must be even and 2 or more.")
+    if margin_bins < 1:
+        raise InputError(f"margin_bins is {margin_bins}; it must be 1 or more.")
+    _check_sections(splits, sections or {})
+    return {
+        "settings": {
+            "calibration_bins": calibration_bins,
+            "margin_bins": margin_bins,
+            "resamples": resamples,
+            "seed": seed,
+        },
+        "splits": {
+            pairs.split: _split_report(
+                pairs,
+                sections or {},
+                section_counts or {},
+                calibration_bins=calibration_bins,
+                margin_bins=margin_bins,
+                resamples=resamples,
+                seed=seed,
+            )
+            for pairs in splits
+        },
+    }
+
+
+def _check_sections(splits: Sequence[ScoredPairs], sections: Mapping[str, Sequence[str]]) -> None:
+    wanted = [subset for subsets in sections.values() for subset in subsets]
+    for pairs in splits:
+        lost = sorted(set(wanted) - set(pairs.subsets_N)) if pairs.subsets_N is not None else []
+        if lost:
+            raise InputError(
+                f"The split {pairs.split!r} has no pairs of the subset {lost[0]!r}, which a section needs."
+            )
+
+
+def _split_report(
+    pairs: ScoredPairs,
+    sections: Mapping[str, Sequence[str]],
+    section_counts: Mapping[str, int],
+    *,
+    calibration_bins: int,
+    margin_bins: int,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    chosen_N = np.asarray(pairs.chosen_scores_N, np.float64)
+    rejected_N = np.asarray(pairs.rejected_scores_N, np.float64)
+    margin_N = chosen_N - rejected_N
+    count = len(margin_N)
+    weights_N = np.ones(count) if pairs.weights_N is None else np.asarray(pairs.weights_N, np.float64)
+    groups_N = np.arange(count) if pairs.groups_N is None else np.asarray(pairs.groups_N)
+    counted = _Counted((margin_N > 0).astype(np.float64), weights_N, groups_N, resamples, seed)
+    everywhere_N = np.ones(count, bool)
+    report: dict[str, Any] = {
+        "pairs": count,
+        "groups": len(np.unique(groups_N)),
+        "weight": float(weights_N.sum()),
+        "ties": int(np.sum(margin_N == 0)),
+        "accuracy": counted.accuracy(everywhere_N),
+        "loss": float(np.average(np.logaddexp(0.0, -margin_N), weights=weights_N)),
+        "mean_margin": float(np.average(margin_N, weights=weights_N)),
+        "mean_chosen_score": float(np.average(chosen_N, weights=weights_N)),
+        "mean_rejected_score": float(np.average(rejected_N, weights=weights_N)),
+        "by_predicted_margin": _accuracy_by(np.abs(margin_N), margin_bins, counted),
+        "calibration": calibration(margin_N, bins=calibration_bins, weights_N=weights_N),
+        "length": _length_report(pairs, chosen_N, rejected_N),
+        "histogram": _histogram(chosen_N, rejected_N),
+    }
+    if pairs.margins_N is not None:
+        label_N = np.asarray(pairs.margins_N, np.float64)
+        report["by_label_margin"] = _accuracy_by(label_N, margin_bins, counted)
+    if pairs.raters:
+        report["raters"] = {
+            name: _rater_report(np.asarray(preference_N, np.float64), margin_N, counted)
+            for name, preference_N in pairs.raters.items()
+        }
+    if pairs.subsets_N is not None:
+        subsets_N = np.asarray(pairs.subsets_N)
+        report["subsets"] = {
+            str(name): {
+                "pairs": int(np.sum(subsets_N == name)),
+                "ties": int(np.sum((subsets_N == name) & (margin_N == 0))),
+                "accuracy": counted.accuracy(subsets_N == name),
+            }
+            for name in np.unique(subsets_N)
+        }
+        if sections:
+            report["sections"] = _section_report(subsets_N, counted, sections, section_counts)
+    if pairs.member_chosen_scores_EN is not None and pairs.member_rejected_scores_EN is not None:
+        margins_EN = np.asarray(pairs.member_chosen_scores_EN, np.float64) - np.asarray(
+            pairs.member_rejected_scores_EN, np.float64
+        )
+        spread_N = margins_EN.std(axis=0)
+        report["disagreement"] = {
+            "members": len(margins_EN),
+            "mean_std": float(np.average(spread_N, weights=weights_N)),
+            "member_accuracy": [float(np.average(row > 0, weights=weights_N)) for row in margins_EN],
+            "by_tercile": _accuracy_by(spread_N, 3, counted),
+        }
+    return report
+
+
+def _accuracy_by(values_N: np.ndarray, bins: int, counted: _Counted) -> list[dict[str, Any]]:
+    """Accuracy in bins of `values_N`: one for each value where there are no more of them than bins, else quantiles."""
+    distinct = np.unique(values_N)
+    if len(distinct) <= bins:
+        edges, index_N = None, np.searchsorted(distinct, values_N)
+    else:
+        edges = np.unique(np.quantile(values_N, np.linspace(0, 1, bins + 1)))
+        index_N = np.clip(np.searchsorted(edges, values_N, side="right") - 1, 0, len(edges) - 2)
+    found = []
+    for place in np.unique(index_N):
+        where_N = index_N == place
+        found.append(
+            {
+                "low": float(distinct[place] if edges is None else edges[place]),
+                "high": float(distinct[place] if edges is None else edges[place + 1]),
+                "pairs": int(where_N.sum()),
+                "accuracy": counted.accuracy(where_N),
+            }
+        )
+    return found
+
+
+def calibration(margin_N: np.ndarray, *, bins: int, weights_N: np.ndarray) -> dict[str, Any]:
+    """The calibration curve and the expected calibration error of sigma(margin), every pair in both orders.
+
+    In the order in which the model prefers the first answer, a pair has p = sigma(|margin|) in [1/2, 1] and the outcome
+    1 if the model is right, 0 if it is wrong, 1/2 for a tie; in the other order 1 - p and 1 - outcome, in the mirrored
+    bin. So the upper half of the bins says it all, and the lower half is its mirror image.
+    """
+    p_N = 1 / (1 + np.exp(-np.abs(margin_N)))
+    outcome_N = np.where(margin_N > 0, 1.0, np.where(margin_N < 0, 0.0, 0.5))
+    half = bins // 2
+    index_N = np.clip((p_N * bins).astype(int) - half, 0, half - 1)
+    total = float(weights_N.sum())
+    upper: list[dict[str, Any]] = []
+    error = 0.0
+    for place in range(half):
+        here_N = index_N == place
+        weight = float(weights_N[here_N].sum())
+        entry = {
+            "low": (half + place) / bins,
+            "high": (half + place + 1) / bins,
+            "pairs": int(here_N.sum()),
+            "share": weight / total / 2,
+            "predicted": None,
+            "agreement": None,
+        }
+        if weight:
+            predicted = float(np.average(p_N[here_N], weights=weights_N[here_N]))
+            agreement = float(np.average(outcome_N[here_N], weights=weights_N[here_N]))
+            entry |= {"predicted": predicted, "agreement": agreement}
+            error += weight / total * abs(agreement - predicted)
+        upper.append(entry)
+    lower = [
+        {
+            **entry,
+            "low": 1 - entry["high"],
+            "high": 1 - entry["low"],
+            "predicted": None if entry["predicted"] is None else 1 - entry["predicted"],
+            "agreement": None if entry["agreement"] is None else 1 - entry["agreement"],
+        }
+        for entry in reversed(upper)
+    ]
+    return {"expected_calibration_error": error, "bins": lower + upper}
+
+
+def _length_report(pairs: ScoredPairs, chosen_N: np.ndarray, rejected_N: np.ndarray) -> dict[str, Any]:
+    """How score goes with length: over all 2N completions, and within pairs (margin and difference of lengths)."""
+    lengths_N = np.asarray(pairs.chosen_lengths_N, np.float64)
+    other_N = np.asarray(pairs.rejected_lengths_N, np.float64)
+    scores_M, lengths_M = np.concatenate([chosen_N, rejected_N]), np.concatenate([lengths_N, other_N])
+    margin_N, difference_N = chosen_N - rejected_N, lengths_N - other_N
+    edges = np.unique(np.quantile(lengths_M, np.linspace(0, 1, LENGTH_BINS + 1)))
+    index_M = np.clip(np.searchsorted(edges, lengths_M, side="right") - 1, 0, max(len(edges) - 2, 0))
+    return {
+        "unit": pairs.length_unit,
+        "pearson": pearson(scores_M, lengths_M),
+        "spearman": spearman(scores_M, lengths_M),
+        "pearson_within_pairs": pearson(margin_N, difference_N),
+        "spearman_within_pairs": spearman(margin_N, difference_N),
+        "chosen_is_longer": float(np.mean(difference_N > 0)),
+        "longer_scores_higher": float(np.mean(margin_N * difference_N > 0)),
+        "by_length": [
+            {
+                "mean_length": float(lengths_M[index_M == place].mean()),
+                "completions": int(np.sum(index_M == place)),
+                "mean_score": float(scores_M[index_M == place].mean()),
+                "std_score": float(scores_M[index_M == place].std()),
+            }
+            for place in np.unique(index_M)
+        ],
+    }
+
+
+def pearson(a_N: np.ndarray, b_N: np.ndarray) -> float | None:
+    """Pearson's correlation; None where one of the two is constant."""
+    a_N, b_N = np.asarray(a_N, np.float64), np.asarray(b_N, np.float64)
+    if np.ptp(a_N) == 0 or np.ptp(b_N) == 0:
+        return None
+    a_N, b_N = a_N - a_N.mean(), b_N - b_N.mean()
+    return float(a_N @ b_N / math.sqrt((a_N @ a_N) * (b_N @ b_N)))
+
+
+def spearman(a_N: np.ndarray, b_N: np.ndarray) -> float | None:
+    """Spearman's correlation: Pearson's of the ranks, equal values sharing their mean rank; None as for Pearson's."""
+    return pearson(_ranks(a_N), _ranks(b_N))
+
+
+def _ranks(values_N: np.ndarray) -> np.ndarray:
+    _, place_N, counts = np.unique(values_N, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place_N]
+
+
+def _rater_report(preference_N: np.ndarray, margin_N: np.ndarray, counted: _Counted) -> dict[str, Any]:
+    """Over the pairs on which the rater has a preference: how often the model has the same."""
+    has_N = np.isfinite(preference_N) & (preference_N != 0)
+    same_N = (np.sign(preference_N) == np.sign(margin_N)).astype(np.float64)
+    return {
+        "pairs": int(has_N.sum()),
+        "ties": int(np.sum(preference_N == 0)),
+        "agreement": counted.share(same_N, has_N) if has_N.any() else None,
+    }
+
+
+def _section_report(
+    subsets_N: np.ndarray,
+    counted: _Counted,
+    sections: Mapping[str, Sequence[str]],
+    section_counts: Mapping[str, int],
+) -> dict[str, Any]:
+    """Sections and their mean; each subset is resampled for itself, since its count is fixed."""
+    names = sorted({subset for subsets in sections.values() for subset in subsets})
+    means = {
+        name: counted.resampled(counted.wins_N, subsets_N == name, offset=number)
+        for number, name in enumerate(names)
+    }
+    counts = {name: section_counts.get(name, int(np.sum(subsets_N == name))) for name in names}
+    scores = {
+        section: np.average(
+            [means[name] for name in subsets], axis=0, weights=[counts[name] for name in subsets]
+        )
+        for section, subsets in sections.items()
+    }
+    overall = np.mean(list(scores.values()), axis=0)
+    return {
+        **{section: dataclasses.asdict(interval(score)) for section, score in scores.items()},
+        "overall": dataclasses.asdict(interval(overall)),
+    }
+
+
+def _histogram(chosen_N: np.ndarray, rejected_N: np.ndarray) -> dict[str, list]:
+    edges = np.histogram_bin_edges(np.concatenate([chosen_N, rejected_N]), bins=HISTOGRAM_BINS)
+    return {
+        "edges": edges.tolist(),
+        "chosen": np.histogram(chosen_N, edges)[0].tolist(),
+        "rejected": np.histogram(rejected_N, edges)[0].tolist(),
+    }
+
+
+def write_report(report: dict[str, Any], folder: str | Path) -> None:
+    """Writes report.json, report.md and the plots calibration.png, scores.png, margins.png and length.png.
+
+    Args:
+      report: from `reward_report`.
+      folder: made if it is not there; files of these names in it are replaced.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    (folder / "report.json").write_text(text + "\n", "utf-8")
+    (folder / "report.md").write_text(report_text(report), "utf-8")
+    _draw(folder / "calibration.png", report, _draw_calibration)
+    _draw(folder / "scores.png", report, _draw_histogram)
+    _draw(folder / "margins.png", report, _draw_margins)
+    _draw(folder / "length.png", report, _draw_length)
+
+
+def report_text(report: dict[str, Any]) -> str:
+    """The report as Markdown tables."""
+    settings, splits = report["settings"], report["splits"]
+    lines = ["# Reward model", ""]
+    lines += _table(
+        ("split", "pairs", "groups", "ties", "accuracy", "loss", "mean margin", "calibration error"),
+        [
+            (
+                name,
+                part["pairs"],
+                part["groups"],
+                part["ties"],
+                _percent(part["accuracy"]),
+                f"{part['loss']:.4f}",
+                f"{part['mean_margin']:.4g}",
+                f"{part['calibration']['expected_calibration_error']:.4f}",
+            )
+            for name, part in splits.items()
+        ],
+    )
+    lines += [
+        f"Accuracy: share of pairs whose chosen answer scores higher; a tie is wrong. In brackets the 95 % bootstrap "
+        f"interval over groups ({settings['resamples']} resamples). Loss: mean -log sigma(margin). Calibration error: "
+        f"{settings['calibration_bins']} bins of equal width over [0, 1], every pair in both orders.",
+        "",
+    ]
+    for name, part in splits.items():
+        lines += _split_text(name, part)
+    return "\n".join(lines)
+
+
+def _split_text(name: str, part: dict[str, Any]) -> list[str]:
+    lines = [f"## {name}", ""]
+    binned = {
+        "label margin": part.get("by_label_margin"),
+        "predicted margin": part["by_predicted_margin"],
+        "disagreement (std of the members' margins)": part.get("disagreement", {}).get("by_tercile"),
+    }
+    for title, bins in binned.items():
+        if bins:
+            rows = [(f"{b['low']:.4g} to {b['high']:.4g}", b["pairs"], _percent(b["accuracy"])) for b in bins]
+            lines += _table((title, "pairs", "accuracy"), rows)
+    if "disagreement" in part:
+        found = part["disagreement"]
+        each = ", ".join(f"{value:.1%}" for value in found["member_accuracy"])
+        lines += [
+            f"{found['members']} members with accuracies {each}; mean std of their margins {found['mean_std']:.4g}.",
+            "",
+        ]
+    length = part["length"]
+    lines += _table(
+        (f"length ({length['unit']})", "Pearson", "Spearman"),
+        [
+            ("score, length", _number(length["pearson"]), _number(length["spearman"])),
+            (
+                "margin, difference of lengths",
+                _number(length["pearson_within_pairs"]),
+                _number(length["spearman_within_pairs"]),
+            ),
+        ],
+    )
+    lines += [
+        f"The chosen answer is the longer one in {length['chosen_is_longer']:.1%} of the pairs; the longer one scores "
+        f"higher in {length['longer_scores_higher']:.1%}.",
+        "",
+    ]
+    for title, column in (("raters", "agreement"), ("subsets", "accuracy")):
+        if title in part:
+            found = part[title]
+            shares = [(name, v["pairs"], v["ties"], _percent(v[column])) for name, v in found.items()]
+            lines += _table((title, "pairs", "ties", column), shares)
+    if "sections" in part:
+        lines += _table(("section", "score"), [(key, _percent(v)) for key, v in part["sections"].items()])
+    return lines
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    numbers = ["---", *["---:"] * (len(header) - 1)]
+    return [
+        *("| " + " | ".join(str(cell) for cell in row) + " |" for row in (header, numbers, *rows)),
+        "",
+    ]
+
+
+def _percent(estimate: dict[str, float] | None) -> str:
+    if estimate is None:
+        return "-"
+    return f"{estimate['value']:.1%} ({estimate['low']:.1%} to {estimate['high']:.1%})"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _draw(path: Path, report: dict[str, Any], panel: Callable[[Any, dict[str, Any]], None]) -> None:
+    """One panel a split, side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    splits = report["splits"]
+    figure, axes = plt.subplots(
+        1, len(splits), figsize=(4.2 * len(splits), 3.6), constrained_layout=True, squeeze=False
+    )
+    for axis, (name, part) in zip(axes[0], splits.items(), strict=True):
+        panel(axis, part)
+        axis.set_title(name, fontsize=10)
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_calibration(axis: Any, part: dict[str, Any]) -> None:
+    found = part["calibration"]
+    filled = [b for b in found["bins"] if b["predicted"] is not None]
+    axis.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--")
+    axis.plot(
+        [b["predicted"] for b in filled],
+        [b["agreement"] for b in filled],
+        marker="o",
+        markersize=4,
+        label=f"error {found['expected_calibration_error']:.3f}",
+    )
+    axis.set_xlabel("predicted: sigma(margin)", fontsize=9)
+    axis.set_ylabel("share that agrees", fontsize=9)
+
+
+def _draw_histogram(axis: Any, part: dict[str, Any]) -> None:
+    found = part["histogram"]
+    for name in ("chosen", "rejected"):
+        axis.stairs(found[name], found["edges"], fill=True, alpha=0.5, label=name)
+    axis.set_xlabel("score", fontsize=9)
+    axis.set_ylabel("completions", fontsize=9)
+
+
+def _draw_margins(axis: Any, part: dict[str, Any]) -> None:
+    """Accuracy in the bins of both margins; the bins are numbered, for the two have their own scales."""
+    for name, key in (("label margin", "by_label_margin"), ("predicted margin", "by_predicted_margin")):
+        bins = part.get(key, [])
+        if bins:
+            values = np.asarray([[b["accuracy"][end] for end in ("value", "low", "high")] for b in bins])
+            reach = np.stack([values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]])
+            places = np.arange(1, len(bins) + 1)
+            axis.errorbar(places, values[:, 0], yerr=np.maximum(reach, 0), marker="o", capsize=3, label=name)
+    axis.axhline(0.5, color="grey", linewidth=1, linestyle="--")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_xlabel("bin of the margin, smallest first", fontsize=9)
+    axis.set_ylabel("accuracy", fontsize=9)
+
+
+def _draw_length(axis: Any, part: dict[str, Any]) -> None:
+    found = part["length"]
+    bins = found["by_length"]
+    axis.errorbar(
+        [b["mean_length"] for b in bins],
+        [b["mean_score"] for b in bins],
+        yerr=[b["std_score"] for b in bins],
+        marker="o",
+        capsize=3,
+        label=f"Spearman {_number(found['spearman'])}",
+    )
+    axis.set_xlabel(f"length ({found['unit']})", fontsize=9)
+    axis.set_ylabel("score: mean and standard deviation", fontsize=9)
