@@ -71,9 +71,9 @@ def make_schedule(
 
 
 def decay_mask(params: PyTree) -> PyTree:
-    """True for matrices, False for norms' scales and biases, which weight decay leaves alone."""
+    """True for matrices, False for norms' scales, gains and biases, which weight decay leaves alone."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: not leaf_path(path).endswith(("scale", "bias")), params
+        lambda path, _: not leaf_path(path).endswith(("scale", "bias", "gain")), params
     )
 
 

@@ -20,41 +20,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from posttrain_jax.assets import cache_root
-from posttrain_jax.data.preference_rows import PreferenceRows, RowShape
+from posttrain_jax.completions import map_completions, policy_logps
+from posttrain_jax.data.preference_rows import RowShape
 from posttrain_jax.data.tokenized_preferences import PreferenceSource
-from posttrain_jax.losses.logprobs import Projection
 from posttrain_jax.metrics import say
-from posttrain_jax.models.heads import completion_logps
-from posttrain_jax.models.transformer import Model, head_VD
-from posttrain_jax.optim import map_micro_batches, used_micro_batches
-from posttrain_jax.sharding import batch_sharding, host_data_shards, jit_step, put_batch, replicated
+from posttrain_jax.models.transformer import Model
 from posttrain_jax.trees import fingerprint
-from posttrain_jax.types import Array, PreferenceBatch, PyTree
+from posttrain_jax.types import PyTree
 
 FORMAT_VERSION = 1
-
-
-def policy_logps(params: PyTree, batch: PreferenceBatch, *, model: Model, share_prompt: bool) -> Array:
-    """Log-probability of every completion, `[B, N, 2]`: of all its trained tokens, and of its last one alone."""
-    output = model.apply(
-        params,
-        batch.tokens,
-        segment_ids_BT=batch.segment_ids,
-        positions_BT=batch.positions,
-        branches_BT=batch.branches if share_prompt else None,
-        logits=False,
-    )
-    projection = Projection(softcap=model.config.logits_softcap)
-    logps = completion_logps(output.hidden_BTD, head_VD(params), batch, projection)
-    return jax.numpy.stack([logps.sums_BN, logps.end_BN], axis=-1)
-
-
-def score_step(
-    params: PyTree, batch: PreferenceBatch, *, model: Model, share_prompt: bool
-) -> tuple[Array, Array]:
-    """`policy_logps` of a step's rows, `[M, B, N, 2]`, and their `sequence_ids` `[M, B, N]`."""
-    score = functools.partial(policy_logps, params, model=model, share_prompt=share_prompt)
-    return map_micro_batches(score, batch, used_micro_batches(batch.segment_ids)), batch.sequence_ids
 
 
 def reference_logps(
@@ -94,7 +68,10 @@ def reference_logps(
         found = _read(path, len(source.store.lines))
         if not _everywhere(found is not None) or found is None:
             say(f"Reference log-probabilities of {len(source):,} prompts are computed once and kept in {path}.")
-            found = _compute(model, params, source, shape, mesh, groups=groups, micro_batches=micro_batches)
+            logps = functools.partial(policy_logps, model=model, share_prompt=shape.share_prompt)
+            found = map_completions(
+                logps, params, source, shape, mesh, groups=groups, micro_batches=micro_batches
+            )
             _write(path, found)
         results.append(found)
     return results
@@ -103,36 +80,6 @@ def reference_logps(
 def _everywhere(found: bool) -> bool:
     """Whether every process has found it; they compute together or not at all."""
     return bool(np.all(multihost_utils.process_allgather(np.asarray(found))))
-
-
-def _compute(
-    model: Model,
-    params: PyTree,
-    source: PreferenceSource,
-    shape: RowShape,
-    mesh: Mesh,
-    *,
-    groups: int,
-    micro_batches: int,
-) -> np.ndarray:
-    index, count = host_data_shards(mesh)
-    rows = PreferenceRows(source, shape)
-    step = jit_step(
-        functools.partial(score_step, model=model, share_prompt=shape.share_prompt),
-        mesh,
-        in_shardings=(None, batch_sharding(mesh)),
-        out_shardings=replicated(mesh),
-    )
-    order = np.argsort(-source.needs(share_prompt=shape.share_prompt), kind="stable")
-    out = np.zeros((len(source.store.lines), 2), np.float32)
-    for first in range(0, len(order), groups):
-        places = [p if p < len(order) else -1 for p in range(first + index, first + groups, count)]
-        taken = [rows[int(order[p])] if p >= 0 else None for p in places]
-        batch = put_batch(rows.collate(taken), mesh, micro_batches, PreferenceBatch)
-        logps, ids = (np.asarray(leaf) for leaf in step(params, batch))
-        kept = ids != 0
-        out[ids[kept] - 1] = logps[kept]
-    return out
 
 
 def _read(path: Path, sequences: int) -> np.ndarray | None:

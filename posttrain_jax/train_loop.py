@@ -291,6 +291,9 @@ def _train(
             stop = preemption.stop_after(step)
             last = step == task.steps
             run.stop_profile(state, step, last=last or stop)
+            if last and task.finish is not None:
+                run.drain()
+                state = task.finish(state)
             evaluated: dict[str, float] = {}
             if last or (options.eval_every and step % options.eval_every == 0):
                 run.drain()

@@ -198,6 +198,7 @@ class Task:
       evaluate: state -> named numbers, at every evaluation; or None.
       sample: state -> rows for `samples.jsonl`, at every evaluation; or None.
       flops_per_token: model FLOPs of one step per token, for MFU.
+      finish: what is done to the state once, after the last step and before it is evaluated and saved; or None.
     """
 
     steps: int
@@ -209,3 +210,4 @@ class Task:
     evaluate: Callable[[TrainState], dict[str, float]] | None
     sample: Callable[[TrainState], list[dict[str, Any]]] | None
     flops_per_token: float
+    finish: Callable[[TrainState], TrainState] | None = None

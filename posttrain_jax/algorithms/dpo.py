@@ -20,6 +20,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
+from posttrain_jax.completions import policy_logps
 from posttrain_jax.data.loader import eval_batches
 from posttrain_jax.data.preference_rows import PreferenceRows, RowShape
 from posttrain_jax.data.tokenized_preferences import PreferenceData
@@ -47,14 +49,14 @@ from posttrain_jax.experiment import (
     seed_key,
     steps_from_config,
 )
-from posttrain_jax.fixed_prompts import answer_fixed_prompts
 from posttrain_jax.losses import anchored
 from posttrain_jax.losses import dpo as losses
 from posttrain_jax.losses import preference_odds as odds
 from posttrain_jax.metrics import Accumulator, say, to_host
 from posttrain_jax.models.transformer import Model, make_model
 from posttrain_jax.optim import apply_gradients, gradient_sums, map_micro_batches, used_micro_batches
-from posttrain_jax.reference import policy_logps, reference_logps
+from posttrain_jax.reference import reference_logps
+from posttrain_jax.sampling.fixed_prompts import answer_fixed_prompts
 from posttrain_jax.sharding import batch_sharding, host_data_shards, jit_step, put_batch, replicated
 from posttrain_jax.trees import combine
 from posttrain_jax.types import Array, LossOutput, Metric, Metrics, PreferenceBatch, PyTree, Task, TrainState
@@ -345,7 +347,7 @@ def from_config(config: Config, workdir: Path) -> Task:
         ),
         train_step=lambda state, batch: step(state, batch, source.params),
         evaluate=evaluate,
-        sample=answer_fixed_prompts(config, policy) if config.eval.prompts else None,
+        sample=_sampling(config, policy) if config.eval.prompts else None,
         flops_per_token=flops_per_token(model.config, data.shape.length),
     )
 
@@ -492,3 +494,14 @@ def _evaluation(
         return values
 
     return evaluate
+
+
+def _sampling(config: Config, policy: Policy) -> Callable[[TrainState], list[dict[str, Any]]]:
+    """Greedy answers to the fixed prompts, for `samples.jsonl`."""
+    return answer_fixed_prompts(
+        policy.model,
+        policy.tokenizer,
+        config.eval.prompts,
+        max_new_tokens=config.eval.max_new_tokens,
+        seed=config.seed,
+    )

@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from ml_collections import ConfigDict as Config
 from posttrain_jax.data.loader import eval_batches
 from posttrain_jax.data.packing import PackedRows
 from posttrain_jax.experiment import (
+    Policy,
     abstract_on_mesh,
     flops_per_token,
     init_state,
@@ -33,7 +35,6 @@ from posttrain_jax.experiment import (
     seed_key,
     steps_from_config,
 )
-from posttrain_jax.fixed_prompts import answer_fixed_prompts
 from posttrain_jax.losses.logprobs import Projection
 from posttrain_jax.losses.sft import nll_loss
 from posttrain_jax.masking import shift_left
@@ -41,6 +42,7 @@ from posttrain_jax.metrics import Accumulator, to_host
 from posttrain_jax.models.heads import sum_logps
 from posttrain_jax.models.transformer import Model, head_VD
 from posttrain_jax.optim import apply_gradients, gradient_sums
+from posttrain_jax.sampling.fixed_prompts import answer_fixed_prompts
 from posttrain_jax.sharding import batch_sharding, host_data_shards, jit_step, put_batch, replicated
 from posttrain_jax.trees import combine
 from posttrain_jax.types import Array, Batch, Metric, Metrics, PyTree, Task, TrainState
@@ -173,7 +175,7 @@ def from_config(config: Config, workdir: Path) -> Task:
             donate=(0,),
         ),
         evaluate=_evaluation(config, rows.held_out, model, mesh) if rows.held_out else None,
-        sample=answer_fixed_prompts(config, policy) if config.eval.prompts else None,
+        sample=_sampling(config, policy) if config.eval.prompts else None,
         flops_per_token=flops_per_token(model.config, config.data.max_length),
     )
 
@@ -202,3 +204,14 @@ def _evaluation(
         return values
 
     return evaluate
+
+
+def _sampling(config: Config, policy: Policy) -> Callable[[TrainState], list[dict[str, Any]]]:
+    """Greedy answers to the fixed prompts, for `samples.jsonl`."""
+    return answer_fixed_prompts(
+        policy.model,
+        policy.tokenizer,
+        config.eval.prompts,
+        max_new_tokens=config.eval.max_new_tokens,
+        seed=config.seed,
+    )

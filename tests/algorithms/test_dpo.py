@@ -13,13 +13,14 @@ import pytest
 from contracts.tiny import GEMMA, LLAMA, make_mesh
 
 from posttrain_jax.algorithms import dpo
+from posttrain_jax.completions import policy_logps
 from posttrain_jax.data.preference_rows import PreferenceRows, row_shape
 from posttrain_jax.data.tokenized import TokenizeOptions
 from posttrain_jax.data.tokenized_preferences import PreferenceData, build_preferences
 from posttrain_jax.models.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.transformer import make_model
 from posttrain_jax.optim import gradient_sums, used_micro_batches
-from posttrain_jax.reference import policy_logps, reference_logps
+from posttrain_jax.reference import reference_logps
 from posttrain_jax.sharding import jit_step, put_batch, replicated, tree_shardings
 from posttrain_jax.types import PreferenceBatch
 
