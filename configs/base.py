@@ -87,7 +87,9 @@ def preference_config() -> ConfigDict:
     """
     config = base_config()
     config.algorithm = "dpo"
-    config.data.row_length = 0  # tokens in a packed row; 0 = what the longest prompt with its completions needs
+    config.data.row_length = (
+        0  # tokens in a packed row; 0 = what the longest prompt with its completions needs
+    )
     config.data.share_prompt = "auto"  # the prompt once for all its completions: auto, yes, no
     config.dpo = ConfigDict()
     config.dpo.loss = "dpo"  # algorithms/dpo.py::LOSSES
@@ -99,6 +101,18 @@ def preference_config() -> ConfigDict:
     config.dpo.nll_weight = 0.0  # of the chosen completion's mean negative log-likelihood
     config.dpo.skip_end = False  # leave the end-of-turn token out of the comparison
     config.dpo.reference = "cached"  # cached, memory, adapter (LoRA off), none
+
+    config.reward = ConfigDict()
+    config.reward.loss = "bradley_terry"  # algorithms/reward_model.py::LOSSES
+    config.reward.head_init = "normal"  # normal (standard deviation 1 / sqrt(d_model + 1)), zeros
+    config.reward.label_smoothing = 0.0  # smoothed_label: share of wrong labels
+    config.reward.centre = 0.0  # coefficient of (r_w + r_l)^2
+    config.reward.margin_scale = 1.0  # margin: the data's margins times this
+    config.reward.normalise = (
+        "demonstrations"  # none, demonstrations (preferred ones score 0), unit (mean 0, variance 1)
+    )
+    config.reward.members = 1  # models in the ensemble
+    config.reward.bootstrap = True  # each member has its own draw of the prompts
     return config
 
 

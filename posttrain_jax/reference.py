@@ -67,7 +67,9 @@ def reference_logps(
         path = root / f"{digest}.npy"
         found = _read(path, len(source.store.lines))
         if not _everywhere(found is not None) or found is None:
-            say(f"Reference log-probabilities of {len(source):,} prompts are computed once and kept in {path}.")
+            say(
+                f"Reference log-probabilities of {len(source):,} prompts are computed once and kept in {path}."
+            )
             logps = functools.partial(policy_logps, model=model, share_prompt=shape.share_prompt)
             found = map_completions(
                 logps, params, source, shape, mesh, groups=groups, micro_batches=micro_batches

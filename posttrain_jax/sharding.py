@@ -78,7 +78,12 @@ def constrain_activations(x_BTD: Array) -> Array:
 
 
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """How the leaf at `path` is split on `mesh`, from RULES; a scalar or unknown leaf is replicated."""
+    """How the leaf at `path` is split on `mesh`, from RULES; a scalar or unknown leaf is replicated.
+
+    Leaves below `members` are stacked, one for each model of an ensemble; that axis is not split.
+    """
+    if "members/" in path and shape:
+        return P(None, *partition_spec(path.split("members/", 1)[1], shape[1:], mesh))
     for pattern, axes in RULES:
         if re.search(f"(^|/){pattern}$", path) and len(axes) == len(shape):
             fits = (
@@ -131,7 +136,10 @@ RowBatch = TypeVar("RowBatch", Batch, PreferenceBatch)
 
 
 def put_batch(
-    arrays: dict[str, np.ndarray], mesh: Mesh, micro_batches: int, kind: type[RowBatch] = Batch
+    arrays: dict[str, np.ndarray],
+    mesh: Mesh,
+    micro_batches: int,
+    kind: type[RowBatch] = Batch,  # type: ignore[assignment]
 ) -> RowBatch:
     """This process's rows `[rows, ...]` as its part of the global `[M, B, ...]` batch on the devices."""
     sharding = batch_sharding(mesh)

@@ -20,7 +20,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -198,7 +198,13 @@ def pairs_of(logps_BN2: Array, batch: PreferenceBatch, reference_BN: Array, opti
 
 
 def pair_losses(
-    params: PyTree, batch: PreferenceBatch, reference_BN: Array, *, model: Model, options: Options, share_prompt: bool
+    params: PyTree,
+    batch: PreferenceBatch,
+    reference_BN: Array,
+    *,
+    model: Model,
+    options: Options,
+    share_prompt: bool,
 ) -> tuple[Array, Metrics]:
     """Sum of the losses over the comparisons of rows `[B, ...]` (differentiable), and metrics."""
     logps_BN2 = policy_logps(params, batch, model=model, share_prompt=share_prompt)
@@ -317,14 +323,16 @@ def from_config(config: Config, workdir: Path) -> Task:
 
     if jax.process_index() == 0:
         policy.describe(workdir / "model")
-    forward = {"model": model, "options": options, "reference": source.logps, "share_prompt": share}
     step = jit_step(
         functools.partial(
             train_step,
             optimizer=optimizer.transformation,
             schedule=optimizer.schedule,
             ema_decay=config.optim.ema,
-            **forward,
+            model=model,
+            options=options,
+            reference=source.logps,
+            share_prompt=share,
         ),
         mesh,
         in_shardings=(places, batch_sharding(mesh), None),
@@ -334,7 +342,12 @@ def from_config(config: Config, workdir: Path) -> Task:
     evaluate = None
     if source.held_out:
         jitted = jit_step(
-            functools.partial(eval_step, **forward), mesh, in_shardings=None, out_shardings=replicated(mesh)
+            functools.partial(
+                eval_step, model=model, options=options, reference=source.logps, share_prompt=share
+            ),
+            mesh,
+            in_shardings=None,
+            out_shardings=replicated(mesh),
         )
         evaluate = _evaluation(config, source, jitted, mesh, options)
     return Task(
@@ -373,7 +386,9 @@ def options_from_config(config: Config) -> Options:
     if not 0 <= dpo.label_smoothing < 0.5:
         raise InputError(f"dpo.label_smoothing is {dpo.label_smoothing}; it must be from 0 to below 0.5.")
     if dpo.loss == "exo" and dpo.label_smoothing == 0:
-        raise InputError("dpo.loss=exo takes the logarithm of dpo.label_smoothing; set it, to 1e-3 for example.")
+        raise InputError(
+            "dpo.loss=exo takes the logarithm of dpo.label_smoothing; set it, to 1e-3 for example."
+        )
     return Options(
         loss=dpo.loss,
         beta=dpo.beta,
@@ -391,8 +406,8 @@ def _check_pairs(data: Preferences) -> None:
         for source in part.sources if part is not None else ():
             if not source.report.comparisons:
                 raise InputError(
-                    f"{source.report.source} holds no comparison of two completions (one completion a prompt, or ties), "
-                    "and DPO needs them; labels are for algorithm=kto, ratings for algorithm=reward_model."
+                    f"{source.report.source} holds no comparison of two completions (one completion a prompt, or "
+                    "ties), and DPO needs them; labels are for algorithm=kto, ratings for algorithm=reward_model."
                 )
 
 
@@ -417,7 +432,9 @@ def _reference_from_config(
 ) -> _ReferenceSource:
     kind = config.dpo.reference
 
-    def rows(part: PreferenceData | None, shape: RowShape, known: Sequence[np.ndarray] | None) -> list[PreferenceRows]:
+    def rows(
+        part: PreferenceData | None, shape: RowShape, known: Sequence[np.ndarray] | None
+    ) -> list[PreferenceRows]:
         if part is None:
             return []
         logps = [None] * len(part.sources) if known is None else [_compared(k, options) for k in known]
@@ -466,7 +483,10 @@ def _reference_from_config(
     return _ReferenceSource(computed, params, train, held_out)
 
 
-def _compared(logps: Array, options: Options) -> Array:
+Values = TypeVar("Values", Array, np.ndarray)
+
+
+def _compared(logps: Values, options: Options) -> Values:
     """Of `[..., 2]` (all trained tokens, the last one): what is compared."""
     return logps[..., 0] - logps[..., 1] if options.skip_end else logps[..., 0]
 
@@ -488,8 +508,9 @@ def _evaluation(
         fallen = values.get("eval/rewards/chosen", 0.0) / options.beta
         if fallen < -1.0 and options.loss not in REFERENCE_FREE:
             say(
-                f"The held-out chosen completions are {-fallen:.1f} nats less likely than under the reference: DPO can "
-                "lower both sides (likelihood displacement, arXiv:2410.08847); dpo.nll_weight or loss=dpop hold them up."
+                f"The held-out chosen completions are {-fallen:.1f} nats less likely than under the reference: DPO "
+                "can lower both sides (likelihood displacement, arXiv:2410.08847); dpo.nll_weight or dpo.loss=dpop "
+                "hold them up."
             )
         return values
 

@@ -31,6 +31,7 @@ from ml_collections import ConfigDict as Config
 from posttrain_jax.completions import map_completions, reward_scores
 from posttrain_jax.data.loader import eval_batches
 from posttrain_jax.data.preference_rows import PreferenceRows
+from posttrain_jax.data.tokenized_preferences import Group
 from posttrain_jax.errors import InputError
 from posttrain_jax.experiment import (
     Policy,
@@ -51,7 +52,13 @@ from posttrain_jax.losses import reward as losses
 from posttrain_jax.metrics import Accumulator, say, to_host
 from posttrain_jax.models.reward_head import score_head_params
 from posttrain_jax.models.transformer import Model
-from posttrain_jax.optim import apply_gradients, gradient_sums, map_micro_batches, new_state, used_micro_batches
+from posttrain_jax.optim import (
+    apply_gradients,
+    gradient_sums,
+    map_micro_batches,
+    new_state,
+    used_micro_batches,
+)
 from posttrain_jax.sharding import batch_sharding, host_data_shards, jit_step, put_batch, replicated
 from posttrain_jax.trees import combine, partition
 from posttrain_jax.types import Array, LossOutput, Metric, Metrics, PreferenceBatch, PyTree, Task, TrainState
@@ -102,9 +109,13 @@ def _by_prompt(scored: Scored) -> tuple[Array, Array, Array, Array]:
     batch = scored.batch
     count = batch.ends.shape[1]
     lost = (batch.weights != 0).astype(jnp.int32)
-    ranks_BN = jax.vmap(lambda worse, lost: jnp.zeros((count,), jnp.int32).at[worse].add(lost))(batch.worse, lost)
+    ranks_BN = jax.vmap(lambda worse, lost: jnp.zeros((count,), jnp.int32).at[worse].add(lost))(
+        batch.worse, lost
+    )
     numbers_N = jnp.arange(1, count + 1)
-    mask_BNN = (batch.group_ids[:, None, :] == numbers_N[None, :, None]) & (batch.sequence_ids != 0)[:, None, :]
+    mask_BNN = (batch.group_ids[:, None, :] == numbers_N[None, :, None]) & (batch.sequence_ids != 0)[
+        :, None, :
+    ]
     tiled = functools.partial(jnp.broadcast_to, shape=mask_BNN.shape)
     weights_BN = jnp.max(jnp.where(mask_BNN, scored.prompt_weights_BN[:, None, :], 0.0), axis=-1)
     return tiled(scored.scores_BN[:, None, :]), tiled(ranks_BN[:, None, :]), mask_BNN, weights_BN
@@ -147,7 +158,9 @@ LOSSES: dict[str, RewardLoss] = {
 }
 
 
-def score_losses(scores_BN: Array, batch: PreferenceBatch, counts_BN: Array, options: Options) -> tuple[Array, Metrics]:
+def score_losses(
+    scores_BN: Array, batch: PreferenceBatch, counts_BN: Array, options: Options
+) -> tuple[Array, Metrics]:
     """Sum of the losses of rows `[B, ...]` given their scores (differentiable), and metrics.
 
     Args:
@@ -201,7 +214,13 @@ def draws_of(batch: PreferenceBatch, member: Array, options: Options) -> Array:
 
 
 def reward_losses(
-    params: PyTree, frozen: PyTree, batch: PreferenceBatch, *, model: Model, options: Options, share_prompt: bool
+    params: PyTree,
+    frozen: PyTree,
+    batch: PreferenceBatch,
+    *,
+    model: Model,
+    options: Options,
+    share_prompt: bool,
 ) -> tuple[Array, Metrics]:
     """Sum over rows `[B, ...]` (and over members) of the loss, and metrics (of an ensemble: means over members)."""
 
@@ -228,3 +247,308 @@ def reward_losses(
         "padding_share": Metric(jnp.float32(batch.tokens.size) - real, jnp.float32(batch.tokens.size)),
     }
     return total, metrics
+
+
+def init_state(
+    params: PyTree,
+    key: Array,
+    *,
+    model: Model,
+    optimizer: optax.GradientTransformationExtraArgs,
+    ema_decay: float,
+    options: Options,
+    head_init: str,
+) -> TrainState:
+    """Puts a score head on the transformer (or keeps the one there is), splits trained from frozen, and copies what
+    is trained for every member; a member's head, and its adapters, are drawn with a key of its own."""
+    body = {name: part for name, part in params.items() if name not in ("head", "score_head")}
+
+    def trained_of(member: int) -> PyTree:
+        own = jax.random.fold_in(key, member)
+        drawn = score_head_params(own, model.config.d_model, init=head_init)
+        head = params.get("score_head", drawn)
+        trained = partition(body, lambda path: is_trained(path, model))[0]
+        if model.lora.rank and options.members > 1:
+            trained = partition(model.init(own), lambda path: is_trained(path, model))[0]
+        return {**trained, "score_head": head}
+
+    frozen = partition(body, lambda path: is_trained(path, model))[1]
+    if options.members == 1:
+        trained = trained_of(0)
+    else:
+        members = [trained_of(member) for member in range(options.members)]
+        trained = {"members": jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)}
+    return new_state(trained, frozen, key, optimizer, ema=ema_decay > 0)
+
+
+def train_step(
+    state: TrainState,
+    batch: PreferenceBatch,
+    *,
+    model: Model,
+    optimizer: optax.GradientTransformationExtraArgs,
+    schedule: Callable[[Array], Array],
+    ema_decay: float,
+    options: Options,
+    share_prompt: bool,
+) -> tuple[TrainState, Metrics]:
+    """One step on a global batch `[M, B, ...]`. The gradient norm, and its clipping, is of all members together."""
+
+    def loss_sum(params: PyTree, micro: PreferenceBatch) -> tuple[Array, Metrics]:
+        return reward_losses(
+            params, state.frozen, micro, model=model, options=options, share_prompt=share_prompt
+        )
+
+    used = used_micro_batches(batch.segment_ids)
+    gradients, metrics = gradient_sums(loss_sum, state.params, batch, used=used)
+    loss = metrics["loss"]
+    lr = schedule(state.step)
+    state, update_metrics = apply_gradients(
+        state, gradients, loss.sum, optimizer=optimizer, count=loss.count, ema_decay=ema_decay
+    )
+    sums = {"pairs", "tokens"}
+    named = {
+        f"train/{name}": Metric.of(metric.sum) if name in sums else metric for name, metric in metrics.items()
+    }
+    return state, {**named, **update_metrics, "train/lr": Metric.of(lr)}
+
+
+def member_scores(
+    params: PyTree, batch: PreferenceBatch, *, model: Model, options: Options, share_prompt: bool
+) -> Array:
+    """Every member's score of every completion, `[B, N, E]`, of parameters that trained and frozen are joined in."""
+    score = functools.partial(reward_scores, batch=batch, model=model, share_prompt=share_prompt)
+    if options.members == 1:
+        return score(params)[..., None]
+    members = params["members"]
+    shared = {name: part for name, part in params.items() if name != "members"}
+    return jax.vmap(lambda one: score(combine(one, shared)), out_axes=-1)(members)
+
+
+def eval_step(
+    params: PyTree, batch: PreferenceBatch, *, model: Model, options: Options, share_prompt: bool
+) -> Metrics:
+    """Held-out metrics on rows `[M, B, ...]`, per comparison; an ensemble is judged by its mean score."""
+
+    def micro_metrics(micro: PreferenceBatch) -> Metrics:
+        scores_BNE = member_scores(params, micro, model=model, options=options, share_prompt=share_prompt)
+        scores_BN = jnp.mean(scores_BNE, axis=-1)
+        metrics = score_losses(scores_BN, micro, jnp.ones_like(scores_BN), options)[1]
+        metrics.pop("accuracy", None)  # of a comparison loss it is `reward_accuracy`
+        better = jnp.take_along_axis(scores_BN, micro.better, axis=1)
+        worse = jnp.take_along_axis(scores_BN, micro.worse, axis=1)
+        compared = micro.weights != 0
+        accuracy = Metric(
+            jnp.sum(compared & (better > worse), dtype=jnp.float32), jnp.sum(compared, dtype=jnp.float32)
+        )
+        metrics["reward_accuracy"] = accuracy
+        if options.members > 1:
+            present = micro.sequence_ids != 0
+            spread = jnp.where(present, jnp.std(scores_BNE, axis=-1), 0.0)
+            metrics["disagreement"] = Metric(jnp.sum(spread), jnp.sum(present, dtype=jnp.float32))
+        return metrics
+
+    stacked = map_micro_batches(micro_metrics, batch, used_micro_batches(batch.segment_ids))
+    metrics = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), stacked)
+    return {f"eval/{name}": metric for name, metric in metrics.items()}
+
+
+def from_config(config: Config, workdir: Path) -> Task:
+    """Everything the training loop needs, from an experiment's config.
+
+    Raises:
+      InputError: a bad value, a bad row, a model that cannot be used.
+    """
+    options = options_from_config(config)
+    mesh = mesh_from_config(config)
+    policy = policy_from_config(config)
+    model = policy.model
+    data = preferences_from_config(config, policy.tokenizer, workdir, attention=model.module.implementation)
+    _check_data(data, options)
+    key = seed_key(config.seed)
+    train = [PreferenceRows(source, data.shape) for source in data.train.sources]
+    loader = loader_from_config(config, train, mesh)
+    steps = steps_from_config(config, train)
+    optimizer = optimizer_from_config(config, steps)
+    make_state = functools.partial(
+        init_state,
+        model=model,
+        optimizer=optimizer.transformation,
+        ema_decay=config.optim.ema,
+        options=options,
+        head_init=config.reward.head_init,
+    )
+    abstract = abstract_on_mesh(make_state, mesh, model.abstract_params(), key)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+    def first_state() -> TrainState:
+        params = policy.init_params(mesh, key)
+        build = jit_step(make_state, mesh, in_shardings=None, out_shardings=places)
+        return build(params, key)
+
+    if jax.process_index() == 0:
+        policy.describe(workdir / "model", reward=True)
+    share = data.shape.share_prompt
+    step = functools.partial(
+        train_step,
+        optimizer=optimizer.transformation,
+        schedule=optimizer.schedule,
+        ema_decay=config.optim.ema,
+        model=model,
+        options=options,
+        share_prompt=share,
+    )
+    evaluate = jit_step(
+        functools.partial(eval_step, model=model, options=options, share_prompt=share),
+        mesh,
+        in_shardings=None,
+        out_shardings=replicated(mesh),
+    )
+    return Task(
+        steps=steps,
+        init_state=first_state,
+        abstract_state=abstract,
+        rows=loader,
+        put=functools.partial(
+            put_batch, mesh=mesh, micro_batches=micro_batches(config, mesh), kind=PreferenceBatch
+        ),
+        train_step=jit_step(
+            step,
+            mesh,
+            in_shardings=(places, batch_sharding(mesh)),
+            out_shardings=(places, replicated(mesh)),
+            donate=(0,),
+        ),
+        evaluate=_evaluation(config, data, evaluate, mesh) if data.held_out is not None else None,
+        sample=None,
+        flops_per_token=flops_per_token(model.config, data.shape.length),
+        finish=_normalisation(config, policy, data, options, mesh)
+        if config.reward.normalise != "none"
+        else None,
+    )
+
+
+def options_from_config(config: Config) -> Options:
+    """The loss and its numbers.
+
+    Raises:
+      InputError: an unknown loss, normalisation or start of the head; a number out of its range.
+    """
+    reward = config.reward
+    if reward.loss not in LOSSES:
+        raise InputError(f"reward.loss is {reward.loss!r}; use one of {', '.join(LOSSES)}.")
+    if reward.normalise not in NORMALISE:
+        raise InputError(f"reward.normalise is {reward.normalise!r}; use one of {', '.join(NORMALISE)}.")
+    if not 0 <= reward.label_smoothing < 0.5:
+        raise InputError(
+            f"reward.label_smoothing is {reward.label_smoothing}; it must be from 0 to below 0.5."
+        )
+    if reward.members < 1:
+        raise InputError(f"reward.members is {reward.members}; it must be 1 (a single model) or more.")
+    return Options(
+        loss=reward.loss,
+        label_smoothing=reward.label_smoothing,
+        centre=reward.centre,
+        margin_scale=reward.margin_scale,
+        members=reward.members,
+        bootstrap=reward.bootstrap,
+        seed=config.seed,
+    )
+
+
+def _check_data(data: Preferences, options: Options) -> None:
+    for part in (data.train, data.held_out):
+        for source in part.sources if part is not None else ():
+            name = source.report.source
+            if options.loss == "regression" and not source.report.rated:
+                raise InputError(f"{name} holds no rating, and reward.loss=regression needs them.")
+            if options.loss != "regression" and not source.report.comparisons:
+                raise InputError(
+                    f"{name} holds no comparison of two completions (ties and single completions are none), and "
+                    f"reward.loss={options.loss} needs them; ratings are for reward.loss=regression."
+                )
+
+
+def _evaluation(
+    config: Config, data: Preferences, step: Callable[..., Metrics], mesh: Mesh
+) -> Callable[[TrainState], dict[str, float]]:
+    """One pass over the held-out comparisons."""
+    assert data.held_out is not None  # from_config asked
+    held_out = [PreferenceRows(source, data.eval_shape) for source in data.held_out.sources]
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    groups = -(-config.eval.batch_rows // shards) * shards
+    index, count = host_data_shards(mesh)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        params = combine(state.params, state.frozen)
+        sums = Accumulator()
+        for rows in eval_batches(held_out, rows_per_step=groups, host_index=index, host_count=count):
+            batch = put_batch(rows.arrays, mesh, groups // shards, PreferenceBatch)
+            sums.add(to_host(step(params, batch)))
+        return sums.flush()
+
+    return evaluate
+
+
+def _normalisation(
+    config: Config, policy: Policy, data: Preferences, options: Options, mesh: Mesh
+) -> Callable[[TrainState], TrainState]:
+    """Sets every member's gain and bias from its scores of the training data."""
+    score = functools.partial(
+        member_scores, model=policy.model, options=options, share_prompt=data.shape.share_prompt
+    )
+
+    def finish(state: TrainState) -> TrainState:
+        params = combine(state.params, state.frozen)
+        taken = []
+        for source in data.train.sources:
+            scores_SE = map_completions(
+                score,
+                params,
+                source,
+                data.shape,
+                mesh,
+                groups=config.train.rows_per_step,
+                micro_batches=micro_batches(config, mesh),
+            )
+            places = [
+                group.first_sequence + k
+                for group in (source.group(i) for i in range(len(source)))
+                for k in _reference_places(group, config.reward.normalise)
+            ]
+            taken.append(scores_SE[places])
+        scores_NE = jnp.asarray(np.concatenate(taken))
+        head = (state.params["members"] if options.members > 1 else state.params)["score_head"]
+        gains, biases = [], []
+        for member in range(options.members):
+            old = head if options.members == 1 else jax.tree.map(lambda leaf, m=member: leaf[m], head)
+            scores_N = scores_NE[:, member]
+            if config.reward.normalise == "unit":
+                scale = losses.gain_and_bias(scores_N)
+                gains.append(scale.gain * old["gain"])
+                biases.append(scale.gain * old["bias"] + scale.bias)
+            else:
+                gains.append(old["gain"])
+                biases.append(old["bias"] + losses.demonstration_bias(scores_N))
+        stack = jnp.stack if options.members > 1 else lambda values: values[0]
+        new_head = {
+            **head,
+            "gain": jax.device_put(stack(gains), head["gain"].sharding),
+            "bias": jax.device_put(stack(biases), head["bias"].sharding),
+        }
+        say(f"Scores normalised ({config.reward.normalise}) over {len(scores_NE):,} completions.")
+        if options.members > 1:
+            trained = {"members": {**state.params["members"], "score_head": new_head}}
+        else:
+            trained = {**state.params, "score_head": new_head}
+        return dataclasses.replace(state, params=trained)
+
+    return finish
+
+
+def _reference_places(group: Group, normalise: str) -> list[int]:
+    """The completions that the scale is set by: all, or those that no other was preferred to."""
+    if normalise == "unit" or not group.comparisons:
+        return list(range(len(group.sequences)))
+    beaten = {comparison.worse for comparison in group.comparisons}
+    return [k for k in range(len(group.sequences)) if k not in beaten]

@@ -82,9 +82,7 @@ def to_conversation(row: dict[str, Any]) -> Conversation:
     )
 
 
-def _chat(
-    messages: list[Message], row: dict[str, Any], column: str = "messages"
-) -> Conversation:
+def _chat(messages: list[Message], row: dict[str, Any], column: str = "messages") -> Conversation:
     system = row.get("system")
     if system is not None and not isinstance(system, str):
         raise RowError("system", f"is {describe_kind(system)}, not text")
@@ -231,7 +229,8 @@ def _prompt_completion(row: dict[str, Any]) -> Conversation:
         if not isinstance(row[column], str | list):
             raise RowError(column, f"is {describe_kind(row[column])}, not text or a list of messages")
     raise RowError(
-        "completion", f"is {describe_kind(completion)} but the prompt is {describe_kind(prompt)}; both must be the same"
+        "completion",
+        f"is {describe_kind(completion)} but the prompt is {describe_kind(prompt)}; both must be the same",
     )
 
 

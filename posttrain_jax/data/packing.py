@@ -98,7 +98,9 @@ class PackedRows:
 
     def fingerprint(self) -> bytes:
         """A hash of everything that decides the rows and their contents."""
-        digest = hashlib.sha256(f"{self.source.store.meta['sha256']} {self.weight!r} {self.max_length}".encode())
+        digest = hashlib.sha256(
+            f"{self.source.store.meta['sha256']} {self.weight!r} {self.max_length}".encode()
+        )
         for array in (self.source.index, self.plan, self.starts):
             digest.update(np.ascontiguousarray(array, np.int64).tobytes())
         return digest.digest()

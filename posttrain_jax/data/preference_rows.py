@@ -117,7 +117,10 @@ def row_shape(
     """
     sources = [source for part in data for source in part.sources]
     needs = np.concatenate([source.needs(share_prompt=share_prompt) for source in sources])
-    kinds = {"completions": _per_group(sources, "starts"), "comparisons": _per_group(sources, "comparison_starts")}
+    kinds = {
+        "completions": _per_group(sources, "starts"),
+        "comparisons": _per_group(sources, "comparison_starts"),
+    }
     longest = int(needs.max())
     if not length:
         length = -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -236,5 +239,3 @@ def used_share(groups: Sequence[PreferenceRow], shape: RowShape) -> float:
     """Share of the places in the rows of these groups that hold a token (0 to 1)."""
     needs = [_need(row.group, shape) for row in groups]
     return sum(needs) / max(1, len(best_fit(needs, shape.length)) * shape.length)
-
-

@@ -206,7 +206,9 @@ def _whole_sides(row: dict[str, Any], chosen: str, rejected: str) -> list[Conver
         if not messages:
             raise RowError(column, "ends where the other side goes on, so it has no completion of its own")
         if messages[0][0]["role"] != "assistant":
-            raise RowError(column, "has another prompt than the other side; the two answer different questions")
+            raise RowError(
+                column, "has another prompt than the other side; the two answer different questions"
+            )
     prompt: Prompt = [(message, False) for message, _ in first[:shared]]
     return [
         _completion(prompt, [m for m, _ in messages], column, row)
@@ -351,9 +353,7 @@ def _numbers(value: Any, column: str, count: int) -> tuple[float, ...]:
     if not isinstance(value, list) or len(value) != count:
         size = len(value) if isinstance(value, list) else describe_kind(value)
         raise RowError(column, f"must be a list of {count} numbers, one for each completion, not {size}")
-    return tuple(
-        _number({column: item}, column, 0.0, where=f"{column}[{i}]") for i, item in enumerate(value)
-    )
+    return tuple(_number({column: item}, column, 0.0, where=f"{column}[{i}]") for i, item in enumerate(value))
 
 
 def _number(

@@ -38,7 +38,7 @@ def split_amount(eval_spec: object) -> float | None:
 
 
 def hold_out(data: Data, amount: float, *, seed: int) -> tuple[Data, Data]:
-    """Splits off a share (`amount` < 1) or a number of the sequences (or preferences): (the rest to train on, held out).
+    """Splits off a share (`amount` < 1) or a number of the sequences or preferences: (the rest, held out).
 
     Raises InputError when nothing would be held out, or nothing would be left of a source.
     """
@@ -69,4 +69,3 @@ def hold_out(data: Data, amount: float, *, seed: int) -> tuple[Data, Data]:
     train = tuple(source.select(np.flatnonzero(~chosen)) for source, chosen in pairs)
     test = tuple(source.select(np.flatnonzero(chosen)) for source, chosen in pairs if chosen.any())
     return dataclasses.replace(data, sources=train), dataclasses.replace(data, sources=test)
-

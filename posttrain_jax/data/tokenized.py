@@ -60,6 +60,9 @@ class TokenizeOptions:
             raise InputError(f"data.max_length is {self.max_length}; a sequence needs at least 2 tokens")
 
 
+DEFAULT_OPTIONS = TokenizeOptions()
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """Counts of one source. rows = sequences + bad + dropped; `truncated` sequences are kept, `duplicates` too."""
@@ -152,7 +155,7 @@ class TokenizedData:
 def build(
     spec: Spec,
     tokenizer: PreTrainedTokenizerBase,
-    options: TokenizeOptions = TokenizeOptions(),
+    options: TokenizeOptions = DEFAULT_OPTIONS,
     *,
     cache_dir: pathlib.Path | None = None,
     rejected_path: pathlib.Path | None = None,

@@ -23,6 +23,7 @@ from posttrain_jax.data.preferences import Comparison, Preference, to_preference
 from posttrain_jax.data.sources import Row, RowError, Spec, weighted_sources
 from posttrain_jax.data.store import StoredSequences, StoreWriter, publish, read_store
 from posttrain_jax.data.tokenized import (
+    DEFAULT_OPTIONS,
     TokenizeOptions,
     check_bad_rows,
     in_chunks,
@@ -236,7 +237,7 @@ class PreferenceData:
 def build_preferences(
     spec: Spec,
     tokenizer: PreTrainedTokenizerBase,
-    options: TokenizeOptions = TokenizeOptions(),
+    options: TokenizeOptions = DEFAULT_OPTIONS,
     *,
     cache_dir: pathlib.Path | None = None,
     rejected_path: pathlib.Path | None = None,
@@ -250,16 +251,22 @@ def build_preferences(
     sources, folders = [], []
     for source, weight in weighted_sources(spec):
         rows = SourceRows(source)
-        key = cache_key(rows, tokenizer_key, ["preferences", FORMAT_VERSION, options.max_length, options.truncate])
+        key = cache_key(
+            rows, tokenizer_key, ["preferences", FORMAT_VERSION, options.max_length, options.truncate]
+        )
         if _read(root / key) is None:
             with publish(root / key) as scratch:
                 _write(scratch, rows, tokenizer, options)
         found = _read(root / key)
         if found is None:
-            raise InputError(f"the preference data in {root / key} cannot be read back; delete it and try again")
+            raise InputError(
+                f"the preference data in {root / key} cannot be read back; delete it and try again"
+            )
         store, arrays = found
         report = PreferenceReport(**store.meta["report"])
-        sources.append(PreferenceSource(store, arrays, np.arange(report.groups, dtype=np.int64), weight, report))
+        sources.append(
+            PreferenceSource(store, arrays, np.arange(report.groups, dtype=np.int64), weight, report)
+        )
         folders.append(root / key)
     check_bad_rows([source.report.bad for source in sources], folders, options)
     for item in sources:
@@ -276,7 +283,9 @@ def _read(folder: pathlib.Path) -> tuple[StoredSequences, GroupArrays] | None:
         return None
     try:
         with np.load(folder / "groups.npz", allow_pickle=False) as file:
-            arrays = GroupArrays(**{field.name: file[field.name] for field in dataclasses.fields(GroupArrays)})
+            arrays = GroupArrays(
+                **{field.name: file[field.name] for field in dataclasses.fields(GroupArrays)}
+            )
     except (OSError, ValueError, KeyError):
         return None
     return (store, arrays) if arrays.starts[-1] == len(store.lines) else None
@@ -351,19 +360,21 @@ def _encode(
             seen.add(digest)
         except RowError as error:
             results.append(error)
-    encoded = iter(
-        encoder.encode([c for p in results if isinstance(p, Preference) for c in p.completions])
-    )
+    encoded = iter(encoder.encode([c for p in results if isinstance(p, Preference) for c in p.completions]))
     for row, result in zip(chunk, results, strict=True):
         if isinstance(result, RowError):
             yield row, result
             continue
         sequences = [next(encoded) for _ in result.completions]
-        error = next(
-            (RowError(f"{_side(result, k)}.{s.column}", s.reason) for k, s in enumerate(sequences) if isinstance(s, RowError)),
+        refused = next(
+            (
+                RowError(f"{_side(result, k)}.{s.column}", s.reason)
+                for k, s in enumerate(sequences)
+                if isinstance(s, RowError)
+            ),
             None,
         )
-        yield row, error or (result, [s for s in sequences if isinstance(s, Encoded)])
+        yield row, refused or (result, [s for s in sequences if isinstance(s, Encoded)])
 
 
 def _side(preference: Preference, place: int) -> str:
@@ -374,7 +385,11 @@ def _side(preference: Preference, place: int) -> str:
 
 
 def _fit(
-    row: Row, preference: Preference, sequences: list[Encoded], options: TokenizeOptions, counts: dict[str, int]
+    row: Row,
+    preference: Preference,
+    sequences: list[Encoded],
+    options: TokenizeOptions,
+    counts: dict[str, int],
 ) -> _Kept | RowError | None:
     """The row under the truncation policy; None when it is dropped."""
     limit = options.max_length

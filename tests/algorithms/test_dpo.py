@@ -82,9 +82,7 @@ def mean_gradient(family: str, batch, mesh, *, share: bool, attention: str = "xl
     def compute(params, batch):
         def loss_sum(params, micro):
             zeros_BN = jnp.zeros(micro.ends.shape, jnp.float32)
-            return dpo.pair_losses(
-                params, micro, zeros_BN, model=model, options=options, share_prompt=share
-            )
+            return dpo.pair_losses(params, micro, zeros_BN, model=model, options=options, share_prompt=share)
 
         used = used_micro_batches(batch.segment_ids)
         gradients, metrics = gradient_sums(loss_sum, params, batch, used=used)
@@ -119,7 +117,9 @@ def test_a_shared_prompt_gives_the_same_loss_and_gradient(data, family, attentio
 def test_micro_batches_and_meshes_do_not_change_it(data, mesh, cuts):
     """Eight groups fill fewer than eight rows; the micro-batches that stay empty are left out."""
     one = make_mesh(1, 1, 1)
-    want = mean_gradient("llama", batch_of(data, one, share=True, micro_batches=1, length=128), one, share=True)
+    want = mean_gradient(
+        "llama", batch_of(data, one, share=True, micro_batches=1, length=128), one, share=True
+    )
     many = make_mesh(*mesh)
     batch = batch_of(data, many, share=True, micro_batches=cuts, length=128)
     if cuts == 8:

@@ -91,9 +91,7 @@ def test_rows_of_many_groups_lose_nothing(write_jsonl, tokenizer, tmp_path):
         segment = arrays["segment_ids"][r, arrays["ends"][r, slot]]
         prompt = (arrays["branches"][r] == 0) & (arrays["segment_ids"][r] == segment)
         i = ids[r, slot] - 1
-        np.testing.assert_array_equal(
-            arrays["tokens"][r, prompt | here], tokens[offsets[i] : offsets[i + 1]]
-        )
+        np.testing.assert_array_equal(arrays["tokens"][r, prompt | here], tokens[offsets[i] : offsets[i + 1]])
     compared = arrays["weights"] != 0
     assert compared.sum() == sum(n * (n - 1) // 2 for n in (len(row["completions"]) for row in rows))
     np.testing.assert_allclose(arrays["shares"].sum(), 20, rtol=1e-6)
@@ -125,9 +123,7 @@ def test_truncation_that_removes_the_difference_is_counted(write_jsonl, tokenize
 def test_all_that_is_said_of_a_prompt_is_on_one_side(write_jsonl, tokenizer, tmp_path):
     rows = [{"prompt": f"p{i // 3}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(12)]
     train, held_out = hold_out(built(write_jsonl, tokenizer, tmp_path, *rows), 3, seed=1)
-    prompts = [
-        {part.sources[0].identity(i) for i in range(len(part))} for part in (train, held_out)
-    ]
+    prompts = [{part.sources[0].identity(i) for i in range(len(part))} for part in (train, held_out)]
     assert len(held_out) == 3 and not prompts[0] & prompts[1]
 
 

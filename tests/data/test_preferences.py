@@ -62,13 +62,20 @@ def test_sharegpt_keeps_its_system_prompt():
 
 def test_texts_of_one_prompt_follow_it():
     preference = to_preference({"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"})
-    assert [(c.prompt, c.completion) for c in preference.completions] == [("1 + 1 =", " 2"), ("1 + 1 =", " 3")]
+    assert [(c.prompt, c.completion) for c in preference.completions] == [
+        ("1 + 1 =", " 2"),
+        ("1 + 1 =", " 3"),
+    ]
 
 
 @pytest.mark.parametrize(
     ("chosen", "rejected", "prompt"),
     [
-        ("\n\nHuman: Hi\n\nAssistant: Hello", "\n\nHuman: Hi\n\nAssistant: Hey", "\n\nHuman: Hi\n\nAssistant:"),
+        (
+            "\n\nHuman: Hi\n\nAssistant: Hello",
+            "\n\nHuman: Hi\n\nAssistant: Hey",
+            "\n\nHuman: Hi\n\nAssistant:",
+        ),
         ("The sky is blue", "The sky is black", "The sky is"),
     ],
 )
@@ -131,7 +138,9 @@ def test_a_labelled_completion(row):
     ],
 )
 def test_what_a_pair_says_beside_its_order(extra, comparison):
-    assert to_preference({"prompt": "x", "chosen": "a", "rejected": "b", **extra}).comparisons == (comparison,)
+    assert to_preference({"prompt": "x", "chosen": "a", "rejected": "b", **extra}).comparisons == (
+        comparison,
+    )
 
 
 PAIR = {"prompt": "x", "chosen": "a", "rejected": "b"}
@@ -160,7 +169,11 @@ PAIR = {"prompt": "x", "chosen": "a", "rejected": "b"}
         ({"prompt": "x", "completions": ["a", "b"]}, "ranks", "is missing"),
         ({"prompt": "x", "completions": ["a", "b"], "ranks": [1]}, "ranks", "one for each completion"),
         ({"prompt": "x", "completions": ["a", "b"], "ranks": [1, 1]}, "completions", "all tied"),
-        ({"prompt": "x", "completions": ["a", "b"], "ratings": [[1, 2], [3, 4]]}, "ratings[0]", "without rater ids"),
+        (
+            {"prompt": "x", "completions": ["a", "b"], "ratings": [[1, 2], [3, 4]]},
+            "ratings[0]",
+            "without rater ids",
+        ),
         ({"prompt": "x", "completion": "a", "ratings": [1, 2]}, "ratings", "without rater ids"),
         ({"prompt": "x", "completion": "a", "label": "good"}, "label", "not a boolean"),
         ({"messages": [USER], "label": True}, "messages", "must end with the assistant's turn"),
