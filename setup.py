@@ -10,6 +10,7 @@ INIT = (ROOT / "posttrain_jax" / "__init__.py").read_text("utf-8")
 VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[1]
 README = ROOT / "README.md"
 SERVE = ["fastapi>=0.115", "pydantic>=2.10", "uvicorn>=0.34"]
+JUDGE = ["openai>=2.0"]  # launch.win_rate, with a judge behind a URL
 
 # The checks of launch.evaluate: pinned, for another version may judge the same answer differently.
 EVAL = ["if-verifiable==0.1.2", "math-verify==0.9.0"]
@@ -53,10 +54,11 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
         "eval": EVAL,
+        "judge": JUDGE,
         "harness": ["lm-eval[api]>=0.4.13"],  # lm-eval, as a client of launch.serve
         "serve": SERVE,
         "wandb": ["wandb>=0.19"],
         "parity": ["peft>=0.18", "torch>=2.9"],
-        "dev": [*EVAL, *SERVE, "hypothesis>=6.100", "mypy>=1.15", "openai>=2.0", "pytest>=8.3", "ruff>=0.15"],
+        "dev": [*EVAL, *JUDGE, *SERVE, "hypothesis>=6.100", "mypy>=1.15", "pytest>=8.3", "ruff>=0.15"],
     },
 )

@@ -33,14 +33,20 @@ def bootstrap_means(columns_NC: np.ndarray, *, resamples: int, seed: int) -> np.
     All columns of a draw come from the same rows, so what is computed from several of them (a ratio, a difference)
     is resampled as a whole. Efron 1979, Annals of Statistics 7(1).
     """
-    count = len(columns_NC)
+    draws = bootstrap_counts(len(columns_NC), resamples=resamples, seed=seed)
+    drawn = [drawn_RN @ columns_NC / len(columns_NC) for drawn_RN in draws]
+    return np.concatenate([columns_NC.mean(axis=0, keepdims=True), *drawn])
+
+
+def bootstrap_counts(rows: int, *, resamples: int, seed: int, block: int = BLOCK) -> Iterator[np.ndarray]:
+    """How often each row is in each of `resamples` draws with replacement, int64 `[R, rows]`, in parts.
+
+    A part has at most `block` numbers, which changes its size alone, not what is drawn.
+    """
     random = np.random.default_rng(seed)
-    block = max(1, BLOCK // count)
-    means = [columns_NC.mean(axis=0, keepdims=True)]
-    for first in range(0, resamples, block):
-        drawn = random.multinomial(count, np.full(count, 1 / count), size=min(block, resamples - first))
-        means.append(drawn @ columns_NC / count)
-    return np.concatenate(means)
+    at_once = max(1, block // rows)
+    for first in range(0, resamples, at_once):
+        yield random.multinomial(rows, np.full(rows, 1 / rows), size=min(at_once, resamples - first))
 
 
 def interval(values: np.ndarray) -> Estimate:

@@ -1,0 +1,344 @@
+"""Which of two models answers better? A judge is shown both answers to every prompt, in both orders.
+
+--a and --b are files that launch.generate wrote for the same prompts; they are paired by id and sample. What was asked
+is a row's own column `prompt` or `messages` (so a file of reference answers can be an opponent), else what --prompts or
+the file that FILE.options.json names has under its id.
+
+--judge is the URL of an OpenAI-compatible server, with the model's name in --judge_model, or a MODEL of ours, judged by
+its log-probabilities of "A" and "B". The key of a server is read from $JUDGE_API_KEY. Every reply is kept in
+OUT/judge_cache.jsonl: start again after a kill or a failure, and only what is missing is asked for.
+
+Prints a table; writes judgments.jsonl (every pair, with what the judge said) and then result.json. All numbers are of B
+over A: win rate with a 95 % interval, also controlled for length, sign and permutation test, and position bias.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from launch import entry
+from launch.evaluate import show_progress
+from launch.generate import Prompt, options_path, read_prompts
+from posttrain_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from posttrain_jax.data.sources import Row
+    from posttrain_jax.evaluate.judge import Judge, Judged, Pair, Usage
+
+EXAMPLE = (
+    "python -m launch.win_rate --a=base.jsonl --b=tuned.jsonl --judge=http://127.0.0.1:8000/v1 "
+    "--judge_model=NAME --out=runs/tuned-against-base"
+)
+KEY_VARIABLE = "JUDGE_API_KEY"
+FILES = ("judgments.jsonl", "result.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the flags say; see `define_flags`."""
+
+    a: str
+    b: str
+    judge: str
+    out: str
+    judge_model: str = ""
+    prompts: str = ""
+    cache: str = ""
+    max_tokens: int = 16
+    parallel: int = 8
+    retries: int = 5
+    timeout: float = 120.0
+    price_prompt: float = 0.0
+    price_completion: float = 0.0
+    dtype: str = "float32"
+    batch_rows: int = 8
+    resamples: int = 10_000
+    seed: int = 0
+
+
+def define_flags() -> None:
+    """The command line; not at import, so that modules with like-named flags can be imported together."""
+    flags.DEFINE_string("a", None, "JSON Lines of answers, as launch.generate writes them.")
+    flags.DEFINE_string("b", None, "Another one, to the same prompts; the win rate is of b over a.")
+    flags.DEFINE_string("judge", None, "URL of an OpenAI-compatible server, or a MODEL of ours.")
+    flags.DEFINE_string("out", None, "Folder for result.json, judgments.jsonl and the cache.")
+    flags.DEFINE_string("judge_model", "", "What the server calls the model.")
+    flags.DEFINE_string("prompts", "", "The prompts; default: what a.options.json and b.options.json name.")
+    flags.DEFINE_string("cache", "", "What the judge said; default: judge_cache.jsonl in --out.")
+    flags.DEFINE_integer("max_tokens", Options.max_tokens, "Most tokens of a server's reply.")
+    flags.DEFINE_integer("parallel", Options.parallel, "Questions that a server is asked at a time.")
+    flags.DEFINE_integer("retries", Options.retries, "How often a server is asked again, with growing waits.")
+    flags.DEFINE_float("timeout", Options.timeout, "Seconds that a server's reply may take.")
+    flags.DEFINE_float("price_prompt", 0.0, "Of a million tokens that the judge reads, for the cost.")
+    flags.DEFINE_float("price_completion", 0.0, "Of a million tokens that the judge writes.")
+    flags.DEFINE_string("dtype", Options.dtype, "float32 or bfloat16, for a MODEL as the judge.")
+    flags.DEFINE_integer("batch_rows", Options.batch_rows, "Rows of a batch, for a MODEL as the judge.")
+    flags.DEFINE_integer("resamples", Options.resamples, "Of the bootstrap and of the permutation test.")
+    flags.DEFINE_integer("seed", Options.seed, "Of both.")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Judges, prints and writes."""
+    del argv
+    given = flags.FLAGS
+    if None in (given.a, given.b, given.judge, given.out):
+        raise InputError(f"--a, --b, --judge and --out are needed; an example: {EXAMPLE}")
+    values: dict[str, Any] = {field.name: given[field.name].value for field in dataclasses.fields(Options)}
+    entry.set_up_jax()
+    compare(Options(**values))
+    return 0
+
+
+def compare(options: Options) -> dict[str, Any]:
+    """Judges the pairs that the cache does not know; what it returns is also in result.json.
+
+    Raises:
+      InputError: a bad flag, files that do not belong together, or a judge that cannot be asked; what was judged until
+        then is in the cache.
+    """
+    from posttrain_jax.evaluate.judge import VERSION, Cache, judge_pairs
+    from posttrain_jax.evaluate.win_rate import table, win_rate
+
+    if options.resamples < 1:
+        raise InputError(f"--resamples is {options.resamples}; it must be at least 1.")
+    pairs = read_pairs(options)
+    out = Path(options.out).expanduser()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The folder {out} cannot be made: {error.strerror}.") from error
+    cache = Cache(Path(options.cache).expanduser() if options.cache else out / "judge_cache.jsonl")
+    judged = judge_pairs(make_judge(options), pairs, cache, progress=show_progress)
+    result = win_rate(judged.judgments, resamples=options.resamples, seed=options.seed)
+    cost = judged.usage.cost(price_prompt=options.price_prompt, price_completion=options.price_completion)
+    record = {
+        "a": options.a,
+        "b": options.b,
+        "judge": options.judge,
+        "judge_model": options.judge_model or None,
+        "template": VERSION,
+        "resamples": options.resamples,
+        "seed": options.seed,
+        "b_over_a": dataclasses.asdict(result),
+        "usage": {**dataclasses.asdict(judged.usage), "cost": cost},
+    }
+    write(out, record, judged)
+    print(table(result, a=options.a, b=options.b))
+    print(usage_line(judged.usage, cost))
+    print(f"Written to {out / FILES[1]} and {out / FILES[0]}.")
+    return record
+
+
+def usage_line(usage: Usage, cost: float) -> str:
+    """What this run took, in a line."""
+    line = (
+        f"{usage.calls:,} questions asked, {usage.cache_hits:,} answered before; {usage.prompt_tokens:,} tokens read "
+        f"and {usage.completion_tokens:,} written by the judge"
+    )
+    return f"{line}, cost {cost:.4f}" if cost else line
+
+
+def make_judge(options: Options) -> Judge:
+    """The judge that the flags name.
+
+    Raises:
+      InputError: there is no such model, or a flag for it is bad.
+    """
+    if options.judge.startswith(("http://", "https://")):
+        from posttrain_jax.evaluate.judge_endpoint import Endpoint, EndpointJudge
+
+        if not options.judge_model:
+            raise InputError(
+                "--judge is a URL, so --judge_model is needed: the name that the server has for it."
+            )
+        return EndpointJudge(
+            Endpoint(
+                url=options.judge,
+                model=options.judge_model,
+                api_key=os.environ.get(KEY_VARIABLE, ""),
+                max_tokens=options.max_tokens,
+                parallel=options.parallel,
+                retries=options.retries,
+                timeout=options.timeout,
+            )
+        )
+    if options.judge_model:
+        raise InputError(
+            "--judge_model is for a judge behind a URL; --judge names a MODEL here. Leave one out."
+        )
+    import jax
+
+    from posttrain_jax.evaluate.judge_model import ModelJudge
+    from posttrain_jax.load_model import load_model
+    from posttrain_jax.sharding import make_mesh
+
+    mesh = make_mesh() if jax.device_count() > 1 else None
+    loaded = load_model(options.judge, dtype=options.dtype, param_dtype=options.dtype, mesh=mesh)
+    return ModelJudge(loaded, batch_rows=options.batch_rows, mesh=mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One row of answers: where it stands, its text, and what was asked."""
+
+    where: str
+    text: str
+    request: str
+
+
+Key = tuple[str | int, int]
+
+
+def read_pairs(options: Options) -> list[Pair]:
+    """The two files, paired by id and sample, in the order of `a`.
+
+    Raises:
+      InputError: a file is missing, a row is no answer, an answer has no partner, or the two were asked different
+        things; names file and line.
+    """
+    from posttrain_jax.evaluate.judge import Pair
+
+    a, b = read_answers(options.a, options.prompts), read_answers(options.b, options.prompts)
+    for name, here, other, there in (("--a", a, "--b", b), ("--b", b, "--a", a)):
+        alone = [key for key in here if key not in there]
+        if alone:
+            key = alone[0]
+            raise InputError(
+                f"{here[key].where}: id {key[0]!r}, sample {key[1]} is not in {other}, like {len(alone)} of the "
+                f"{len(here)} answers of {name}; generate both from the same prompts, to the end."
+            )
+    pairs = []
+    for key, answer in a.items():
+        rival = b[key]
+        if answer.request != rival.request:
+            raise InputError(
+                f"{rival.where}: id {key[0]!r} answers another prompt than {answer.where} does; generate both from the "
+                "same prompts."
+            )
+        pairs.append(Pair(key[0], key[1], answer.where, answer.request, answer.text, rival.text))
+    return pairs
+
+
+def read_answers(path: str, prompts: str) -> dict[Key, Answer]:
+    """The answers of a file, by id and sample.
+
+    Args:
+      path: what launch.generate wrote.
+      prompts: the prompts; "" = what `path`.options.json names.
+
+    Raises:
+      InputError: the file is missing or empty, a row is no answer, or what it answers is not known; names file and
+        line.
+    """
+    from posttrain_jax.data.sources import RowError, read_rows
+
+    if not Path(path).expanduser().is_file():
+        raise InputError(f"{path}: there is no such file; give one that launch.generate wrote.")
+    asked: dict[str | int, Prompt] | None = None
+    answers: dict[Key, Answer] = {}
+    for row in read_rows(path):
+        where = f"{row.source}:{row.line}"
+        try:
+            key, text = _checked(row)
+            if key in answers:
+                raise RowError(
+                    "id", f"is {key[0]!r} with sample {key[1]}, which {answers[key].where} has already"
+                )
+            if row.value.get("prompt") is None and row.value.get("messages") is None:
+                asked = prompts_of(path, prompts) if asked is None else asked
+                request = _request(asked.get(key[0]), key[0])
+            else:
+                request = _request(Prompt(key[0], where, row.value), key[0])
+        except RowError as error:
+            raise InputError(f"{where}: {error.column} {error.reason}.") from error
+        answers[key] = Answer(where, text, request)
+    return answers
+
+
+def prompts_of(path: str, prompts: str) -> dict[str | int, Prompt]:
+    """What the answers in `path` answer, by id.
+
+    Raises:
+      InputError: it is not known, or the file that holds it is missing or bad.
+    """
+    if not prompts:
+        description = options_path(Path(path).expanduser())
+        try:
+            prompts = str(json.loads(description.read_text("utf-8"))["prompts"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path}: its rows have no column prompt or messages, and {description.name} beside it does not say "
+                "what they answer; give --prompts."
+            ) from error
+        if not Path(prompts).is_file():
+            raise InputError(
+                f"{description} names the prompts {prompts}, which are not there; give --prompts."
+            )
+    return {prompt.id: prompt for prompt in read_prompts(prompts)}
+
+
+def _checked(row: Row) -> tuple[Key, str]:
+    """Id and sample, and the text. Raises RowError."""
+    from posttrain_jax.data.sources import RowError
+
+    if row.error is not None:
+        raise row.error
+    name, sample, text = row.value.get("id"), row.value.get("sample", 0), row.value.get("text")
+    if isinstance(name, bool) or not isinstance(name, str | int):
+        raise RowError("id", "is missing, or is no text or whole number")
+    if isinstance(sample, bool) or not isinstance(sample, int):
+        raise RowError("sample", "must be a whole number")
+    if not isinstance(text, str):
+        raise RowError(
+            "text", "is missing, so there is nothing to judge (a model without a tokenizer writes none)"
+        )
+    return (name, sample), text
+
+
+def _request(prompt: Prompt | None, name: str | int) -> str:
+    from posttrain_jax.data.sources import RowError
+    from posttrain_jax.evaluate.judge import request_text
+
+    if prompt is None:
+        raise RowError("id", f"is {name!r}, which no prompt has")
+    request = request_text(prompt.row)
+    if request is None:
+        raise RowError(
+            "the row", f"answers {prompt.where}, which has no text that a judge can read, only prompt_ids"
+        )
+    return request
+
+
+def write(out: Path, record: dict[str, Any], judged: Judged) -> None:
+    """Both files, each renamed into place when whole; result.json last."""
+    lines = [
+        json.dumps(
+            {
+                **dataclasses.asdict(judgment),
+                "preference": judgment.preference,
+                "said_a_first": said[0],
+                "said_b_first": said[1],
+            }
+        )
+        for judgment, said in zip(judged.judgments, judged.said, strict=True)
+    ]
+    texts = ("\n".join(lines), json.dumps(record, indent=2, allow_nan=False))
+    try:
+        for name, text in zip(FILES, texts, strict=True):
+            partial = out / f"{name}.partial"
+            partial.write_text(text + "\n", "utf-8", errors="replace")
+            partial.replace(out / name)
+    except OSError as error:
+        raise InputError(f"The results cannot be written to {out}: {error.strerror}.") from error
+
+
+if __name__ == "__main__":
+    define_flags()
+    entry.run(main, example=EXAMPLE)

@@ -1,0 +1,76 @@
+"""A model of ours as a judge: how much likelier is it to say B than A?
+
+The preference for the answer shown second is P(B) / (P(A) + P(B)), from the log-probabilities of the two letters
+after the question, so nothing is sampled and nothing has to be read. There are no ties but exact ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from jax.sharding import Mesh
+
+from posttrain_jax.errors import InputError
+from posttrain_jax.evaluate import judge
+from posttrain_jax.evaluate.judge import Reply
+from posttrain_jax.evaluate.multiple_choice import Question, choice_logps, encode_question
+from posttrain_jax.evaluate.tasks import is_chat
+from posttrain_jax.load_model import LoadedModel
+
+CHOICES = ("A", "B")
+AT_ONCE = 64
+
+
+class ModelJudge:
+    """Scores `AT_ONCE` questions at a time; what is done is yielded before the next ones begin.
+
+    Args:
+      loaded: the model.
+      batch_rows: rows of a batch.
+      mesh: where the parameters lie; None = one device.
+      render: "chat" (the question is a user's turn), "text", or "auto".
+
+    Raises:
+      InputError: the model has no tokenizer, or `render` is none of the three.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, *, batch_rows: int = 8, mesh: Mesh | None = None, render: str = "auto"
+    ) -> None:
+        if batch_rows < 1:
+            raise InputError(f"batch_rows is {batch_rows}; it must be at least 1.")
+        self._loaded = loaded
+        self._batch_rows = batch_rows
+        self._mesh = mesh
+        self._chat = is_chat(loaded, render)
+
+    @property
+    def name(self) -> str:
+        """The model as it was given, its checkpoint, dtype, and how the question is rendered."""
+        source = self._loaded.source
+        step = "" if source.step is None else f"@{source.step}"
+        return f"{source.name}{step} {self._loaded.model.dtype} {'chat' if self._chat else 'text'}"
+
+    def ask(self, questions: Sequence[judge.Question]) -> Iterator[tuple[int, Reply]]:
+        """See `Judge.ask`.
+
+        Raises:
+          InputError: a question is longer than the model's context (names the pair), or numbers that are not finite.
+        """
+        for first in range(0, len(questions), AT_ONCE):
+            encoded = [
+                encode_question(
+                    self._loaded, Question(number, question.where, question.text, CHOICES, 0), chat=self._chat
+                )
+                for number, question in enumerate(questions[first : first + AT_ONCE], first)
+            ]
+            scores = choice_logps(self._loaded, encoded, batch_rows=self._batch_rows, mesh=self._mesh)
+            for number, (question, (a, b)) in enumerate(zip(encoded, scores, strict=True), first):
+                words = f"log P(A) {a:.6g}, log P(B) {b:.6g}"
+                yield number, Reply(second_preferred(a, b), words, max(len(ids) for ids in question.tokens))
+
+
+def second_preferred(logp_a: float, logp_b: float) -> float:
+    """P(B) / (P(A) + P(B)) from log-probabilities in nats."""
+    return 0.5 * (1.0 + math.tanh(0.5 * (logp_b - logp_a)))

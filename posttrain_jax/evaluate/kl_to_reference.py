@@ -1,0 +1,171 @@
+"""How far a policy has moved from its reference: KL(policy || reference) on answers that the policy writes now.
+
+Answers are drawn at temperature 1 without filters or penalties, for only then are they draws from the policy, and both
+models score them by the training forward pass. `losses.kl` says what k1 and k3 are; both are unbiased here, summed over
+an answer or divided by tokens. k1 is the plain one, k3 varies less and is never negative; where they disagree by more
+than their standard errors, the answers are too few to trust either.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from posttrain_jax.errors import InputError
+from posttrain_jax.losses.kl import k1, k3
+from posttrain_jax.models.transformer import Model
+from posttrain_jax.sampling.choose import Sampling
+from posttrain_jax.sampling.generate import GenerateOptions, Sample, generate
+from posttrain_jax.sampling.score import score_samples
+from posttrain_jax.types import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """A mean over prompts and its standard error; None where there is one prompt only."""
+
+    value: float
+    standard_error: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class KlToReference:
+    """KL(policy || reference) in nats, on `samples` answers to `prompts` prompts.
+
+    Attributes:
+      k1_per_sequence, k3_per_sequence: of whole answers: the sum over an answer's tokens, mean over answers.
+      k1_per_token, k3_per_token: the same sums divided by the number of tokens of all answers.
+      tokens_per_sequence: mean length of an answer, its stop token included.
+      samples, prompts: how many there were.
+    """
+
+    k1_per_sequence: Mean
+    k3_per_sequence: Mean
+    k1_per_token: Mean
+    k3_per_token: Mean
+    tokens_per_sequence: Mean
+    samples: int
+    prompts: int
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers as a run logs them."""
+        return {
+            "eval/kl_k1_per_sequence": self.k1_per_sequence.value,
+            "eval/kl_k3_per_sequence": self.k3_per_sequence.value,
+            "eval/kl_k1_per_token": self.k1_per_token.value,
+            "eval/kl_k3_per_token": self.k3_per_token.value,
+            "eval/kl_tokens_per_sequence": self.tokens_per_sequence.value,
+        }
+
+
+def kl_to_reference(
+    model: Model,
+    params: PyTree,
+    reference_model: Model,
+    reference_params: PyTree,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    num_samples: int = 1,
+    stop_token_ids: tuple[int, ...] = (),
+    batch_size: int = 8,
+) -> KlToReference:
+    """Samples answers from the policy and estimates its KL from the reference.
+
+    The KL is that of answers cut off after `max_new_tokens`.
+
+    Args:
+      model, params: the policy.
+      reference_model, reference_params: the reference, with the same vocabulary.
+      prompts: token ids, each a non-empty 1-D array. Standard errors are over prompts; samples of one go together.
+      max_new_tokens, num_samples, stop_token_ids, seed, batch_size: see `GenerateOptions`.
+
+    Raises:
+      InputError: there are no prompts, the vocabularies differ, a bad option, or log-probabilities that are not finite.
+    """
+    if not prompts:
+        raise InputError("There are no prompts, so there is nothing to estimate the KL from.")
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; an empty answer has no KL, so give 1 or more.")
+    sizes = model.config.vocab_size, reference_model.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"The policy's vocabulary has {sizes[0]} tokens and the reference's {sizes[1]}; the KL is of models with "
+            "the same tokens."
+        )
+    options = GenerateOptions(
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=stop_token_ids,
+        sampling=Sampling(temperature=1.0),
+        num_samples=num_samples,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    samples = generate(model, params, prompts, options)
+    policy_logps = score_samples(model, params, prompts, samples, batch_rows=batch_size)
+    reference_logps = score_samples(
+        reference_model, reference_params, prompts, samples, batch_rows=batch_size
+    )
+    return estimate(samples, policy_logps, reference_logps)
+
+
+def estimate(
+    samples: Sequence[Sample], policy_logps: Sequence[np.ndarray], reference_logps: Sequence[np.ndarray]
+) -> KlToReference:
+    """The estimates from answers that were drawn and scored already (as a run has them).
+
+    Args:
+      samples: drawn from the policy at temperature 1, without filters.
+      policy_logps, reference_logps: float32 `[n]` for each sample, nats, under each model at temperature 1.
+
+    Raises:
+      InputError: there are no samples, or a log-probability is not finite.
+    """
+    if not samples:
+        raise InputError("There are no samples, so there is nothing to estimate the KL from.")
+    policy_N = np.concatenate(list(policy_logps))
+    reference_N = np.concatenate(list(reference_logps))
+    if not (np.isfinite(policy_N).all() and np.isfinite(reference_N).all()):
+        raise InputError(
+            "A log-probability of the policy or the reference is not finite; their weights or dtype cannot be right."
+        )
+    numbers = {prompt: row for row, prompt in enumerate(dict.fromkeys(sample.prompt for sample in samples))}
+    prompt_S = np.asarray([numbers[sample.prompt] for sample in samples])
+    tokens_S = np.asarray([len(sample.tokens) for sample in samples])
+    prompt_N = np.repeat(prompt_S, tokens_S)
+
+    def by_prompt(values_N: np.ndarray) -> np.ndarray:
+        return np.bincount(prompt_N, weights=values_N, minlength=len(numbers))
+
+    sum_k1 = by_prompt(np.asarray(k1(jnp.asarray(policy_N), jnp.asarray(reference_N)), np.float64))
+    sum_k3 = by_prompt(np.asarray(k3(jnp.asarray(policy_N), jnp.asarray(reference_N)), np.float64))
+    tokens = by_prompt(np.ones(len(prompt_N)))
+    count = np.bincount(prompt_S).astype(np.float64)
+    return KlToReference(
+        k1_per_sequence=ratio(sum_k1, count),
+        k3_per_sequence=ratio(sum_k3, count),
+        k1_per_token=ratio(sum_k1, tokens),
+        k3_per_token=ratio(sum_k3, tokens),
+        tokens_per_sequence=ratio(tokens, count),
+        samples=len(samples),
+        prompts=len(numbers),
+    )
+
+
+def ratio(sums_N: np.ndarray, counts_N: np.ndarray) -> Mean:
+    """sum of sums / sum of counts over N independent rows, with the standard error of a ratio of means.
+
+    se = sqrt(N / (N - 1) * sum_i (s_i - value * c_i)^2) / sum_i c_i (Cochran, Sampling Techniques, 1977, section 6.5);
+    with equal counts that is the standard error of a mean.
+    """
+    rows, total = len(sums_N), counts_N.sum()
+    value = sums_N.sum() / total
+    if rows < 2:
+        return Mean(float(value), None)
+    squares = np.square(sums_N - value * counts_N).sum()
+    return Mean(float(value), math.sqrt(rows / (rows - 1) * squares) / float(total))

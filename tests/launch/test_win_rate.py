@@ -1,0 +1,370 @@
+"""launch.win_rate: pairs of answers judged by our own server over HTTP, and by a model of ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_serve import serving
+from tiny_model import CONFIG, ROOT, environment, launch, save_tiny_model
+
+from launch import generate
+from launch.win_rate import KEY_VARIABLE, Options, compare, read_pairs
+from posttrain_jax.errors import InputError
+from posttrain_jax.evaluate.judge import Cache, judge_pairs
+from posttrain_jax.evaluate.judge_endpoint import Endpoint, EndpointJudge
+from posttrain_jax.evaluate.judge_model import second_preferred
+from posttrain_jax.export_model import export_hf
+from posttrain_jax.models.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.transformer import make_model
+
+KEY = "judges-only"
+PLACES = 2048  # a question has about 700 bytes
+
+
+def save_judge(folder):
+    """A model that answers every chat with "A".
+
+    Its layers do nothing and its head is its embedding, so the next token is the one whose embedding has the largest
+    product with the last token's. A chat's prompt ends with a newline: e(newline) = x, e(A) = 2x + 3y, e(end) = 9y, all
+    others 0. After x: newline 1, A 2, end 0, so A. After 2x + 3y: newline 2, A 13, end 27, so the end of the turn.
+    """
+    config = dataclasses.replace(CONFIG, max_length=PLACES)
+    tokenizer = byte_tokenizer()
+    newline, letter = (tokenizer(text)["input_ids"][0] for text in ("\n", "A"))
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    embedding = jnp.zeros((config.vocab_size, config.d_model))
+    embedding = embedding.at[newline, 0].set(1.0)
+    embedding = embedding.at[letter, :2].set(jnp.array([2.0, 3.0]))
+    embedding = embedding.at[end, 1].set(9.0)
+    model = make_model(config)
+    params = model.abstract_params()
+    params = {name: _zeros(leaf) for name, leaf in params.items()}
+    params["embed"]["embedding"] = embedding
+    params["final_norm"]["scale"] = jnp.ones(config.d_model)
+    export_hf(folder, config=config, params=params, tokenizer=tokenizer)
+    return folder
+
+
+def _zeros(tree):
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+
+
+@pytest.fixture(scope="module")
+def judge_folder(tmp_path_factory):
+    return save_judge(tmp_path_factory.mktemp("judge") / "model")
+
+
+@pytest.fixture(scope="module")
+def flags(judge_folder):
+    return (f"--model={judge_folder}", "--served_model_name=judge", "--slots=2")
+
+
+@pytest.fixture(scope="module")
+def judge_url(flags):
+    with serving(*flags, POSTTRAIN_JAX_API_KEY=KEY) as (_, url):
+        yield url
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def answers(folder, name, texts, **columns):
+    """A file of answers to prompts that stand in its rows."""
+    rows = [
+        {"id": n, "sample": 0, "text": text, "prompt": f"p{n}", **columns} for n, text in enumerate(texts)
+    ]
+    return write(folder / name, rows)
+
+
+def options(folder, judge, *, a, b, **change):
+    return Options(a=str(a), b=str(b), judge=judge, out=str(folder / "out"), resamples=50, **change)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """6 pairs; B's answers are longer by 2 characters on 3 of them and shorter by 1 on the others."""
+    a = answers(tmp_path, "a.jsonl", ["aaaa"] * 6)
+    b = answers(tmp_path, "b.jsonl", ["bbbbbb", "bbb"] * 3)
+    return a, b
+
+
+def test_a_judge_over_http_from_the_command_line(judge_url, files, tmp_path, monkeypatch):
+    """The judge always says A, the answer shown first: 12 verdicts, all flip, and no model is preferred."""
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    a, b = files
+    out = tmp_path / "new" / "out"
+    command = [f"--a={a}", f"--b={b}", f"--judge={judge_url}", "--judge_model=judge", f"--out={out}"]
+    done = launch("win_rate", *command, "--resamples=100", "--price_prompt=1000", "--price_completion=1e6")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((out / "result.json").read_text())
+    found = record["b_over_a"]
+    assert (found["win_rate"]["value"], found["pairs"], found["unparsed"]) == (0.5, 6, 0)
+    assert (found["first_preferred"]["value"], found["flipped"]["value"]) == (1.0, 1.0)
+    assert found["length_controlled"]["win_rate"]["value"] == pytest.approx(0.5)
+    assert (found["mean_length_a"], found["mean_length_b"]) == (4.0, 4.5)
+    usage = record["usage"]
+    assert (usage["calls"], usage["cache_hits"]) == (12, 0)
+    # "A" and the end of the turn, 12 times.
+    assert usage["completion_tokens"] == 24 and usage["prompt_tokens"] > 12 * 600
+    assert usage["cost"] == pytest.approx(usage["prompt_tokens"] / 1000 + 24)
+    rows = read(out / "judgments.jsonl")
+    assert [row["prompt"] for row in rows] == list(range(6))
+    assert {(row["said_a_first"], row["a_first"], row["b_first"], row["preference"]) for row in rows} == {
+        ("A", 0.0, 1.0, 0.5)
+    }
+    assert "verdicts that flip" in done.stdout and "12 questions asked, 0 answered before" in done.stdout
+    assert len(read(out / "judge_cache.jsonl")) == 12
+    # Again, without the key that the server asks for: everything is there already.
+    monkeypatch.delenv(KEY_VARIABLE)
+    again = launch("win_rate", *command, "--resamples=100")
+    assert again.returncode == 0, again.stderr
+    assert "0 questions asked, 12 answered before" in again.stdout
+    assert json.loads((out / "result.json").read_text())["b_over_a"] == found
+
+
+@pytest.mark.slow
+def test_a_random_model_says_nothing_that_can_be_read(tmp_path, files):
+    folder = save_tiny_model(tmp_path / "random", max_length=PLACES)
+    with serving(f"--model={folder}", "--served_model_name=random", "--slots=2") as (_, url):
+        record = compare(options(tmp_path, url, a=files[0], b=files[1], judge_model="random", max_tokens=4))
+    found = record["b_over_a"]
+    assert (found["unparsed"], found["ties"], found["win_rate"]["value"]) == (12, 6, 0.5)
+    assert (found["first_preferred"]["value"], found["flipped"]["value"]) == (0.5, 0.0)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_where_it_was(judge_url, tmp_path, monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    a = answers(tmp_path, "a.jsonl", [f"a{n}" for n in range(60)])
+    b = answers(tmp_path, "b.jsonl", [f"b{n}" for n in range(60)])
+    out = tmp_path / "out"
+    command = [
+        f"--a={a}",
+        f"--b={b}",
+        f"--judge={judge_url}",
+        "--judge_model=judge",
+        f"--out={out}",
+        "--parallel=1",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.win_rate", *command],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        cache = out / "judge_cache.jsonl"
+        end = time.monotonic() + 120
+        while not (cache.exists() and cache.read_bytes().count(b"\n") >= 3):
+            assert process.poll() is None and time.monotonic() < end, process.stderr.read()
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    kept = cache.read_bytes().count(b"\n")
+    assert 3 <= kept < 120 and not (out / "result.json").exists()
+    done = launch("win_rate", *command, "--parallel=4", "--resamples=100")
+    assert done.returncode == 0, done.stderr
+    usage = json.loads((out / "result.json").read_text())["usage"]
+    assert (usage["calls"], usage["cache_hits"]) == (120 - kept, kept)
+    assert len({row["key"] for row in read(cache)}) == 120
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_what_was_judged_before_the_server_went_away_is_kept(flags, files, tmp_path):
+    port = free_port()
+    asked = options(tmp_path, f"http://127.0.0.1:{port}/v1", a=files[0], b=files[1], judge_model="judge")
+    pairs = read_pairs(asked)
+    judge = EndpointJudge(Endpoint(asked.judge, "judge", retries=0, parallel=3))
+    path = tmp_path / "out" / "judge_cache.jsonl"
+    with serving(*flags, f"--port={port}"):
+        judge_pairs(judge, pairs[:2], Cache(path))
+    with pytest.raises(InputError, match=f"127.0.0.1:{port}/v1 cannot be reached"):
+        compare(dataclasses.replace(asked, retries=0))
+    assert len(Cache(path)) == 4
+    assert not (tmp_path / "out" / "result.json").exists()
+    with serving(*flags, f"--port={port}"):
+        record = compare(asked)
+    assert (record["usage"]["calls"], record["usage"]["cache_hits"]) == (8, 4)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_full_is_asked_again(flags, tmp_path):
+    """One slot, and room for one question to wait: of six at a time, four are told to come back in a second."""
+    a, b = (answers(tmp_path, f"{name}.jsonl", [name] * 3) for name in ("a", "b"))
+    with serving(*flags, "--slots=1", "--max_waiting=1") as (_, url):
+        asked = options(tmp_path, url, a=a, b=b, judge_model="judge", parallel=6)
+        with pytest.raises(InputError, match="answers 429 to "):
+            compare(dataclasses.replace(asked, retries=0))
+        kept = len(Cache(tmp_path / "out" / "judge_cache.jsonl"))
+        assert kept < 6
+        usage = compare(dataclasses.replace(asked, retries=10))["usage"]
+    assert (usage["calls"], usage["cache_hits"]) == (6 - kept, kept)
+
+
+def test_an_endpoint_that_cannot_be_reached_exits_with_2(files, tmp_path):
+    a, b = files
+    url = f"http://127.0.0.1:{free_port()}/v1"
+    done = launch(
+        "win_rate",
+        f"--a={a}",
+        f"--b={b}",
+        f"--judge={url}",
+        "--judge_model=j",
+        f"--out={tmp_path}",
+        "--retries=1",
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: The judge 'j' at {url} cannot be reached (")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "words"),
+    [
+        ({}, "wrong", "refuses the API key"),
+        ({"judge_model": "other"}, KEY, r"is not there \(.*no model 'other'"),
+        ({"max_tokens": 4000}, KEY, r"answers 400 to .*a\.jsonl:\d: .*maximum context length"),
+    ],
+)
+def test_what_the_server_refuses_is_one_sentence(judge_url, files, tmp_path, monkeypatch, change, key, words):
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    values = {"judge_model": "judge", "retries": 0, **change}
+    with pytest.raises(InputError, match=words) as raised:
+        compare(options(tmp_path, judge_url, a=files[0], b=files[1], **values))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_base_url_without_v1_is_refused(judge_url, files, tmp_path, monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    url = judge_url.removesuffix("/v1")
+    with pytest.raises(InputError, match=r"is not there .* usually ends in /v1"):
+        compare(options(tmp_path, url, a=files[0], b=files[1], judge_model="judge", retries=0))
+
+
+def test_a_model_of_ours_as_the_judge_of_what_launch_generate_wrote(judge_folder, tmp_path, capsys):
+    """Prompts come from the options beside the answers. After x the logits are A 2, B 0, times RMSNorm's factor
+    f = (1 / 32 + 1e-5)^-0.5: P(B) / (P(A) + P(B)) = sigmoid(-2 f) for the answer shown second, whichever that is."""
+    prompts = write(
+        tmp_path / "prompts.jsonl",
+        [{"id": "x", "prompt": "Why?"}, {"messages": [{"role": "user", "content": "How?"}]}],
+    )
+    for name, seed in (("a", 1), ("b", 2)):
+        model = save_tiny_model(tmp_path / f"model-{name}")
+        generate.generate(
+            generate.Options(
+                model=str(model),
+                prompts=str(prompts),
+                out=str(tmp_path / f"{name}.jsonl"),
+                max_new_tokens=5,
+                temperature=1.0,
+                num_samples=2,
+                seed=seed,
+            )
+        )
+    asked = options(tmp_path, str(judge_folder), a=tmp_path / "a.jsonl", b=tmp_path / "b.jsonl")
+    pairs = read_pairs(asked)
+    assert [(pair.prompt, pair.sample, pair.request) for pair in pairs] == [
+        ("x", 0, "Why?"),
+        ("x", 1, "Why?"),
+        (1, 0, "How?"),
+        (1, 1, "How?"),
+    ]
+    assert [pair.a for pair in pairs] == [row["text"] for row in read(tmp_path / "a.jsonl")]
+    record = compare(asked)
+    second = second_preferred(2 * (1 / 32 + 1e-5) ** -0.5, 0.0)
+    for row in read(tmp_path / "out" / "judgments.jsonl"):
+        assert row["a_first"] == pytest.approx(second, rel=1e-3)
+        assert row["b_first"] == pytest.approx(1 - second, rel=1e-3)
+    assert record["b_over_a"]["win_rate"]["value"] == pytest.approx(0.5)
+    assert (record["b_over_a"]["prompts"], record["b_over_a"]["pairs"]) == (2, 4)
+    assert "2 prompts, 4 pairs in both orders" in capsys.readouterr().out
+    # The same files with the prompts given, and with the options gone.
+    (tmp_path / "a.jsonl.options.json").unlink()
+    with pytest.raises(InputError, match=r"a\.jsonl\.options\.json beside it does not say"):
+        read_pairs(asked)
+    assert read_pairs(dataclasses.replace(asked, prompts=str(prompts))) == pairs
+    os.rename(prompts, tmp_path / "gone.jsonl")
+    with pytest.raises(InputError, match="which are not there; give --prompts"):
+        read_pairs(dataclasses.replace(asked, a=asked.b))
+
+
+GOOD = {"id": 1, "sample": 0, "text": "t", "prompt": "p"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{**GOOD, "id": 2}], r"a\.jsonl:1: id 1, sample 0 is not in --b, like 1 of the 1 answers of --a"),
+        ([GOOD, {**GOOD, "sample": 1}], r"b\.jsonl:2: id 1, sample 1 is not in --a, like 1 of the 2"),
+        ([{**GOOD, "prompt": "q"}], r"b\.jsonl:1: id 1 answers another prompt than .*a\.jsonl:1 does"),
+        ([GOOD, GOOD], r"b\.jsonl:2: id is 1 with sample 0, which .*b\.jsonl:1 has already"),
+        ([{**GOOD, "text": None}], r"b\.jsonl:1: text is missing"),
+        ([{**GOOD, "id": None}], r"b\.jsonl:1: id is missing"),
+        ([{**GOOD, "sample": "x"}], r"b\.jsonl:1: sample must be a whole number"),
+        ([{"id": 1, "text": "t"}], r"b\.jsonl: its rows have no column prompt or messages"),
+    ],
+)
+def test_files_that_do_not_belong_together_are_refused(tmp_path, rows, words):
+    a, b = write(tmp_path / "a.jsonl", [GOOD]), write(tmp_path / "b.jsonl", rows)
+    with pytest.raises(InputError, match=words):
+        compare(options(tmp_path, "http://127.0.0.1:9/v1", a=a, b=b, judge_model="j"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_that_no_judge_can_read_are_refused(tmp_path):
+    a = write(tmp_path / "a.jsonl", [{"id": 0, "text": "t"}, {"id": 1, "text": "t"}])
+    prompts = write(tmp_path / "p.jsonl", [{"id": 0, "prompt": "p"}, {"id": 1, "prompt_ids": [3]}])
+    asked = options(tmp_path, "x", a=a, b=a, prompts=str(prompts))
+    with pytest.raises(InputError, match=r"a\.jsonl:2: the row answers .*p\.jsonl:2, which has no text"):
+        read_pairs(asked)
+    write(prompts, [{"id": 0, "prompt": "p"}])
+    with pytest.raises(InputError, match=r"a\.jsonl:2: id is 1, which no prompt has"):
+        read_pairs(asked)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"judge": "https://h/v1"}, "so --judge_model is needed"),
+        ({"judge": "no/such/thing", "judge_model": "m"}, "--judge_model is for a judge behind a URL"),
+        ({"judge": "no/such/thing"}, "no such file or folder"),
+        ({"resamples": 0}, "--resamples is 0"),
+        ({"a": "missing.jsonl"}, "missing.jsonl: there is no such file"),
+        ({"judge": "http://h", "judge_model": "m", "parallel": 0}, r"parallel \(0\)"),
+    ],
+)
+def test_bad_flags_are_one_sentence(files, tmp_path, change, words):
+    good = options(tmp_path, "x", a=files[0], b=files[1])
+    with pytest.raises(InputError, match=words):
+        compare(dataclasses.replace(good, **change))
+
+
+def test_flags_that_are_missing_exit_with_2():
+    done = launch("win_rate", "--a=a.jsonl")
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "error: --a, --b, --judge and --out are needed; an example: python -m launch.win_rate"
+    )
