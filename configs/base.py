@@ -42,7 +42,7 @@ def base_config() -> ConfigDict:
     config.train.max_skipped = 5  # non-finite updates in a row that stop the run
 
     config.optim = ConfigDict()
-    config.optim.name = "adamw"  # adamw, adafactor, lion, sgd
+    config.optim.name = "adamw"  # adamw, adafactor, lion, rmsprop, sgd
     config.optim.lr = 1e-5
     config.optim.schedule = "cosine"  # constant, linear, cosine, wsd
     config.optim.warmup = 0.0  # < 1: share of the steps; else steps
@@ -101,6 +101,11 @@ def preference_config() -> ConfigDict:
     config.dpo.nll_weight = 0.0  # of the chosen completion's mean negative log-likelihood
     config.dpo.skip_end = False  # leave the end-of-turn token out of the comparison
     config.dpo.reference = "cached"  # cached, memory, adapter (LoRA off), none
+
+    config.kto = ConfigDict()
+    config.kto.beta = 0.1
+    config.kto.desirable_weight = 1.0  # lambda_D
+    config.kto.undesirable_weight = 1.0  # lambda_U
 
     config.reward = ConfigDict()
     config.reward.loss = "bradley_terry"  # algorithms/reward_model.py::LOSSES

@@ -254,9 +254,21 @@ class Preferences:
 
 
 def preferences_from_config(
-    config: Config, tokenizer: PreTrainedTokenizerBase, workdir: Path, *, attention: str
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    workdir: Path,
+    *,
+    attention: str,
+    change: Callable[[PreferenceData], PreferenceData] = lambda data: data,
 ) -> Preferences:
     """Reads, tokenises (or finds in the cache) and splits the preferences of `config.data`, and says what it did.
+
+    Args:
+      config: the experiment.
+      tokenizer: with its chat template.
+      workdir: bad rows that are skipped are listed here.
+      attention: the implementation that the model will use.
+      change: what is done to the data after the split.
 
     Raises:
       InputError: bad rows, a missing file, nothing left to train on, a group that does not fit.
@@ -279,6 +291,7 @@ def preferences_from_config(
         else:
             held_out = build_preferences(_spec(config.data.eval), tokenizer, options)
             say(held_out.text())
+    train, held_out = change(train), None if held_out is None else change(held_out)
     parts = [train] if held_out is None else [train, held_out]
     share = share_prompt(config.data.share_prompt, attention)
     shape = row_shape(

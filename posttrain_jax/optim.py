@@ -14,7 +14,7 @@ from posttrain_jax.trees import global_norm, leaf_path
 from posttrain_jax.types import Array, Metric, Metrics, PyTree, TrainState
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
-OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
+OPTIMIZERS = ("adamw", "adafactor", "lion", "rmsprop", "sgd")
 
 
 def make_schedule(
@@ -91,7 +91,8 @@ def make_optimizer(
     """Clipping by global norm (0 = off), then the named optimiser; decay is decoupled and masked.
 
     AdamW (arXiv:1711.05101), Lion (arXiv:2302.06675), Adafactor (arXiv:1804.04235; no parameter scaling, so
-    that `lr` means the same everywhere), SGD with momentum.
+    that `lr` means the same everywhere), RMSprop as PyTorch has it (its alpha is `beta2`; eps outside the root), SGD
+    with momentum.
 
     Raises:
       InputError: an unknown name.
@@ -106,6 +107,13 @@ def make_optimizer(
             multiply_by_parameter_scale=False,
             weight_decay_rate=weight_decay or None,
             weight_decay_mask=decay_mask,
+        )
+    elif name == "rmsprop":
+        decay = optax.add_decayed_weights(weight_decay, decay_mask)
+        rule = optax.chain(
+            optax.scale_by_rms(decay=beta2, eps=eps, eps_in_sqrt=False),
+            decay,
+            optax.scale_by_learning_rate(schedule),
         )
     elif name == "sgd":
         decay = optax.add_decayed_weights(weight_decay, decay_mask)

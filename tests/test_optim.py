@@ -77,6 +77,14 @@ def test_clipping_by_hand():
     np.testing.assert_allclose(updates["kernel"], [-0.6, -0.8], rtol=1e-6)
 
 
+def test_rmsprop_by_hand():
+    """PyTorch's rule, alpha 0.99: v = 0.01 * 0.5^2, update 0.5 / (0.05 + 1e-8) = 10; 1 - 0.1 * 10 = 0."""
+    optimizer = make_optimizer("rmsprop", lambda step: 0.1, beta2=0.99, eps=1e-8, clip_norm=0.0)
+    params = {"w": jnp.asarray([1.0])}
+    updates, _ = optimizer.update({"w": jnp.asarray([0.5])}, optimizer.init(params), params)
+    np.testing.assert_allclose(params["w"] + updates["w"], [0.0], atol=1e-5)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_descends(name):
     optimizer = make_optimizer(name, lambda step: 0.05, clip_norm=0.0)

@@ -12,12 +12,13 @@ import pytest
 from contracts.conftest import Processes
 from write_golden import GOLDEN, ROOT, golden_path, render, specs
 
-from configs.base import base_config
+from configs.base import base_config, preference_config
 from launch.config import check_values, flatten, load_file
 from posttrain_jax.errors import InputError
 
 SPECS = specs()
-TRAINED = [spec for spec in SPECS if spec.startswith("configs/sft/")]
+FOLDERS = {"sft": base_config, "dpo": preference_config, "reward_model": preference_config}
+TRAINED = [spec for spec in SPECS if spec.split("/")[1] in FOLDERS]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -43,7 +44,8 @@ def test_every_config_has_a_tiny_variant():
 def test_a_config_has_no_key_of_its_own_and_only_legal_values(spec: str):
     config = load_file(str(ROOT / spec))
     own = {key for key in flatten(config) if not key.startswith("model.config.")}
-    assert own == {key for key in flatten(base_config()) if not key.startswith("model.config.")}
+    known = FOLDERS[spec.split("/")[1]]()
+    assert own == {key for key in flatten(known) if not key.startswith("model.config.")}
     check_values(config)
     assert (config.train.steps > 0) != (config.train.epochs > 0)
     template = config.data.chat_template

@@ -1,0 +1,279 @@
+"""Kahneman-Tversky optimisation: completions that are good or bad, each alone, without pairs (arXiv:2402.01306).
+
+The step, from top to bottom: prompts, each with its completion and with one that answers another prompt -> hidden
+states, the prompt's once -> log-probabilities -> the reference point z0, the mean log-ratio of the mismatched
+completions over the whole step, without gradient -> the loss of the labelled ones -> gradient sums, one division, clip,
+optimiser, EMA. Where the step has several micro-batches, a forward pass over all of them gives z0 first, so that how
+rows are cut never changes the result.
+
+The reference is the model that training starts from; its log-probabilities are cached (posttrain_jax/reference.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict as Config
+
+from posttrain_jax.completions import policy_logps
+from posttrain_jax.data.loader import eval_batches
+from posttrain_jax.data.mismatched import with_mismatched
+from posttrain_jax.data.preference_rows import PreferenceRows, RowShape
+from posttrain_jax.data.tokenized_preferences import PreferenceData
+from posttrain_jax.errors import InputError
+from posttrain_jax.experiment import (
+    Policy,
+    abstract_on_mesh,
+    flops_per_token,
+    init_state,
+    loader_from_config,
+    mesh_from_config,
+    micro_batches,
+    optimizer_from_config,
+    policy_from_config,
+    preferences_from_config,
+    seed_key,
+    steps_from_config,
+)
+from posttrain_jax.losses.kto import kto_kl_baseline, kto_loss
+from posttrain_jax.metrics import Accumulator, to_host
+from posttrain_jax.models.transformer import Model
+from posttrain_jax.optim import apply_gradients, gradient_sums, map_micro_batches, used_micro_batches
+from posttrain_jax.reference import reference_logps
+from posttrain_jax.sampling.fixed_prompts import answer_fixed_prompts
+from posttrain_jax.sharding import batch_sharding, host_data_shards, jit_step, put_batch, replicated
+from posttrain_jax.trees import combine
+from posttrain_jax.types import Array, Metric, Metrics, PreferenceBatch, PyTree, Task, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """KTO's numbers.
+
+    Attributes:
+      beta: strength of the pull to the reference.
+      desirable_weight, undesirable_weight: lambda_D and lambda_U; the paper keeps lambda_D n_D / (lambda_U n_U)
+        between 1 and 4/3.
+    """
+
+    beta: float
+    desirable_weight: float
+    undesirable_weight: float
+
+
+def baseline(params: PyTree, batch: PreferenceBatch, *, model: Model, share_prompt: bool) -> Array:
+    """z0 of a step's rows `[M, B, ...]`: scalar, nats, at least 0, without gradient."""
+    score = functools.partial(policy_logps, params, model=model, share_prompt=share_prompt)
+    logps = map_micro_batches(score, batch, used_micro_batches(batch.segment_ids))[..., 0]
+    mismatched = (batch.labels < 0) & (batch.sequence_ids != 0)
+    return kto_kl_baseline(logps, batch.reference_logps, mismatched)
+
+
+def label_losses(
+    params: PyTree, batch: PreferenceBatch, z0: Array, *, model: Model, options: Options, share_prompt: bool
+) -> tuple[Array, Metrics]:
+    """Sum of the losses of the labelled completions of rows `[B, ...]` (differentiable), and metrics."""
+    logps_BN = policy_logps(params, batch, model=model, share_prompt=share_prompt)[..., 0]
+    labelled_BN = (batch.labels >= 0) & (batch.sequence_ids != 0)
+    output = kto_loss(
+        logps_BN,
+        batch.reference_logps,
+        batch.labels > 0,
+        beta=options.beta,
+        kl_baseline=z0,
+        desirable_weight=options.desirable_weight,
+        undesirable_weight=options.undesirable_weight,
+        weights_B=labelled_BN,
+    )
+    real = jnp.sum(batch.segment_ids != 0, dtype=jnp.float32)
+    metrics = jax.lax.stop_gradient(output.metrics) | {
+        "completions": Metric(jnp.sum(labelled_BN, dtype=jnp.float32), jnp.float32(1)),
+        "tokens": Metric(real, jnp.float32(1)),
+        "padding_share": Metric(jnp.float32(batch.tokens.size) - real, jnp.float32(batch.tokens.size)),
+    }
+    return jnp.sum(output.loss), metrics
+
+
+def train_step(
+    state: TrainState,
+    batch: PreferenceBatch,
+    *,
+    model: Model,
+    optimizer: optax.GradientTransformationExtraArgs,
+    schedule: Callable[[Array], Array],
+    ema_decay: float,
+    options: Options,
+    share_prompt: bool,
+) -> tuple[TrainState, Metrics]:
+    """One step on a global batch `[M, B, ...]`."""
+    z0 = baseline(combine(state.params, state.frozen), batch, model=model, share_prompt=share_prompt)
+
+    def loss_sum(params: PyTree, micro: PreferenceBatch) -> tuple[Array, Metrics]:
+        whole = combine(params, state.frozen)
+        return label_losses(whole, micro, z0, model=model, options=options, share_prompt=share_prompt)
+
+    used = used_micro_batches(batch.segment_ids)
+    gradients, metrics = gradient_sums(loss_sum, state.params, batch, used=used)
+    loss = metrics["loss"]
+    lr = schedule(state.step)
+    state, update_metrics = apply_gradients(
+        state, gradients, loss.sum, optimizer=optimizer, count=loss.count, ema_decay=ema_decay
+    )
+    sums = {"completions", "tokens"}
+    named = {
+        f"train/{name}": Metric.of(metric.sum) if name in sums else metric for name, metric in metrics.items()
+    }
+    return state, {**named, **update_metrics, "train/lr": Metric.of(lr)}
+
+
+def eval_step(
+    params: PyTree, batch: PreferenceBatch, *, model: Model, options: Options, share_prompt: bool
+) -> Metrics:
+    """Held-out metrics on rows `[M, B, ...]`, per labelled completion; z0 is that of these rows."""
+    z0 = baseline(params, batch, model=model, share_prompt=share_prompt)
+
+    def micro_metrics(micro: PreferenceBatch) -> Metrics:
+        return label_losses(params, micro, z0, model=model, options=options, share_prompt=share_prompt)[1]
+
+    stacked = map_micro_batches(micro_metrics, batch, used_micro_batches(batch.segment_ids))
+    metrics = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), stacked)
+    left_out = {"completions", "tokens", "padding_share"}
+    return {f"eval/{name}": metric for name, metric in metrics.items() if name not in left_out}
+
+
+def from_config(config: Config, workdir: Path) -> Task:
+    """Everything the training loop needs, from an experiment's config.
+
+    Raises:
+      InputError: a bad value, a bad row, a model that cannot be used.
+    """
+    options = options_from_config(config)
+    mesh = mesh_from_config(config)
+    policy = policy_from_config(config)
+    model = policy.model
+    paired = functools.partial(with_mismatched, seed=config.seed, max_length=config.data.max_length)
+    data = preferences_from_config(
+        config, policy.tokenizer, workdir, attention=model.module.implementation, change=paired
+    )
+    key = seed_key(config.seed)
+    share = data.shape.share_prompt
+
+    def rows(start: PyTree, part: PreferenceData | None, shape: RowShape) -> list[PreferenceRows]:
+        if part is None:
+            return []
+        known = reference_logps(
+            model,
+            start,
+            part.sources,
+            data.shape,
+            mesh,
+            groups=config.train.rows_per_step,
+            micro_batches=micro_batches(config, mesh),
+        )
+        return [PreferenceRows(s, shape, logps[:, 0]) for s, logps in zip(part.sources, known, strict=True)]
+
+    first = policy.init_params(mesh, key)
+    train, held_out = rows(first, data.train, data.shape), rows(first, data.held_out, data.eval_shape)
+    del first
+    loader = loader_from_config(config, train, mesh)
+    steps = steps_from_config(config, train)
+    optimizer = optimizer_from_config(config, steps)
+    make_state = functools.partial(
+        init_state, model=model, optimizer=optimizer.transformation, ema_decay=config.optim.ema
+    )
+    abstract = abstract_on_mesh(make_state, mesh, model.abstract_params(), key)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+    def first_state() -> TrainState:
+        params = policy.init_params(mesh, key)
+        build = jit_step(make_state, mesh, in_shardings=None, out_shardings=places, donate=(0,))
+        return build(params, key)
+
+    if jax.process_index() == 0:
+        policy.describe(workdir / "model")
+    step = functools.partial(
+        train_step,
+        optimizer=optimizer.transformation,
+        schedule=optimizer.schedule,
+        ema_decay=config.optim.ema,
+        model=model,
+        options=options,
+        share_prompt=share,
+    )
+    evaluate = jit_step(
+        functools.partial(eval_step, model=model, options=options, share_prompt=share),
+        mesh,
+        in_shardings=None,
+        out_shardings=replicated(mesh),
+    )
+    return Task(
+        steps=steps,
+        init_state=first_state,
+        abstract_state=abstract,
+        rows=loader,
+        put=functools.partial(
+            put_batch, mesh=mesh, micro_batches=micro_batches(config, mesh), kind=PreferenceBatch
+        ),
+        train_step=jit_step(
+            step,
+            mesh,
+            in_shardings=(places, batch_sharding(mesh)),
+            out_shardings=(places, replicated(mesh)),
+            donate=(0,),
+        ),
+        evaluate=_evaluation(config, held_out, evaluate, mesh) if held_out else None,
+        sample=_sampling(config, policy) if config.eval.prompts else None,
+        flops_per_token=flops_per_token(model.config, data.shape.length),
+    )
+
+
+def options_from_config(config: Config) -> Options:
+    """KTO's numbers.
+
+    Raises:
+      InputError: a number out of its range.
+    """
+    kto = config.kto
+    if not kto.beta > 0:
+        raise InputError(f"kto.beta is {kto.beta}; it must be more than 0.")
+    if not (kto.desirable_weight >= 0 and kto.undesirable_weight >= 0):
+        raise InputError("kto.desirable_weight and kto.undesirable_weight must be 0 or more.")
+    return Options(kto.beta, kto.desirable_weight, kto.undesirable_weight)
+
+
+def _evaluation(
+    config: Config, held_out: list[PreferenceRows], step: Callable[..., Metrics], mesh: Mesh
+) -> Callable[[TrainState], dict[str, float]]:
+    """One pass over the held-out completions."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    groups = -(-config.eval.batch_rows // shards) * shards
+    index, count = host_data_shards(mesh)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        params = combine(state.params, state.frozen)
+        sums = Accumulator()
+        for rows in eval_batches(held_out, rows_per_step=groups, host_index=index, host_count=count):
+            batch = put_batch(rows.arrays, mesh, groups // shards, PreferenceBatch)
+            sums.add(to_host(step(params, batch)))
+        return sums.flush()
+
+    return evaluate
+
+
+def _sampling(config: Config, policy: Policy) -> Callable[[TrainState], list[dict[str, Any]]]:
+    """Greedy answers to the fixed prompts, for `samples.jsonl`."""
+    return answer_fixed_prompts(
+        policy.model,
+        policy.tokenizer,
+        config.eval.prompts,
+        max_new_tokens=config.eval.max_new_tokens,
+        seed=config.seed,
+    )

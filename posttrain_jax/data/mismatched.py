@@ -1,0 +1,86 @@
+"""KTO's reference point needs answers to other prompts: each labelled group gets the completion of another one.
+
+The pairing is drawn once, by seed, so that the reference's log-probabilities of the mismatched answers can be kept on
+disk like the others (HALOs and TRL pair each row with the next of its batch instead; of the same thing).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+import numpy as np
+
+from posttrain_jax.data.tokenized_preferences import NO_LABEL, PreferenceData, PreferenceSource
+from posttrain_jax.errors import InputError
+
+
+def with_mismatched(data: PreferenceData, *, seed: int, max_length: int) -> PreferenceData:
+    """Every group with a second completion, another group's, which has no label.
+
+    Args:
+      data: groups of one labelled completion each.
+      seed: of the pairing.
+      max_length: a prompt with a mismatched completion is cut to it; 0 = not.
+
+    Raises:
+      InputError: a source has one group only, or groups that are not one labelled completion.
+    """
+    return PreferenceData(tuple(_pair_up(source, seed, max_length) for source in data.sources))
+
+
+def _pair_up(source: PreferenceSource, seed: int, max_length: int) -> PreferenceSource:
+    count = len(source)
+    if count < 2:
+        raise InputError(
+            f"{source.report.source} holds one labelled completion; KTO needs at least two prompts."
+        )
+    groups = [source.group(i) for i in range(count)]
+    if any(len(group.sequences) != 1 or group.labels[0] == NO_LABEL for group in groups):
+        raise InputError(
+            f"{source.report.source} holds rows without a label; KTO takes prompt + completion + label (true, false)."
+        )
+    # A cycle through all groups in random order: nobody is paired with itself.
+    order = np.random.default_rng(seed).permutation(count)
+    partner = np.empty(count, np.int64)
+    partner[order] = np.roll(order, -1)
+    tokens, masks, shared = [], [], []
+    for i, group in enumerate(groups):
+        own, other = group.sequences[0], groups[partner[i]].sequences[0]
+        prompt, start = int(np.argmax(own.loss_mask)), int(np.argmax(other.loss_mask))
+        mixed = np.concatenate([own.tokens[:prompt], other.tokens[start:]])
+        mask = np.concatenate([own.loss_mask[:prompt], other.loss_mask[start:]])
+        limit = max(max_length, prompt + 1) if max_length else len(mixed)
+        tokens += [own.tokens, mixed[:limit]]
+        masks += [own.loss_mask, mask[:limit]]
+        shared.append(max(prompt - 1, 0))
+    first = source.arrays.starts[source.index]
+    store = dataclasses.replace(
+        source.store,
+        tokens=np.concatenate(tokens),
+        loss_mask=np.concatenate(masks),
+        offsets=np.cumsum([0, *(len(part) for part in tokens)], dtype=np.int64),
+        files=np.repeat(source.store.files[first], 2),
+        lines=np.repeat(source.store.lines[first], 2),
+        meta={**source.store.meta, "sha256": _digest(source, partner, max_length)},
+    )
+    labels = np.full(2 * count, NO_LABEL, np.int8)
+    labels[::2] = [group.labels[0] for group in groups]
+    nothing = np.full(2 * count, np.nan, np.float32)
+    arrays = dataclasses.replace(
+        source.arrays,
+        starts=np.arange(0, 2 * count + 1, 2, dtype=np.int64),
+        shared=np.asarray(shared, np.int32),
+        comparison_starts=np.zeros(count + 1, np.int64),
+        ratings=nothing,
+        labels=labels,
+        rater_scores=nothing[:, None][:, :0],
+    )
+    return dataclasses.replace(source, store=store, arrays=arrays, index=np.arange(count, dtype=np.int64))
+
+
+def _digest(source: PreferenceSource, partner: np.ndarray, max_length: int) -> str:
+    digest = hashlib.sha256(f"{source.store.meta['sha256']} {max_length}".encode())
+    for array in (source.index, partner):
+        digest.update(np.ascontiguousarray(array, np.int64).tobytes())
+    return digest.hexdigest()

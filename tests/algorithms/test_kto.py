@@ -1,0 +1,115 @@
+"""KTO: every prompt with its own completion and a mismatched one; z0 is the whole step's, however it is cut."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contracts.tiny import make_mesh
+
+from posttrain_jax.algorithms import kto
+from posttrain_jax.completions import policy_logps
+from posttrain_jax.data.mismatched import with_mismatched
+from posttrain_jax.data.preference_rows import PreferenceRows, row_shape
+from posttrain_jax.data.tokenized_preferences import NO_LABEL, build_preferences
+from posttrain_jax.errors import InputError
+from posttrain_jax.models.byte_tokenizer import byte_tokenizer
+from posttrain_jax.optim import gradient_sums, used_micro_batches
+from posttrain_jax.sharding import jit_step, put_batch, replicated
+from posttrain_jax.types import PreferenceBatch
+
+from .test_dpo import assert_same, tiny_model, tiny_params
+
+OPTIONS = kto.Options(beta=0.1, desirable_weight=1.0, undesirable_weight=1.5)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Six prompts, good and bad in turn."""
+    folder = tmp_path_factory.mktemp("labels")
+    rows = [
+        {"prompt": f"question {i}" + "?" * i, "completion": f"answer {i}" * (i % 3 + 1), "label": i % 2 == 0}
+        for i in range(6)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return build_preferences(str(folder / "rows.jsonl"), byte_tokenizer(), cache_dir=folder)
+
+
+def batch_of(data, mesh, micro_batches):
+    paired = with_mismatched(data, seed=0, max_length=0)
+    shape = row_shape([paired], groups=8, length=256)
+    rows = PreferenceRows(paired.sources[0], shape)
+    taken = [rows[i] if i < 6 else None for i in range(8)]
+    return put_batch(rows.collate(taken), mesh, micro_batches, PreferenceBatch)
+
+
+def test_each_prompt_gets_the_completion_of_another(data):
+    before, after = data.sources[0], with_mismatched(data, seed=0, max_length=0).sources[0]
+    partners = set()
+    for i in range(6):
+        own, mixed = after.group(i).sequences
+        np.testing.assert_array_equal(own.tokens, before.group(i).sequences[0].tokens)
+        prompt = int(np.argmax(own.loss_mask))
+        np.testing.assert_array_equal(mixed.tokens[:prompt], own.tokens[:prompt])
+        completions = [
+            j
+            for j in range(6)
+            if np.array_equal(
+                mixed.tokens[prompt:],
+                before.group(j).sequences[0].tokens[before.group(j).sequences[0].loss_mask],
+            )
+        ]
+        assert len(completions) == 1 and completions[0] != i
+        partners.add(completions[0])
+        assert after.group(i).labels.tolist() == [i % 2 == 0, NO_LABEL]
+    assert partners == set(range(6))
+    assert after.row_id(3) == before.row_id(3)
+
+
+def test_the_baseline_is_the_mean_log_ratio_of_mismatched_completions(data):
+    """With a reference of 2 nats less than the policy everywhere, z0 = 2; of 2 nats more, max(0, -2) = 0."""
+    mesh = make_mesh(1, 1, 1)
+    batch = batch_of(data, mesh, 1)
+    model, params = tiny_model("llama"), tiny_params("llama")
+    logps = jax.vmap(lambda rows: policy_logps(params, rows, model=model, share_prompt=True))(batch)[..., 0]
+    for shift, want in ((-2.0, 2.0), (2.0, 0.0)):
+        shifted = PreferenceBatch(**{**vars(batch), "reference_logps": logps + shift})
+        z0 = kto.baseline(params, shifted, model=model, share_prompt=True)
+        np.testing.assert_allclose(float(z0), want, atol=1e-4)
+
+
+def test_micro_batches_and_meshes_do_not_change_the_step(data):
+    model, params = tiny_model("llama"), tiny_params("llama")
+
+    def compute(params, batch):
+        shifted = PreferenceBatch(**{**vars(batch), "reference_logps": -3.0 * batch.lengths})
+        z0 = kto.baseline(params, shifted, model=model, share_prompt=True)
+
+        def loss_sum(params, micro):
+            return kto.label_losses(params, micro, z0, model=model, options=OPTIONS, share_prompt=True)
+
+        gradients, metrics = gradient_sums(
+            loss_sum, params, shifted, used=used_micro_batches(batch.segment_ids)
+        )
+        return z0, metrics["loss"].sum, metrics["loss"].count, gradients
+
+    def run(shape, cuts):
+        mesh = make_mesh(*shape)
+        step = jit_step(compute, mesh, in_shardings=None, out_shardings=replicated(mesh))
+        return step(jax.device_put(params, replicated(mesh)), batch_of(data, mesh, cuts))
+
+    want = run((1, 1, 1), 1)
+    assert float(want[0]) > 0 and float(want[2]) == 6
+    assert all(float(jnp.linalg.norm(leaf)) > 0 for leaf in jax.tree.leaves(want[3]))
+    assert_same(run((1, 1, 1), 8), want)
+    assert_same(run((2, 1, 1), 4), want)
+
+
+def test_rows_without_labels_are_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    pairs = build_preferences(str(tmp_path / "rows.jsonl"), byte_tokenizer(), cache_dir=tmp_path)
+    with pytest.raises(InputError, match="at least two prompts"):
+        with_mismatched(pairs, seed=0, max_length=0)
