@@ -148,6 +148,7 @@ def tiny_preferences(config: ConfigDict) -> ConfigDict:
     """`tiny` for an experiment on preferences."""
     tiny(config)
     config.data.train = "configs/tiny/pairs.jsonl"
+    config.data.eval = "split:6"
     config.data.row_length = 0
     config.data.truncate = "right"
     config.train.micro_rows = 0

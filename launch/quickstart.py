@@ -1,4 +1,5 @@
-"""Instruction-tunes SmolLM2-135M on real data on this machine and shows what changed. `make quickstart` runs it."""
+"""Instruction-tunes SmolLM2-135M on real data on this machine, goes on with DPO on real pairs, and shows what changed.
+`make quickstart` runs it."""
 
 from __future__ import annotations
 
@@ -20,10 +21,11 @@ from posttrain_jax.export_model import export_hf
 
 EXAMPLE = "python -m launch.quickstart"
 CONFIG = "configs/sft/smollm2_135m.py"
+DPO_CONFIG = "configs/dpo/smollm2_135m.py"
 
-QUICKSTART_VARIANT = flags.DEFINE_string("variant", "quickstart", f"Variant of {CONFIG}.")
+QUICKSTART_VARIANT = flags.DEFINE_string("variant", "quickstart", f"Variant of {CONFIG} and {DPO_CONFIG}.")
 QUICKSTART_DIR = flags.DEFINE_string(
-    "dir", "runs/quickstart", "Folder of the run; a finished one is replaced."
+    "dir", "runs/quickstart", "Folder of the run, and with -dpo of the second; finished ones are replaced."
 )
 
 
@@ -31,32 +33,49 @@ def main(argv: Sequence[str]) -> int:
     """Fetches, trains, exports, and prints the table."""
     del argv
     started = time.time()
+    variant = QUICKSTART_VARIANT.value
     workdir = Path(QUICKSTART_DIR.value)
-    config = load_file(f"{CONFIG}:{QUICKSTART_VARIANT.value}")
-    for value in (config.model.init, config.data.train):
+    dpo_workdir = workdir.with_name(workdir.name + "-dpo")
+    config, dpo_config = (load_file(f"{name}:{variant}") for name in (CONFIG, DPO_CONFIG))
+    for value in (config.model.init, config.data.train, dpo_config.data.train):
         if value.startswith("asset:"):
             fetch(value.removeprefix("asset:"))
-    if (workdir / "summary.json").is_file():
-        shutil.rmtree(workdir)
+    if _complete(dpo_workdir):
+        shutil.rmtree(workdir, ignore_errors=True)
+        shutil.rmtree(dpo_workdir)
     entry.set_up_jax()
-    print(
-        f"Training SmolLM2-135M-Instruct with {CONFIG}:{QUICKSTART_VARIANT.value}; a few minutes on two cores."
-    )
-    train.run(config.lock(), workdir)
-    if json.loads((workdir / "summary.json").read_text())["status"] != "complete":
-        raise InputError(f"The run was interrupted; run the same command again to go on ({workdir}).")
     folder = workdir / "hf"
-    _export(workdir, folder)
+    if not _complete(workdir):
+        print(f"Training SmolLM2-135M-Instruct with {CONFIG}:{variant}; a few minutes on two cores.")
+        train.run(config.lock(), workdir)
+        _require_complete(workdir)
+        _export(workdir, folder)
+    print(f"Going on from {workdir} with preferences, {DPO_CONFIG}:{variant}.")
+    dpo_config.model.init = str(workdir)
+    dpo_config.model.tokenizer = ""
+    train.run(dpo_config.lock(), dpo_workdir)
+    _require_complete(dpo_workdir)
     report(workdir)
+    report_preferences(dpo_workdir)
     print(
-        f"\nCurves                 {workdir / 'curves.png'}"
+        f"\nCurves                 {workdir / 'curves.png'}, {dpo_workdir / 'curves.png'}"
         f"\nHugging Face export    {folder}   (AutoModelForCausalLM.from_pretrained loads it)"
         f"\nWhole time             {time.time() - started:.0f} s"
-        f"\n\nTalk to it:            .venv/bin/python -m launch.chat --model={workdir}"
+        f"\n\nTalk to it:            .venv/bin/python -m launch.chat --model={workdir}      (or {dpo_workdir})"
         "\nYour own data:         .venv/bin/python -m launch.train --config=configs/sft/smollm2_135m.py "
         "--config.data.train=YOUR.jsonl --workdir=runs/mine"
     )
     return 0
+
+
+def _complete(workdir: Path) -> bool:
+    summary = workdir / "summary.json"
+    return summary.is_file() and json.loads(summary.read_text())["status"] == "complete"
+
+
+def _require_complete(workdir: Path) -> None:
+    if not _complete(workdir):
+        raise InputError(f"The run was interrupted; run the same command again to go on ({workdir}).")
 
 
 def _export(workdir: Path, folder: Path) -> None:
@@ -97,6 +116,19 @@ def report(workdir: Path) -> None:
             text = textwrap.fill(row["answer"].strip() + end, 68, initial_indent="  ", subsequent_indent="  ")
             print(f"{name}:\n{text}")
     print("-" * 78)
+
+
+def report_preferences(workdir: Path) -> None:
+    """Prints what DPO did to the held-out pairs."""
+    rows = _lines(workdir / "metrics.jsonl")
+    held_out = [row for row in rows if "eval/loss" in row]
+    first, last = held_out[0], held_out[-1]
+    print(f"{'DPO on pairs':34}{'before':>14}{'after ' + str(last['step']) + ' steps':>22}")
+    print(f"{'held-out DPO loss (log 2 = even)':34}{first['eval/loss']:14.4f}{last['eval/loss']:22.4f}")
+    print(
+        f"{'held-out pairs ranked right':34}{'(all tied)':>14}{last['eval/reward_accuracy']:22.0%}\n"
+        + "-" * 78
+    )
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

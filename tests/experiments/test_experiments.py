@@ -29,6 +29,23 @@ def test_base_to_assistant_runs_tiny_and_records_answers(tmp_path):
     assert (tmp_path / "out" / "answers.md").read_text("utf-8").startswith("| prompt | before | after |")
 
 
+@pytest.mark.slow
+def test_dpo_smollm2_runs_tiny_and_records_its_numbers(tmp_path):
+    command = [sys.executable, "-m", "experiments.dpo_smollm2.run", "--variant=tiny"]
+    command += [f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'result.json'}"]
+    one_device = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=one_device, capture_output=True, encoding="utf-8", timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text("utf-8"))
+    assert (result["steps"], result["held_out_pairs"]) == (4, 6)
+    assert abs(result["before"]["loss"] - 0.6931) < 1e-4
+    assert result["after"]["loss"] < 0.6
+    low, high = result["accuracy_interval"]
+    assert 0 <= low <= result["after"]["reward_accuracy"] <= high <= 1
+
+
 def test_recorded_numbers_are_those_of_the_recorded_run():
     """The README of base_to_assistant quotes expected.json, which holds what answers.json recorded."""
     folder = ROOT / "experiments" / "base_to_assistant"
