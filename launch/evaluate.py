@@ -1,8 +1,9 @@
 """Evaluates a model, with a 95 % confidence interval around every number and a JSON of every row.
 
 `eval.task` of the config says what: held_out (loss and perplexity on held-out rows), ifeval (instructions that a
-program can check), math (arithmetic and word problems), multiple_choice (by log-probability). `launch.compare` tests
-the difference between two models on the same rows.
+program can check), math (arithmetic and word problems), multiple_choice (by log-probability), kl (how far it has moved
+from a reference model, on answers that it writes). `launch.compare` tests the difference between two models on the same
+rows.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 EXAMPLE = (
     "python -m launch.evaluate --model=runs/smollm2 --config=configs/eval/held_out.py --out=runs/smollm2-eval"
 )
-TASKS = ("held_out", "ifeval", "math", "multiple_choice")
+TASKS = ("held_out", "ifeval", "math", "multiple_choice", "kl")
 
 
 def define_flags() -> None:
@@ -98,12 +99,14 @@ def run(task: str, config: ConfigDict, loaded: LoadedModel, out: Path, mesh: Mes
     Raises:
       InputError: anything wrong with config or data.
     """
-    from posttrain_jax.evaluate import held_out, ifeval, math_problems, multiple_choice
+    from posttrain_jax.evaluate import held_out, ifeval, kl_to_reference, math_problems, multiple_choice
 
     if task == "held_out":
         return held_out.from_config(config, loaded, out, mesh=mesh, progress=show_progress)
     if task == "multiple_choice":
         return multiple_choice.from_config(config, loaded, mesh=mesh, progress=show_progress)
+    if task == "kl":
+        return kl_to_reference.from_config(config, loaded, mesh=mesh, progress=show_progress)
     answered = {"ifeval": ifeval.from_config, "math": math_problems.from_config}[task]
     return answered(config, loaded, progress=show_progress)
 

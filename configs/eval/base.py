@@ -13,7 +13,7 @@ def eval_config(task: str) -> ConfigDict:
     config.data = ConfigDict()
 
     config.eval = ConfigDict()
-    config.eval.task = task  # held_out, ifeval, math, multiple_choice
+    config.eval.task = task  # held_out, ifeval, math, multiple_choice, kl
     config.eval.batch_rows = 16  # at once, over all devices
     config.eval.bootstrap = 1000  # resamples; 0 = no intervals
 

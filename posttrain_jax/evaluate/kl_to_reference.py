@@ -11,12 +11,30 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict as Config
+from transformers import PreTrainedTokenizerBase
 
+from posttrain_jax.data.sources import Row
 from posttrain_jax.errors import InputError
+from posttrain_jax.evaluate.tasks import (
+    Progress,
+    PromptTemplate,
+    TaskResult,
+    encode_prompt,
+    is_chat,
+    need_tokenizer,
+    read_items,
+    summarise,
+    task_rows,
+)
+from posttrain_jax.load_model import LoadedModel, load_model, require_language_model
 from posttrain_jax.losses.kl import k1, k3
+from posttrain_jax.models.tokenizer import stop_token_ids
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.choose import Sampling
 from posttrain_jax.sampling.generate import GenerateOptions, Sample, generate
@@ -169,3 +187,98 @@ def ratio(sums_N: np.ndarray, counts_N: np.ndarray) -> Mean:
         return Mean(float(value), None)
     squares = np.square(sums_N - value * counts_N).sum()
     return Mean(float(value), math.sqrt(rows / (rows - 1) * squares) / float(total))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prompt:
+    key: str | int
+    where: str
+    text: str
+
+
+def from_config(config: Config, loaded: LoadedModel, *, mesh: Mesh, progress: Progress) -> TaskResult:
+    """`launch.evaluate` with eval.task "kl": the estimates with bootstrap intervals over prompts, and every answer.
+
+    Raises:
+      InputError: the reference cannot be loaded or has another vocabulary, or a row cannot be used.
+    """
+    if not config.reference.model:
+        raise InputError("reference.model is empty; give the MODEL that the policy is compared with.")
+    tokenizer = need_tokenizer(loaded)
+    template = PromptTemplate(config.data.prompt)
+
+    def convert(row: Row, key: str | int) -> _Prompt:
+        return _Prompt(key, f"{row.source}, line {row.line}", template.fill(row.value))
+
+    items = read_items(
+        task_rows(config.data.eval), convert, first=config.data.first, on_bad_row=config.data.on_bad_row
+    )
+    chat = is_chat(loaded, config.data.render)
+    prompts = [encode_prompt(loaded, item.text, chat=chat, name=item.where) for item in items.items]
+    reference = load_model(
+        config.reference.model, dtype=config.model.dtype, mesh=mesh, attention=config.model.attention
+    )
+    require_language_model(reference)
+    if reference.config.vocab_size != loaded.config.vocab_size:
+        raise InputError(
+            f"{loaded.source.name} has {loaded.config.vocab_size} tokens and {config.reference.model} has "
+            f"{reference.config.vocab_size}; the KL is of models with the same tokens."
+        )
+    options = GenerateOptions(
+        max_new_tokens=config.eval.max_new_tokens,
+        stop_token_ids=stop_token_ids(loaded.config, tokenizer),
+        sampling=Sampling(temperature=1.0),
+        num_samples=config.eval.num_samples,
+        seed=config.seed,
+        batch_size=config.eval.batch_rows,
+    )
+    samples = generate(loaded.model, loaded.params, prompts, options)
+    scored = [
+        score_samples(one.model, one.params, prompts, samples, batch_rows=config.eval.batch_rows)
+        for one in (loaded, reference)
+    ]
+    progress(len(samples), len(samples))
+    rows = [
+        _row(
+            item,
+            [n for n, sample in enumerate(samples) if sample.prompt == place],
+            samples,
+            *scored,
+            tokenizer,
+        )
+        for place, item in enumerate(items.items)
+    ]
+    counts = {"samples": len(samples), "skipped_rows": items.skipped}
+    return summarise(rows, counts=counts, by_type={}, bootstrap=config.eval.bootstrap, seed=config.seed)
+
+
+def _row(
+    item: _Prompt,
+    numbers: Sequence[int],
+    samples: Sequence[Sample],
+    policy_logps: Sequence[np.ndarray],
+    reference_logps: Sequence[np.ndarray],
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Any]:
+    """One prompt's answers and sums; a prompt is what is drawn again by the bootstrap."""
+    policy_N = np.concatenate([policy_logps[n] for n in numbers])
+    reference_N = np.concatenate([reference_logps[n] for n in numbers])
+    if not (np.isfinite(policy_N).all() and np.isfinite(reference_N).all()):
+        raise InputError(
+            f"{item.where}: a log-probability of its answer is not finite; the weights cannot be right."
+        )
+    sum_k1 = float(np.sum(np.asarray(k1(jnp.asarray(policy_N), jnp.asarray(reference_N)), np.float64)))
+    sum_k3 = float(np.sum(np.asarray(k3(jnp.asarray(policy_N), jnp.asarray(reference_N)), np.float64)))
+    count, tokens = float(len(numbers)), float(len(policy_N))
+    return {
+        "id": item.key,
+        "prompt": item.text,
+        "answers": [tokenizer.decode(samples[n].tokens, skip_special_tokens=True) for n in numbers],
+        "metrics": {
+            "kl_k1_per_sequence": (sum_k1, count),
+            "kl_k3_per_sequence": (sum_k3, count),
+            "kl_k1_per_token": (sum_k1, tokens),
+            "kl_k3_per_token": (sum_k3, tokens),
+            "tokens_per_sequence": (tokens, count),
+        },
+    }

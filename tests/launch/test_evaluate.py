@@ -56,6 +56,33 @@ def test_the_files_hold_what_the_function_found(model, tmp_path, capsys):
     assert "loss_per_token" in capsys.readouterr().out
 
 
+def test_kl_of_a_model_from_itself_and_from_another(model, tmp_path):
+    """From itself 0 for every answer; from a blunter one more than 0, by k3 for sure."""
+    config = load_file(f"{ROOT}/configs/eval/kl.py:tiny")
+    config.data.eval = str(ROOT / "configs/tiny/instructions.jsonl")
+    config.data.prompt = "{prompt}"
+    config.reference.model = str(model)
+    same = evaluate(str(model), config, tmp_path / "same")["metrics"]
+    assert abs(same["kl_k1_per_sequence"]["value"]) < 1e-3
+    assert same["kl_k3_per_token"]["value"] < 1e-6
+    config.reference.model = str(save_tiny_model(tmp_path / "blunt", scale=2.0))
+    far = evaluate(str(model), config, tmp_path / "far")
+    assert far["metrics"]["kl_k3_per_token"]["value"] > 0.1
+    assert 1 <= far["metrics"]["tokens_per_sequence"]["value"] <= 8
+    rows = [json.loads(line) for line in (tmp_path / "far/rows.jsonl").read_text().splitlines()]
+    sums = [row["metrics"]["kl_k3_per_sequence"] for row in rows]
+    mean = sum(value for value, _ in sums) / sum(count for _, count in sums)
+    assert mean == pytest.approx(far["metrics"]["kl_k3_per_sequence"]["value"])
+    assert all(len(row["answers"]) == 1 for row in rows)
+
+
+def test_kl_needs_a_reference_with_the_same_tokens(model, tmp_path):
+    config = load_file(f"{ROOT}/configs/eval/kl.py:tiny")
+    config.reference.model = ""
+    with pytest.raises(InputError, match="reference.model is empty"):
+        evaluate(str(model), config, tmp_path)
+
+
 def test_split_takes_the_same_rows_whatever_the_batch(model, tmp_path):
     config = config_for(tmp_path, eval="split:4")
     names = []

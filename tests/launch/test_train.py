@@ -64,7 +64,7 @@ def test_bad_flags(processes, name: str, tmp_path: Path):
 
 # Wrong values of keys that exist.
 VALUES = {
-    "optimiser": ("optim.name=adam", ["optim.name is 'adam'", "adamw, adafactor, lion, sgd"]),
+    "optimiser": ("optim.name=adam", ["optim.name is 'adam'", "adamw, adafactor, lion, rmsprop, sgd"]),
     "schedule": ("optim.schedule=cos", ["optim.schedule is 'cos'", "constant, linear, cosine, wsd"]),
     "remat": ("train.remat=some", ["train.remat is 'some'", "none, elementwise, mlp, full"]),
     "dtype": ("model.dtype=fp8", ["model.dtype is 'fp8'", "float32 or bfloat16"]),
@@ -102,6 +102,47 @@ def test_bad_values(processes, name: str, tmp_path: Path):
     line = refused(
         processes, TINY, f"--workdir={tmp_path}/run", *(f"--config.{text}" for text in overrides.split(" "))
     )
+    for part in parts:
+        assert part in line, line
+
+
+DPO = "--config=configs/dpo/smollm2_135m.py:tiny"
+KTO = "--config=configs/dpo/smollm2_135m_kto.py:tiny"
+REWARD = "--config=configs/reward_model/smollm2_135m.py:tiny"
+LABELS, PAIRS = "data.train=configs/tiny/labels.jsonl", "data.train=configs/tiny/pairs.jsonl"
+
+# Preferences: what a value or a file of another kind gets.
+PREFERENCES = {
+    "loss": (DPO, "dpo.loss=dop", ["dpo.loss is 'dop'", "simpo"]),
+    "reference": (DPO, "dpo.reference=frozen", ["dpo.reference is 'frozen'", "cached, memory"]),
+    "no_reference": (DPO, "dpo.reference=none", ["dpo.loss=dpo", "slic, simpo, orpo, cpo"]),
+    "no_adapter": (DPO, "dpo.reference=adapter", ["model.lora.rank is 0"]),
+    "beta": (DPO, "dpo.beta=0.0", ["dpo.beta is 0"]),
+    "smoothing": (DPO, "dpo.label_smoothing=0.5", ["dpo.label_smoothing is 0.5", "below 0.5"]),
+    "exo": (DPO, "dpo.loss=exo", ["dpo.label_smoothing", "1e-3"]),
+    "share": (DPO, "data.share_prompt=maybe", ["data.share_prompt is 'maybe'", "auto, yes or no"]),
+    "row_length": (DPO, "data.row_length=64", ["configs/tiny/pairs.jsonl:", "data.row_length=64"]),
+    "labels_for_dpo": (DPO, LABELS, ["configs/tiny/labels.jsonl", "no comparison", "algorithm=kto"]),
+    "chats_for_dpo": (
+        DPO,
+        "data.train=configs/tiny/chats.jsonl",
+        ["chats.jsonl, line 1", "a preference needs"],
+    ),
+    "pairs_for_kto": (KTO, PAIRS, ["configs/tiny/pairs.jsonl", "without a label"]),
+    "kto_beta": (KTO, "kto.beta=-1.0", ["kto.beta is -1"]),
+    "labels_for_reward": (REWARD, LABELS, ["configs/tiny/labels.jsonl", "no comparison", "regression"]),
+    "pairs_for_ratings": (REWARD, "reward.loss=regression", ["no rating", "reward.loss=regression"]),
+    "reward_loss": (REWARD, "reward.loss=bt", ["reward.loss is 'bt'", "bradley_terry"]),
+    "normalise": (REWARD, "reward.normalise=mean", ["reward.normalise is 'mean'", "demonstrations"]),
+    "members": (REWARD, "reward.members=0", ["reward.members is 0"]),
+    "head": (REWARD, "reward.head_init=ones", ["'ones'", "normal or zeros"]),
+}
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_bad_preferences(processes, name: str, tmp_path: Path):
+    config, override, parts = PREFERENCES[name]
+    line = refused(processes, config, f"--workdir={tmp_path}/run", f"--config.{override}")
     for part in parts:
         assert part in line, line
 

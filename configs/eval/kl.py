@@ -1,0 +1,34 @@
+"""How far a model has moved from its reference: KL(policy || reference) on answers that the policy writes.
+
+Command: python -m launch.evaluate --model=runs/dpo --config=configs/eval/kl.py --config.reference.model=MODEL --out=DIR
+k1 and k3 (Schulman, "Approximating KL divergence", 2020) per answer and per token, and the length of the answers, with
+intervals over prompts. By default the first 32 instructions of alpaca_en_demo and the model that
+configs/dpo/smollm2_135m.py starts from. Variant: `:tiny` (two short prompts).
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs.eval.base import eval_config
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The evaluation; see the module's docstring for the variants."""
+    config = eval_config("kl")
+    config.reference = ConfigDict()
+    config.reference.model = "asset:smollm2-135m-instruct"  # a MODEL with the same tokens
+    config.data.eval = "asset:alpaca_en_demo"  # rows to ask: asset:NAME, path, folder, hf:NAME, tfds:NAME
+    config.data.prompt = "{instruction}"  # {column} of the row
+    config.data.render = "auto"  # chat, text, auto (chat where the tokenizer has a template)
+    config.data.first = 32  # only so many rows; 0 = all
+    config.data.on_bad_row = "stop"  # stop, skip
+    config.eval.max_new_tokens = 128  # the KL is that of answers cut off here
+    config.eval.num_samples = 1  # answers to each prompt, drawn at temperature 1
+    if variant == "tiny":
+        config.data.eval, config.data.first = "configs/tiny/instructions.jsonl", 2
+        config.data.prompt = "{prompt}"
+        config.eval.max_new_tokens, config.eval.batch_rows, config.eval.bootstrap = 8, 2, 100
+    elif variant:
+        raise ValueError(f"unknown variant {variant!r}; use tiny")
+    return config
