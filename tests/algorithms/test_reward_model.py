@@ -22,7 +22,6 @@ from configs.reward_model.smollm2_135m import get_config
 from launch.export import export
 from launch.train import run
 from posttrain_jax.algorithms import reward_model
-from posttrain_jax.checkpoint import Checkpoints
 from posttrain_jax.completions import map_completions, reward_scores
 from posttrain_jax.data.preference_rows import PreferenceRows, row_shape
 from posttrain_jax.data.tokenized_preferences import PreferenceData
@@ -405,20 +404,10 @@ def ensemble(tmp_path_factory) -> Run:
     """Two members with LoRA, normalised but not trained: `tests/contracts/test_killed.py` trains one."""
     folder, config = tmp_path_factory.mktemp("ensemble"), config_of(members=2, normalise="unit")
     config.model.lora.rank = 2
-    workdir = folder / "run"
-    workdir.mkdir()
-    (workdir / "config.json").write_text(json.dumps(config.to_dict()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POSTTRAIN_CACHE", str(folder / "cache"))
-        task = reward_model.from_config(config, workdir)
-        assert task.finish is not None
-        state = task.finish(task.init_state())
-        data = data_of_run(config, folder)
-    checkpoints = Checkpoints(workdir)
-    checkpoints.save_frozen(state.frozen)
-    checkpoints.save(state, {}, {})
-    checkpoints.close()
-    return Run(workdir, data)
+        tiny.untrained_reward_run(config, folder / "run")
+        return Run(folder / "run", data_of_run(config, folder))
 
 
 def train_scores(loaded, data: Preferences) -> np.ndarray:

@@ -13,7 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from contracts.tiny import GEMMA, LLAMA
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
+from posttrain_jax.algorithms import reward_model
+from posttrain_jax.checkpoint import Checkpoints
 from posttrain_jax.data.preference_rows import PreferenceRows, row_shape
 from posttrain_jax.data.tokenized import TokenizeOptions
 from posttrain_jax.data.tokenized_preferences import PreferenceData, build_preferences
@@ -94,3 +97,22 @@ def assert_same(got: PyTree, want: PyTree, tolerance: float = 2e-5) -> None:
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         scale = max(float(jnp.max(jnp.abs(b))), 1e-4)
         np.testing.assert_allclose(np.asarray(a) / scale, np.asarray(b) / scale, atol=tolerance)
+
+
+def untrained_reward_run(config: ConfigDict, workdir: Path) -> dict[str, float]:
+    """The workdir of a reward model that was normalised but not trained (which saves compiling the train step).
+
+    Returns:
+      Its metrics on the held-out rows; {} without any.
+    """
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps(config.to_dict()))
+    task = reward_model.from_config(config, workdir)
+    state = task.init_state()
+    if task.finish is not None:
+        state = task.finish(state)
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save_frozen(state.frozen)
+    checkpoints.save(state, {}, {})
+    checkpoints.close()
+    return task.evaluate(state) if task.evaluate is not None else {}
