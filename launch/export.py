@@ -1,7 +1,8 @@
 """Exports a trained model as a Hugging Face folder that `transformers` loads with equal logits.
 
 A reward model becomes a folder for AutoModelForSequenceClassification, with equal scores. Also turns any other MODEL
-into a folder (a .gguf file, for instance), and LoRA runs into PEFT adapters.
+into a folder (a .gguf file, for instance), and LoRA runs into PEFT adapters. Of an ensemble of reward models one
+member is exported at a time.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "The folder to write.")
     flags.DEFINE_string("dtype", "float32", "Type of the weights in the export: float32 or bfloat16.")
     flags.DEFINE_bool("adapter_only", False, "Write the LoRA adapter alone, in PEFT's format, not merged.")
+    flags.DEFINE_integer("member", None, "Which model of an ensemble of reward models, from 0.")
     flags.DEFINE_bool("ema", False, "The moving average of the weights instead of the last ones.")
     flags.DEFINE_bool("overwrite", False, "Replace what is in the folder.")
 
@@ -49,6 +51,7 @@ def main(argv: Sequence[str]) -> int:
         dtype=given.dtype,
         adapter_only=given.adapter_only,
         ema=given.ema,
+        member=given.member,
         overwrite=given.overwrite,
     )
     what = "adapter" if given.adapter_only else "model"
@@ -66,15 +69,16 @@ def export(
     dtype: str = "float32",
     adapter_only: bool = False,
     ema: bool = False,
+    member: int | None = None,
     overwrite: bool = False,
 ) -> int | None:
     """Writes the folder `out`; returns the step of the checkpoint that was taken.
 
     Raises:
-      InputError: no such run or step, a run without an adapter, or something in the folder already.
+      InputError: no such run, step or member, a run without an adapter, or something in the folder already.
     """
     from posttrain_jax.export_model import export_hf
-    from posttrain_jax.load_model import load_model, resolve
+    from posttrain_jax.load_model import load_members, load_model, member_count, resolve
 
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"--dtype={dtype} is not a type that can be exported; use float32 or bfloat16.")
@@ -82,7 +86,14 @@ def export(
     _refuse(out, overwrite, source.path)
     if ema and source.kind != "workdir":
         raise InputError(f"--ema: {name} is no workdir, so it has no moving average of its weights.")
-    loaded = load_model(source, ema=ema)
+    if member is None:
+        loaded = load_model(source, ema=ema)
+    else:
+        count = member_count(source)
+        if not 0 <= member < count:
+            has = f"the members 0 to {count - 1}" if count else "no ensemble, so it has no members"
+            raise InputError(f"--member={member}: {name} holds {has}.")
+        loaded = load_members(source, ema=ema)[member]
     if adapter_only:
         _export_adapter(loaded, out)
         return loaded.source.step

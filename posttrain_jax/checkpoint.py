@@ -385,12 +385,14 @@ def saved_parameters(workdir: Path, *, step: int | None = None) -> dict[str, tup
     """Path -> shape of every parameter that a workdir holds, trained and frozen; {} where that cannot be read.
 
     Args:
-      step: which checkpoint; None = the newest (all of a run hold the same parameters).
+      step: which checkpoint; None = the newest that can be read (all of a run hold the same parameters).
     """
     steps = completed_steps(workdir) if step is None else [step]
-    if not steps:
+    # A newest checkpoint that is damaged says nothing; those before it say the same.
+    found = (_saved_shapes(workdir / "checkpoints" / str(number) / "params") for number in reversed(steps))
+    trained = next((shapes for shapes in found if shapes), {})
+    if not trained:
         return {}
-    trained = _saved_shapes(workdir / "checkpoints" / str(steps[-1]) / "params") or {}
     frozen = _saved_shapes(workdir / "frozen") if (workdir / "frozen").is_dir() else None
     return {**(frozen or {}), **trained}
 

@@ -62,7 +62,8 @@ def map_completions(
 ) -> np.ndarray:
     """`of_rows` of every completion of a source, float32 `[S, ...]` for the S sequences of its store.
 
-    Those of groups that are not in the source's index stay 0. Every process gets all of them.
+    Those of groups that are not in the source's index stay 0. Every process gets all of them. Calls with the same
+    `of_rows` (the same object) and shapes compile once.
 
     Args:
       of_rows: what is wanted.
@@ -75,12 +76,7 @@ def map_completions(
     """
     index, count = host_data_shards(mesh)
     rows = PreferenceRows(source, shape)
-    step = jit_step(
-        functools.partial(_of_step, of_rows=of_rows),
-        mesh,
-        in_shardings=(None, batch_sharding(mesh)),
-        out_shardings=replicated(mesh),
-    )
+    step = _jitted(of_rows, mesh)
     order = np.argsort(-source.needs(share_prompt=shape.share_prompt), kind="stable")
     out: np.ndarray | None = None
     for first in range(0, len(order), groups):
@@ -93,6 +89,16 @@ def map_completions(
         out[ids[ids != 0] - 1] = values[ids != 0]
     assert out is not None  # a source has at least one group
     return out
+
+
+@functools.lru_cache(maxsize=4)
+def _jitted(of_rows: OfRows, mesh: Mesh) -> Callable[[PyTree, PreferenceBatch], tuple[Array, Array]]:
+    return jit_step(
+        functools.partial(_of_step, of_rows=of_rows),
+        mesh,
+        in_shardings=(None, batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )
 
 
 def _of_step(params: PyTree, batch: PreferenceBatch, *, of_rows: OfRows) -> tuple[Array, Array]:

@@ -217,15 +217,15 @@ def rows_from_config(config: Config, tokenizer: PreTrainedTokenizerBase, workdir
         chat_template=config.data.chat_template,
         on_bad_row=config.data.on_bad_row,
     )
-    train = build(_spec(config.data.train), tokenizer, options, rejected_path=workdir / "rejected.jsonl")
+    train = build(data_spec(config.data.train), tokenizer, options, rejected_path=workdir / "rejected.jsonl")
     say(train.text())
     held_out: TokenizedData | None = None
     if config.data.eval:
-        amount = split_amount(_spec(config.data.eval))
+        amount = split_amount(data_spec(config.data.eval))
         if amount is not None:
             train, held_out = hold_out(train, amount, seed=config.seed)
         else:
-            held_out = build(_spec(config.data.eval), tokenizer, options)
+            held_out = build(data_spec(config.data.eval), tokenizer, options)
             say(held_out.text())
     rows = pack(train, config.data.max_length, packed=config.data.pack)
     evaluation = [] if held_out is None else pack(held_out, config.data.max_length, packed=config.data.pack)
@@ -280,16 +280,16 @@ def preferences_from_config(
         on_bad_row=config.data.on_bad_row,
     )
     train = build_preferences(
-        _spec(config.data.train), tokenizer, options, rejected_path=workdir / "rejected.jsonl"
+        data_spec(config.data.train), tokenizer, options, rejected_path=workdir / "rejected.jsonl"
     )
     say(train.text())
     held_out: PreferenceData | None = None
     if config.data.eval:
-        amount = split_amount(_spec(config.data.eval))
+        amount = split_amount(data_spec(config.data.eval))
         if amount is not None:
             train, held_out = hold_out(train, amount, seed=config.seed)
         else:
-            held_out = build_preferences(_spec(config.data.eval), tokenizer, options)
+            held_out = build_preferences(data_spec(config.data.eval), tokenizer, options)
             say(held_out.text())
     train, held_out = change(train), None if held_out is None else change(held_out)
     parts = [train] if held_out is None else [train, held_out]
@@ -317,10 +317,10 @@ def share_prompt(wanted: str, attention: str) -> bool:
     return wanted == "yes" or (wanted == "auto" and attention != "splash")
 
 
-def _spec(value: Any) -> Any:
-    """A data spec as `data.build` takes it: a string, or (source, weight) pairs; `asset:NAME` is fetched."""
+def data_spec(value: Any) -> Any:
+    """A data spec as `data.tokenized.build` takes it: a string, or (source, weight) pairs; `asset:NAME` is fetched."""
     if not isinstance(value, str):
-        return [(_spec(str(source)), float(weight)) for source, weight in value]
+        return [(data_spec(str(source)), float(weight)) for source, weight in value]
     return str(fetch(value.removeprefix("asset:"))) if value.startswith("asset:") else value
 
 

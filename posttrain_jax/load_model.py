@@ -33,7 +33,7 @@ from posttrain_jax.models.reward_head import abstract_score_head
 from posttrain_jax.models.tokenizer import TOKENIZER_FILES, load_tokenizer
 from posttrain_jax.models.transformer import Model, make_model
 from posttrain_jax.sharding import tree_shardings
-from posttrain_jax.trees import combine
+from posttrain_jax.trees import combine, partition
 from posttrain_jax.types import Array, ModelOutput, PyTree
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
@@ -234,11 +234,17 @@ def load_model(
       ema: of a workdir, the moving average of the weights instead of the last ones.
 
     Raises:
-      InputError: anything wrong with the model, said in one sentence.
+      InputError: anything wrong with the model, said in one sentence; an ensemble, for which there is `load_members`.
     """
     source = model if isinstance(model, Source) else resolve(model)
     if source.kind == "adapter":
         return _load_adapter(source, dtype=dtype, param_dtype=param_dtype, mesh=mesh, attention=attention)
+    count = member_count(source)
+    if count:
+        raise InputError(
+            f"{source.name} holds an ensemble of {count} reward models, and one model is wanted here; export one with "
+            f"python -m launch.export --workdir={source.name} --member=0 (to {count - 1}) --out=FOLDER."
+        )
     config = load_config(source)
     lora = _workdir_lora(source.path) if source.kind == "workdir" else LoraConfig()
     definition = make_model(config, dtype=dtype, attention=attention, lora=lora)
@@ -265,10 +271,79 @@ def load_model(
     tokenizer = load_tokenizer(source.path if source.kind == "gguf" else source.model_folder)
     if source.kind == "gguf":
         return LoadedModel(config, params, tokenizer, definition, source)
-    original = read_json(source.model_folder / "config.json")
-    generation_path = source.model_folder / "generation_config.json"
-    generation = read_json(generation_path) if generation_path.is_file() else {}
+    original, generation = _descriptions(source.model_folder)
     return LoadedModel(config, params, tokenizer, definition, source, original, generation)
+
+
+def member_count(source: Source) -> int:
+    """How many reward models the ensemble in a workdir has; 0 for everything that is no ensemble."""
+    if source.kind != "workdir":
+        return 0
+    kernel = saved_parameters(source.path, step=source.step).get("members/score_head/kernel")
+    return kernel[0] if kernel else 0
+
+
+def load_members(
+    model: str | Source,
+    *,
+    dtype: str = "float32",
+    param_dtype: str = "float32",
+    mesh: Mesh | None = None,
+    attention: str = "auto",
+    ema: bool = False,
+) -> list[LoadedModel]:
+    """Loads the reward models of an ensemble, or a list of the one that any other reward model is.
+
+    What the members share (the trunk, where they are LoRA adapters) lies in memory once. Arguments are those of
+    `load_model`.
+
+    Raises:
+      InputError: anything wrong with the model, said in one sentence; a language model.
+    """
+    source = model if isinstance(model, Source) else resolve(model)
+    count = member_count(source)
+    if not count:
+        single = load_model(
+            source, dtype=dtype, param_dtype=param_dtype, mesh=mesh, attention=attention, ema=ema
+        )
+        require_score_head(single)
+        return [single]
+    config = load_config(source)
+    definition = make_model(config, dtype=dtype, attention=attention, lora=_workdir_lora(source.path))
+    saved = saved_parameters(source.path, step=source.step)
+    body = {name: part for name, part in definition.abstract_params().items() if name != "head"}
+    own, shared = partition(
+        {**_stored_as(body, param_dtype), "score_head": abstract_score_head(config.d_model)},
+        lambda path: f"members/{path}" in saved,
+    )
+    stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), own)
+    wanted = {**shared, "members": stacked}
+    params, step = restore_params(
+        source.path,
+        wanted,
+        step=source.step,
+        shardings=None if mesh is None else tree_shardings(wanted, mesh),
+        ema=ema,
+    )
+    members = params.pop("members")
+    source = dataclasses.replace(source, step=step)
+    tokenizer = load_tokenizer(source.model_folder)
+    original, generation = _descriptions(source.model_folder)
+    loaded = []
+    for number in range(count):
+        part = jax.tree.map(lambda leaf, n=number: leaf[n], members)
+        if mesh is not None:
+            part = jax.device_put(part, tree_shardings(part, mesh))
+        loaded.append(
+            LoadedModel(config, combine(part, params), tokenizer, definition, source, original, generation)
+        )
+    return loaded
+
+
+def _descriptions(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What config.json and generation_config.json say; {} for the second where there is none."""
+    generation = folder / "generation_config.json"
+    return read_json(folder / "config.json"), read_json(generation) if generation.is_file() else {}
 
 
 def _stored_as(tree: PyTree, dtype: str) -> PyTree:

@@ -139,6 +139,7 @@ def reward_report(
     margin_bins: int = 4,
     resamples: int = 2000,
     seed: int = 0,
+    about: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Everything that `write_report` writes, as numbers that JSON can hold (None where a number is not defined).
 
@@ -151,6 +152,7 @@ def reward_report(
       calibration_bins: how many, over [0, 1]; even.
       margin_bins: how many quantile bins of the label's margin and of the predicted one.
       resamples, seed: of the bootstrap; 0 resamples makes the intervals as narrow as the value.
+      about: what was scored by what, in words, for the head of the report.
 
     Raises:
       InputError: no splits, two of one name, an odd number of bins, or a subset that no split holds.
@@ -166,6 +168,7 @@ def reward_report(
         raise InputError(f"margin_bins is {margin_bins}; it must be 1 or more.")
     _check_sections(splits, sections or {})
     return {
+        "about": dict(about or {}),
         "settings": {
             "calibration_bins": calibration_bins,
             "margin_bins": margin_bins,
@@ -445,6 +448,8 @@ def report_text(report: dict[str, Any]) -> str:
     """The report as Markdown tables."""
     settings, splits = report["settings"], report["splits"]
     lines = ["# Reward model", ""]
+    if report["about"]:
+        lines += [*(f"- {name}: {text}" for name, text in report["about"].items()), ""]
     lines += _table(
         ("split", "pairs", "groups", "ties", "accuracy", "loss", "mean margin", "calibration error"),
         [

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contracts.tiny import GEMMA, LLAMA, make_mesh
+from contracts.tiny import make_mesh
 
+from algorithms import tiny
+from algorithms.tiny import assert_same, batch_of, ranked_data, tiny_model, tiny_params
 from posttrain_jax.algorithms import dpo
 from posttrain_jax.completions import policy_logps
 from posttrain_jax.data.preference_rows import PreferenceRows, row_shape
-from posttrain_jax.data.tokenized import TokenizeOptions
-from posttrain_jax.data.tokenized_preferences import PreferenceData, build_preferences
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
-from posttrain_jax.models.transformer import make_model
-from posttrain_jax.optim import gradient_sums, used_micro_batches
+from posttrain_jax.data.tokenized_preferences import PreferenceData
+from posttrain_jax.optim import used_micro_batches
 from posttrain_jax.reference import reference_logps
-from posttrain_jax.sharding import jit_step, put_batch, replicated, tree_shardings
+from posttrain_jax.sharding import put_batch
 from posttrain_jax.types import PreferenceBatch
 
 OPTIONS = dpo.Options(
@@ -34,70 +31,21 @@ OPTIONS = dpo.Options(
     nll_weight=0.0,
     skip_end=False,
 )
-WORDS = ("red", "a much longer answer that goes on for a while", "no", "perhaps, but who can tell", "yes!")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> PreferenceData:
-    """Seven prompts with two to four completions each."""
-    folder = tmp_path_factory.mktemp("pairs")
-    rows = [
-        {
-            "prompt": "question " * (i % 3 + 1) + str(i),
-            "completions": [f"{WORDS[(i + k) % 5]} {i}" for k in range(2 + i % 3)],
-            "scores": list(range(2 + i % 3)),
-        }
-        for i in range(7)
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return build_preferences(
-        str(folder / "rows.jsonl"), byte_tokenizer(), TokenizeOptions(), cache_dir=folder
-    )
-
-
-@functools.cache
-def tiny_model(family: str, attention: str = "xla"):
-    config = dataclasses.replace({"llama": LLAMA, "gemma": GEMMA}[family], vocab_size=260)
-    return make_model(config, attention=attention, remat="none")
-
-
-@functools.cache
-def tiny_params(family: str):
-    """Normal(0, 0.1) everywhere, so that every parameter matters."""
-    shapes = tiny_model(family).abstract_params()
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.1, leaf.shape), jnp.float32), shapes)
-
-
-def batch_of(data: PreferenceData, mesh, *, share: bool, micro_batches: int, length: int = 0, rows: int = 8):
-    shape = row_shape([data], groups=rows, length=length, share_prompt=share)
-    source = PreferenceRows(data.sources[0], shape)
-    groups = [source[i] if i < len(data) else None for i in range(rows)]
-    return put_batch(source.collate(groups), mesh, micro_batches, PreferenceBatch)
+    return ranked_data(tmp_path_factory.mktemp("pairs"))
 
 
 def mean_gradient(family: str, batch, mesh, *, share: bool, attention: str = "xla", options=OPTIONS):
-    model, params = tiny_model(family, attention), tiny_params(family)
+    model = tiny_model(family, attention)
 
-    def compute(params, batch):
-        def loss_sum(params, micro):
-            zeros_BN = jnp.zeros(micro.ends.shape, jnp.float32)
-            return dpo.pair_losses(params, micro, zeros_BN, model=model, options=options, share_prompt=share)
+    def loss_sum(params, micro):
+        zeros_BN = jnp.zeros(micro.ends.shape, jnp.float32)
+        return dpo.pair_losses(params, micro, zeros_BN, model=model, options=options, share_prompt=share)
 
-        used = used_micro_batches(batch.segment_ids)
-        gradients, metrics = gradient_sums(loss_sum, params, batch, used=used)
-        count = metrics["loss"].count
-        return metrics["loss"].sum / count, jax.tree.map(lambda leaf: leaf / count, gradients), count
-
-    step = jit_step(compute, mesh, in_shardings=None, out_shardings=replicated(mesh))
-    places = tree_shardings(params, mesh)
-    return step(jax.device_put(params, places), batch)
-
-
-def assert_same(got, want, tolerance=2e-5):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        scale = max(float(jnp.max(jnp.abs(b))), 1e-4)
-        np.testing.assert_allclose(np.asarray(a) / scale, np.asarray(b) / scale, atol=tolerance)
+    return tiny.mean_gradient(loss_sum, tiny_params(family), batch, mesh)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +81,8 @@ def test_every_loss_prefers_the_better_completion(data, loss):
     better one is likelier than under the reference.)"""
     mesh = make_mesh(1, 1, 1)
     rows = jax.tree.map(lambda leaf: leaf[0], batch_of(data, mesh, share=True, micro_batches=1))
-    options = dataclasses.replace(OPTIONS, loss=loss)
+    # A hinge that is met has no gradient, so SLiC's margin must be larger than any difference here.
+    options = dataclasses.replace(OPTIONS, loss=loss, gamma=1000.0 if loss == "slic" else OPTIONS.gamma)
     present_BN = rows.sequence_ids != 0
     reference_BN = jnp.where(present_BN, -20.0, 0.0)
     logps_BN2 = jnp.stack([reference_BN + 1.0, jnp.full_like(reference_BN, -0.5)], axis=-1)

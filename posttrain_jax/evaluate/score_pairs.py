@@ -1,0 +1,214 @@
+"""Preference data scored by a reward model, or by an ensemble of them: what `reward_report` reports on."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from posttrain_jax.completions import map_completions, reward_scores
+from posttrain_jax.data.preference_rows import row_shape
+from posttrain_jax.data.tokenized_preferences import PreferenceData, PreferenceSource
+from posttrain_jax.errors import InputError
+from posttrain_jax.evaluate.reward_report import ScoredPairs
+from posttrain_jax.load_model import LoadedModel
+from posttrain_jax.losses.reward import (
+    combine_scores_mean,
+    combine_scores_min,
+    combine_scores_uncertainty,
+)
+
+COMBINATIONS = ("mean", "min", "uncertainty")
+
+
+@dataclasses.dataclass(frozen=True)
+class Combination:
+    """How the members' scores of a completion become one (Coste et al., arXiv:2310.02743).
+
+    Attributes:
+      name: "mean", "min" (the lowest) or "uncertainty" (mean - coefficient * variance).
+      coefficient: of "uncertainty", above 0; 0 for the others.
+    """
+
+    name: str = "mean"
+    coefficient: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.name not in COMBINATIONS:
+            raise InputError(f"combine is {self.name!r}; use one of {', '.join(COMBINATIONS)}.")
+        if (self.name == "uncertainty") != (self.coefficient > 0) or self.coefficient < 0:
+            raise InputError(
+                f"combine={self.name} with coefficient={self.coefficient:g}: a coefficient above 0 goes with "
+                "uncertainty, and with it alone."
+            )
+
+    def __call__(self, scores_SE: np.ndarray) -> np.ndarray:
+        """One score for each of S completions, `[S]`, of their scores by E members."""
+        scores_ES = jnp.asarray(scores_SE.T)
+        if self.name == "mean":
+            return np.asarray(combine_scores_mean(scores_ES))
+        if self.name == "min":
+            return np.asarray(combine_scores_min(scores_ES))
+        return np.asarray(combine_scores_uncertainty(scores_ES, coefficient=self.coefficient))
+
+
+def score_pairs(
+    members: Sequence[LoadedModel],
+    splits: Mapping[str, PreferenceData],
+    mesh: Mesh,
+    *,
+    combination: Combination,
+    groups: int,
+    share_prompt: bool,
+) -> list[ScoredPairs]:
+    """Scores every comparison of every split; all splits are packed into rows of one shape, so one program is compiled.
+
+    A comparison whose soft label is below 1/2 is turned round; one of exactly 1/2, or of weight 0, says nothing and is
+    left out. Where the data name raters, a rater's preference is the sign of the difference of that rater's own
+    ratings.
+
+    Args:
+      members: of an ensemble, or a single model.
+      splits: data by the split's name.
+      mesh: where the members' parameters are.
+      combination: of the members' scores.
+      groups: prompts at once; a multiple of mesh.data x mesh.fsdp.
+      share_prompt: whether the completions of a prompt share it (`RowShape`).
+
+    Raises:
+      InputError: a split holds no comparison.
+    """
+    compared = {name: _compared(name, data) for name, data in splits.items()}
+    shape = row_shape(list(compared.values()), groups=groups, share_prompt=share_prompt)
+    of_rows = functools.partial(reward_scores, model=members[0].model, share_prompt=share_prompt)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    scored = []
+    for name, data in compared.items():
+        parts = []
+        for source in data.sources:
+            scores_SE = np.stack(
+                [
+                    map_completions(
+                        of_rows,
+                        member.params,
+                        source,
+                        shape,
+                        mesh,
+                        groups=groups,
+                        micro_batches=groups // shards,
+                    )
+                    for member in members
+                ],
+                axis=-1,
+            )
+            parts.append(_part(source, scores_SE, combination(scores_SE)))
+        scored.append(_joined(name, data, parts, members=len(members)))
+    return scored
+
+
+def _compared(name: str, data: PreferenceData) -> PreferenceData:
+    """The groups with a comparison that says something."""
+    sources = []
+    for source in data.sources:
+        says_C = _says_something(source)
+        totals_G = np.diff(np.concatenate([[0], np.cumsum(says_C)])[source.arrays.comparison_starts])
+        kept = np.flatnonzero(totals_G[source.index] > 0)
+        if len(kept):
+            sources.append(source.select(kept))
+    if not sources:
+        raise InputError(
+            f"The split {name!r} ({', '.join(source.report.source for source in data.sources)}) holds no comparison of "
+            "two completions (ties, labels and ratings of single completions are none); give data with chosen and "
+            "rejected, or with completions and their ranks, scores or ratings."
+        )
+    return dataclasses.replace(data, sources=tuple(sources))
+
+
+def _says_something(source: PreferenceSource) -> np.ndarray:
+    return (source.arrays.weight > 0) & (source.arrays.probability != 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """The comparisons of one source: places of the two completions in its store, and what goes with them."""
+
+    chosen_N: np.ndarray
+    rejected_N: np.ndarray
+    margins_N: np.ndarray
+    weights_N: np.ndarray
+    prompts_N: list[bytes]
+    source: PreferenceSource
+    scores_SE: np.ndarray
+    combined_S: np.ndarray
+
+    def lengths(self, places_N: np.ndarray) -> np.ndarray:
+        """Tokens of completions, without their prompt."""
+        lengths_S = np.add.reduceat(
+            np.asarray(self.source.store.loss_mask, np.int64), self.source.store.offsets[:-1]
+        )
+        return lengths_S[places_N]
+
+    def rater(self, name: str) -> np.ndarray:
+        """1, 0 or -1 where the rater rated both completions, else NaN."""
+        if name not in self.source.rater_names:
+            return np.full(len(self.chosen_N), np.nan)
+        ratings_S = self.source.arrays.rater_scores[:, self.source.rater_names.index(name)]
+        return np.sign(ratings_S[self.chosen_N] - ratings_S[self.rejected_N])
+
+
+def _part(source: PreferenceSource, scores_SE: np.ndarray, combined_S: np.ndarray) -> _Part:
+    arrays = source.arrays
+    says_C = _says_something(source)
+    places, groups = [], []
+    for number, g in enumerate(source.index.tolist()):
+        first, last = arrays.comparison_starts[g], arrays.comparison_starts[g + 1]
+        here = first + np.flatnonzero(says_C[first:last])
+        places.append(here)
+        groups.append(np.full(len(here), number))
+    place_N, group_N = np.concatenate(places), np.concatenate(groups)
+    start_N = arrays.starts[source.index[group_N]]
+    better_N, worse_N = start_N + arrays.better[place_N], start_N + arrays.worse[place_N]
+    turned_N = arrays.probability[place_N] < 0.5
+    prompts = [source.identity(i) for i in range(len(source))]
+    return _Part(
+        chosen_N=np.where(turned_N, worse_N, better_N),
+        rejected_N=np.where(turned_N, better_N, worse_N),
+        margins_N=np.where(turned_N, -arrays.margin[place_N], arrays.margin[place_N]),
+        weights_N=arrays.weight[place_N],
+        prompts_N=[prompts[i] for i in group_N],
+        source=source,
+        scores_SE=scores_SE,
+        combined_S=combined_S,
+    )
+
+
+def _joined(name: str, data: PreferenceData, parts: Sequence[_Part], *, members: int) -> ScoredPairs:
+    margins_N = np.concatenate([part.margins_N for part in parts])
+    numbers: dict[bytes, int] = {}
+    raters = sorted({rater for source in data.sources for rater in source.rater_names})
+    each = {rater: np.concatenate([part.rater(rater) for part in parts]) for rater in raters}
+
+    def member_scores(sides: Sequence[np.ndarray]) -> np.ndarray | None:
+        if members == 1:
+            return None
+        return np.concatenate([part.scores_SE[side] for part, side in zip(parts, sides, strict=True)]).T
+
+    return ScoredPairs(
+        split=name,
+        chosen_scores_N=np.concatenate([part.combined_S[part.chosen_N] for part in parts]),
+        rejected_scores_N=np.concatenate([part.combined_S[part.rejected_N] for part in parts]),
+        chosen_lengths_N=np.concatenate([part.lengths(part.chosen_N) for part in parts]),
+        rejected_lengths_N=np.concatenate([part.lengths(part.rejected_N) for part in parts]),
+        margins_N=margins_N if np.any(margins_N) else None,
+        weights_N=np.concatenate([part.weights_N for part in parts]),
+        groups_N=np.asarray(
+            [numbers.setdefault(prompt, len(numbers)) for part in parts for prompt in part.prompts_N]
+        ),
+        raters={rater: said_N for rater, said_N in each.items() if np.isfinite(said_N).any()},
+        member_chosen_scores_EN=member_scores([part.chosen_N for part in parts]),
+        member_rejected_scores_EN=member_scores([part.rejected_N for part in parts]),
+    )
