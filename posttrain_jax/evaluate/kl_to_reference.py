@@ -243,7 +243,8 @@ def from_config(config: Config, loaded: LoadedModel, *, mesh: Mesh, progress: Pr
             item,
             [n for n, sample in enumerate(samples) if sample.prompt == place],
             samples,
-            *scored,
+            scored[0],
+            scored[1],
             tokenizer,
         )
         for place, item in enumerate(items.items)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from contracts.tiny import make_mesh
 
+from algorithms.tiny import assert_same, tiny_model, tiny_params
 from posttrain_jax.algorithms import kto
 from posttrain_jax.completions import policy_logps
 from posttrain_jax.data.mismatched import with_mismatched
@@ -21,8 +22,6 @@ from posttrain_jax.models.byte_tokenizer import byte_tokenizer
 from posttrain_jax.optim import gradient_sums, used_micro_batches
 from posttrain_jax.sharding import jit_step, put_batch, replicated
 from posttrain_jax.types import PreferenceBatch
-
-from .test_dpo import assert_same, tiny_model, tiny_params
 
 OPTIONS = kto.Options(beta=0.1, desirable_weight=1.0, undesirable_weight=1.5)
 

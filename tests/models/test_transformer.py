@@ -12,7 +12,7 @@ import pytest
 from posttrain_jax.errors import InputError
 from posttrain_jax.models import attention
 from posttrain_jax.models.attention import AttentionMask, attend
-from posttrain_jax.models.block_attention import BLOCK, first_key_blocks
+from posttrain_jax.models.block_attention import BLOCK, RowPlaces, first_key_blocks
 from posttrain_jax.models.config import LoraConfig, ModelConfig
 from posttrain_jax.models.transformer import (
     MANY_ROWS,
@@ -75,10 +75,23 @@ def test_block_attention_equals_xla(config):
 def test_block_attention_visits_only_the_blocks_it_needs():
     """One sequence of 2 blocks, then one of 1: the third block of queries starts at its own block of keys."""
     segments = jnp.repeat(jnp.array([[1, 1, 2]]), BLOCK, axis=1)
-    np.testing.assert_array_equal(first_key_blocks(segments, jnp.int32(3 * BLOCK)), [[0, 0, 2]])
-    whole = jnp.ones_like(segments)
+    index = jnp.arange(3 * BLOCK)[None]
+    two = RowPlaces(segments, jnp.where(segments == 1, index, index - 2 * BLOCK))
+    np.testing.assert_array_equal(first_key_blocks(two, jnp.int32(3 * BLOCK)), [[0, 0, 2]])
+    whole = RowPlaces(jnp.ones_like(segments), index)
     np.testing.assert_array_equal(first_key_blocks(whole, jnp.int32(3 * BLOCK)), [[0, 0, 0]])
     np.testing.assert_array_equal(first_key_blocks(whole, jnp.int32(2)), [[0, 0, 1]])
+
+
+def test_block_attention_with_branches_reaches_back_to_the_prompt():
+    """A prompt of 2 blocks, a branch of 1 that begins at position 255: with a window of 2 it sees positions from 254,
+    which lie in the prompt's second block; with a window of 200, from 56 on, in its first."""
+    ones = jnp.ones((1, 3 * BLOCK), jnp.int32)
+    index = jnp.arange(3 * BLOCK)[None]
+    branches = (index >= 2 * BLOCK).astype(jnp.int32)
+    places = RowPlaces(ones, jnp.where(branches == 1, index - 1, index), branches)
+    np.testing.assert_array_equal(first_key_blocks(places, jnp.int32(2)), [[0, 0, 1]])
+    np.testing.assert_array_equal(first_key_blocks(places, jnp.int32(200)), [[0, 0, 0]])
 
 
 @pytest.mark.parametrize("window", [0, 40])
