@@ -56,7 +56,7 @@ BARS = {"dpo": 2.0, "reward_model": 2.0}
 # of hundreds of log-probabilities (DPO) or of one product (reward model). Later ones follow AdamW's first updates,
 # which are lr * sign(gradient) and differ where a gradient is as small as its rounding.
 FIRST_TOLERANCE = 1e-4
-LATER_TOLERANCE = 1e-2
+LATER_TOLERANCE = 1e-3
 
 
 def parse_flags() -> argparse.Namespace:

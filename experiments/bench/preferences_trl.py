@@ -82,10 +82,10 @@ class StepTimes(transformers.TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """The optimiser has stepped."""
-        margins = self.trainer._metrics["train"][self.margin]
+        count = self.trainer.args.gradient_accumulation_steps
+        margins = self.trainer._metrics["train"][self.margin][-count:]
         totals = self.trainer.totals
         self.recorder.step(loss=totals.loss, margin=sum(margins) / len(margins), places=totals.places)
-        margins.clear()
         self.trainer.totals = Totals()
 
 

@@ -79,7 +79,7 @@ def test_the_table_of_stored_runs(tmp_path):
     assert "3.25x the pairs per second (2.50 to 4.00 in a round" in text
     assert "0.50x the peak memory" in text
     assert (
-        "loss of step 3 against TRL, relative difference: at most 4.0e-02 (tolerance 0.01, **not met**)"
+        "loss of step 3 against TRL, relative difference: at most 4.0e-02 (tolerance 0.001, **not met**)"
         in text
     )
     assert "loss of the first step minus log 2, TRL: at most 1.0e-05 (tolerance 0.0001)" in text
