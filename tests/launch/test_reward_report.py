@@ -78,7 +78,7 @@ def test_an_ensemble_on_what_its_run_held_out_and_on_others(ensemble, rated, tmp
     assert first["accuracy"]["value"] == pytest.approx(metrics["eval/reward_accuracy"])
     assert first["loss"] == pytest.approx(metrics["eval/loss"], rel=1e-5)
     assert first["mean_margin"] == pytest.approx(metrics["eval/margins"], rel=1e-4)
-    assert first["pairs"] == 6  # a fifth of 32 prompts
+    assert first["pairs"] == 6
     assert first["disagreement"]["members"] == 3
     assert (second["pairs"], second["groups"]) == (16, 6)
     assert second["raters"]["ann"]["pairs"] + second["raters"]["ann"]["ties"] == 16
@@ -87,7 +87,7 @@ def test_an_ensemble_on_what_its_run_held_out_and_on_others(ensemble, rated, tmp
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == result
     text = (tmp_path / "out" / "report.md").read_text()
     assert f"- model: {workdir}, step 0\n- ensemble: 3 members, combined by mean\n" in text
-    assert "configs/tiny/pairs.jsonl, held out by split:0.2 with seed 3" in text
+    assert "configs/tiny/pairs.jsonl, held out by split:6 with seed 3" in text
     assert (tmp_path / "out" / "calibration.png").is_file()
     said = capsys.readouterr().out
     assert "split" in said and f"{IN_DISTRIBUTION}  6      " in said
