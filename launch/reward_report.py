@@ -94,7 +94,7 @@ def report(options: Options) -> dict[str, Any]:
     """
     from posttrain_jax.evaluate.reward_report import reward_report, write_report
     from posttrain_jax.evaluate.score_pairs import Combination, score_pairs
-    from posttrain_jax.experiment import share_prompt
+    from posttrain_jax.experiment_data import share_prompt
     from posttrain_jax.load_model import load_members
     from posttrain_jax.sharding import make_mesh
 
@@ -223,7 +223,7 @@ def read_splits(
     from posttrain_jax.data.tokenized import TokenizeOptions
     from posttrain_jax.data.tokenized_preferences import build_preferences
     from posttrain_jax.evaluate.tasks import need_tokenizer
-    from posttrain_jax.experiment import data_spec
+    from posttrain_jax.experiment_data import data_spec
 
     tokenizer = need_tokenizer(loaded)
     # The run's chat template is its tokenizer's by now.

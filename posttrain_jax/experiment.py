@@ -1,13 +1,15 @@
-"""From a config to the pieces every algorithm needs: mesh, model, data, optimiser. Here ConfigDicts end."""
+"""From a config to the pieces every algorithm needs: mesh, model, optimiser, and the `Task` of one that learns from
+rows. With `experiment_data.py`, here ConfigDicts end."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import jax
 import numpy as np
@@ -16,27 +18,32 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 from transformers import PreTrainedTokenizerBase
 
-from posttrain_jax.assets import fetch
-from posttrain_jax.data.loader import Loader, RowSource
-from posttrain_jax.data.packing import PackedRows, efficiency, pack
-from posttrain_jax.data.preference_rows import RowShape, row_shape
+from posttrain_jax.data.loader import Loader, RowSource, eval_batches
 from posttrain_jax.data.spans import resolve_template
-from posttrain_jax.data.split import hold_out, split_amount
-from posttrain_jax.data.tokenized import TokenizedData, TokenizeOptions, build
-from posttrain_jax.data.tokenized_preferences import PreferenceData, build_preferences
 from posttrain_jax.errors import InputError
+from posttrain_jax.experiment_data import eval_rows
 from posttrain_jax.export_model import write_model_folder
 from posttrain_jax.load_model import Source, load_config, load_model, resolve
-from posttrain_jax.metrics import say
+from posttrain_jax.metrics import Accumulator, to_host
 from posttrain_jax.models.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.config import LoraConfig, ModelConfig
 from posttrain_jax.models.hf_config import config_from_hf
 from posttrain_jax.models.tokenizer import load_tokenizer
 from posttrain_jax.models.transformer import Model, make_model
 from posttrain_jax.optim import make_optimizer, make_schedule, new_state
-from posttrain_jax.sharding import host_data_shards, make_mesh, tree_shardings
+from posttrain_jax.sampling.fixed_prompts import answer_fixed_prompts
+from posttrain_jax.sharding import (
+    RowBatch,
+    batch_sharding,
+    host_data_shards,
+    jit_step,
+    make_mesh,
+    put_batch,
+    replicated,
+    tree_shardings,
+)
 from posttrain_jax.trees import combine, partition
-from posttrain_jax.types import Array, PyTree, TrainState
+from posttrain_jax.types import Array, Metrics, PyTree, Task, TrainState
 
 
 def mesh_from_config(config: Config) -> Mesh:
@@ -196,134 +203,6 @@ def init_state(
     return new_state(trained, frozen, key, optimizer, ema=ema_decay > 0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Packed rows to train and to evaluate on."""
-
-    train: list[PackedRows]
-    held_out: list[PackedRows]
-
-
-def rows_from_config(config: Config, tokenizer: PreTrainedTokenizerBase, workdir: Path) -> Rows:
-    """Reads, tokenises (or finds in the cache), splits and packs `config.data`, and says what it did.
-
-    Raises:
-      InputError: bad rows, a missing file, nothing left to train on.
-    """
-    options = TokenizeOptions(
-        max_length=config.data.max_length,
-        truncate=config.data.truncate,
-        train_on=config.data.train_on,
-        chat_template=config.data.chat_template,
-        on_bad_row=config.data.on_bad_row,
-    )
-    train = build(data_spec(config.data.train), tokenizer, options, rejected_path=workdir / "rejected.jsonl")
-    say(train.text())
-    held_out: TokenizedData | None = None
-    if config.data.eval:
-        amount = split_amount(data_spec(config.data.eval))
-        if amount is not None:
-            train, held_out = hold_out(train, amount, seed=config.seed)
-        else:
-            held_out = build(data_spec(config.data.eval), tokenizer, options)
-            say(held_out.text())
-    rows = pack(train, config.data.max_length, packed=config.data.pack)
-    evaluation = [] if held_out is None else pack(held_out, config.data.max_length, packed=config.data.pack)
-    count = sum(len(part) for part in rows)
-    say(
-        f"{count} rows of {config.data.max_length} tokens to train on, {efficiency(rows):.1%} of the places "
-        f"filled; {0 if held_out is None else len(held_out)} sequences held out."
-    )
-    return Rows(train=rows, held_out=evaluation)
-
-
-@dataclasses.dataclass(frozen=True)
-class Preferences:
-    """Preference data to train and to evaluate on, and the rows they are packed into.
-
-    Attributes:
-      train, held_out: `held_out` is None where data.eval is "".
-      shape: of a step's rows.
-      eval_shape: of an evaluation's rows (the same length).
-    """
-
-    train: PreferenceData
-    held_out: PreferenceData | None
-    shape: RowShape
-    eval_shape: RowShape
-
-
-def preferences_from_config(
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase,
-    workdir: Path,
-    *,
-    attention: str,
-    change: Callable[[PreferenceData], PreferenceData] = lambda data: data,
-) -> Preferences:
-    """Reads, tokenises (or finds in the cache) and splits the preferences of `config.data`, and says what it did.
-
-    Args:
-      config: the experiment.
-      tokenizer: with its chat template.
-      workdir: bad rows that are skipped are listed here.
-      attention: the implementation that the model will use.
-      change: what is done to the data after the split.
-
-    Raises:
-      InputError: bad rows, a missing file, nothing left to train on, a group that does not fit.
-    """
-    options = TokenizeOptions(
-        max_length=config.data.max_length,
-        truncate=config.data.truncate,
-        chat_template=config.data.chat_template,
-        on_bad_row=config.data.on_bad_row,
-    )
-    train = build_preferences(
-        data_spec(config.data.train), tokenizer, options, rejected_path=workdir / "rejected.jsonl"
-    )
-    say(train.text())
-    held_out: PreferenceData | None = None
-    if config.data.eval:
-        amount = split_amount(data_spec(config.data.eval))
-        if amount is not None:
-            train, held_out = hold_out(train, amount, seed=config.seed)
-        else:
-            held_out = build_preferences(data_spec(config.data.eval), tokenizer, options)
-            say(held_out.text())
-    train, held_out = change(train), None if held_out is None else change(held_out)
-    parts = [train] if held_out is None else [train, held_out]
-    share = share_prompt(config.data.share_prompt, attention)
-    shape = row_shape(
-        parts, groups=config.train.rows_per_step, length=config.data.row_length, share_prompt=share
-    )
-    eval_shape = row_shape(parts, groups=config.eval.batch_rows, length=shape.length, share_prompt=share)
-    say(
-        f"{len(train):,} prompts to train on, {0 if held_out is None else len(held_out):,} held out; "
-        f"{config.train.rows_per_step} a step, packed into rows of {shape.length:,} tokens"
-        + (", completions after a shared prompt." if share else ", every completion with its prompt.")
-    )
-    return Preferences(train=train, held_out=held_out, shape=shape, eval_shape=eval_shape)
-
-
-def share_prompt(wanted: str, attention: str) -> bool:
-    """Whether completions share their prompt: "auto" = wherever the attention implementation can.
-
-    Raises:
-      InputError: another word.
-    """
-    if wanted not in ("auto", "yes", "no"):
-        raise InputError(f"data.share_prompt is {wanted!r}; use auto, yes or no.")
-    return wanted == "yes" or (wanted == "auto" and attention != "splash")
-
-
-def data_spec(value: Any) -> Any:
-    """A data spec as `data.tokenized.build` takes it: a string, or (source, weight) pairs; `asset:NAME` is fetched."""
-    if not isinstance(value, str):
-        return [(data_spec(str(source)), float(weight)) for source, weight in value]
-    return str(fetch(value.removeprefix("asset:"))) if value.startswith("asset:") else value
-
-
 def loader_from_config(config: Config, rows: Sequence[RowSource], mesh: Mesh) -> Loader:
     """This process's share of the training rows.
 
@@ -430,3 +309,118 @@ def seed_key(seed: int) -> Array:
     if not 0 <= seed < 2**31:
         raise InputError(f"seed is {seed}; it must be between 0 and 2147483647.")
     return jax.random.key(np.uint32(seed))
+
+
+@dataclasses.dataclass(frozen=True)
+class Offline(Generic[RowBatch]):
+    """An algorithm that learns from rows on disk: its pure functions, with all but these arguments bound.
+
+    Attributes:
+      make_state: (parameters, key, *, optimizer, ema_decay) -> the first state.
+      train_step: (state, batch `[M, B, ...]`, *constants, *, optimizer, schedule, ema_decay) -> (state, metrics).
+      eval_step: (whole parameters, batch `[M, B, ...]`, *constants) -> metrics named "eval/...".
+      train, held_out: the rows.
+      batch: what a step's rows become.
+      row_tokens: T, for the count of FLOPs.
+      constants: trees on the mesh that every step is handed and none changes.
+      after_eval: what is said of, or added to, the values of an evaluation.
+      is_reward: it trains a reward model: checkpoints hold a `score_head`, and there are no answers to sample.
+      finish: as in `Task`.
+    """
+
+    make_state: Callable[..., TrainState]
+    train_step: Callable[..., tuple[TrainState, Metrics]]
+    eval_step: Callable[..., Metrics]
+    train: Sequence[RowSource]
+    held_out: Sequence[RowSource]
+    batch: type[RowBatch]
+    row_tokens: int
+    constants: tuple[PyTree, ...] = ()
+    after_eval: Callable[[dict[str, float]], dict[str, float]] = lambda values: values
+    is_reward: bool = False
+    finish: Callable[[TrainState], TrainState] | None = None
+
+
+def task_from_config(
+    config: Config, workdir: Path, policy: Policy, mesh: Mesh, algorithm: Offline[RowBatch]
+) -> Task:
+    """The algorithm's functions, jitted and sharded, with its loader, optimiser, evaluation and samples.
+
+    Raises:
+      InputError: a bad value of `config.train`, `config.optim` or `config.seed`.
+    """
+    key = seed_key(config.seed)
+    loader = loader_from_config(config, algorithm.train, mesh)
+    steps = steps_from_config(config, algorithm.train)
+    optimizer = optimizer_from_config(config, steps)
+    make_state = functools.partial(
+        algorithm.make_state, optimizer=optimizer.transformation, ema_decay=config.optim.ema
+    )
+    abstract = abstract_on_mesh(make_state, mesh, policy.model.abstract_params(), key)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+    def first_state() -> TrainState:
+        params = policy.init_params(mesh, key)
+        # A reward model leaves the vocabulary's head behind, which nothing can be written into.
+        donate = () if algorithm.is_reward else (0,)
+        build = jit_step(make_state, mesh, in_shardings=None, out_shardings=places, donate=donate)
+        return build(params, key)
+
+    if jax.process_index() == 0:
+        policy.describe(workdir / "model", reward=algorithm.is_reward)
+    step = jit_step(
+        functools.partial(
+            algorithm.train_step,
+            optimizer=optimizer.transformation,
+            schedule=optimizer.schedule,
+            ema_decay=config.optim.ema,
+        ),
+        mesh,
+        in_shardings=(places, batch_sharding(mesh), *(None for _ in algorithm.constants)),
+        out_shardings=(places, replicated(mesh)),
+        donate=(0,),
+    )
+    sample = None
+    if config.eval.prompts and not algorithm.is_reward:
+        sample = answer_fixed_prompts(
+            policy.model,
+            policy.tokenizer,
+            config.eval.prompts,
+            max_new_tokens=config.eval.max_new_tokens,
+            seed=config.seed,
+        )
+    return Task(
+        steps=steps,
+        init_state=first_state,
+        abstract_state=abstract,
+        rows=loader,
+        put=functools.partial(
+            put_batch, mesh=mesh, micro_batches=micro_batches(config, mesh), kind=algorithm.batch
+        ),
+        train_step=lambda state, batch: step(state, batch, *algorithm.constants),
+        evaluate=_evaluation(config, algorithm, mesh) if algorithm.held_out else None,
+        sample=sample,
+        flops_per_token=flops_per_token(policy.model.config, algorithm.row_tokens),
+        finish=algorithm.finish,
+    )
+
+
+def _evaluation(
+    config: Config, algorithm: Offline[RowBatch], mesh: Mesh
+) -> Callable[[TrainState], dict[str, float]]:
+    """One pass over the held-out rows."""
+    at_once, count = eval_rows(config)
+    host, hosts = host_data_shards(mesh)
+    step = jit_step(algorithm.eval_step, mesh, in_shardings=None, out_shardings=replicated(mesh))
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        params = combine(state.params, state.frozen)
+        sums = Accumulator()
+        for rows in eval_batches(
+            algorithm.held_out, rows_per_step=at_once, host_index=host, host_count=hosts
+        ):
+            batch = put_batch(rows.arrays, mesh, count, algorithm.batch)
+            sums.add(to_host(step(params, batch, *algorithm.constants)))
+        return algorithm.after_eval(sums.flush())
+
+    return evaluate

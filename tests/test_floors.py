@@ -28,6 +28,7 @@ FLOORS = {
     "posttrain_jax.load_model": 3,
     "posttrain_jax.export_model": 3,
     "posttrain_jax.completions": 3,
+    "posttrain_jax.experiment_data": 3,
     "posttrain_jax.sampling": 3,
     "posttrain_jax.rewards": 3,
     "posttrain_jax.reference": 4,

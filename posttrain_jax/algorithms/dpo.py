@@ -20,7 +20,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,35 +30,28 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
 from posttrain_jax.completions import policy_logps
-from posttrain_jax.data.loader import eval_batches
 from posttrain_jax.data.preference_rows import PreferenceRows, RowShape
 from posttrain_jax.data.tokenized_preferences import PreferenceData
 from posttrain_jax.errors import InputError
 from posttrain_jax.experiment import (
+    Offline,
     Policy,
-    Preferences,
-    abstract_on_mesh,
-    flops_per_token,
     init_state,
-    loader_from_config,
     mesh_from_config,
     micro_batches,
-    optimizer_from_config,
     policy_from_config,
-    preferences_from_config,
     seed_key,
-    steps_from_config,
+    task_from_config,
 )
+from posttrain_jax.experiment_data import Preferences, preferences_from_config
 from posttrain_jax.losses import anchored
 from posttrain_jax.losses import dpo as losses
 from posttrain_jax.losses import preference_odds as odds
-from posttrain_jax.metrics import Accumulator, say, to_host
+from posttrain_jax.metrics import say
 from posttrain_jax.models.transformer import Model, make_model
 from posttrain_jax.optim import apply_gradients, gradient_sums, map_micro_batches, used_micro_batches
 from posttrain_jax.reference import reference_logps
-from posttrain_jax.sampling.fixed_prompts import answer_fixed_prompts
-from posttrain_jax.sharding import batch_sharding, host_data_shards, jit_step, put_batch, replicated
-from posttrain_jax.trees import combine
+from posttrain_jax.trees import combine, partition
 from posttrain_jax.types import Array, LossOutput, Metric, Metrics, PreferenceBatch, PyTree, Task, TrainState
 
 REFERENCES = ("cached", "memory", "adapter", "none")
@@ -226,7 +219,7 @@ def pair_losses(
     return total, metrics
 
 
-# (frozen parameters, reference parameters, micro-batch) -> log-probabilities `[B, N]`
+# (whole parameters, reference parameters, micro-batch) -> log-probabilities `[B, N]`
 Reference = Callable[[PyTree, PyTree, PreferenceBatch], Array]
 
 
@@ -246,8 +239,8 @@ def train_step(
     """One step on a global batch `[M, B, ...]`."""
 
     def loss_sum(params: PyTree, micro: PreferenceBatch) -> tuple[Array, Metrics]:
-        reference_BN = jax.lax.stop_gradient(reference(state.frozen, reference_params, micro))
         whole = combine(params, state.frozen)
+        reference_BN = jax.lax.stop_gradient(reference(whole, reference_params, micro))
         return pair_losses(
             whole, micro, reference_BN, model=model, options=options, share_prompt=share_prompt
         )
@@ -267,7 +260,6 @@ def train_step(
 
 def eval_step(
     params: PyTree,
-    frozen: PyTree,
     batch: PreferenceBatch,
     reference_params: PyTree,
     *,
@@ -279,10 +271,9 @@ def eval_step(
     """Held-out metrics on rows `[M, B, ...]`, per comparison."""
 
     def micro_metrics(micro: PreferenceBatch) -> Metrics:
-        reference_BN = reference(frozen, reference_params, micro)
-        whole = combine(params, frozen)
+        reference_BN = reference(params, reference_params, micro)
         return pair_losses(
-            whole, micro, reference_BN, model=model, options=options, share_prompt=share_prompt
+            params, micro, reference_BN, model=model, options=options, share_prompt=share_prompt
         )[1]
 
     stacked = map_micro_batches(micro_metrics, batch, used_micro_batches(batch.segment_ids))
@@ -304,65 +295,24 @@ def from_config(config: Config, workdir: Path) -> Task:
     model = policy.model
     data = preferences_from_config(config, policy.tokenizer, workdir, attention=model.module.implementation)
     _check_pairs(data)
-    key = seed_key(config.seed)
+    reference = _reference_from_config(config, policy, data, options, mesh)
     share = data.shape.share_prompt
-    source = _reference_from_config(config, policy, data, options, mesh, key)
-    loader = loader_from_config(config, source.train, mesh)
-    steps = steps_from_config(config, source.train)
-    optimizer = optimizer_from_config(config, steps)
-    make_state = functools.partial(
-        init_state, model=model, optimizer=optimizer.transformation, ema_decay=config.optim.ema
-    )
-    abstract = abstract_on_mesh(make_state, mesh, model.abstract_params(), key)
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-
-    def first_state() -> TrainState:
-        params = policy.init_params(mesh, key)
-        build = jit_step(make_state, mesh, in_shardings=None, out_shardings=places, donate=(0,))
-        return build(params, key)
-
-    if jax.process_index() == 0:
-        policy.describe(workdir / "model")
-    step = jit_step(
-        functools.partial(
-            train_step,
-            optimizer=optimizer.transformation,
-            schedule=optimizer.schedule,
-            ema_decay=config.optim.ema,
-            model=model,
-            options=options,
-            reference=source.logps,
-            share_prompt=share,
+    algorithm = Offline(
+        make_state=functools.partial(init_state, model=model),
+        train_step=functools.partial(
+            train_step, model=model, options=options, reference=reference.logps, share_prompt=share
         ),
-        mesh,
-        in_shardings=(places, batch_sharding(mesh), None),
-        out_shardings=(places, replicated(mesh)),
-        donate=(0,),
-    )
-    evaluate = None
-    if source.held_out:
-        jitted = jit_step(
-            functools.partial(
-                eval_step, model=model, options=options, reference=source.logps, share_prompt=share
-            ),
-            mesh,
-            in_shardings=None,
-            out_shardings=replicated(mesh),
-        )
-        evaluate = _evaluation(config, source, jitted, mesh, options)
-    return Task(
-        steps=steps,
-        init_state=first_state,
-        abstract_state=abstract,
-        rows=loader,
-        put=functools.partial(
-            put_batch, mesh=mesh, micro_batches=micro_batches(config, mesh), kind=PreferenceBatch
+        eval_step=functools.partial(
+            eval_step, model=model, options=options, reference=reference.logps, share_prompt=share
         ),
-        train_step=lambda state, batch: step(state, batch, source.params),
-        evaluate=evaluate,
-        sample=_sampling(config, policy) if config.eval.prompts else None,
-        flops_per_token=flops_per_token(model.config, data.shape.length),
+        train=reference.train,
+        held_out=reference.held_out,
+        batch=PreferenceBatch,
+        row_tokens=data.shape.length,
+        constants=(reference.params,),
+        after_eval=functools.partial(_warn_of_displacement, options=options),
     )
+    return task_from_config(config, workdir, policy, mesh, algorithm)
 
 
 def options_from_config(config: Config) -> Options:
@@ -428,9 +378,10 @@ class _ReferenceSource:
 
 
 def _reference_from_config(
-    config: Config, policy: Policy, data: Preferences, options: Options, mesh: Mesh, key: Array
+    config: Config, policy: Policy, data: Preferences, options: Options, mesh: Mesh
 ) -> _ReferenceSource:
     kind = config.dpo.reference
+    key = seed_key(config.seed)
 
     def rows(
         part: PreferenceData | None, shape: RowShape, known: Sequence[np.ndarray] | None
@@ -454,14 +405,14 @@ def _reference_from_config(
                 micro_batches=micro_batches(config, mesh),
             )
         return _ReferenceSource(
-            logps=lambda frozen, params, micro: micro.reference_logps,
+            logps=_stored,
             params={},
             train=rows(data.train, data.shape, known["train"]),
             held_out=rows(data.held_out, data.eval_shape, known["held_out"]),
         )
     train, held_out = rows(data.train, data.shape, None), rows(data.held_out, data.eval_shape, None)
     if kind == "none":
-        return _ReferenceSource(lambda frozen, params, micro: micro.reference_logps, {}, train, held_out)
+        return _ReferenceSource(_stored, {}, train, held_out)
     if kind == "adapter":
         if not policy.model.lora.rank:
             raise InputError("dpo.reference=adapter leaves a LoRA adapter out, but model.lora.rank is 0.")
@@ -475,12 +426,18 @@ def _reference_from_config(
         base = policy.model
     share = data.shape.share_prompt
 
-    def computed(frozen: PyTree, params: PyTree, micro: PreferenceBatch) -> Array:
-        weights = frozen if kind == "adapter" else params
+    def computed(whole: PyTree, reference_params: PyTree, micro: PreferenceBatch) -> Array:
+        without_adapter = partition(whole, lambda path: path.endswith(("lora_a", "lora_b")))[1]
+        weights = without_adapter if kind == "adapter" else reference_params
         return _compared(policy_logps(weights, micro, model=base, share_prompt=share), options)
 
     params = policy.init_params(mesh, key) if kind == "memory" else {}
     return _ReferenceSource(computed, params, train, held_out)
+
+
+def _stored(whole: PyTree, reference_params: PyTree, micro: PreferenceBatch) -> Array:
+    """What the rows carry."""
+    return micro.reference_logps
 
 
 Values = TypeVar("Values", Array, np.ndarray)
@@ -491,38 +448,13 @@ def _compared(logps: Values, options: Options) -> Values:
     return logps[..., 0] - logps[..., 1] if options.skip_end else logps[..., 0]
 
 
-def _evaluation(
-    config: Config, source: _ReferenceSource, step: Callable[..., Metrics], mesh: Mesh, options: Options
-) -> Callable[[TrainState], dict[str, float]]:
-    """One pass over the held-out comparisons."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    groups = -(-config.eval.batch_rows // shards) * shards
-    index, count = host_data_shards(mesh)
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        sums = Accumulator()
-        for rows in eval_batches(source.held_out, rows_per_step=groups, host_index=index, host_count=count):
-            batch = put_batch(rows.arrays, mesh, groups // shards, PreferenceBatch)
-            sums.add(to_host(step(state.params, state.frozen, batch, source.params)))
-        values = sums.flush()
-        fallen = values.get("eval/rewards/chosen", 0.0) / options.beta
-        if fallen < -1.0 and options.loss not in REFERENCE_FREE:
-            say(
-                f"The held-out chosen completions are {-fallen:.1f} nats less likely than under the reference: DPO "
-                "can lower both sides (likelihood displacement, arXiv:2410.08847); dpo.nll_weight or dpo.loss=dpop "
-                "hold them up."
-            )
-        return values
-
-    return evaluate
-
-
-def _sampling(config: Config, policy: Policy) -> Callable[[TrainState], list[dict[str, Any]]]:
-    """Greedy answers to the fixed prompts, for `samples.jsonl`."""
-    return answer_fixed_prompts(
-        policy.model,
-        policy.tokenizer,
-        config.eval.prompts,
-        max_new_tokens=config.eval.max_new_tokens,
-        seed=config.seed,
-    )
+def _warn_of_displacement(values: dict[str, float], options: Options) -> dict[str, float]:
+    """Says when the chosen completions became less likely than they were; the values as they are."""
+    fallen = values.get("eval/rewards/chosen", 0.0) / options.beta
+    if fallen < -1.0 and options.loss not in REFERENCE_FREE:
+        say(
+            f"The held-out chosen completions are {-fallen:.1f} nats less likely than under the reference: DPO "
+            "can lower both sides (likelihood displacement, arXiv:2410.08847); dpo.nll_weight or dpo.loss=dpop "
+            "hold them up."
+        )
+    return values

@@ -15,41 +15,31 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
 from posttrain_jax.completions import policy_logps
-from posttrain_jax.data.loader import eval_batches
 from posttrain_jax.data.mismatched import with_mismatched
 from posttrain_jax.data.preference_rows import PreferenceRows, RowShape
 from posttrain_jax.data.tokenized_preferences import PreferenceData
 from posttrain_jax.errors import InputError
 from posttrain_jax.experiment import (
-    Policy,
-    abstract_on_mesh,
-    flops_per_token,
+    Offline,
     init_state,
-    loader_from_config,
     mesh_from_config,
     micro_batches,
-    optimizer_from_config,
     policy_from_config,
-    preferences_from_config,
     seed_key,
-    steps_from_config,
+    task_from_config,
 )
+from posttrain_jax.experiment_data import preferences_from_config
 from posttrain_jax.losses.kto import kto_kl_baseline, kto_loss
-from posttrain_jax.metrics import Accumulator, to_host
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.optim import apply_gradients, gradient_sums, map_micro_batches, used_micro_batches
 from posttrain_jax.reference import reference_logps
-from posttrain_jax.sampling.fixed_prompts import answer_fixed_prompts
-from posttrain_jax.sharding import batch_sharding, host_data_shards, jit_step, put_batch, replicated
 from posttrain_jax.trees import combine
 from posttrain_jax.types import Array, Metric, Metrics, PreferenceBatch, PyTree, Task, TrainState
 
@@ -163,8 +153,6 @@ def from_config(config: Config, workdir: Path) -> Task:
     data = preferences_from_config(
         config, policy.tokenizer, workdir, attention=model.module.implementation, change=paired
     )
-    key = seed_key(config.seed)
-    share = data.shape.share_prompt
 
     def rows(start: PyTree, part: PreferenceData | None, shape: RowShape) -> list[PreferenceRows]:
         if part is None:
@@ -180,59 +168,20 @@ def from_config(config: Config, workdir: Path) -> Task:
         )
         return [PreferenceRows(s, shape, logps[:, 0]) for s, logps in zip(part.sources, known, strict=True)]
 
-    first = policy.init_params(mesh, key)
-    train, held_out = rows(first, data.train, data.shape), rows(first, data.held_out, data.eval_shape)
-    del first
-    loader = loader_from_config(config, train, mesh)
-    steps = steps_from_config(config, train)
-    optimizer = optimizer_from_config(config, steps)
-    make_state = functools.partial(
-        init_state, model=model, optimizer=optimizer.transformation, ema_decay=config.optim.ema
+    start = policy.init_params(mesh, seed_key(config.seed))
+    train, held_out = rows(start, data.train, data.shape), rows(start, data.held_out, data.eval_shape)
+    del start
+    share = data.shape.share_prompt
+    algorithm = Offline(
+        make_state=functools.partial(init_state, model=model),
+        train_step=functools.partial(train_step, model=model, options=options, share_prompt=share),
+        eval_step=functools.partial(eval_step, model=model, options=options, share_prompt=share),
+        train=train,
+        held_out=held_out,
+        batch=PreferenceBatch,
+        row_tokens=data.shape.length,
     )
-    abstract = abstract_on_mesh(make_state, mesh, model.abstract_params(), key)
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-
-    def first_state() -> TrainState:
-        params = policy.init_params(mesh, key)
-        build = jit_step(make_state, mesh, in_shardings=None, out_shardings=places, donate=(0,))
-        return build(params, key)
-
-    if jax.process_index() == 0:
-        policy.describe(workdir / "model")
-    step = functools.partial(
-        train_step,
-        optimizer=optimizer.transformation,
-        schedule=optimizer.schedule,
-        ema_decay=config.optim.ema,
-        model=model,
-        options=options,
-        share_prompt=share,
-    )
-    evaluate = jit_step(
-        functools.partial(eval_step, model=model, options=options, share_prompt=share),
-        mesh,
-        in_shardings=None,
-        out_shardings=replicated(mesh),
-    )
-    return Task(
-        steps=steps,
-        init_state=first_state,
-        abstract_state=abstract,
-        rows=loader,
-        put=functools.partial(
-            put_batch, mesh=mesh, micro_batches=micro_batches(config, mesh), kind=PreferenceBatch
-        ),
-        train_step=jit_step(
-            step,
-            mesh,
-            in_shardings=(places, batch_sharding(mesh)),
-            out_shardings=(places, replicated(mesh)),
-            donate=(0,),
-        ),
-        evaluate=_evaluation(config, held_out, evaluate, mesh) if held_out else None,
-        sample=_sampling(config, policy) if config.eval.prompts else None,
-        flops_per_token=flops_per_token(model.config, data.shape.length),
-    )
+    return task_from_config(config, workdir, policy, mesh, algorithm)
 
 
 def options_from_config(config: Config) -> Options:
@@ -247,33 +196,3 @@ def options_from_config(config: Config) -> Options:
     if not (kto.desirable_weight >= 0 and kto.undesirable_weight >= 0):
         raise InputError("kto.desirable_weight and kto.undesirable_weight must be 0 or more.")
     return Options(kto.beta, kto.desirable_weight, kto.undesirable_weight)
-
-
-def _evaluation(
-    config: Config, held_out: list[PreferenceRows], step: Callable[..., Metrics], mesh: Mesh
-) -> Callable[[TrainState], dict[str, float]]:
-    """One pass over the held-out completions."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    groups = -(-config.eval.batch_rows // shards) * shards
-    index, count = host_data_shards(mesh)
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        params = combine(state.params, state.frozen)
-        sums = Accumulator()
-        for rows in eval_batches(held_out, rows_per_step=groups, host_index=index, host_count=count):
-            batch = put_batch(rows.arrays, mesh, groups // shards, PreferenceBatch)
-            sums.add(to_host(step(params, batch)))
-        return sums.flush()
-
-    return evaluate
-
-
-def _sampling(config: Config, policy: Policy) -> Callable[[TrainState], list[dict[str, Any]]]:
-    """Greedy answers to the fixed prompts, for `samples.jsonl`."""
-    return answer_fixed_prompts(
-        policy.model,
-        policy.tokenizer,
-        config.eval.prompts,
-        max_new_tokens=config.eval.max_new_tokens,
-        seed=config.seed,
-    )

@@ -29,27 +29,21 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
 from posttrain_jax.completions import map_completions, reward_scores
-from posttrain_jax.data.loader import eval_batches
 from posttrain_jax.data.preference_rows import PreferenceRows
 from posttrain_jax.data.tokenized_preferences import Group
 from posttrain_jax.errors import InputError
 from posttrain_jax.experiment import (
+    Offline,
     Policy,
-    Preferences,
-    abstract_on_mesh,
-    flops_per_token,
     is_trained,
-    loader_from_config,
     mesh_from_config,
     micro_batches,
-    optimizer_from_config,
     policy_from_config,
-    preferences_from_config,
-    seed_key,
-    steps_from_config,
+    task_from_config,
 )
+from posttrain_jax.experiment_data import Preferences, preferences_from_config
 from posttrain_jax.losses import reward as losses
-from posttrain_jax.metrics import Accumulator, say, to_host
+from posttrain_jax.metrics import say
 from posttrain_jax.models.reward_head import score_head_params
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.optim import (
@@ -59,7 +53,6 @@ from posttrain_jax.optim import (
     new_state,
     used_micro_batches,
 )
-from posttrain_jax.sharding import batch_sharding, host_data_shards, jit_step, put_batch, replicated
 from posttrain_jax.trees import combine, partition
 from posttrain_jax.types import Array, LossOutput, Metric, Metrics, PreferenceBatch, PyTree, Task, TrainState
 
@@ -365,67 +358,24 @@ def from_config(config: Config, workdir: Path) -> Task:
     model = policy.model
     data = preferences_from_config(config, policy.tokenizer, workdir, attention=model.module.implementation)
     _check_data(data, options)
-    key = seed_key(config.seed)
-    train = [PreferenceRows(source, data.shape) for source in data.train.sources]
-    loader = loader_from_config(config, train, mesh)
-    steps = steps_from_config(config, train)
-    optimizer = optimizer_from_config(config, steps)
-    make_state = functools.partial(
-        init_state,
-        model=model,
-        optimizer=optimizer.transformation,
-        ema_decay=config.optim.ema,
-        options=options,
-        head_init=config.reward.head_init,
-    )
-    abstract = abstract_on_mesh(make_state, mesh, model.abstract_params(), key)
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-
-    def first_state() -> TrainState:
-        params = policy.init_params(mesh, key)
-        build = jit_step(make_state, mesh, in_shardings=None, out_shardings=places)
-        return build(params, key)
-
-    if jax.process_index() == 0:
-        policy.describe(workdir / "model", reward=True)
     share = data.shape.share_prompt
-    step = functools.partial(
-        train_step,
-        optimizer=optimizer.transformation,
-        schedule=optimizer.schedule,
-        ema_decay=config.optim.ema,
-        model=model,
-        options=options,
-        share_prompt=share,
-    )
-    evaluate = jit_step(
-        functools.partial(eval_step, model=model, options=options, share_prompt=share),
-        mesh,
-        in_shardings=None,
-        out_shardings=replicated(mesh),
-    )
-    return Task(
-        steps=steps,
-        init_state=first_state,
-        abstract_state=abstract,
-        rows=loader,
-        put=functools.partial(
-            put_batch, mesh=mesh, micro_batches=micro_batches(config, mesh), kind=PreferenceBatch
+    held_out = data.held_out.sources if data.held_out is not None else ()
+    algorithm = Offline(
+        make_state=functools.partial(
+            init_state, model=model, options=options, head_init=config.reward.head_init
         ),
-        train_step=jit_step(
-            step,
-            mesh,
-            in_shardings=(places, batch_sharding(mesh)),
-            out_shardings=(places, replicated(mesh)),
-            donate=(0,),
-        ),
-        evaluate=_evaluation(config, data, evaluate, mesh) if data.held_out is not None else None,
-        sample=None,
-        flops_per_token=flops_per_token(model.config, data.shape.length),
+        train_step=functools.partial(train_step, model=model, options=options, share_prompt=share),
+        eval_step=functools.partial(eval_step, model=model, options=options, share_prompt=share),
+        train=[PreferenceRows(source, data.shape) for source in data.train.sources],
+        held_out=[PreferenceRows(source, data.eval_shape) for source in held_out],
+        batch=PreferenceBatch,
+        row_tokens=data.shape.length,
+        is_reward=True,
         finish=_normalisation(config, policy, data, options, mesh)
         if config.reward.normalise != "none"
         else None,
     )
+    return task_from_config(config, workdir, policy, mesh, algorithm)
 
 
 def options_from_config(config: Config) -> Options:
@@ -469,37 +419,16 @@ def _check_data(data: Preferences, options: Options) -> None:
                 )
 
 
-def _evaluation(
-    config: Config, data: Preferences, step: Callable[..., Metrics], mesh: Mesh
-) -> Callable[[TrainState], dict[str, float]]:
-    """One pass over the held-out comparisons."""
-    assert data.held_out is not None  # from_config asked
-    held_out = [PreferenceRows(source, data.eval_shape) for source in data.held_out.sources]
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    groups = -(-config.eval.batch_rows // shards) * shards
-    index, count = host_data_shards(mesh)
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        params = combine(state.params, state.frozen)
-        sums = Accumulator()
-        for rows in eval_batches(held_out, rows_per_step=groups, host_index=index, host_count=count):
-            batch = put_batch(rows.arrays, mesh, groups // shards, PreferenceBatch)
-            sums.add(to_host(step(params, batch)))
-        return sums.flush()
-
-    return evaluate
-
-
 def _normalisation(
     config: Config, policy: Policy, data: Preferences, options: Options, mesh: Mesh
 ) -> Callable[[TrainState], TrainState]:
-    """Sets every member's gain and bias from its scores of the training data."""
+    """Sets every member's gain and bias from its scores of the training data; those of the EMA from the EMA's."""
     score = functools.partial(
         member_scores, model=policy.model, options=options, share_prompt=data.shape.share_prompt
     )
 
-    def finish(state: TrainState) -> TrainState:
-        params = combine(state.params, state.frozen)
+    def scores_of(params: PyTree) -> Array:
+        """`[N, E]`: of the completions that the scale is set by, by every member."""
         taken = []
         for source in data.train.sources:
             scores_SE = map_completions(
@@ -517,33 +446,44 @@ def _normalisation(
                 for k in _reference_places(group, config.reward.normalise)
             ]
             taken.append(scores_SE[places])
-        scores_NE = jnp.asarray(np.concatenate(taken))
-        head = (state.params["members"] if options.members > 1 else state.params)["score_head"]
-        gains, biases = [], []
-        for member in range(options.members):
-            old = head if options.members == 1 else jax.tree.map(lambda leaf, m=member: leaf[m], head)
-            scores_N = scores_NE[:, member]
-            if config.reward.normalise == "unit":
-                scale = losses.gain_and_bias(scores_N)
-                gains.append(scale.gain * old["gain"])
-                biases.append(scale.gain * old["bias"] + scale.bias)
-            else:
-                gains.append(old["gain"])
-                biases.append(old["bias"] + losses.demonstration_bias(scores_N))
-        stack = jnp.stack if options.members > 1 else lambda values: values[0]
-        new_head = {
-            **head,
-            "gain": jax.device_put(stack(gains), head["gain"].sharding),
-            "bias": jax.device_put(stack(biases), head["bias"].sharding),
-        }
-        say(f"Scores normalised ({config.reward.normalise}) over {len(scores_NE):,} completions.")
-        if options.members > 1:
-            trained = {"members": {**state.params["members"], "score_head": new_head}}
-        else:
-            trained = {**state.params, "score_head": new_head}
-        return dataclasses.replace(state, params=trained)
+        return jnp.asarray(np.concatenate(taken))
+
+    def normalised(trained: PyTree, frozen: PyTree) -> PyTree:
+        scores_NE = scores_of(combine(trained, frozen))
+        scale_of = functools.partial(_rescaled, normalise=config.reward.normalise)
+        if options.members == 1:
+            return {**trained, "score_head": _with_scale(trained["score_head"], scale_of, scores_NE[:, 0])}
+        members = trained["members"]
+        scale_of = jax.vmap(scale_of, in_axes=(0, 0, 1))
+        return {"members": {**members, "score_head": _with_scale(members["score_head"], scale_of, scores_NE)}}
+
+    def finish(state: TrainState) -> TrainState:
+        say(f"Scores are normalised ({config.reward.normalise}) over {len(data.train):,} prompts.")
+        return dataclasses.replace(
+            state,
+            params=normalised(state.params, state.frozen),
+            ema=normalised(state.ema, state.frozen) if state.ema else state.ema,
+        )
 
     return finish
+
+
+def _rescaled(gain: Array, bias: Array, scores_N: Array, *, normalise: str) -> tuple[Array, Array]:
+    """The gain and bias that move these scores, made with the old ones, to where `reward.normalise` wants them."""
+    if normalise == "unit":
+        scale = losses.gain_and_bias(scores_N)
+        return scale.gain * gain, scale.gain * bias + scale.bias
+    return gain, bias + losses.demonstration_bias(scores_N)
+
+
+def _with_scale(head: PyTree, scale_of: Callable[..., tuple[Array, Array]], scores: Array) -> PyTree:
+    """The head with a new gain and bias, in their places on the mesh."""
+    gain, bias = scale_of(np.asarray(head["gain"]), np.asarray(head["bias"]), scores)
+    return {
+        **head,
+        "gain": jax.device_put(gain, head["gain"].sharding),
+        "bias": jax.device_put(bias, head["bias"].sharding),
+    }
 
 
 def _reference_places(group: Group, normalise: str) -> list[int]:

@@ -9,41 +9,28 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
-from posttrain_jax.data.loader import eval_batches
-from posttrain_jax.data.packing import PackedRows
 from posttrain_jax.experiment import (
-    Policy,
-    abstract_on_mesh,
-    flops_per_token,
+    Offline,
     init_state,
-    loader_from_config,
     mesh_from_config,
-    micro_batches,
-    optimizer_from_config,
     policy_from_config,
-    rows_from_config,
-    seed_key,
-    steps_from_config,
+    task_from_config,
 )
+from posttrain_jax.experiment_data import rows_from_config
 from posttrain_jax.losses.logprobs import Projection
 from posttrain_jax.losses.sft import nll_loss
 from posttrain_jax.masking import shift_left
-from posttrain_jax.metrics import Accumulator, to_host
 from posttrain_jax.models.heads import sum_logps
 from posttrain_jax.models.transformer import Model, head_VD
-from posttrain_jax.optim import apply_gradients, gradient_sums
-from posttrain_jax.sampling.fixed_prompts import answer_fixed_prompts
-from posttrain_jax.sharding import batch_sharding, host_data_shards, jit_step, put_batch, replicated
+from posttrain_jax.optim import apply_gradients, gradient_sums, map_micro_batches, used_micro_batches
 from posttrain_jax.trees import combine
 from posttrain_jax.types import Array, Batch, Metric, Metrics, PyTree, Task, TrainState
 
@@ -107,20 +94,24 @@ def train_step(
 
 
 def eval_step(params: PyTree, batch: Batch, *, model: Model) -> Metrics:
-    """Held-out loss on rows `[1, B, T]`: per token, and per sequence (each sequence's summed loss)."""
-    rows = jax.tree.map(lambda leaf: leaf[0], batch)
-    _, logps_BT, metrics = token_losses(params, rows, model=model)
-    mask_BT = shift_left(rows.loss_mask)
-    time = mask_BT.shape[1]
-    has_target_BS = jax.vmap(lambda mask, segments: jnp.zeros((time + 1,), bool).at[segments].max(mask != 0))(
-        mask_BT, rows.segment_ids
-    )
-    sequences = jnp.sum(has_target_BS[:, 1:], dtype=jnp.float32)
-    return {
-        "eval/loss": metrics["loss"],
-        "eval/loss_per_sequence": Metric(-jnp.sum(logps_BT), sequences),
-        "eval/token_accuracy": metrics["token_accuracy"],
-    }
+    """Held-out loss on rows `[M, B, T]`: per token, and per sequence (each sequence's summed loss)."""
+
+    def micro_metrics(rows: Batch) -> Metrics:
+        _, logps_BT, metrics = token_losses(params, rows, model=model)
+        mask_BT = shift_left(rows.loss_mask)
+        time = mask_BT.shape[1]
+        has_target_BS = jax.vmap(
+            lambda mask, segments: jnp.zeros((time + 1,), bool).at[segments].max(mask != 0)
+        )(mask_BT, rows.segment_ids)
+        sequences = jnp.sum(has_target_BS[:, 1:], dtype=jnp.float32)
+        return {
+            "eval/loss": metrics["loss"],
+            "eval/loss_per_sequence": Metric(-jnp.sum(logps_BT), sequences),
+            "eval/token_accuracy": metrics["token_accuracy"],
+        }
+
+    stacked = map_micro_batches(micro_metrics, batch, used_micro_batches(batch.segment_ids))
+    return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), stacked)
 
 
 def from_config(config: Config, workdir: Path) -> Task:
@@ -132,86 +123,14 @@ def from_config(config: Config, workdir: Path) -> Task:
     mesh = mesh_from_config(config)
     policy = policy_from_config(config)
     rows = rows_from_config(config, policy.tokenizer, workdir)
-    loader = loader_from_config(config, rows.train, mesh)
-    steps = steps_from_config(config, rows.train)
-    optimizer = optimizer_from_config(config, steps)
-    key = seed_key(config.seed)
-    model = policy.model
-    make_state = functools.partial(
-        init_state,
-        model=model,
-        optimizer=optimizer.transformation,
-        ema_decay=config.optim.ema,
+    algorithm = Offline(
+        make_state=functools.partial(init_state, model=policy.model),
+        train_step=functools.partial(train_step, model=policy.model),
+        eval_step=functools.partial(eval_step, model=policy.model),
+        train=rows.train,
+        held_out=rows.held_out,
+        batch=Batch,
+        row_tokens=config.data.max_length,
+        after_eval=lambda values: {**values, "eval/perplexity": math.exp(min(values["eval/loss"], 700.0))},
     )
-    abstract = abstract_on_mesh(make_state, mesh, model.abstract_params(), key)
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-
-    def first_state() -> TrainState:
-        params = policy.init_params(mesh, key)
-        build = jit_step(make_state, mesh, in_shardings=None, out_shardings=places, donate=(0,))
-        return build(params, key)
-
-    if jax.process_index() == 0:
-        policy.describe(workdir / "model")
-    step = functools.partial(
-        train_step,
-        model=model,
-        optimizer=optimizer.transformation,
-        schedule=optimizer.schedule,
-        ema_decay=config.optim.ema,
-    )
-    put = functools.partial(put_batch, mesh=mesh, micro_batches=micro_batches(config, mesh))
-    return Task(
-        steps=steps,
-        init_state=first_state,
-        abstract_state=abstract,
-        rows=loader,
-        put=put,
-        train_step=jit_step(
-            step,
-            mesh,
-            in_shardings=(places, batch_sharding(mesh)),
-            out_shardings=(places, replicated(mesh)),
-            donate=(0,),
-        ),
-        evaluate=_evaluation(config, rows.held_out, model, mesh) if rows.held_out else None,
-        sample=_sampling(config, policy) if config.eval.prompts else None,
-        flops_per_token=flops_per_token(model.config, config.data.max_length),
-    )
-
-
-def _evaluation(
-    config: Config, held_out: Sequence[PackedRows], model: Model, mesh: Mesh
-) -> Callable[[TrainState], dict[str, float]]:
-    """One pass over the held-out rows."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    batch_rows = -(-config.eval.batch_rows // shards) * shards
-    index, count = host_data_shards(mesh)
-    step = jit_step(
-        functools.partial(eval_step, model=model),
-        mesh,
-        in_shardings=None,
-        out_shardings=replicated(mesh),
-    )
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        params = combine(state.params, state.frozen)
-        sums = Accumulator()
-        for rows in eval_batches(held_out, rows_per_step=batch_rows, host_index=index, host_count=count):
-            sums.add(to_host(step(params, put_batch(rows.arrays, mesh, 1))))
-        values = sums.flush()
-        values["eval/perplexity"] = math.exp(min(values["eval/loss"], 700.0))
-        return values
-
-    return evaluate
-
-
-def _sampling(config: Config, policy: Policy) -> Callable[[TrainState], list[dict[str, Any]]]:
-    """Greedy answers to the fixed prompts, for `samples.jsonl`."""
-    return answer_fixed_prompts(
-        policy.model,
-        policy.tokenizer,
-        config.eval.prompts,
-        max_new_tokens=config.eval.max_new_tokens,
-        seed=config.seed,
-    )
+    return task_from_config(config, workdir, policy, mesh, algorithm)
