@@ -4,7 +4,8 @@
 
 A Hugging Face `...ForSequenceClassification` with one label, and the workdir of a reward model, are reward models:
 their parameters hold a `score_head` (see `models/reward_head.py`) and no vocabulary projection. `require_score_head`
-and `require_language_model` refuse the one kind where the other is needed.
+and `require_language_model` refuse the one kind where the other is needed. An ensemble of reward models lies in one
+workdir; `load_members` gives its models one by one.
 """
 
 from __future__ import annotations

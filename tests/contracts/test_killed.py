@@ -14,6 +14,7 @@ import pytest
 from configs.sft.smollm2_135m import get_config
 from posttrain_jax.checkpoint import completed_steps, restore_params
 from posttrain_jax.experiment import policy_from_config
+from posttrain_jax.load_model import load_members, load_model
 
 pytestmark = pytest.mark.slow
 
@@ -141,3 +142,54 @@ def test_sigterm_while_the_first_step_compiles(processes, tmp_path: Path):
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["status"] == "preempted"
     assert completed_steps(workdir) == [summary["final_step"]]
+
+
+PREFERENCES = {
+    "dpo": ("--config=configs/dpo/smollm2_135m.py:tiny",),
+    "an ensemble of reward models": (
+        "--config=configs/reward_model/smollm2_135m.py:tiny",
+        "--config.reward.members=2",
+        "--config.model.lora.rank=2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_learning_from_preferences_goes_on(processes, name: str, tmp_path: Path):
+    """DPO is killed after a checkpoint; reward models after the last step, before their scores are normalised."""
+    command = (
+        "launch.train",
+        *PREFERENCES[name],
+        "--config.train.steps=4",
+        "--config.checkpoint.every=2",
+        "--config.eval.every=4",
+        "--config.eval.max_new_tokens=4",
+        "--config.log.tensorboard=false",
+    )
+    whole, workdir = tmp_path / "whole", tmp_path / "run"
+    ended = processes.run(*command, f"--workdir={whole}")
+    assert ended.code == 0, ended.err
+
+    def reached() -> bool:
+        if name == "dpo":
+            return (workdir / "checkpoints" / "2").is_dir()
+        return any(row["step"] == 4 for row in rows_so_far(workdir))
+
+    ended = processes.run_until(reached, signal.SIGKILL, *command, f"--workdir={workdir}")
+    assert ended.code == -signal.SIGKILL, ended
+    assert not (workdir / "checkpoints" / "4").exists()
+    ended = processes.run(*command, f"--workdir={workdir}")
+    assert ended.code == 0, ended.err
+    assert "Resuming from step 2 " in ended.out
+    assert rows(workdir, "metrics.jsonl") == rows(whole, "metrics.jsonl")
+    models = [
+        load_members(str(path)) if "reward" in name else [load_model(str(path))] for path in (workdir, whole)
+    ]
+    for got, want in zip(*models, strict=True):
+        assert got.source.step == 4
+        jax.tree.map(np.testing.assert_array_equal, got.params, want.params)
+
+
+def rows_so_far(workdir: Path) -> list[dict]:
+    """The whole lines of a metrics.jsonl that is being written."""
+    return [json.loads(line) for line in logged(workdir).split("\n")[:-1]]

@@ -13,15 +13,20 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
-def test_base_to_assistant_runs_tiny_and_records_answers(tmp_path):
-    command = [sys.executable, "-m", "experiments.base_to_assistant.run", "--variant=tiny"]
-    command += [f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"]
+def run_tiny(name: str, folder: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"experiments.{name}.run", *flags]
+    command += [f"--workdir={folder / 'run'}", f"--out={folder / 'out'}"]
     one_device = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run(
         command, cwd=ROOT, env=one_device, capture_output=True, encoding="utf-8", timeout=300
     )
     assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_base_to_assistant_runs_tiny_and_records_answers(tmp_path):
+    run_tiny("base_to_assistant", tmp_path, "--variant=tiny")
     result = json.loads((tmp_path / "out" / "answers.json").read_text("utf-8"))
     assert result["steps"] == 4
     assert set(result["held_out_loss"]) == {"0", "2", "4"}
@@ -57,3 +62,38 @@ def test_recorded_numbers_are_those_of_the_recorded_run():
     text = (folder / "README.md").read_text("utf-8")
     for number in losses[:1] + losses[-1:]:
         assert f"{number:.4f}" in text
+
+
+@pytest.mark.slow
+def test_reward_models_runs_tiny_and_records_both_reports(tmp_path):
+    run_tiny("reward_models", tmp_path, "--tiny")
+    results = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
+    assert {name: set(splits) for name, splits in results.items()} == {
+        "single": {"in_distribution", "pairs"},
+        "ensemble": {"in_distribution", "pairs"},
+    }
+    assert [results[name]["in_distribution"]["pairs"] for name in results] == [6, 6]
+    assert len(results["ensemble"]["pairs"]["member_accuracy"]) == 2
+    lines = (tmp_path / "out" / "results.md").read_text("utf-8").splitlines()
+    assert lines[0].startswith("| model | split | pairs | accuracy")
+    assert len(lines) == 2 + 4
+    for name in results:
+        assert (tmp_path / "run" / f"{name}-report" / "calibration.png").is_file()
+
+
+def test_the_readme_of_reward_models_says_what_was_recorded():
+    """Its table is results.md, and expected.json the accuracies in results.json; or nothing was run yet, and it says so."""
+    folder = ROOT / "experiments" / "reward_models"
+    expected = json.loads((folder / "expected.json").read_text("utf-8"))
+    text = (folder / "README.md").read_text("utf-8")
+    if expected == {"status": "not run yet"}:
+        assert "**not run yet**" in text
+        assert not (folder / "results.json").exists()
+        return
+    results = json.loads((folder / "results.json").read_text("utf-8"))
+    assert expected == {
+        name: {split: found["accuracy"]["value"] for split, found in splits.items()}
+        for name, splits in results.items()
+    }
+    assert (folder / "results.md").read_text("utf-8") in text
+    assert "not run yet" not in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,15 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from posttrain_jax.checkpoint import Checkpoints
 from posttrain_jax.errors import InputError
 from posttrain_jax.export_model import export_hf, write_model_folder
 from posttrain_jax.load_model import (
     is_reward_model,
     load_config,
+    load_members,
     load_model,
+    member_count,
     require_language_model,
     require_score_head,
     resolve,
@@ -31,7 +35,7 @@ from posttrain_jax.models.reward_head import abstract_score_head, fold_gain, sco
 from posttrain_jax.models.tokenizer import scoring_pad_id
 from posttrain_jax.models.transformer import make_model
 from posttrain_jax.sharding import jit_step, make_mesh, tree_shardings
-from posttrain_jax.types import PyTree
+from posttrain_jax.types import PyTree, TrainState
 
 CONFIG = ModelConfig("llama", 24, 16, 2, 4, 2, 4, 32, query_scale=0.5, pad_token_id=0, eos_token_ids=(2,))
 UNTIED = dataclasses.replace(CONFIG, tied_embeddings=False)
@@ -273,3 +277,58 @@ def test_the_folder_and_its_tokenizer_agree_on_the_padding(tmp_path: pathlib.Pat
     again = PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
     assert again.pad_token_id == load_config(source).pad_token_id != again.eos_token_id
     assert tokenizer.pad_token == "<|im_end|>", "the caller's tokenizer was changed"
+
+
+def test_members_of_an_ensemble_in_a_workdir(tmp_path: pathlib.Path):
+    """Three whole models, two checkpoints; the newest is damaged in the end, so the one before is taken."""
+    members = [
+        {**make_model(CONFIG).init(jax.random.key(n)), "score_head": reward_params(CONFIG, bias=n)["score_head"]}
+        for n in range(3)
+    ]
+    stacked = {"members": jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)}
+    write_model_folder(tmp_path / "model", config=CONFIG, tokenizer=None, reward=True)
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"lora": {"rank": 0}}}))
+    checkpoints = Checkpoints(tmp_path)
+    zero = jnp.zeros((), jnp.int32)
+    for step in (1, 2):
+        params = jax.tree.map(lambda leaf, step=step: step * leaf, stacked)
+        ema = jax.tree.map(lambda leaf: 0.5 * leaf, params)
+        state = TrainState(zero + step, params, {}, {}, ema, jax.random.key(0), zero, zero)
+        checkpoints.save(state, {}, {})
+    checkpoints.close()
+    source = resolve(str(tmp_path))
+    assert member_count(source) == 3
+    with pytest.raises(InputError, match=r"an ensemble of 3 reward models.*--member=0 \(to 2\)"):
+        load_model(source)
+
+    def assert_members(loaded, factor: float) -> None:
+        assert len(loaded) == 3
+        for got, want in zip(loaded, members, strict=True):
+            want = jax.tree.map(lambda leaf: factor * leaf, want)
+            jax.tree.map(np.testing.assert_array_equal, got.params, want)
+
+    loaded = load_members(str(tmp_path))
+    assert_members(loaded, 2)
+    assert loaded[0].source.step == 2
+    assert_members(load_members(f"{tmp_path}@1"), 1)
+    assert_members(load_members(str(tmp_path), ema=True), 1)
+    mesh = make_mesh(fsdp=8, data=1)
+    split = load_members(str(tmp_path), mesh=mesh, param_dtype="bfloat16")[2].params
+    kernel = split["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * 8 == kernel.size
+    assert (str(kernel.dtype), str(split["score_head"]["kernel"].dtype)) == ("bfloat16", "float32")
+    shutil.rmtree(tmp_path / "checkpoints" / "2" / "params")
+    assert_members(load_members(str(tmp_path)), 1)
+    with pytest.raises(InputError, match="no checkpoint of step 5"):
+        load_members(f"{tmp_path}@5")
+
+
+def test_any_other_model_is_its_only_member(tmp_path: pathlib.Path):
+    params = reward_params(CONFIG)
+    export_hf(tmp_path / "reward", config=CONFIG, params=params, tokenizer=None)
+    (only,) = load_members(str(tmp_path / "reward"))
+    jax.tree.map(np.testing.assert_array_equal, only.params, load_model(str(tmp_path / "reward")).params)
+    language = {name: part for name, part in params.items() if name != "score_head"}
+    export_hf(tmp_path / "language", config=CONFIG, params=language, tokenizer=None)
+    with pytest.raises(InputError, match="language has no score head"):
+        load_members(str(tmp_path / "language"))
