@@ -58,7 +58,7 @@ def factual_summary_pairs(parts: list[bytes]) -> bytes:
 def vader_movie_reviews(parts: list[bytes]) -> bytes:
     """Sentences of film reviews with the ratings of 15 to 29 people each, from -4 to 4 (Hutto and Gilbert, ICWSM 2014).
 
-    Rows {"id", "completion", "rating" (their mean), "ratings"}. The people are not named, and the lists are of
+    Rows {"id", "completion", "rating" (their mean), "given_ratings"}. The people are not named, and the lists are of
     different lengths: the same place in two lists need not be the same person.
     """
     with tarfile.open(fileobj=io.BytesIO(b"".join(parts))) as archive:
@@ -82,7 +82,7 @@ def vader_movie_reviews(parts: list[bytes]) -> bytes:
                 "id": number,
                 "completion": text.strip(),
                 "rating": sum(given) / len(given),
-                "ratings": given,
+                "given_ratings": given,
             }
 
     return _lines(rows())

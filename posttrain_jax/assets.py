@@ -308,10 +308,10 @@ ASSETS: dict[str, Asset] = {
     "vader_movie_reviews": Asset(
         filename="vader_movie_reviews.jsonl",
         parts=(Part(_VADER, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz", 2_338_514),),
-        sha256="35ffdb9faa8c7e9af5573fc73328026d1759c59dc2531592ea43a0ef7463973b",
+        sha256="03661ec5b2282c2d2301e2858f6146a3a7b31784a0141b3d5de1fb9f39ce8e79",
         licence="MIT",
         convert=vader_movie_reviews,
-        converted_size=2_637_284,
+        converted_size=2_700_914,
     ),
 }
 

@@ -78,8 +78,8 @@ def test_vader_movie_reviews():
     texts = "1\t1.3333\tFine\u00e9, \u2028really. \r\n2\t-4.0\tBad.\r\n"
     rows = rows_of(vader_movie_reviews([vader_archive(texts, "1\t1.3\t0.9\t[3, 2, -1]\n2\t-4\t0\t[-4]\n")]))
     assert rows == [
-        {"id": "1", "completion": "Fine\u00e9, \u2028really.", "rating": 4 / 3, "ratings": [3, 2, -1]},
-        {"id": "2", "completion": "Bad.", "rating": -4.0, "ratings": [-4]},
+        {"id": "1", "completion": "Fine\u00e9, \u2028really.", "rating": 4 / 3, "given_ratings": [3, 2, -1]},
+        {"id": "2", "completion": "Bad.", "rating": -4.0, "given_ratings": [-4]},
     ]
     with pytest.raises(ValueError, match="snippet 2 stands beside the ratings of snippet 3"):
         vader_movie_reviews([vader_archive(texts, "1\t1\t0\t[1]\n3\t1\t0\t[1]\n")])
@@ -94,7 +94,7 @@ def test_the_real_files(demo_path):
     )
     reviews = rows_of(demo_path("vader_movie_reviews").read_bytes())
     assert len(reviews) == 10_605
-    assert {len(row["ratings"]) for row in reviews} <= set(range(15, 30))
-    assert all(-4 <= rating <= 4 for row in reviews for rating in row["ratings"])
+    assert {len(row["given_ratings"]) for row in reviews} <= set(range(15, 30))
+    assert all(-4 <= rating <= 4 for row in reviews for rating in row["given_ratings"])
     labels = json.loads(demo_path("kto_en_demo").read_bytes())
     assert len(labels) == 300 and sum(row["label"] for row in labels) == 150

@@ -1,9 +1,9 @@
-"""A reward model and an ensemble of four on the same 240 pairs: trains both, reports on both, and records the numbers.
+"""A reward model and an ensemble of four on the same 142 pairs: trains both, reports on both, and records the numbers.
 
 python -m experiments.reward_models.run --workdir=runs/reward_models [--tiny]
 
-Run again, it goes on where it stopped. `asset:hhh_alignment` is a download of 358 MB (225 kB are kept); leave it out with
---out_of_distribution=summaries=asset:factual_summary_pairs.
+Run again, it goes on where it stopped. `asset:hhh_alignment` is a download of 358 MB (225 kB are kept); leave it out
+with --out_of_distribution=summaries=asset:factual_summary_pairs.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def _summary(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
-    header = "| model | split | pairs | accuracy (95 %) | loss | calibration error | score and length (Spearman) |"
+    header = (
+        "| model | split | pairs | accuracy (95 %) | loss | calibration error | score and length (Spearman) |"
+    )
     rows = [
         f"| {name} | {split} | {found['pairs']} | {_share(found['accuracy'])} | {found['loss']} | "
         f"{found['calibration_error']} | {found['score_and_length']} |"

@@ -82,7 +82,7 @@ def test_reward_models_runs_tiny_and_records_both_reports(tmp_path):
 
 
 def test_the_readme_of_reward_models_says_what_was_recorded():
-    """Its table is results.md, and expected.json the accuracies in results.json; or nothing was run yet, and it says so."""
+    """Its table is results.md, and expected.json the accuracies in results.json; if nothing was run yet, it says so."""
     folder = ROOT / "experiments" / "reward_models"
     expected = json.loads((folder / "expected.json").read_text("utf-8"))
     text = (folder / "README.md").read_text("utf-8")

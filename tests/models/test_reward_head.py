@@ -282,7 +282,10 @@ def test_the_folder_and_its_tokenizer_agree_on_the_padding(tmp_path: pathlib.Pat
 def test_members_of_an_ensemble_in_a_workdir(tmp_path: pathlib.Path):
     """Three whole models, two checkpoints; the newest is damaged in the end, so the one before is taken."""
     members = [
-        {**make_model(CONFIG).init(jax.random.key(n)), "score_head": reward_params(CONFIG, bias=n)["score_head"]}
+        {
+            **make_model(CONFIG).init(jax.random.key(n)),
+            "score_head": reward_params(CONFIG, bias=n)["score_head"],
+        }
         for n in range(3)
     ]
     stacked = {"members": jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)}

@@ -1,0 +1,156 @@
+"""From `config.data` to rows: read, tokenised (or found in the cache), split, packed, and said in one line each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict as Config
+from transformers import PreTrainedTokenizerBase
+
+from posttrain_jax.assets import fetch
+from posttrain_jax.data.packing import PackedRows, efficiency, pack
+from posttrain_jax.data.preference_rows import RowShape, row_shape
+from posttrain_jax.data.split import hold_out, split_amount
+from posttrain_jax.data.tokenized import TokenizedData, TokenizeOptions, build
+from posttrain_jax.data.tokenized_preferences import PreferenceData, build_preferences
+from posttrain_jax.errors import InputError
+from posttrain_jax.metrics import say
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Packed rows to train and to evaluate on."""
+
+    train: list[PackedRows]
+    held_out: list[PackedRows]
+
+
+def rows_from_config(config: Config, tokenizer: PreTrainedTokenizerBase, workdir: Path) -> Rows:
+    """Reads, tokenises (or finds in the cache), splits and packs `config.data`, and says what it did.
+
+    Raises:
+      InputError: bad rows, a missing file, nothing left to train on.
+    """
+    options = TokenizeOptions(
+        max_length=config.data.max_length,
+        truncate=config.data.truncate,
+        train_on=config.data.train_on,
+        chat_template=config.data.chat_template,
+        on_bad_row=config.data.on_bad_row,
+    )
+    train = build(data_spec(config.data.train), tokenizer, options, rejected_path=workdir / "rejected.jsonl")
+    say(train.text())
+    held_out: TokenizedData | None = None
+    if config.data.eval:
+        amount = split_amount(data_spec(config.data.eval))
+        if amount is not None:
+            train, held_out = hold_out(train, amount, seed=config.seed)
+        else:
+            held_out = build(data_spec(config.data.eval), tokenizer, options)
+            say(held_out.text())
+    rows = pack(train, config.data.max_length, packed=config.data.pack)
+    evaluation = [] if held_out is None else pack(held_out, config.data.max_length, packed=config.data.pack)
+    count = sum(len(part) for part in rows)
+    say(
+        f"{count} rows of {config.data.max_length} tokens to train on, {efficiency(rows):.1%} of the places "
+        f"filled; {0 if held_out is None else len(held_out)} sequences held out."
+    )
+    return Rows(train=rows, held_out=evaluation)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preferences:
+    """Preference data to train and to evaluate on, and the rows they are packed into.
+
+    Attributes:
+      train, held_out: `held_out` is None where data.eval is "".
+      shape: of a step's rows.
+      eval_shape: of an evaluation's rows (the same length).
+    """
+
+    train: PreferenceData
+    held_out: PreferenceData | None
+    shape: RowShape
+    eval_shape: RowShape
+
+
+def preferences_from_config(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    workdir: Path,
+    *,
+    attention: str,
+    change: Callable[[PreferenceData], PreferenceData] = lambda data: data,
+) -> Preferences:
+    """Reads, tokenises (or finds in the cache) and splits the preferences of `config.data`, and says what it did.
+
+    Args:
+      config: the experiment.
+      tokenizer: with its chat template.
+      workdir: bad rows that are skipped are listed here.
+      attention: the implementation that the model will use.
+      change: what is done to the data after the split.
+
+    Raises:
+      InputError: bad rows, a missing file, nothing left to train on, a group that does not fit.
+    """
+    options = TokenizeOptions(
+        max_length=config.data.max_length,
+        truncate=config.data.truncate,
+        chat_template=config.data.chat_template,
+        on_bad_row=config.data.on_bad_row,
+    )
+    train = build_preferences(
+        data_spec(config.data.train), tokenizer, options, rejected_path=workdir / "rejected.jsonl"
+    )
+    say(train.text())
+    held_out: PreferenceData | None = None
+    if config.data.eval:
+        amount = split_amount(data_spec(config.data.eval))
+        if amount is not None:
+            train, held_out = hold_out(train, amount, seed=config.seed)
+        else:
+            held_out = build_preferences(data_spec(config.data.eval), tokenizer, options)
+            say(held_out.text())
+    train, held_out = change(train), None if held_out is None else change(held_out)
+    parts = [train] if held_out is None else [train, held_out]
+    share = share_prompt(config.data.share_prompt, attention)
+    shape = row_shape(
+        parts, groups=config.train.rows_per_step, length=config.data.row_length, share_prompt=share
+    )
+    eval_shape = row_shape(parts, groups=eval_rows(config)[0], length=shape.length, share_prompt=share)
+    say(
+        f"{len(train):,} prompts to train on, {0 if held_out is None else len(held_out):,} held out; "
+        f"{config.train.rows_per_step} a step, packed into rows of {shape.length:,} tokens"
+        + (", completions after a shared prompt." if share else ", every completion with its prompt.")
+    )
+    return Preferences(train=train, held_out=held_out, shape=shape, eval_shape=eval_shape)
+
+
+def eval_rows(config: Config) -> tuple[int, int]:
+    """(rows, micro-batches) of an evaluation's batch: micro-batches as large as training's, which fit in memory, and as
+    many as `eval.batch_rows` needs."""
+    micro = config.train.micro_rows or config.train.rows_per_step
+    count = -(-config.eval.batch_rows // micro)
+    return count * micro, count
+
+
+def share_prompt(wanted: str, attention: str) -> bool:
+    """Whether completions share their prompt: "auto" = wherever the attention implementation can.
+
+    Raises:
+      InputError: another word.
+    """
+    if wanted not in ("auto", "yes", "no"):
+        raise InputError(f"data.share_prompt is {wanted!r}; use auto, yes or no.")
+    return wanted == "yes" or (wanted == "auto" and attention != "splash")
+
+
+def data_spec(value: Any) -> Any:
+    """A data spec as `data.tokenized.build` takes it: a string, or (source, weight) pairs; `asset:NAME` is fetched."""
+    if not isinstance(value, str):
+        return [(data_spec(str(source)), float(weight)) for source, weight in value]
+    return str(fetch(value.removeprefix("asset:"))) if value.startswith("asset:") else value
