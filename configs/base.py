@@ -87,6 +87,7 @@ def preference_config() -> ConfigDict:
     """
     config = base_config()
     config.algorithm = "dpo"
+    del config.data["pack"], config.data["train_on"]  # completions are always packed, and trained on whole
     config.data.row_length = (
         0  # tokens in a packed row; 0 = what the longest prompt with its completions needs
     )

@@ -23,7 +23,7 @@ from posttrain_jax.data.spans import resolve_template
 from posttrain_jax.errors import InputError
 from posttrain_jax.experiment_data import eval_rows
 from posttrain_jax.export_model import write_model_folder
-from posttrain_jax.load_model import Source, load_config, load_model, resolve
+from posttrain_jax.load_model import Source, is_reward_model, load_config, load_model, resolve
 from posttrain_jax.metrics import Accumulator, to_host
 from posttrain_jax.models.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.config import LoraConfig, ModelConfig
@@ -105,8 +105,12 @@ class Policy:
         )
 
 
-def policy_from_config(config: Config) -> Policy:
+def policy_from_config(config: Config, *, reward: bool = False) -> Policy:
     """Resolves `config.model` without reading weights.
+
+    Args:
+      config: the experiment.
+      reward: a reward model is to be trained, so `model.init` may be one.
 
     Raises:
       InputError: the model, its tokenizer or an option is not usable; says which key.
@@ -124,6 +128,11 @@ def policy_from_config(config: Config) -> Policy:
         model_config = _random_config(config)
     else:
         source = resolve(config.model.init)
+        if is_reward_model(source) and not reward:
+            raise InputError(
+                f"model.init={config.model.init} is a reward model, which has no vocabulary head to write with; "
+                f"algorithm={config.algorithm} starts from a language model."
+            )
         model_config = load_config(source)
         original, generation = _descriptions(source)
     model = make_model(

@@ -26,7 +26,8 @@ from posttrain_jax.completions import map_completions, reward_scores
 from posttrain_jax.data.preference_rows import PreferenceRows, row_shape
 from posttrain_jax.data.tokenized_preferences import PreferenceData
 from posttrain_jax.errors import InputError
-from posttrain_jax.experiment import Preferences, preferences_from_config
+from posttrain_jax.experiment import policy_from_config
+from posttrain_jax.experiment_data import Preferences, preferences_from_config
 from posttrain_jax.load_model import load_members, load_model
 from posttrain_jax.losses import reward as losses
 from posttrain_jax.models.byte_tokenizer import byte_tokenizer
@@ -391,8 +392,9 @@ def data_of_run(config: ConfigDict, folder: Path) -> Preferences:
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory) -> Run:
-    """A whole run of one model."""
+    """A whole run of one model, with a moving average of its weights."""
     folder, config = tmp_path_factory.mktemp("single"), config_of()
+    config.optim.ema = 0.5
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POSTTRAIN_CACHE", str(folder / "cache"))
         run(config, folder / "run")
@@ -420,8 +422,9 @@ def train_scores(loaded, data: Preferences) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_preferred_completions_score_0_after_a_run(single):
-    loaded = load_model(str(single.workdir))
+@pytest.mark.parametrize("ema", [False, True])
+def test_preferred_completions_score_0_after_a_run(single, ema):
+    loaded = load_model(str(single.workdir), ema=ema)
     assert float(loaded.params["score_head"]["gain"]) == 1
     assert float(loaded.params["score_head"]["bias"]) != 0
     (source,) = single.data.train.sources
@@ -468,6 +471,16 @@ def test_an_ensemble_is_no_single_model(ensemble, tmp_path):
     got = load_model(str(tmp_path / "out"))
     assert got.lora.rank == 0
     np.testing.assert_allclose(train_scores(got, ensemble.data), train_scores(want, ensemble.data), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_language_model_does_not_start_from_a_reward_model(single):
+    config = config_of()
+    config.model.init = str(single.workdir)
+    assert policy_from_config(config, reward=True).source is not None
+    config.algorithm = "dpo"
+    with pytest.raises(InputError, match="is a reward model.*algorithm=dpo starts from a language model"):
+        policy_from_config(config)
 
 
 @pytest.mark.slow
