@@ -59,6 +59,15 @@ setup(
         "serve": SERVE,
         "wandb": ["wandb>=0.19"],
         "parity": ["peft>=0.18", "torch>=2.9"],
-        "dev": [*EVAL, *JUDGE, *SERVE, "hypothesis>=6.100", "mypy>=1.15", "pytest>=8.3", "pytest-xdist>=3.8", "ruff>=0.15"],
+        "dev": [
+            *EVAL,
+            *JUDGE,
+            *SERVE,
+            "hypothesis>=6.100",
+            "mypy>=1.15",
+            "pytest>=8.3",
+            "pytest-xdist>=3.8",
+            "ruff>=0.15",
+        ],
     },
 )

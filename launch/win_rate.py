@@ -4,9 +4,10 @@
 is a row's own column `prompt` or `messages` (so a file of reference answers can be an opponent), else what --prompts or
 the file that FILE.options.json names has under its id.
 
---judge is the URL of an OpenAI-compatible server, with the model's name in --judge_model, or a MODEL of ours, judged by
-its log-probabilities of "A" and "B". The key of a server is read from $JUDGE_API_KEY. Every reply is kept in
-OUT/judge_cache.jsonl: start again after a kill or a failure, and only what is missing is asked for.
+--judge is the URL of an OpenAI-compatible server, with the model's name in --judge_model; or a MODEL of ours, judged by
+its log-probabilities of "A" and "B"; or a reward model, whose higher score wins. The key of a server is read from
+$JUDGE_API_KEY. Every reply is kept in OUT/judge_cache.jsonl: start again after a kill or a failure, and only what is
+missing is asked for.
 
 Prints a table; writes judgments.jsonl (every pair, with what the judge said) and then result.json. All numbers are of B
 over A: win rate with a 95 % interval, also controlled for length, sign and permutation test, and position bias.
@@ -37,6 +38,7 @@ EXAMPLE = (
     "--judge_model=NAME --out=runs/tuned-against-base"
 )
 KEY_VARIABLE = "JUDGE_API_KEY"
+URLS = ("http://", "https://")
 FILES = ("judgments.jsonl", "result.json")
 
 
@@ -67,7 +69,7 @@ def define_flags() -> None:
     """The command line; not at import, so that modules with like-named flags can be imported together."""
     flags.DEFINE_string("a", None, "JSON Lines of answers, as launch.generate writes them.")
     flags.DEFINE_string("b", None, "Another one, to the same prompts; the win rate is of b over a.")
-    flags.DEFINE_string("judge", None, "URL of an OpenAI-compatible server, or a MODEL of ours.")
+    flags.DEFINE_string("judge", None, "URL of an OpenAI-compatible server, a MODEL, or a reward model.")
     flags.DEFINE_string("out", None, "Folder for result.json, judgments.jsonl and the cache.")
     flags.DEFINE_string("judge_model", "", "What the server calls the model.")
     flags.DEFINE_string("prompts", "", "The prompts; default: what a.options.json and b.options.json name.")
@@ -114,8 +116,11 @@ def compare(options: Options) -> dict[str, Any]:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"The folder {out} cannot be made: {error.strerror}.") from error
-    cache = Cache(Path(options.cache).expanduser() if options.cache else out / "judge_cache.jsonl")
-    judged = judge_pairs(make_judge(options), pairs, cache, progress=show_progress)
+    if is_reward_judge(options):
+        judged = judge_by_scores(options, pairs, out)
+    else:
+        cache = Cache(Path(options.cache).expanduser() if options.cache else out / "judge_cache.jsonl")
+        judged = judge_pairs(make_judge(options), pairs, cache, progress=show_progress)
     result = win_rate(judged.judgments, resamples=options.resamples, seed=options.seed)
     cost = judged.usage.cost(price_prompt=options.price_prompt, price_completion=options.price_completion)
     record = {
@@ -145,13 +150,49 @@ def usage_line(usage: Usage, cost: float) -> str:
     return f"{line}, cost {cost:.4f}" if cost else line
 
 
+def is_reward_judge(options: Options) -> bool:
+    """Whether --judge is a reward model.
+
+    Raises:
+      InputError: there is no such model.
+    """
+    from posttrain_jax.load_model import is_reward_model, resolve
+
+    return not options.judge.startswith(URLS) and is_reward_model(resolve(options.judge))
+
+
+def judge_by_scores(options: Options, pairs: list[Pair], out: Path) -> Judged:
+    """What a reward model (or an ensemble, by the mean of its members) thinks of the pairs.
+
+    Raises:
+      InputError: a bad flag, or an answer that cannot be scored.
+    """
+    from posttrain_jax.evaluate.judge_reward import judge_by_reward
+    from posttrain_jax.evaluate.score_pairs import Combination
+    from posttrain_jax.load_model import load_members
+    from posttrain_jax.sharding import make_mesh
+
+    if options.judge_model:
+        raise InputError(
+            "--judge_model is for a judge behind a URL; --judge names a MODEL here. Leave one out."
+        )
+    if options.batch_rows < 1:
+        raise InputError(f"--batch_rows is {options.batch_rows}; it must be at least 1.")
+    mesh = make_mesh()
+    members = load_members(options.judge, dtype=options.dtype, param_dtype=options.dtype, mesh=mesh)
+    rows = out / "scored_answers.jsonl"
+    return judge_by_reward(
+        members, pairs, rows, mesh, combination=Combination(), batch_rows=options.batch_rows
+    )
+
+
 def make_judge(options: Options) -> Judge:
     """The judge that the flags name.
 
     Raises:
       InputError: there is no such model, or a flag for it is bad.
     """
-    if options.judge.startswith(("http://", "https://")):
+    if options.judge.startswith(URLS):
         from posttrain_jax.evaluate.judge_endpoint import Endpoint, EndpointJudge
 
         if not options.judge_model:
@@ -191,6 +232,7 @@ class Answer:
     where: str
     text: str
     request: str
+    asked: Any
 
 
 Key = tuple[str | int, int]
@@ -222,7 +264,9 @@ def read_pairs(options: Options) -> list[Pair]:
                 f"{rival.where}: id {key[0]!r} answers another prompt than {answer.where} does; generate both from the "
                 "same prompts."
             )
-        pairs.append(Pair(key[0], key[1], answer.where, answer.request, answer.text, rival.text))
+        pairs.append(
+            Pair(key[0], key[1], answer.where, answer.request, answer.text, rival.text, answer.asked)
+        )
     return pairs
 
 
@@ -253,12 +297,15 @@ def read_answers(path: str, prompts: str) -> dict[Key, Answer]:
                 )
             if row.value.get("prompt") is None and row.value.get("messages") is None:
                 asked = prompts_of(path, prompts) if asked is None else asked
-                request = _request(asked.get(key[0]), key[0])
+                prompt = asked.get(key[0])
             else:
-                request = _request(Prompt(key[0], where, row.value), key[0])
+                prompt = Prompt(key[0], where, row.value)
+            request = _request(prompt, key[0])
         except RowError as error:
             raise InputError(f"{where}: {error.column} {error.reason}.") from error
-        answers[key] = Answer(where, text, request)
+        assert prompt is not None  # _request refuses it
+        messages = prompt.row.get("messages")
+        answers[key] = Answer(where, text, request, prompt.row["prompt"] if messages is None else messages)
     return answers
 
 

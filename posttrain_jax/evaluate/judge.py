@@ -1,7 +1,7 @@
 """Pairwise judgments: two answers to one request, shown to a judge in both orders, with all that it said on disk.
 
 A judge is anything that answers questions (`Judge`): an OpenAI-compatible endpoint (`judge_endpoint`), or a model of
-ours by its log-probabilities (`judge_model`). A reward model is asked no questions: `preferences_of_scores`. Judges
+ours by its log-probabilities (`judge_model`). A reward model is asked no questions (`judge_reward`). Judges
 favour a place, so every pair is asked about twice, with the answers exchanged (MT-Bench, arXiv:2306.05685, section
 3.4).
 
@@ -61,6 +61,7 @@ class Pair:
       where: file and line of A's, for errors.
       request: what was asked, as the judge reads it.
       a, b: the two models' answers.
+      asked: the same as a row of prompts has it, a text or messages, for a reward model.
     """
 
     prompt: str | int
@@ -69,6 +70,7 @@ class Pair:
     request: str
     a: str
     b: str
+    asked: str | list[dict[str, Any]] = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from posttrain_jax.completions import map_completions, reward_scores
-from posttrain_jax.data.preference_rows import row_shape
+from posttrain_jax.data.preference_rows import RowShape, row_shape
 from posttrain_jax.data.tokenized_preferences import PreferenceData, PreferenceSource
 from posttrain_jax.errors import InputError
 from posttrain_jax.evaluate.reward_report import ScoredPairs
@@ -84,30 +84,29 @@ def score_pairs(
     """
     compared = {name: _compared(name, data) for name, data in splits.items()}
     shape = row_shape(list(compared.values()), groups=groups, share_prompt=share_prompt)
-    of_rows = functools.partial(reward_scores, model=members[0].model, share_prompt=share_prompt)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     scored = []
     for name, data in compared.items():
         parts = []
         for source in data.sources:
-            scores_SE = np.stack(
-                [
-                    map_completions(
-                        of_rows,
-                        member.params,
-                        source,
-                        shape,
-                        mesh,
-                        groups=groups,
-                        micro_batches=groups // shards,
-                    )
-                    for member in members
-                ],
-                axis=-1,
-            )
+            scores_SE = member_scores(members, source, shape, mesh, groups=groups)
             parts.append(_part(source, scores_SE, combination(scores_SE)))
         scored.append(_joined(name, data, parts, members=len(members)))
     return scored
+
+
+def member_scores(
+    members: Sequence[LoadedModel], source: PreferenceSource, shape: RowShape, mesh: Mesh, *, groups: int
+) -> np.ndarray:
+    """Every member's score of every completion of a source, float32 `[S, E]`, S as in the source's store."""
+    of_rows = functools.partial(reward_scores, model=members[0].model, share_prompt=shape.share_prompt)
+    micro_batches = groups // (mesh.shape["data"] * mesh.shape["fsdp"])
+    scores = [
+        map_completions(
+            of_rows, member.params, source, shape, mesh, groups=groups, micro_batches=micro_batches
+        )
+        for member in members
+    ]
+    return np.stack(scores, axis=-1)
 
 
 def _compared(name: str, data: PreferenceData) -> PreferenceData:

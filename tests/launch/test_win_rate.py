@@ -25,6 +25,7 @@ from posttrain_jax.evaluate.judge_endpoint import Endpoint, EndpointJudge
 from posttrain_jax.evaluate.judge_model import second_preferred
 from posttrain_jax.export_model import export_hf
 from posttrain_jax.models.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.reward_head import score_head_params
 from posttrain_jax.models.transformer import make_model
 
 KEY = "judges-only"
@@ -309,6 +310,42 @@ def test_a_model_of_ours_as_the_judge_of_what_launch_generate_wrote(judge_folder
     os.rename(prompts, tmp_path / "gone.jsonl")
     with pytest.raises(InputError, match="which are not there; give --prompts"):
         read_pairs(dataclasses.replace(asked, a=asked.b))
+
+
+def test_a_reward_model_as_the_judge(tmp_path, capsys):
+    """The preference is for the higher score at the last token; two equal answers are a tie."""
+    config = dataclasses.replace(CONFIG, max_length=64)
+    tokenizer, model = byte_tokenizer(), make_model(config)
+    params = model.init(jax.random.key(0))
+    params.pop("head", None)
+    head = score_head_params(jax.random.key(1), config.d_model, init="normal")
+    folder = tmp_path / "reward"
+    export_hf(folder, config=config, params={**params, "score_head": head}, tokenizer=tokenizer)
+    chat = [{"role": "user", "content": "Hi"}]
+    texts = {"a": ["no", "yes", "same", "?"], "b": ["maybe", "x", "same", "well"]}
+    a, b = (answers(tmp_path, f"{name}.jsonl", texts[name], messages=chat, prompt=None) for name in texts)
+    record = compare(options(tmp_path, str(folder), a=a, b=b, batch_rows=3))
+
+    hidden_of = jax.jit(lambda tokens_BT: model.apply(params, tokens_BT, logits=False).hidden_BTD[0])
+
+    def score(text: str) -> float:
+        turns = [*chat, {"role": "assistant", "content": text}]
+        ids = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+        padded = jnp.asarray([ids + [0] * (64 - len(ids))])  # no token sees those that follow
+        return float(hidden_of(padded)[len(ids) - 1] @ head["kernel"][:, 0])
+
+    rows = read(tmp_path / "out" / "judgments.jsonl")
+    for row, one, two in zip(rows, texts["a"], texts["b"], strict=True):
+        scores = score(one), score(two)
+        assert (float(row["said_a_first"]), float(row["said_b_first"])) == pytest.approx(scores, abs=1e-4)
+        assert row["preference"] == (0.5 if one == two else float(scores[1] > scores[0]))
+    assert record["b_over_a"]["ties"] == 1 and record["usage"]["calls"] == 8
+    assert "4 prompts" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--judge_model is for a judge behind a URL"):
+        compare(options(tmp_path, str(folder), a=a, b=b, judge_model="m"))
+    long = answers(tmp_path, "long.jsonl", ["x" * 80, *texts["b"][1:]], messages=chat, prompt=None)
+    with pytest.raises(InputError, match=r"scored_answers\.jsonl, line 2, .*103 tokens"):
+        compare(options(tmp_path, str(folder), a=a, b=long))
 
 
 GOOD = {"id": 1, "sample": 0, "text": "t", "prompt": "p"}

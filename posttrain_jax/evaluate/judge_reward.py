@@ -1,0 +1,77 @@
+"""A reward model as the judge: it scores both answers, and the higher score is preferred.
+
+Nothing is asked twice, for a score does not know of an order. Several members of an ensemble are combined as in
+`launch.reward_report`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+
+from posttrain_jax.data.preference_rows import row_shape
+from posttrain_jax.data.tokenized import TokenizeOptions
+from posttrain_jax.data.tokenized_preferences import build_preferences
+from posttrain_jax.errors import InputError
+from posttrain_jax.evaluate.judge import Judged, Pair, Usage, preferences_of_scores
+from posttrain_jax.evaluate.score_pairs import Combination, member_scores
+from posttrain_jax.evaluate.win_rate import Judgment
+from posttrain_jax.load_model import LoadedModel
+
+
+def judge_by_reward(
+    members: Sequence[LoadedModel],
+    pairs: Sequence[Pair],
+    rows: Path,
+    mesh: Mesh,
+    *,
+    combination: Combination,
+    batch_rows: int,
+) -> Judged:
+    """Judges every pair by the scores of its two answers; what is "said" of an answer is its score.
+
+    Args:
+      members: of an ensemble, or a single reward model.
+      pairs: about what.
+      rows: JSON Lines of the answers are written here, A's and B's in turn, and named in errors.
+      mesh: where the members' parameters are.
+      combination: of the members' scores.
+      batch_rows: answers at once; rounded up to the devices that split rows.
+
+    Raises:
+      InputError: the model has no tokenizer or no template for these prompts; an answer is empty or too long.
+    """
+    first = members[0]
+    if first.tokenizer is None:
+        raise InputError(f"{first.source.name} has no tokenizer, so it cannot read the answers.")
+    answers = [(pair.asked, text) for pair in pairs for text in (pair.a, pair.b)]
+    rows.write_text(
+        "".join(
+            json.dumps({"prompt": asked, "completion": text, "rating": 0}) + "\n" for asked, text in answers
+        ),
+        "utf-8",
+    )
+    options = TokenizeOptions(max_length=first.config.max_length, truncate="error")
+    data = build_preferences(str(rows), first.tokenizer, options)
+    (source,) = data.sources
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    groups = -(-batch_rows // shards) * shards
+    shape = row_shape([data], groups=groups, share_prompt=False)
+    scores_SE = member_scores(members, source, shape, mesh, groups=groups)
+    scores_N = combination(scores_SE)[[source.group(i).first_sequence for i in range(len(source))]]
+    if len(scores_N) != len(answers):
+        raise InputError(f"{rows}: only {len(scores_N)} of {len(answers)} answers could be scored.")
+    # Where they stand in a row changes the last bits of two equal answers' scores, and must not decide.
+    equal = [pair.a == pair.b for pair in pairs]
+    preferences = np.where(equal, 0.5, preferences_of_scores(scores_N[::2], scores_N[1::2]))
+    judgments = [
+        Judgment(pair.prompt, preference, preference, len(pair.a), len(pair.b), pair.sample)
+        for pair, preference in zip(pairs, preferences.tolist(), strict=True)
+    ]
+    said = [(f"{a:.6g}", f"{b:.6g}") for a, b in zip(scores_N[::2], scores_N[1::2], strict=True)]
+    read = int(source.store.offsets[-1])
+    return Judged(judgments, said, Usage(len(answers), 0, read, 0))
