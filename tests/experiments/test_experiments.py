@@ -51,6 +51,24 @@ def test_dpo_smollm2_runs_tiny_and_records_its_numbers(tmp_path):
     assert 0 <= low <= result["after"]["reward_accuracy"] <= high <= 1
 
 
+def test_the_readme_of_dpo_smollm2_says_what_was_recorded():
+    folder = ROOT / "experiments" / "dpo_smollm2"
+    expected = json.loads((folder / "expected.json").read_text("utf-8"))
+    recorded = json.loads((folder / "result.json").read_text("utf-8"))
+    readme = (folder / "README.md").read_text("utf-8")
+    after = recorded["after"]
+    assert expected == {
+        "held_out_loss_before": recorded["before"]["loss"],
+        "held_out_loss_after": after["loss"],
+        "reward_accuracy_after": after["reward_accuracy"],
+        "accuracy_interval": recorded["accuracy_interval"],
+        "steps": recorded["steps"],
+    }
+    low, high = (100 * end for end in recorded["accuracy_interval"])
+    quoted = f"{100 * after['reward_accuracy']:.1f} % (95 % interval {low:.1f} to {high:.1f} %)"
+    assert quoted in readme and f"{after['loss']:.4f}" in readme
+
+
 def test_recorded_numbers_are_those_of_the_recorded_run():
     """The README of base_to_assistant quotes expected.json, which holds what answers.json recorded."""
     folder = ROOT / "experiments" / "base_to_assistant"
