@@ -68,6 +68,7 @@ def test_log_odds_of_two_probabilities():
     assert math.isclose(sentiment.log_odds_of(0.0, 1.0), -87.336545, rel_tol=1e-6)
 
 
+@pytest.mark.slow
 def test_real_reviews_in_the_workers(classifier, reviews):
     """0.719 of all 12,264 were right when this was written; 600 of them differ from that by less than 0.06
     (three times sqrt(0.72 * 0.28 / 600) = 0.018)."""
