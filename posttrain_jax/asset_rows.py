@@ -1,19 +1,37 @@
-"""Published preference data as rows of ours: a package's files in, JSON Lines out, the same bytes every time.
+"""Published data as files of ours: a package's files in, one file out (mostly JSON Lines), the same bytes every time.
 
 A pair is {"prompt": text or messages, "chosen": text, "rejected": text}, with "subset" where the data has subsets.
 """
 
 from __future__ import annotations
 
+import bz2
+import csv
+import html
 import io
 import json
 import re
 import tarfile
+import zlib
 from collections.abc import Iterable
 from typing import Any
 
 HHH_SUBSETS = ("harmless", "helpful", "honest", "other")
 """The order of the parts of `hhh_alignment`."""
+
+SENTIMENT_FILES = (
+    "config.cfg",
+    "meta.json",
+    "tokenizer",
+    "textcat/cfg",
+    "textcat/model",
+    "vocab/key2row",
+    "vocab/lookups.bin",
+    "vocab/strings.json",
+    "vocab/vectors",
+    "vocab/vectors.cfg",
+)
+"""The files of `imdb_sentiment`, in the order of its parts."""
 
 _TURNS = re.compile(r"\s*\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -86,6 +104,45 @@ def vader_movie_reviews(parts: list[bytes]) -> bytes:
             }
 
     return _lines(rows())
+
+
+def movie_openings(parts: list[bytes]) -> bytes:
+    """How 12,264 sentences of film reviews begin, for continuations whose sentiment is rewarded.
+
+    Rows {"id", "prompt" (the first 4 to 8 words), "rest" (with the space before it), "label": "fresh" or "rotten"}; how
+    many words is decided by the text's checksum, and at least one is left over. The descriptions of plots, reviews of
+    fewer than 5 words, and repetitions of a review are left out; white space of any length is one space.
+    """
+    reviews = csv.DictReader(io.StringIO(bz2.decompress(b"".join(parts)).decode(), newline=""))
+
+    def rows() -> Iterable[dict[str, Any]]:
+        seen = set()
+        for number, review in enumerate(reviews):
+            words = html.unescape(review["text"]).split()
+            text = " ".join(words)
+            if review["category"] not in ("fresh", "rotten") or len(words) < 5 or text in seen:
+                continue
+            seen.add(text)
+            prompt = " ".join(words[: min(4 + zlib.crc32(text.encode()) % 5, len(words) - 1)])
+            yield {
+                "id": str(number),
+                "prompt": prompt,
+                "rest": text.removeprefix(prompt),
+                "label": review["category"],
+            }
+
+    return _lines(rows())
+
+
+def imdb_sentiment(parts: list[bytes]) -> bytes:
+    """The folder of a spaCy pipeline as one tar file: SENTIMENT_FILES, without times, owners or compression."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in zip(SENTIMENT_FILES, parts, strict=True):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return packed.getvalue()
 
 
 def _lines(rows: Iterable[dict[str, Any]]) -> bytes:

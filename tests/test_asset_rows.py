@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
 import io
 import json
 import tarfile
 
 import pytest
 
-from posttrain_jax.asset_rows import HHH_SUBSETS, factual_summary_pairs, hhh_alignment, vader_movie_reviews
+from posttrain_jax.asset_rows import (
+    HHH_SUBSETS,
+    SENTIMENT_FILES,
+    factual_summary_pairs,
+    hhh_alignment,
+    imdb_sentiment,
+    movie_openings,
+    vader_movie_reviews,
+)
 
 
 def rows_of(content: bytes) -> list[dict]:
@@ -85,6 +95,40 @@ def test_vader_movie_reviews():
         vader_movie_reviews([vader_archive(texts, "1\t1\t0\t[1]\n3\t1\t0\t[1]\n")])
 
 
+def test_movie_openings():
+    """Plots, short reviews and repetitions are left out; numbers are the rows' places; white space and entities are
+    made plain. A review of 5 words keeps 1 for the rest, whatever its checksum says."""
+    long = "One two three four five six seven eight nine ten."
+    texts = [
+        ("plot", "A man walks into a bank and out again."),
+        ("fresh", " One  two\nthree four five six seven eight nine ten.\n\n"),
+        ("rotten", "Four words, no more."),
+        ("rotten", long),
+        ("rotten", "R&amp;B is for the \u201ctone-deaf\u201d."),
+    ]
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(["category", "text", "movie_name", "has_plot_and_reviews"])
+    writer.writerows([category, text, "x", "False"] for category, text in texts)
+    first, second = rows_of(movie_openings([bz2.compress(table.getvalue().encode())]))
+    assert (first["id"], first["label"], second["id"], second["label"]) == ("1", "fresh", "4", "rotten")
+    assert first["prompt"] + first["rest"] == long and 4 <= len(first["prompt"].split()) <= 8
+    assert (second["prompt"], second["rest"]) == ("R&B is for the", " \u201ctone-deaf\u201d.")
+
+
+def test_imdb_sentiment():
+    """Files come out as they went in, and nothing of the machine or the hour goes into the archive."""
+    parts = [name.encode() for name in SENTIMENT_FILES]
+    packed = imdb_sentiment(parts)
+    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+        members = archive.getmembers()
+        assert [archive.extractfile(member).read() for member in members] == parts
+    assert [member.name for member in members] == list(SENTIMENT_FILES)
+    assert {(member.mtime, member.uid, member.uname, member.mode) for member in members} == {
+        (0, 0, "", 0o644)
+    }
+
+
 def test_the_real_files(demo_path):
     pairs = rows_of(demo_path("factual_summary_pairs").read_bytes())
     assert len(pairs) == 368
@@ -98,3 +142,8 @@ def test_the_real_files(demo_path):
     assert all(-4 <= rating <= 4 for row in reviews for rating in row["given_ratings"])
     labels = json.loads(demo_path("kto_en_demo").read_bytes())
     assert len(labels) == 300 and sum(row["label"] for row in labels) == 150
+    openings = rows_of(demo_path("movie_openings").read_bytes())
+    assert len(openings) == len({row["id"] for row in openings}) == 12_264
+    assert {row["label"] for row in openings} == {"fresh", "rotten"}
+    assert {len(row["prompt"].split()) for row in openings} == {4, 5, 6, 7, 8}
+    assert all(row["rest"].startswith(" ") and row["rest"].strip() for row in openings)

@@ -15,7 +15,6 @@ from ml_collections import ConfigDict as Config
 from posttrain_jax.data.sources import Row, RowError
 from posttrain_jax.evaluate.answers import Answering, answer_all, answering, without_thinking
 from posttrain_jax.evaluate.arithmetic import PREFIX, arithmetic_rows
-from posttrain_jax.evaluate.math_answers import Judge, Verdict, final_part
 from posttrain_jax.evaluate.tasks import (
     Items,
     Progress,
@@ -27,6 +26,7 @@ from posttrain_jax.evaluate.tasks import (
     text_column,
 )
 from posttrain_jax.load_model import LoadedModel
+from posttrain_jax.rewards.math_answers import Judge, Verdict, final_part
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ import pytest
 from posttrain_jax.errors import InputError
 from posttrain_jax.evaluate.answers import Answering
 from posttrain_jax.evaluate.arithmetic import KINDS, arithmetic_rows
-from posttrain_jax.evaluate.math_answers import Judge, final_part
 from posttrain_jax.evaluate.math_problems import load_problems, math_problems
+from posttrain_jax.rewards.math_answers import Judge, final_part
 
 
 @pytest.fixture(scope="module")

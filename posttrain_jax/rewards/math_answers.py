@@ -40,6 +40,14 @@ def final_part(text: str) -> str:
     return marked[-1].strip() if marked else text
 
 
+def require_math_verify() -> None:
+    """Raises InputError where the package is missing."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise InputError(
+            "Checking mathematical answers needs the package math-verify; install it with pip install -e '.[eval]'."
+        )
+
+
 class Judge:
     """Compares answers with references; one process, started at the first question and again after a kill.
 
@@ -53,10 +61,7 @@ class Judge:
     """
 
     def __init__(self, *, kill_seconds: float = KILL_SECONDS) -> None:
-        if importlib.util.find_spec("math_verify") is None:
-            raise InputError(
-                "Checking mathematical answers needs the package math-verify; install it with pip install -e '.[eval]'."
-            )
+        require_math_verify()
         self._kill_seconds = kill_seconds
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
@@ -131,10 +136,12 @@ def _work(connection: Connection) -> None:
             reference, answer = connection.recv()
         except EOFError:
             return
-        connection.send(_compare(reference, answer))
+        connection.send(compare_here(reference, answer))
 
 
-def _compare(reference: str, answer: str) -> Verdict:
+def compare_here(reference: str, answer: str) -> Verdict:
+    """`Judge.compare` in this process, for one that may be killed: only its main thread can ask, and it may take
+    3 * ALARM_SECONDS, or not end."""
     from math_verify import parse, verify
     from math_verify.errors import TimeoutException
 

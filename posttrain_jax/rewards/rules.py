@@ -1,0 +1,167 @@
+"""Rewards that a rule gives: right results, formats, lengths, repetitions.
+
+Each is a function for `workers.PythonReward`, such as "posttrain_jax.rewards.rules:same_number", its settings being the
+reward's `arguments`. None needs JAX. Where a row lacks the column that a rule compares with, it raises `InputError`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+
+from posttrain_jax.errors import InputError
+from posttrain_jax.rewards import math_answers
+from posttrain_jax.rewards.answer import Answer
+
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)])-\s?)?"  # a minus, but not that of "10-5"
+    r"[$€£¥]?"
+    r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?"
+    r"|(?:(?<![\w.)])-\s?)?(?<![\d.])\.\d+"
+)
+_THINK_ANSWER = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def exact_match(answers: list[Answer], *, column: str = "answer") -> list[float]:
+    """1 where the answer is the row's `column` to the letter, spaces around both aside; else 0."""
+    return [
+        float(answer_part(answer.text).strip() == _reference(answer, column).strip()) for answer in answers
+    ]
+
+
+def same_number(answers: list[Answer], *, column: str = "answer") -> list[float]:
+    """1 where the last number of the answer equals the last one of the row's `column`, as a decimal number; else 0.
+
+    For results as in GSM8K (arXiv:2110.14168): the column may be the number, "9 apples", or a solution that ends with
+    `#### 9`; 1,234 and $1234.00 are equal. Fractions, powers and formulas are for `same_result`.
+
+    Raises:
+      InputError: the column holds no number.
+    """
+    scores = []
+    for answer in answers:
+        reference = last_number(math_answers.final_part(_reference(answer, column)))
+        if reference is None:
+            raise InputError(f"The column {column} of a row holds no number: {answer.row[column]!r}.")
+        scores.append(float(last_number(math_answers.final_part(answer_part(answer.text))) == reference))
+    return scores
+
+
+def same_result(answers: list[Answer], *, column: str = "answer") -> list[float]:
+    """1 where math-verify finds the answer's result equal to the row's `column`, as `launch.evaluate` judges; else 0.
+
+    A comparison that math-verify cannot finish counts as wrong. One that does not even listen to its alarm runs into
+    the reward's time limit, which should be above 3 * `math_answers.ALARM_SECONDS`, as many as it may take.
+
+    Raises:
+      InputError: the package math-verify is missing.
+    """
+    math_answers.require_math_verify()
+    return [
+        float(
+            math_answers.compare_here(
+                math_answers.final_part(_reference(answer, column)),
+                math_answers.final_part(answer_part(answer.text)),
+            ).right
+        )
+        for answer in answers
+    ]
+
+
+def contains(answers: list[Answer], *, texts: Sequence[str], ignore_case: bool = False) -> list[float]:
+    """The share of `texts` that stand in the answer, from 0 to 1; a negative weight makes it a list of what to avoid.
+
+    Raises:
+      InputError: there are no texts.
+    """
+    if isinstance(texts, str) or not texts:
+        raise InputError(f"contains looks for {texts!r}; write a list of one text or more.")
+    scores = []
+    for answer in answers:
+        text = answer.text.casefold() if ignore_case else answer.text
+        found = [(wanted.casefold() if ignore_case else wanted) in text for wanted in texts]
+        scores.append(sum(found) / len(found))
+    return scores
+
+
+def matches(answers: list[Answer], *, pattern: str) -> list[float]:
+    """1 where the regular expression matches the whole answer ("." is a line break too), else 0.
+
+    Raises:
+      InputError: the pattern is no regular expression.
+    """
+    try:
+        compiled = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise InputError(f"{pattern!r} is no regular expression ({error}); correct the pattern.") from error
+    return [float(compiled.fullmatch(answer.text) is not None) for answer in answers]
+
+
+def think_answer_format(answers: list[Answer], *, opened: bool = False) -> list[float]:
+    """1 where the answer is <think> ... </think> <answer> ... </answer>, each tag once and something in it, else 0.
+
+    The format reward of R1 (arXiv:2501.12948, section 2.2).
+
+    Args:
+      opened: the prompt ends with <think>, so the answer starts inside it.
+    """
+    scores = []
+    for answer in answers:
+        text = "<think>" + answer.text if opened else answer.text
+        parts = _THINK_ANSWER.fullmatch(text)
+        once = all(text.count(tag) == 1 for tag in _TAGS)
+        scores.append(float(parts is not None and once and all(part.strip() for part in parts.groups())))
+    return scores
+
+
+def token_count(answers: list[Answer]) -> list[float]:
+    """How many tokens the answer has, the one that ended it included."""
+    return [float(len(answer.token_ids)) for answer in answers]
+
+
+def length_within(answers: list[Answer], *, least: int = 0, most: int) -> list[float]:
+    """1 where the answer has from `least` to `most` tokens, else 0."""
+    return [float(least <= len(answer.token_ids) <= most) for answer in answers]
+
+
+def repeated_share(answers: list[Answer], *, n: int = 4) -> list[float]:
+    """The share of the answer's n-grams of words that stood there before, from 0 (none) to nearly 1; give it a
+    negative weight. An answer of fewer than n words has 0.
+
+    Raises:
+      InputError: n is below 1.
+    """
+    if n < 1:
+        raise InputError(f"repeated_share counts {n}-grams; write an n of 1 or more.")
+    scores = []
+    for answer in answers:
+        words = answer.text.split()
+        grams = [tuple(words[place : place + n]) for place in range(len(words) - n + 1)]
+        scores.append(1.0 - len(set(grams)) / len(grams) if grams else 0.0)
+    return scores
+
+
+def answer_part(text: str) -> str:
+    """What stands between the last <answer> and its </answer>, else what follows the last </think>, else all."""
+    _, opened, rest = text.rpartition("<answer>")
+    if opened and "</answer>" in rest:
+        return rest.partition("</answer>")[0]
+    return text.rpartition("</think>")[2]
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number written with digits in a text, without thousands' commas and currency; None if there is none."""
+    found = _NUMBER.findall(text)
+    return Decimal(re.sub(r"[^\d.-]", "", found[-1])) if found else None
+
+
+def _reference(answer: Answer, column: str) -> str:
+    value = answer.row.get(column)
+    if value is None or isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise InputError(
+            f"A row has no text or number in the column {column}, which the answer is compared with; its columns are "
+            f"{', '.join(answer.row)}."
+        )
+    return str(value)

@@ -1,0 +1,185 @@
+"""What a process of `workers.RewardWorkers` does: it calls reward functions until its parent is gone.
+
+Started by name, not as a child of multiprocessing, which would import the parent's main module, and JAX with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import inspect
+import itertools
+import operator
+import os
+import pathlib
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from multiprocessing.connection import Connection
+from typing import Any, SupportsFloat
+
+from posttrain_jax.errors import InputError
+from posttrain_jax.rewards.answer import Answer
+
+RAISED, TIMED_OUT, DIED = "raised", "timed_out", "died"
+NOT_FINITE, NOT_A_NUMBER, WRONG_COUNT = "not_finite", "not_a_number", "wrong_count"
+
+_FLOAT32_MAX = 3.4028234663852886e38
+_LONGEST = 300  # characters of an error that are kept
+_PARENT_POLL_SECONDS = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What became of one call.
+
+    Attributes:
+      values: the numbers; 0 where there is none.
+      failures: for each answer why it has no number, or None.
+      error: in words, the first of the failures, or "".
+      whole: the call failed, not one of its answers.
+    """
+
+    values: list[float]
+    failures: list[str | None]
+    error: str = ""
+    whole: bool = False
+
+
+def main(descriptor: int, parent: int) -> None:
+    """Loads the functions that the first message names, says "" (or what is wrong), then answers calls by `Reply`."""
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    # Where memory runs out, the kernel is to end this process and not the one that trains.
+    with contextlib.suppress(OSError):
+        pathlib.Path("/proc/self/oom_score_adj").write_text("1000")
+    connection = Connection(descriptor)
+    functions = {}
+    wanted: dict[str, tuple[str, dict[str, Any]]] = connection.recv()
+    try:
+        for name, (path, arguments) in wanted.items():
+            functions[name] = load_function(path, arguments)
+    except InputError as error:
+        connection.send(str(error))
+        return
+    connection.send("")
+    while True:
+        try:
+            name, answers = connection.recv()
+        except EOFError:
+            return
+        connection.send(call(functions[name], answers))
+
+
+def load_function(path: str, arguments: Mapping[str, Any]) -> Callable[[list[Answer]], object]:
+    """The function "module:function" with its keyword arguments, called once with no answers.
+
+    Raises:
+      InputError: the module or function does not exist, cannot be imported or called so, or raises InputError.
+    """
+    module_name, _, attribute = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise InputError(f"The reward function {path} cannot be imported ({_say(error)}).") from error
+        raise InputError(
+            f"The reward function {path} is in no module that Python finds (there is no {error.name}); write "
+            "module:function, and start where the module lies or put its folder into PYTHONPATH."
+        ) from error
+    except BaseException as error:  # the module's own code, which may even exit
+        raise InputError(f"The reward function {path} cannot be imported ({_say(error)}).") from error
+    try:
+        function = operator.attrgetter(attribute)(module)
+    except AttributeError as error:
+        raise InputError(
+            f"The module {module_name} has no {attribute}; the reward function {path} does not exist."
+        ) from error
+    if not callable(function):
+        raise InputError(f"{path} is a {type(function).__name__}, not a reward function.")
+    try:
+        inspect.signature(function).bind([], **arguments)
+    except TypeError as error:
+        given = "".join(f", {name}=..." for name in arguments)
+        raise InputError(
+            f"The reward function {path} cannot be called with (answers{given}): {_say(error)}."
+        ) from error
+    except ValueError:  # a function in C that does not tell its arguments
+        pass
+    bound = functools.partial(function, **arguments)
+    try:
+        bound([])
+    except InputError as error:
+        raise InputError(f"The reward function {path} cannot be used: {error}") from error
+    except BaseException:  # a function that wants at least one answer will get one
+        pass
+    return bound
+
+
+def call(function: Callable[[list[Answer]], object], answers: list[Answer]) -> Reply:
+    """Calls a reward function and reads what it returns; whatever it does short of dying becomes a `Reply`."""
+    count = len(answers)
+    try:
+        returned = function(answers)
+        if returned is None or isinstance(returned, str | bytes):
+            return _failed(
+                count, NOT_A_NUMBER, f"it returned {_show(returned)}, not a list of {count} numbers"
+            )
+        if isinstance(returned, Mapping) or not isinstance(returned, Iterable):
+            return _failed(
+                count, WRONG_COUNT, f"it returned {_show(returned)}, not a list of {count} numbers"
+            )
+        found = list(itertools.islice(returned, count + 1))
+        if len(found) != count:
+            many = "more" if len(found) > count else f"{len(found)}"
+            return _failed(count, WRONG_COUNT, f"it returned {many} numbers for {count} answers")
+        reply = Reply([], [])
+        errors = []
+        for value in found:
+            number, failure = _number(value)
+            reply.values.append(number)
+            reply.failures.append(failure)
+            if failure is not None:
+                errors.append(f"it returned {_show(value)} for an answer")
+        return dataclasses.replace(reply, error=errors[0] if errors else "")
+    except BaseException as error:  # sys.exit() too: the next answer needs this process
+        return _failed(count, RAISED, _say(error))
+
+
+def _number(value: object) -> tuple[float, str | None]:
+    if isinstance(value, str | bytes) or not isinstance(value, SupportsFloat):
+        return 0.0, NOT_A_NUMBER
+    try:
+        number = float(value)
+    except OverflowError:
+        return 0.0, NOT_FINITE
+    except Exception:  # an array of several numbers: every library has its own error for that
+        return 0.0, NOT_A_NUMBER
+    return (number, None) if abs(number) <= _FLOAT32_MAX else (0.0, NOT_FINITE)
+
+
+def _failed(count: int, failure: str, error: str) -> Reply:
+    return Reply([0.0] * count, [failure] * count, error, whole=True)
+
+
+def _show(value: object) -> str:
+    try:
+        return f"{value!r} (a {type(value).__name__})"[:_LONGEST]
+    except Exception:
+        return f"a {type(value).__name__}"
+
+
+def _say(error: BaseException) -> str:
+    try:
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+    except Exception:
+        message = type(error).__name__
+    return message[:_LONGEST].removesuffix(".")
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent is gone, even while a function that does not return is running."""
+    while os.getppid() == parent:
+        time.sleep(_PARENT_POLL_SECONDS)
+    os._exit(1)

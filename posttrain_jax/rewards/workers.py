@@ -1,0 +1,386 @@
+"""Reward functions of the user's, run on the host in processes of their own, each answer with a time limit.
+
+A function that raises, hangs, returns nonsense or takes its process down costs its answer its score: the answer gets
+the function's `failure_score`, and the failure is counted. The batch is never lost, and nothing waits for ever.
+
+Written by hand rather than on concurrent.futures or pebble: in both the workers share a pipe and a lock, so one that
+is killed at the wrong moment breaks the pool or stops it for good. Here every worker has a pipe of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import numpy as np
+
+from posttrain_jax.errors import InputError
+from posttrain_jax.rewards.answer import Answer
+from posttrain_jax.rewards.worker_process import (
+    DIED,
+    NOT_A_NUMBER,
+    NOT_FINITE,
+    RAISED,
+    TIMED_OUT,
+    WRONG_COUNT,
+    Reply,
+)
+
+FAILURES = (RAISED, TIMED_OUT, DIED, NOT_FINITE, NOT_A_NUMBER, WRONG_COUNT)
+"""Everything that can be counted in `Scores.counts`."""
+
+START_ATTEMPTS = 3
+_END_SECONDS = 5.0
+_LONGEST_WAIT_SECONDS = 3600.0  # poll() cannot wait for ever
+_START = "from posttrain_jax.rewards.worker_process import main; main({descriptor}, {parent})"
+
+
+@dataclasses.dataclass(frozen=True)
+class PythonReward:
+    """A reward function by its name.
+
+    The function takes a list of `Answer`s and returns a list of as many numbers. It is called once with no answers
+    when a process starts, so that it can load what it needs outside the time limit; `InputError` raised there is the
+    user's to read, any other exception there is not looked at.
+
+    Attributes:
+      path: "module:function", as Python would import it.
+      arguments: keyword arguments of every call.
+      seconds: time limit for one answer (the limit of a call is that times its answers).
+      answers_per_call: how many answers it gets at once. More than 1 is for functions that are faster so; when such
+        a call fails as a whole, its answers are asked for again one by one.
+      failure_score: what an answer gets that the function gives no number.
+
+    Raises:
+      InputError: the path or a number makes no sense.
+    """
+
+    path: str
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    seconds: float = 10.0
+    answers_per_call: int = 1
+    failure_score: float = 0.0
+
+    def __post_init__(self) -> None:
+        module, _, attribute = self.path.partition(":")
+        if not all(part.isidentifier() for part in [*module.split("."), *attribute.split(".")]):
+            raise InputError(
+                f"{self.path!r} names no reward function; write module:function, such as my_rewards:politeness."
+            )
+        if not (math.isfinite(self.seconds) and self.seconds > 0):
+            raise InputError(f"The time limit of {self.path} is {self.seconds} s; write a positive number.")
+        if self.answers_per_call < 1:
+            raise InputError(f"{self.path} gets {self.answers_per_call} answers per call; write 1 or more.")
+        if not abs(self.failure_score) <= float(np.finfo(np.float32).max):
+            raise InputError(
+                f"The failure score of {self.path} is {self.failure_score}; write a finite number."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What one function gave to N answers, in their order.
+
+    Attributes:
+      scores_N: float32, finite; `failure_score` where the function failed.
+      failures: for each answer one of FAILURES, or None where its score is the function's.
+      counts: how many answers failed in which way; every one of FAILURES is there.
+      errors: the first error of each kind that occurred, in one line.
+    """
+
+    scores_N: np.ndarray
+    failures: list[str | None]
+    counts: dict[str, int]
+    errors: dict[str, str]
+
+
+@dataclasses.dataclass
+class _Call:
+    """Answers (by their places) that are to be given to a function; `deaths` is how many processes ended over it."""
+
+    name: str
+    places: list[int]
+    deaths: int = 0
+
+
+@dataclasses.dataclass
+class _Worker:
+    """A process and what it is doing; `deadline` is of its start until it is ready, then of its call."""
+
+    process: subprocess.Popen
+    connection: Connection
+    deadline: float
+    ready: bool = False
+    call: _Call | None = None
+
+
+@dataclasses.dataclass
+class _Results:
+    """Scores in the making, of one function."""
+
+    scores_N: np.ndarray
+    failures: list[str | None]
+    errors: dict[str, tuple[int, str]]  # with the answer's place
+
+    def fill(self, places: list[int], reply: Reply, failure_score: float) -> None:
+        for place, value, failure in zip(places, reply.values, reply.failures, strict=True):
+            self.scores_N[place] = value if failure is None else failure_score
+            self.failures[place] = failure
+        first = next((n for n, failure in enumerate(reply.failures) if failure is not None), None)
+        if first is not None:
+            kind, error = str(reply.failures[first]), (places[first], reply.error)
+            # The earliest answer's, whichever process was faster.
+            self.errors[kind] = min(error, self.errors.get(kind, error))
+
+
+class RewardWorkers:
+    """Processes that call reward functions. Use it in a `with` block; one thread asks at a time.
+
+    A process ends with its parent, is not started by fork (JAX's threads would be copied in whatever state they are)
+    and does not import the main module. The functions run with JAX_PLATFORMS=cpu, for the accelerator is taken. What
+    they print goes to stderr.
+
+    Args:
+      functions: the rewards, each under the name that its scores have.
+      workers: how many processes.
+      start_seconds: how long a process may take to import all functions.
+
+    Raises:
+      InputError: a function does not exist, cannot be imported or called, or the processes cannot be started.
+    """
+
+    def __init__(
+        self, functions: Mapping[str, PythonReward], *, workers: int = 2, start_seconds: float = 120.0
+    ) -> None:
+        if workers < 1:
+            raise InputError(f"{workers} reward workers cannot score anything; write 1 or more.")
+        self._functions = dict(functions)
+        self._count = workers
+        self._start_seconds = start_seconds
+        self._failures_in_row = 0
+        self._workers: list[_Worker] = []
+        self._begin()
+
+    def __enter__(self) -> RewardWorkers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def score(self, answers: Sequence[Answer]) -> dict[str, Scores]:
+        """Every function's scores of every answer, in the answers' order.
+
+        The same whatever the number of processes and whichever is faster, as long as a function makes an answer's
+        number of that answer alone. An answer whose process dies is given to another process once more, for the
+        kernel may have ended it for what another did; then it counts as `died`.
+
+        Raises:
+          InputError: a process that was to replace a dead one does not start.
+        """
+        results = {
+            name: _Results(np.zeros(len(answers), np.float32), [None] * len(answers), {})
+            for name in self._functions
+        }
+        pending = deque(
+            _Call(name, list(range(first, min(first + function.answers_per_call, len(answers)))))
+            for name, function in self._functions.items()
+            for first in range(0, len(answers), function.answers_per_call)
+        )
+        try:
+            self._begin()
+            while pending or any(worker.call for worker in self._workers):
+                self._hand_out(pending, answers)
+                self._listen(pending, results)
+        except BaseException:
+            self.close()  # what is still running answers a question that nobody asks any more
+            raise
+        return {
+            name: Scores(
+                found.scores_N,
+                found.failures,
+                {kind: Counter(found.failures)[kind] for kind in FAILURES},
+                {kind: error for kind, (_, error) in sorted(found.errors.items())},
+            )
+            for name, found in results.items()
+        }
+
+    def close(self) -> None:
+        """Ends the processes. `score` starts new ones."""
+        while self._workers:
+            _end(self._workers.pop())
+
+    def _begin(self) -> None:
+        """Starts the processes if there are none, and waits for the first to be ready."""
+        if self._workers:
+            return
+        try:
+            self._workers += [self._started() for _ in range(self._count)]
+            while not any(worker.ready for worker in self._workers):
+                self._listen(deque(), {})
+        except BaseException:
+            self.close()
+            raise
+
+    def _started(self) -> _Worker:
+        ours, theirs = Pipe()
+        descriptor = theirs.fileno()
+        # Imports are looked up as here; a set of strings has the same order in every process.
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONHASHSEED": "0"}
+        environment.setdefault("OMP_NUM_THREADS", "1")
+        path = json.dumps([folder or os.getcwd() for folder in sys.path])
+        start = _START.format(descriptor=descriptor, parent=os.getpid())
+        try:
+            process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); {start}",
+                    path,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=2,
+                pass_fds=(descriptor,),
+                env=environment,
+                start_new_session=True,  # so that what a function starts ends with it, and Ctrl-C is ours
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        worker = _Worker(process, ours, time.monotonic() + self._start_seconds)
+        wanted = {name: (each.path, dict(each.arguments)) for name, each in self._functions.items()}
+        try:
+            ours.send(wanted)
+        except OSError:
+            pass  # it is dead already, which `_listen` will notice
+        except BaseException:
+            _end(worker)
+            raise
+        return worker
+
+    def _hand_out(self, pending: deque[_Call], answers: Sequence[Answer]) -> None:
+        for place, worker in enumerate(self._workers):
+            if not pending or not worker.ready or worker.call is not None:
+                continue
+            call = pending.popleft()
+            try:
+                worker.connection.send((call.name, [answers[index] for index in call.places]))
+            except OSError:  # it died while it had nothing to do
+                pending.appendleft(call)
+                self._died(place, pending, {})
+                continue
+            worker.call = call
+            worker.deadline = time.monotonic() + self._functions[call.name].seconds * len(call.places)
+
+    def _listen(self, pending: deque[_Call], results: dict[str, _Results]) -> None:
+        """Waits until a process says something, ends, or has had its time, and does what follows."""
+        now = time.monotonic()
+        until = min(
+            worker.deadline for worker in self._workers if worker.call is not None or not worker.ready
+        )
+        heard = wait(
+            [worker.connection for worker in self._workers], min(max(0.0, until - now), _LONGEST_WAIT_SECONDS)
+        )
+        now = time.monotonic()
+        for place, worker in enumerate(self._workers):
+            if worker.connection in heard:
+                try:
+                    message = worker.connection.recv()
+                except (EOFError, OSError):
+                    self._died(place, pending, results)
+                    continue
+                if worker.call is None:
+                    self._ready(worker, message)
+                else:
+                    call, worker.call = worker.call, None
+                    self._failures_in_row = 0
+                    self._done(call, message, pending, results)
+            elif now >= worker.deadline and (worker.call is not None or not worker.ready):
+                self._late(place, pending, results)
+
+    def _ready(self, worker: _Worker, message: str) -> None:
+        if message:
+            raise InputError(message)
+        worker.ready = True
+
+    def _died(self, place: int, pending: deque[_Call], results: dict[str, _Results]) -> None:
+        worker = self._workers[place]
+        how = _how_it_ended(worker.process)
+        self._replace(place)
+        if worker.call is None:
+            self._count_failure(how)
+        else:
+            worker.call.deaths += 1
+            if worker.call.deaths == 1 and len(worker.call.places) == 1:
+                pending.appendleft(worker.call)
+            else:
+                self._done(
+                    worker.call, _lost(worker.call, DIED, f"its process died: {how}"), pending, results
+                )
+
+    def _late(self, place: int, pending: deque[_Call], results: dict[str, _Results]) -> None:
+        worker = self._workers[place]
+        self._replace(place)
+        if worker.call is None:
+            self._count_failure(f"it was not ready after {self._start_seconds:g} s")
+        else:
+            limit = self._functions[worker.call.name].seconds
+            error = f"it took longer than {limit:g} s for an answer"
+            self._done(worker.call, _lost(worker.call, TIMED_OUT, error), pending, results)
+
+    def _done(self, call: _Call, reply: Reply, pending: deque[_Call], results: dict[str, _Results]) -> None:
+        if reply.whole and len(call.places) > 1:
+            pending.extendleft(_Call(call.name, [index]) for index in reversed(call.places))
+            return
+        results[call.name].fill(call.places, reply, self._functions[call.name].failure_score)
+
+    def _count_failure(self, how: str) -> None:
+        """Counts a process that came to nothing while it had no call to blame."""
+        self._failures_in_row += 1
+        if self._failures_in_row >= START_ATTEMPTS * self._count:
+            paths = ", ".join(each.path for each in self._functions.values())
+            raise InputError(
+                f"The processes for the reward functions {paths} do not start ({how}; what it said stands above); "
+                "import them in a Python of your own to see why."
+            )
+
+    def _replace(self, place: int) -> None:
+        _end(self._workers[place])
+        self._workers[place] = self._started()
+
+
+def _lost(call: _Call, failure: str, error: str) -> Reply:
+    count = len(call.places)
+    return Reply([0.0] * count, [failure] * count, error, whole=True)
+
+
+def _end(worker: _Worker) -> None:
+    """Kills a process and all that it started."""
+    try:
+        os.killpg(worker.process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        worker.process.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        worker.process.wait(_END_SECONDS)
+    worker.connection.close()
+
+
+def _how_it_ended(process: subprocess.Popen) -> str:
+    try:
+        status = process.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        return "it closed its pipe"
+    return f"signal {-status}, {signal.strsignal(-status)}" if status < 0 else f"it exited with {status}"
