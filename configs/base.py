@@ -122,6 +122,69 @@ def preference_config() -> ConfigDict:
     return config
 
 
+def online_config() -> ConfigDict:
+    """The keys of `base_config` and those of learning from the policy's own answers.
+
+    `train.rows_per_step` counts prompts; `train.micro_rows` counts answers; `data.max_length` holds a prompt with its
+    answer. A step is an iteration: answers, then all updates on them.
+    """
+    config = base_config()
+    config.algorithm = "ppo"
+    del config.data["pack"], config.data["train_on"], config.data["truncate"]
+    config.data.long_prompts = "error"  # error, drop
+    config.rollout = ConfigDict()
+    config.rollout.max_new_tokens = 64
+    config.rollout.temperature = 1.0
+    config.rollout.samples = 1  # answers per prompt
+    config.rollout.batch_size = 0  # answers written side by side; 0 = all
+    config.rollout.truncate_token = -1  # answers end after the first of these; -1 = off
+    config.rollout.truncate_after = 0  # but not within so many tokens
+    config.rollout.reference = "frozen"  # frozen (a second copy of the policy), adapter (LoRA off)
+
+    config.score = ConfigDict()
+    config.score.functions = ()  # "module:function", each run in worker processes
+    config.score.models = ()  # MODELs with a score head
+    config.score.weights = ()  # of the functions, then of the models; () = 1 each
+    config.score.combine = "mean"  # an ensemble's members: mean, min, uncertainty
+    config.score.coefficient = 0.0  # uncertainty: of the variance
+    config.score.free_tokens = 0
+    config.score.per_token = 0.0  # taken off for each token beyond free_tokens
+    config.score.clip = 0.0  # 0 = off
+    config.score.missing_end = "keep"  # an answer without an end token: keep, replace, penalise
+    config.score.missing_end_value = -1.0
+    config.score.seconds = 10.0  # that a function may take for an answer
+    config.score.failure = 0.0  # what an answer gets that a function fails at
+    config.score.workers = 2
+
+    config.ppo = ConfigDict()
+    config.ppo.epochs = 4
+    config.ppo.minibatches = 1
+    config.ppo.clip = 0.2
+    config.ppo.dual_clip = 0.0  # 0 = off
+    config.ppo.value = (
+        "policy"  # policy (a copy of it), shared (a head on its trunk), or a MODEL with a score head
+    )
+    config.ppo.value_clip = 0.2
+    config.ppo.value_coefficient = 0.1
+    config.ppo.gamma = 1.0
+    config.ppo.lam = 0.95
+    config.ppo.kl_coefficient = 0.05
+    config.ppo.kl_target = 0.0  # nats per answer; 0 = the coefficient stays
+    config.ppo.kl_horizon = 10_000.0  # answers
+    config.ppo.whiten_rewards = False
+    config.ppo.whiten_advantages = True
+
+    config.rloo = ConfigDict()
+    config.rloo.epochs = 1
+    config.rloo.minibatches = 1
+    config.rloo.clip = 0.2
+    config.rloo.kl_coefficient = 0.05
+
+    config.optim.eps = 1e-5
+    config.optim.schedule = "linear"
+    return config
+
+
 def tiny(config: ConfigDict) -> ConfigDict:
     """Turns an experiment into one of the same shape that takes seconds on a CPU and needs no download."""
     config.model.init = "random"

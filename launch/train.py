@@ -26,13 +26,15 @@ PROCESS = flags.DEFINE_integer("process", 0, "This process's index, with --coord
 
 def algorithms() -> dict[str, Callable[[ConfigDict, Path], Task]]:
     """Every algorithm by its name in `config.algorithm`."""
-    from posttrain_jax.algorithms import dpo, kto, reward_model, sft
+    from posttrain_jax.algorithms import dpo, kto, ppo, reward_model, rloo, sft
 
     return {
         "sft": sft.from_config,
         "dpo": dpo.from_config,
         "kto": kto.from_config,
         "reward_model": reward_model.from_config,
+        "ppo": ppo.from_config,
+        "rloo": rloo.from_config,
     }
 
 

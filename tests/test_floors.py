@@ -32,6 +32,7 @@ FLOORS = {
     "posttrain_jax.sampling": 3,
     "posttrain_jax.rewards": 3,
     "posttrain_jax.reference": 4,
+    "posttrain_jax.rollouts": 4,
     "posttrain_jax.experiment": 4,
     "posttrain_jax.serving": 4,
     "posttrain_jax.algorithms": 5,

@@ -14,12 +14,13 @@ from typing import TypeVar
 
 import numpy as np
 
+from posttrain_jax.data.prompts import PromptData
 from posttrain_jax.data.tokenized import TokenizedData
 from posttrain_jax.data.tokenized_preferences import PreferenceData
 from posttrain_jax.errors import InputError
 
 PREFIX = "split:"
-Data = TypeVar("Data", TokenizedData, PreferenceData)
+Data = TypeVar("Data", TokenizedData, PreferenceData, PromptData)
 
 
 def split_amount(eval_spec: object) -> float | None:

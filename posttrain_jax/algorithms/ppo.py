@@ -1,0 +1,244 @@
+"""PPO: the policy answers prompts, a reward scores the answers, and the policy moves towards what scored well while the
+KL to where it started is charged for (InstructGPT, arXiv:2203.02155, eq. 2; Ziegler et al. 2019, arXiv:1909.08593).
+
+An iteration, from top to bottom (the first line is `algorithms/online.py`):
+prompts -> answers from the engine -> a score each -> log-probabilities of policy and reference, values, token rewards
+-> `train_step`: epochs x minibatches, each with advantages -> clipped losses -> gradient sums -> clip, Adam, EMA.
+One iteration is one step of the training loop.
+
+What "The N Implementation Details of RLHF with PPO" (Huang, Liu, von Werra 2023) lists, and where it is done here:
+
+     1  values read prompt and answer together                     `experience_of`
+     2  padding is never a token: rows carry segment ids           `rollouts/draw.py`
+     3  positions do not count padding                             rows are padded on the right
+     4  answers end at their end token; no token after it counts   `Rollouts.actions`
+     5  learning rate falls to 0                                   `optim.schedule`
+     6  logits / temperature wherever log-probabilities are        `Projection.temperature`
+     7  the value head starts at 0                                 `init_params`
+     8  no dropout                                                 the transformer has none
+     9  truncation at a token; a missing end token has its score   `ppo.truncate_token`, `ppo.missing_end`
+    10  no discount (gamma 1)                                      `ppo.gamma`
+    11  every epoch shuffles anew; minibatches of micro-batches    `train_step`
+    12  the KL is charged per token, the score at the last one     `losses/advantages.py`
+    13  rewards whitened without moving their mean (biased)        `ppo.whiten_rewards`
+    14  advantages whitened per minibatch (biased)                 `ppo.whiten_advantages`
+    15  the value's change is clipped                              `ppo.value_clip`
+    16  the KL's price adapts                                      `ppo.kl_target`, `ppo.kl_horizon`
+    17  Adam's epsilon where TensorFlow has it                     `optim.name=adam_tf`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict as Config
+
+from posttrain_jax.algorithms.online import Online, minibatch_updates, online_task
+from posttrain_jax.errors import InputError
+from posttrain_jax.experiment import mesh_from_config, policy_from_config
+from posttrain_jax.losses.advantages import gae
+from posttrain_jax.losses.kl import adapted_kl_coefficient
+from posttrain_jax.losses.ppo import clipped_policy_loss, clipped_value_loss, explained_variance
+from posttrain_jax.masking import whiten_biased
+from posttrain_jax.rollouts.experience import Experience, Networks, logps_and_values
+from posttrain_jax.types import Array, Metric, Metrics, PyTree, Task, TrainState
+
+VALUE_METRICS = ("returns", "returns_squared", "value_errors", "value_errors_squared")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """PPO's numbers.
+
+    Attributes:
+      epochs, minibatches: passes over an iteration's answers, and into how many parts each is cut.
+      clip: of the ratio, 1 +- clip; `dual_clip` above 1 bounds the loss of negative advantages (0 = off).
+      value_clip: how far a value may move from the one that was acted on (0 = off).
+      value_coefficient: of the value's loss.
+      gamma, lam: discount, and GAE's lambda.
+      kl_coefficient: beta at the start; adapted where `kl_target` (nats per answer) is more than 0, over
+        `kl_horizon` answers.
+      whiten_rewards, whiten_advantages: per minibatch.
+    """
+
+    epochs: int
+    minibatches: int
+    clip: float
+    dual_clip: float
+    value_clip: float
+    value_coefficient: float
+    gamma: float
+    lam: float
+    kl_coefficient: float
+    kl_target: float
+    kl_horizon: float
+    whiten_rewards: bool
+    whiten_advantages: bool
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """Answers with what their tokens are to be moved towards, `[N, T]`."""
+
+    rows: Experience
+    advantages: Array
+    returns: Array
+
+
+def targets_of(minibatch: Experience, *, options: Options) -> Targets:
+    """Advantages and returns of a minibatch (lm-human-preferences, `PPOTrainer.loss`)."""
+    rewards_NT = minibatch.rewards
+    if options.whiten_rewards:
+        rewards_NT = whiten_biased(rewards_NT, minibatch.actions, shift_mean=False)
+    found = gae(rewards_NT, minibatch.values, minibatch.actions, gamma=options.gamma, lam=options.lam)
+    advantages_NT = found.advantages_BT
+    if options.whiten_advantages:
+        advantages_NT = whiten_biased(advantages_NT, minibatch.actions, shift_mean=True)
+    return Targets(minibatch, advantages_NT, found.returns_BT)
+
+
+def token_losses(
+    params: PyTree, targets: Targets, *, networks: Networks, options: Options
+) -> tuple[Array, Metrics]:
+    """Sum over the answers' tokens of policy loss and value loss (differentiable), and metrics, of `[B, T]`."""
+    rows = targets.rows
+    logps_BT, values_BT = logps_and_values(params, rows, networks)
+    policy = clipped_policy_loss(
+        logps_BT,
+        rows.logps,
+        targets.advantages,
+        rows.actions,
+        clip=options.clip,
+        dual_clip=options.dual_clip or None,
+    )
+    value = clipped_value_loss(
+        values_BT, rows.values, targets.returns, rows.actions, clip=options.value_clip
+    )
+    total = jnp.sum(policy.loss) + options.value_coefficient * jnp.sum(value.loss)
+    metrics = {
+        **value.metrics,
+        **policy.metrics,
+        "policy_loss": policy.metrics["loss"],
+        "value_loss": value.metrics["loss"],
+        "loss": Metric(total, policy.count),
+    }
+    return total, jax.lax.stop_gradient(metrics)
+
+
+def train_step(
+    state: TrainState,
+    experience: Experience,
+    kl: Array,
+    *,
+    networks: Networks,
+    optimizer: optax.GradientTransformationExtraArgs,
+    schedule: Callable[[Array], Array],
+    ema_decay: float,
+    options: Options,
+) -> tuple[TrainState, Metrics]:
+    """One iteration on `[M, B, T]`: epochs x minibatches, each an update; then the KL's price.
+
+    Args:
+      state: `opt_state` holds the optimiser's and `kl_coefficient`.
+      experience: of this iteration's answers.
+      kl: nats per answer, of these answers.
+    """
+    state, metrics = minibatch_updates(
+        state,
+        experience,
+        epochs=options.epochs,
+        minibatches=options.minibatches,
+        targets=functools.partial(targets_of, options=options),
+        losses=functools.partial(token_losses, networks=networks, options=options),
+        optimizer=optimizer,
+        schedule=schedule,
+        ema_decay=ema_decay,
+    )
+    explained = Metric.of(explained_variance({name: metrics[f"train/{name}"] for name in VALUE_METRICS}))
+    if options.kl_target:
+        coefficient = adapted_kl_coefficient(
+            state.opt_state["kl_coefficient"],
+            kl,
+            target=options.kl_target,
+            horizon=options.kl_horizon,
+            episodes=experience.tokens.shape[0] * experience.tokens.shape[1],
+        )
+        state = dataclasses.replace(state, opt_state={**state.opt_state, "kl_coefficient": coefficient})
+    return state, {**metrics, "train/explained_variance": explained}
+
+
+def from_config(config: Config, workdir: Path) -> Task:
+    """Everything the training loop needs, from an experiment's config.
+
+    Raises:
+      InputError: a bad value, a bad prompt, a model or a reward that cannot be used.
+    """
+    options = options_from_config(config)
+    mesh = mesh_from_config(config)
+    policy = policy_from_config(config)
+    if config.ppo.value == "none":
+        raise InputError(
+            "ppo.value is none, but PPO's advantages need values; use policy, shared or a MODEL."
+        )
+    online = Online(
+        train_step=functools.partial(train_step, options=options),
+        updates=options.epochs * options.minibatches,
+        minibatches=options.minibatches,
+        value=config.ppo.value,
+        kl_coefficient=options.kl_coefficient,
+    )
+    return online_task(config, workdir, policy, mesh, online)
+
+
+def options_from_config(config: Config) -> Options:
+    """PPO's numbers.
+
+    Raises:
+      InputError: a number out of its range.
+    """
+    ppo = config.ppo
+    positive = {
+        "epochs": ppo.epochs,
+        "minibatches": ppo.minibatches,
+        "clip": ppo.clip,
+        "kl_horizon": ppo.kl_horizon,
+    }
+    for name, value in positive.items():
+        if not value > 0:
+            raise InputError(f"ppo.{name} is {value}; it must be more than 0.")
+    not_negative = {
+        "kl_coefficient": ppo.kl_coefficient,
+        "kl_target": ppo.kl_target,
+        "value_clip": ppo.value_clip,
+        "value_coefficient": ppo.value_coefficient,
+    }
+    for name, value in not_negative.items():
+        if not value >= 0:
+            raise InputError(f"ppo.{name} is {value}; it must be 0 or more.")
+    for name, value in {"gamma": ppo.gamma, "lam": ppo.lam}.items():
+        if not 0 <= value <= 1:
+            raise InputError(f"ppo.{name} is {value}; it must lie between 0 and 1.")
+    if ppo.dual_clip and not ppo.dual_clip > 1:
+        raise InputError(f"ppo.dual_clip is {ppo.dual_clip}; it must be more than 1, or 0 (off).")
+    return Options(
+        epochs=ppo.epochs,
+        minibatches=ppo.minibatches,
+        clip=ppo.clip,
+        dual_clip=ppo.dual_clip,
+        value_clip=ppo.value_clip,
+        value_coefficient=ppo.value_coefficient,
+        gamma=ppo.gamma,
+        lam=ppo.lam,
+        kl_target=ppo.kl_target,
+        kl_horizon=ppo.kl_horizon,
+        kl_coefficient=ppo.kl_coefficient,
+        whiten_rewards=ppo.whiten_rewards,
+        whiten_advantages=ppo.whiten_advantages,
+    )

@@ -1,0 +1,152 @@
+"""RLOO: REINFORCE with a leave-one-out baseline (arXiv:2402.14740). Several answers to a prompt are scored, and each is
+compared with the mean of the others; there is no value network.
+
+The whole answer is one action: its reward is the score less beta times the sum of its tokens' k1, its log-probability
+the sum of its tokens'. With one update an iteration this is REINFORCE; with more, the ratio of the answer's
+probabilities is clipped as in PPO (which in the paper happened to fewer than 5 % of the answers).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict as Config
+
+from posttrain_jax.algorithms.online import Online, minibatch_updates, online_task
+from posttrain_jax.errors import InputError
+from posttrain_jax.experiment import mesh_from_config, policy_from_config
+from posttrain_jax.losses.advantages import leave_one_out
+from posttrain_jax.losses.ppo import clipped_policy_loss
+from posttrain_jax.rollouts.experience import Experience, Networks, logps_and_values
+from posttrain_jax.types import Array, Metrics, PyTree, Task, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """RLOO's numbers.
+
+    Attributes:
+      samples: answers per prompt, at least 2.
+      epochs, minibatches: as in PPO; 1 and 1 = REINFORCE.
+      clip: of the ratio of an answer's probabilities.
+    """
+
+    samples: int
+    epochs: int
+    minibatches: int
+    clip: float
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """Answers `[..., T]` with their advantages `[...]`; `tokens` is what `minibatch_updates` reads sizes from."""
+
+    rows: Experience
+    advantages: Array
+
+    @property
+    def tokens(self) -> Array:
+        """Of the rows."""
+        return self.rows.tokens
+
+
+def compared(experience: Experience, *, samples: int) -> Compared:
+    """Every answer's reward (score and penalty) less the mean of the other answers' to its prompt.
+
+    Args:
+      experience: `[M, B, T]`, the answers to one prompt side by side.
+      samples: K.
+    """
+    rewards = jnp.sum(jnp.where(experience.actions != 0, experience.rewards, 0.0), axis=-1)
+    grouped_PK = rewards.reshape(-1, samples)
+    advantages_PK = grouped_PK - leave_one_out(grouped_PK)
+    return Compared(experience, advantages_PK.reshape(rewards.shape))
+
+
+def answer_losses(
+    params: PyTree, part: Compared, *, networks: Networks, options: Options
+) -> tuple[Array, Metrics]:
+    """Sum of the losses of the answers `[B, T]` (differentiable), and metrics."""
+    rows = part.rows
+    logps_BT, _ = logps_and_values(params, rows, networks)
+    acts = rows.actions != 0
+    present_B = jnp.any(acts, axis=-1)
+    output = clipped_policy_loss(
+        jnp.sum(jnp.where(acts, logps_BT, 0.0), axis=-1),
+        jnp.sum(jnp.where(acts, rows.logps, 0.0), axis=-1),
+        part.advantages,
+        present_B,
+        clip=options.clip,
+    )
+    return jnp.sum(output.loss), jax.lax.stop_gradient(output.metrics)
+
+
+def train_step(
+    state: TrainState,
+    experience: Experience,
+    kl: Array,
+    *,
+    networks: Networks,
+    optimizer: optax.GradientTransformationExtraArgs,
+    schedule: Callable[[Array], Array],
+    ema_decay: float,
+    options: Options,
+) -> tuple[TrainState, Metrics]:
+    """One iteration on `[M, B, T]`."""
+    del kl  # beta is fixed
+    return minibatch_updates(
+        state,
+        compared(experience, samples=options.samples),
+        epochs=options.epochs,
+        minibatches=options.minibatches,
+        targets=lambda minibatch: minibatch,
+        losses=functools.partial(answer_losses, networks=networks, options=options),
+        optimizer=optimizer,
+        schedule=schedule,
+        ema_decay=ema_decay,
+    )
+
+
+def from_config(config: Config, workdir: Path) -> Task:
+    """Everything the training loop needs, from an experiment's config.
+
+    Raises:
+      InputError: a bad value, a bad prompt, a model or a reward that cannot be used.
+    """
+    options = options_from_config(config)
+    mesh = mesh_from_config(config)
+    policy = policy_from_config(config)
+    online = Online(
+        train_step=functools.partial(train_step, options=options),
+        updates=options.epochs * options.minibatches,
+        minibatches=options.minibatches,
+        value="none",
+        kl_coefficient=config.rloo.kl_coefficient,
+    )
+    return online_task(config, workdir, policy, mesh, online)
+
+
+def options_from_config(config: Config) -> Options:
+    """RLOO's numbers.
+
+    Raises:
+      InputError: a number out of its range.
+    """
+    rloo, samples = config.rloo, config.rollout.samples
+    if samples < 2:
+        raise InputError(
+            f"rollout.samples is {samples}; RLOO compares the answers to a prompt, so it needs 2 or more."
+        )
+    for name, value in {"epochs": rloo.epochs, "minibatches": rloo.minibatches, "clip": rloo.clip}.items():
+        if not value > 0:
+            raise InputError(f"rloo.{name} is {value}; it must be more than 0.")
+    if not rloo.kl_coefficient >= 0:
+        raise InputError(f"rloo.kl_coefficient is {rloo.kl_coefficient}; it must be 0 or more.")
+    return Options(samples=samples, epochs=rloo.epochs, minibatches=rloo.minibatches, clip=rloo.clip)

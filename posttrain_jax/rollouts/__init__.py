@@ -1,0 +1,1 @@
+"""From prompts to scored answers: what algorithms that sample learn from."""

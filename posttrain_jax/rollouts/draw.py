@@ -1,0 +1,235 @@
+"""Answers drawn from the policy, and the rows they make: what PPO and its relatives learn from.
+
+A rollout's row is the prompt and the answer, padded on the right, so that the position of a token is its place. All that
+belongs to a token of the answer (its log-probability, its value, its reward) stands at the place that predicts it, one
+to the left of the token: there the hidden state is the state, and the token the action.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from posttrain_jax.data.prompts import Prompt
+from posttrain_jax.data.sources import RowError
+from posttrain_jax.models.transformer import Model
+from posttrain_jax.sampling.choose import Sampling
+from posttrain_jax.sampling.generate import GenerateOptions, Sample, generate
+from posttrain_jax.sampling.prompts import encode_chat, encode_text
+from posttrain_jax.sharding import batch_sharding, host_data_shards
+from posttrain_jax.types import Array, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutOptions:
+    """How answers are drawn.
+
+    Attributes:
+      max_new_tokens: most tokens of an answer, the stop token included.
+      temperature: logits are divided by it, here and wherever log-probabilities are computed.
+      samples: answers per prompt.
+      batch_size: answers written side by side.
+      stop_token_ids: an answer ends with one of these.
+      truncate_token: an answer is cut after the first of these (Ziegler et al.: 13, "."); None = off.
+      truncate_after: but not within this many of its first tokens (16).
+    """
+
+    max_new_tokens: int
+    temperature: float
+    samples: int
+    batch_size: int
+    stop_token_ids: tuple[int, ...]
+    truncate_token: int | None = None
+    truncate_after: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """N answers as rows of T tokens, on the host; the answers to one prompt lie side by side.
+
+    Attributes:
+      prompts: what each row answers.
+      answers: its token ids, stop token included, after truncation.
+      ended: `[N]` bool: by a stop token (or by the token that it is truncated at), not by the limit.
+      tokens: `[N, T]` int32.
+      segment_ids: `[N, T]` int32, 1 where there is a token.
+      actions: `[N, T]` int32, 1 at the places that predict a token of the answer.
+      engine_logps: `[N, T]` float32 at these places: under the distribution that the token was drawn from.
+      ends: `[N]` int32, the place of the last token.
+    """
+
+    prompts: list[Prompt]
+    answers: list[np.ndarray]
+    ended: np.ndarray
+    tokens: np.ndarray
+    segment_ids: np.ndarray
+    actions: np.ndarray
+    engine_logps: np.ndarray
+    ends: np.ndarray
+
+    def select(self, rows: np.ndarray) -> Rollouts:
+        """Some of the rows."""
+        return Rollouts(
+            prompts=[self.prompts[row] for row in rows.tolist()],
+            answers=[self.answers[row] for row in rows.tolist()],
+            ended=self.ended[rows],
+            tokens=self.tokens[rows],
+            segment_ids=self.segment_ids[rows],
+            actions=self.actions[rows],
+            engine_logps=self.engine_logps[rows],
+            ends=self.ends[rows],
+        )
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """The answers as text, without special tokens."""
+        return [tokenizer.decode(answer, skip_special_tokens=True) for answer in self.answers]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RolloutBatch:
+    """Rollouts on the devices: `[M, B, T]`, and `[M, B, 1]` for what a row has one of. See `Rollouts`."""
+
+    tokens: Array
+    segment_ids: Array
+    actions: Array
+    engine_logps: Array
+    ends: Array
+    scores: Array
+
+
+def encode_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """int32 ids of a row's `prompt_ids`, `messages` (by the chat template) or `prompt` (plain text).
+
+    Raises:
+      RowError: it has none of them, or more than one.
+      InputError: no chat template, or one that refuses the messages.
+    """
+    have = [name for name in ("prompt", "messages", "prompt_ids") if row.get(name) is not None]
+    if len(have) != 1:
+        raise RowError(
+            "prompt", f"a row has one of prompt, messages and prompt_ids, and this one has {have or 'none'}"
+        )
+    value = row[have[0]]
+    if have[0] == "prompt":
+        if not isinstance(value, str):
+            raise RowError("prompt", f"is a {type(value).__name__}, not a text")
+        return encode_text(tokenizer, value)
+    if have[0] == "messages":
+        if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+            raise RowError("messages", "is no list of messages")
+        return encode_chat(tokenizer, value)
+    if not isinstance(value, list) or not all(type(token) is int for token in value):
+        raise RowError("prompt_ids", "is no list of whole numbers")
+    return np.asarray(value, np.int32)
+
+
+def roll_out(
+    model: Model,
+    params: PyTree,
+    prompts: Sequence[Prompt],
+    options: RolloutOptions,
+    *,
+    row_length: int,
+    seed: int,
+) -> Rollouts:
+    """Draws `options.samples` answers to every prompt. The same arguments give the same answers.
+
+    Args:
+      model, params: the policy.
+      prompts: what is answered.
+      options: how.
+      row_length: T, at least the longest prompt and `max_new_tokens` together.
+      seed: of the draws.
+    """
+    samples = generate(
+        model,
+        params,
+        [prompt.tokens for prompt in prompts],
+        GenerateOptions(
+            options.max_new_tokens,
+            stop_token_ids=options.stop_token_ids,
+            sampling=Sampling(temperature=options.temperature),
+            num_samples=options.samples,
+            seed=seed,
+            batch_size=options.batch_size,
+        ),
+        names=[prompt.row_id for prompt in prompts],
+    )
+    return as_rows([prompts[sample.prompt] for sample in samples], samples, options, row_length)
+
+
+def as_rows(
+    prompts: list[Prompt], samples: Sequence[Sample], options: RolloutOptions, row_length: int
+) -> Rollouts:
+    """Samples (and the prompt of each) as rows."""
+    shape = (len(samples), row_length)
+    tokens, segments, actions = (np.zeros(shape, np.int32) for _ in range(3))
+    engine_logps = np.zeros(shape, np.float32)
+    answers, ended = [], []
+    for n, (prompt, sample) in enumerate(zip(prompts, samples, strict=True)):
+        answer, end = truncate(
+            sample.tokens,
+            sample.finish_reason == "stop",
+            token=options.truncate_token,
+            after=options.truncate_after,
+        )
+        first, last = prompt.tokens.size, prompt.tokens.size + answer.size
+        tokens[n, :first], tokens[n, first:last] = prompt.tokens, answer
+        segments[n, :last] = 1
+        actions[n, first - 1 : last - 1] = 1
+        engine_logps[n, first - 1 : last - 1] = sample.sample_logprobs[: answer.size]
+        answers.append(answer)
+        ended.append(end)
+    return Rollouts(
+        prompts=prompts,
+        answers=answers,
+        ended=np.asarray(ended),
+        tokens=tokens,
+        segment_ids=segments,
+        actions=actions,
+        engine_logps=engine_logps,
+        ends=segments.sum(axis=1, dtype=np.int32) - 1,
+    )
+
+
+def truncate(tokens: np.ndarray, ended: bool, *, token: int | None, after: int) -> tuple[np.ndarray, bool]:
+    """The answer up to and with the first `token` that is not among its first `after` tokens, and whether it has one
+    (Ziegler et al., arXiv:1909.08593: "." after 16 of 24); with `token` None the answer as it is."""
+    if token is None:
+        return tokens, ended
+    places = np.flatnonzero(tokens[after:] == token)
+    return (tokens[: after + places[0] + 1], True) if places.size else (tokens, False)
+
+
+def put_rollouts(rollouts: Rollouts, scores: np.ndarray, mesh: Mesh, micro_batches: int) -> RolloutBatch:
+    """The rows on the devices. Every process has all of them and gives its own share.
+
+    Args:
+      rollouts: N rows; `micro_batches` times the devices that split rows divides N.
+      scores: float32 `[N]`.
+      mesh: of the devices.
+      micro_batches: M.
+    """
+    sharding = batch_sharding(mesh)
+    host, hosts = host_data_shards(mesh)
+
+    def put(rows: np.ndarray) -> Array:
+        rows = rows[:, None] if rows.ndim == 1 else rows
+        split = rows.reshape(micro_batches, hosts, -1, rows.shape[-1])[:, host]
+        return jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(split))
+
+    return RolloutBatch(
+        tokens=put(rollouts.tokens),
+        segment_ids=put(rollouts.segment_ids),
+        actions=put(rollouts.actions),
+        engine_logps=put(rollouts.engine_logps),
+        ends=put(rollouts.ends),
+        scores=put(scores.astype(np.float32)),
+    )

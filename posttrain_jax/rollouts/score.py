@@ -1,0 +1,260 @@
+"""From answers to one float32 score each: reward models, Python functions in worker processes, and how they are joined."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from posttrain_jax.errors import InputError
+from posttrain_jax.load_model import LoadedModel, load_members
+from posttrain_jax.losses.reward import combine_scores_mean, combine_scores_min, combine_scores_uncertainty
+from posttrain_jax.models.reward_head import scores
+from posttrain_jax.models.transformer import Model
+from posttrain_jax.optim import map_micro_batches
+from posttrain_jax.rewards import combine
+from posttrain_jax.rewards.answer import Answer
+from posttrain_jax.rewards.workers import PythonReward, RewardWorkers
+from posttrain_jax.rollouts.draw import RolloutBatch, Rollouts, put_rollouts
+from posttrain_jax.sharding import batch_sharding, jit_step, replicated
+from posttrain_jax.types import Array, PyTree
+
+MISSING_END = ("keep", "replace", "penalise")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreOptions:
+    """How the components of a score become one number, in this order.
+
+    Attributes:
+      weights: of each component, by its name.
+      free_tokens, per_token: this much is taken off for each token of an answer beyond so many (0 = off).
+      clip: the score is brought into [-clip, clip] (0 = off).
+      missing_end: an answer without an end token "keep"s its score, has it "replace"d by `missing_end_value`
+        (Ziegler et al., Huang et al.: -1), or is "penalise"d by that much.
+      missing_end_value: see there.
+    """
+
+    weights: Mapping[str, float]
+    free_tokens: int
+    per_token: float
+    clip: float
+    missing_end: str
+    missing_end_value: float
+
+    def __post_init__(self) -> None:
+        if self.missing_end not in MISSING_END:
+            raise InputError(
+                f"score.missing_end is {self.missing_end!r}; use one of {', '.join(MISSING_END)}."
+            )
+        for name, value in self.weights.items():
+            if not math.isfinite(value):
+                raise InputError(f"score.weights gives {name} the weight {value}; write a finite number.")
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModel:
+    """A reward model, or an ensemble whose scores are joined by `combine_scores` (`[E, N]` to `[N]`)."""
+
+    members: Sequence[LoadedModel]
+    combine_scores: Callable[[Array], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What was made of N answers.
+
+    Attributes:
+      scores: float32 `[N]`, what is learnt from.
+      components: float32 `[N]` each, by name.
+      failures: how many answers a reward function failed at, by name.
+      error: the first error of a function, or "".
+    """
+
+    scores: np.ndarray
+    components: dict[str, np.ndarray]
+    failures: dict[str, int]
+    error: str
+
+
+class Scorer:
+    """Scores rollouts; use `close` at the end.
+
+    Args:
+      tokenizer: the policy's.
+      functions: Python rewards by name.
+      models: reward models by name.
+      options: how they are joined.
+      mesh: where the models' parameters are.
+      rows: how many a model scores at once, in `micro_batches` parts.
+      micro_batches: see there.
+      workers: processes for the functions.
+
+    Raises:
+      InputError: nothing that scores, or a reward model that reads other tokens than the policy writes.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        functions: Mapping[str, PythonReward],
+        models: Mapping[str, RewardModel],
+        options: ScoreOptions,
+        mesh: Mesh,
+        rows: int,
+        micro_batches: int,
+        workers: int = 2,
+    ) -> None:
+        if not functions and not models:
+            raise InputError("Nothing scores the answers; set score.functions or score.models.")
+        for model in models.values():
+            check_tokenizer(model.members[0], tokenizer)
+        self._tokenizer = tokenizer
+        self._models = dict(models)
+        self._options = options
+        self._mesh = mesh
+        self._rows = rows
+        self._micro_batches = micro_batches
+        self._workers = RewardWorkers(functions, workers=workers) if functions else None
+
+    def __call__(self, rollouts: Rollouts) -> Scored:
+        """Every answer's score."""
+        components: dict[str, np.ndarray] = {}
+        failures: dict[str, int] = {}
+        error = ""
+        if self._workers is not None:
+            for name, found in self._workers.score(self._answers(rollouts)).items():
+                components[name] = found.scores_N
+                failures[name] = sum(found.counts.values())
+                error = error or next(iter(found.errors.values()), "")
+        for name, reward in self._models.items():
+            found_EN = np.stack([self._by_model(member, rollouts) for member in reward.members])
+            components[name] = np.asarray(reward.combine_scores(jnp.asarray(found_EN)), np.float32)
+        return Scored(self._joined(components, rollouts), components, failures, error)
+
+    def _by_model(self, member: LoadedModel, rollouts: Rollouts) -> np.ndarray:
+        """Its score of every answer, `[N]`; the last rows are filled up, so that one program does them all."""
+        found = []
+        score = _scores(member.model, self._mesh)
+        count = len(rollouts.answers)
+        for first in range(0, count, self._rows):
+            places = np.minimum(np.arange(first, first + self._rows), count - 1)
+            part = rollouts.select(places)
+            batch = put_rollouts(part, np.zeros(self._rows, np.float32), self._mesh, self._micro_batches)
+            found.append(np.asarray(score(member.params, batch)))
+        return np.concatenate(found)[:count]
+
+    def _joined(self, components: Mapping[str, np.ndarray], rollouts: Rollouts) -> np.ndarray:
+        options = self._options
+        score = combine.weighted_sum(components, options.weights)
+        if options.per_token:
+            lengths = np.asarray([answer.size for answer in rollouts.answers], np.float32)
+            score = score + combine.length_penalty(
+                lengths, free=options.free_tokens, per_token=options.per_token
+            )
+        if options.clip:
+            score = combine.clip(score, low=-options.clip, high=options.clip)
+        if options.missing_end == "replace":
+            score = combine.replace_unfinished(score, rollouts.ended, value=options.missing_end_value)
+        elif options.missing_end == "penalise":
+            score = combine.penalise_unfinished(score, rollouts.ended, penalty=options.missing_end_value)
+        return np.asarray(score, np.float32)
+
+    def _answers(self, rollouts: Rollouts) -> list[Answer]:
+        return [
+            Answer(
+                prompt=prompt.row.get("messages") or prompt.row.get("prompt") or "",
+                prompt_ids=tuple(prompt.tokens.tolist()),
+                text=text,
+                token_ids=tuple(answer.tolist()),
+                finish_reason="stop" if ended else "length",
+                row=prompt.row,
+            )
+            for prompt, text, answer, ended in zip(
+                rollouts.prompts,
+                rollouts.texts(self._tokenizer),
+                rollouts.answers,
+                rollouts.ended.tolist(),
+                strict=True,
+            )
+        ]
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        if self._workers is not None:
+            self._workers.close()
+
+
+def load_reward_model(
+    name: str, *, combination: str, coefficient: float, mesh: Mesh, dtype: str
+) -> RewardModel:
+    """A reward model or an ensemble from a MODEL.
+
+    Args:
+      name: the MODEL.
+      combination: of an ensemble: "mean", "min" or "uncertainty" (mean - coefficient * variance; arXiv:2310.02743).
+      coefficient: of "uncertainty".
+      mesh: where the parameters go.
+      dtype: compute dtype.
+
+    Raises:
+      InputError: no such model, one without a score head, an unknown combination.
+    """
+    combinations: dict[str, Callable[[Array], Array]] = {
+        "mean": combine_scores_mean,
+        "min": combine_scores_min,
+        "uncertainty": functools.partial(combine_scores_uncertainty, coefficient=coefficient),
+    }
+    if combination not in combinations:
+        raise InputError(f"score.combine is {combination!r}; use one of {', '.join(combinations)}.")
+    return RewardModel(load_members(name, dtype=dtype, mesh=mesh), combinations[combination])
+
+
+def check_tokenizer(reward: LoadedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a reward model whose token ids mean other texts than the policy's.
+
+    Raises:
+      InputError: names both.
+    """
+    theirs = reward.tokenizer
+    if theirs is None or theirs.get_vocab() != tokenizer.get_vocab():
+        raise InputError(
+            f"The reward model {reward.source.name} has another tokenizer ({_name(theirs)}) than the policy "
+            f"({_name(tokenizer)}): the same ids are other texts; use a reward model trained with the policy's tokenizer."
+        )
+
+
+def _name(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    if tokenizer is None:
+        return "none"
+    return f"{tokenizer.name_or_path or type(tokenizer).__name__}, {len(tokenizer):,} tokens"
+
+
+@functools.lru_cache(maxsize=8)
+def _scores(model: Model, mesh: Mesh) -> Callable[[PyTree, RolloutBatch], Array]:
+    return jit_step(
+        functools.partial(_score_step, model=model),
+        mesh,
+        in_shardings=(None, batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )
+
+
+def _score_step(params: PyTree, batch: RolloutBatch, *, model: Model) -> Array:
+    """The score at the last token of every row, `[N]`."""
+
+    def of_rows(rows: RolloutBatch) -> Array:
+        places = jnp.broadcast_to(jnp.arange(rows.tokens.shape[1], dtype=jnp.int32)[None], rows.tokens.shape)
+        output = model.apply(
+            params, rows.tokens, segment_ids_BT=rows.segment_ids, positions_BT=places, logits=False
+        )
+        return scores(params["score_head"], output.hidden_BTD, rows.ends)[:, 0]
+
+    return map_micro_batches(of_rows, batch, jnp.int32(batch.tokens.shape[0])).reshape(-1)
