@@ -54,9 +54,10 @@ def test_approx_kl_by_hand():
     assert mean(metrics["approx_kl_k1"]) == pytest.approx(0.0, abs=1e-6)
     assert mean(metrics["approx_kl_k2"]) == pytest.approx(math.log(2) ** 2 / 2, rel=1e-6)
     assert mean(metrics["approx_kl_k3"]) == pytest.approx(0.25, rel=1e-6)
-    # The direction: a policy that has left its tokens (r < 1) has a positive k1.
+    # The direction: a policy that has left its tokens, r = 1/e: k1 = 1, k3 = 1/e - 1 + 1.
     left = ppo.clipped_policy_loss(OLD - 1.0, OLD, ADVANTAGES, ALL, clip=0.25).metrics
     assert mean(left["approx_kl_k1"]) == pytest.approx(1.0)
+    assert mean(left["approx_kl_k3"]) == pytest.approx(math.exp(-1))
 
 
 def test_clip_high_by_hand():
