@@ -42,7 +42,7 @@ def base_config() -> ConfigDict:
     config.train.max_skipped = 5  # non-finite updates in a row that stop the run
 
     config.optim = ConfigDict()
-    config.optim.name = "adamw"  # adamw, adafactor, lion, rmsprop, sgd
+    config.optim.name = "adamw"  # adamw, adafactor, lion, rmsprop, sgd, adam_tf
     config.optim.lr = 1e-5
     config.optim.schedule = "cosine"  # constant, linear, cosine, wsd
     config.optim.warmup = 0.0  # < 1: share of the steps; else steps

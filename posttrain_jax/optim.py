@@ -14,7 +14,7 @@ from posttrain_jax.trees import global_norm, leaf_path
 from posttrain_jax.types import Array, Metric, Metrics, PyTree, TrainState
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
-OPTIMIZERS = ("adamw", "adafactor", "lion", "rmsprop", "sgd")
+OPTIMIZERS = ("adamw", "adafactor", "lion", "rmsprop", "sgd", "adam_tf")
 
 
 def make_schedule(
@@ -92,7 +92,8 @@ def make_optimizer(
 
     AdamW (arXiv:1711.05101), Lion (arXiv:2302.06675), Adafactor (arXiv:1804.04235; no parameter scaling, so
     that `lr` means the same everywhere), RMSprop as PyTorch has it (its alpha is `beta2`; eps outside the root), SGD
-    with momentum.
+    with momentum, and Adam as TensorFlow 1 has it (`scale_by_adam_tf`, the optimiser of OpenAI's RLHF code; decay as
+    in AdamW).
 
     Raises:
       InputError: an unknown name.
@@ -118,9 +119,42 @@ def make_optimizer(
     elif name == "sgd":
         decay = optax.add_decayed_weights(weight_decay, decay_mask)
         rule = optax.chain(decay, optax.sgd(schedule, momentum=momentum or None))
+    elif name == "adam_tf":
+        decay = optax.add_decayed_weights(weight_decay, decay_mask)
+        rule = optax.chain(scale_by_adam_tf(beta1, beta2, eps), decay, optax.scale_by_learning_rate(schedule))
     else:
         raise InputError(f"optim.name is {name!r}; use one of {', '.join(OPTIMIZERS)}.")
     return optax.chain(divide_and_clip(clip_norm), rule)
+
+
+def scale_by_adam_tf(beta1: float, beta2: float, eps: float) -> optax.GradientTransformation:
+    """Adam with eps beside the uncorrected root: sqrt(1 - beta2^t) / (1 - beta1^t) * m_t / (sqrt(v_t) + eps).
+
+    The formula before section 2.1 of arXiv:1412.6980 and TensorFlow 1's AdamOptimizer, with which OpenAI's
+    lm-human-preferences was trained. The usual form has sqrt(v_t / (1 - beta2^t)) + eps, which is this one with an eps
+    of sqrt(1 - beta2^t) times the size: its first steps are larger where gradients are not far above eps (Huang et
+    al. 2023, "The N Implementation Details of RLHF with PPO").
+    """
+
+    def init(params: PyTree) -> optax.ScaleByAdamState:
+        return optax.ScaleByAdamState(
+            count=jnp.zeros((), jnp.int32),
+            mu=jax.tree.map(jnp.zeros_like, params),
+            nu=jax.tree.map(jnp.zeros_like, params),
+        )
+
+    def update(
+        gradients: PyTree, state: optax.ScaleByAdamState, params: PyTree = None
+    ) -> tuple[PyTree, optax.ScaleByAdamState]:
+        mu = jax.tree.map(lambda m, g: beta1 * m + (1.0 - beta1) * g, state.mu, gradients)
+        nu = jax.tree.map(lambda v, g: beta2 * v + (1.0 - beta2) * jnp.square(g), state.nu, gradients)
+        count = state.count + 1
+        steps = count.astype(float)  # a whole power of a known number would be compiled anew at every step
+        factor = jnp.sqrt(1.0 - beta2**steps) / (1.0 - beta1**steps)
+        updates = jax.tree.map(lambda m, v: (factor * m / (jnp.sqrt(v) + eps)).astype(m.dtype), mu, nu)
+        return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+
+    return optax.GradientTransformation(init, update)
 
 
 def divide_and_clip(clip_norm: float) -> optax.GradientTransformationExtraArgs:

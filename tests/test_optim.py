@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from posttrain_jax.errors import InputError
@@ -83,6 +84,68 @@ def test_rmsprop_by_hand():
     params = {"w": jnp.asarray([1.0])}
     updates, _ = optimizer.update({"w": jnp.asarray([0.5])}, optimizer.init(params), params)
     np.testing.assert_allclose(params["w"] + updates["w"], [0.0], atol=1e-5)
+
+
+ADAM_GRADIENTS = np.array([[1e-3, -2.0], [3e-5, 0.5], [-2e-4, 0.0], [1e-6, -1.0], [5e-4, 0.25]])
+
+
+def test_adam_tf_by_hand():
+    """beta 0.9 and 0.75, eps 0.5, gradient 2 at rate 0.1: m = 0.2, v = 1; 0.1 * sqrt(0.25) / 0.1 * 0.2 / 1.5 = 1/15.
+
+    The usual Adam: m^ = 2, v^ = 4; 0.1 * 2 / 2.5 = 0.08.
+    """
+    params = {"kernel": jnp.zeros(1)}
+    for name, want in (("adam_tf", -1 / 15), ("adamw", -0.08)):
+        optimizer = make_optimizer(name, lambda step: 0.1, beta2=0.75, eps=0.5, clip_norm=0.0)
+        updates, _ = optimizer.update({"kernel": jnp.array([2.0])}, optimizer.init(params), params)
+        np.testing.assert_allclose(updates["kernel"], [want], rtol=1e-6)
+
+
+def test_adam_tf_against_a_loop():
+    """TensorFlow's rule in float64, with a rate that changes: 0.1, 0.09, ... and the mean of sums over 4."""
+    with jax.enable_x64(True):
+        params = {"kernel": jnp.array([1.0, -1.0])}
+        optimizer = make_optimizer("adam_tf", lambda step: 0.1 - 0.01 * step, eps=1e-5, clip_norm=0.0)
+        state = optimizer.init(params)
+        theta, m, v = np.array([1.0, -1.0]), np.zeros(2), np.zeros(2)
+        for t, gradient in enumerate(ADAM_GRADIENTS, start=1):
+            sums = {"kernel": jnp.asarray(4.0 * gradient)}
+            updates, state = optimizer.update(sums, state, params, count=4.0)
+            params = {"kernel": params["kernel"] + updates["kernel"]}
+            m = 0.9 * m + 0.1 * gradient
+            v = 0.999 * v + 0.001 * gradient**2
+            rate = (0.1 - 0.01 * (t - 1)) * np.sqrt(1 - 0.999**t) / (1 - 0.9**t)
+            theta = theta - rate * m / (np.sqrt(v) + 1e-5)
+            np.testing.assert_allclose(params["kernel"], theta, rtol=1e-12)
+
+
+def test_adam_tf_is_adam_with_another_eps():
+    """At step t they are equal where eps_tf = eps sqrt(1 - beta2^t); their states do not depend on eps."""
+    with jax.enable_x64(True):
+        params = {"kernel": jnp.zeros(2)}
+        adam = optax.adam(0.1, eps=1e-5)
+        adam_state = adam.init(params)
+        state = make_optimizer("adam_tf", lambda step: 0.1, clip_norm=0.0).init(params)
+        for t, gradient in enumerate(ADAM_GRADIENTS, start=1):
+            eps = 1e-5 * float(np.sqrt(1 - 0.999**t))
+            matching = make_optimizer("adam_tf", lambda step: 0.1, eps=eps, clip_norm=0.0)
+            same = make_optimizer("adam_tf", lambda step: 0.1, eps=1e-5, clip_norm=0.0)
+            gradients = {"kernel": jnp.asarray(gradient)}
+            want, adam_state = adam.update(gradients, adam_state)
+            other, _ = same.update(gradients, state, params)
+            got, state = matching.update(gradients, state, params)
+            np.testing.assert_allclose(got["kernel"], want["kernel"], rtol=1e-12)
+            # With one eps for both, the small gradients move less under TensorFlow's rule.
+            assert abs(other["kernel"][0]) < 0.8 * abs(want["kernel"][0])
+
+
+def test_adam_tf_decays_as_adamw_does():
+    """No gradient: a kernel moves by -lr * decay * w = -0.1 * 0.5 * 2, a bias not at all."""
+    optimizer = make_optimizer("adam_tf", lambda step: 0.1, weight_decay=0.5)
+    params = {"kernel": jnp.array([2.0]), "bias": jnp.array([2.0])}
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], [-0.1], rtol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], [0.0])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

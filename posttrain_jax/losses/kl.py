@@ -55,6 +55,37 @@ def k3(policy_logps_BT: Array, reference_logps_BT: Array) -> Array:
     return jnp.expm1(log_ratio_BT) - log_ratio_BT
 
 
+def adapted_kl_coefficient(
+    coefficient: float | Array, kl: float | Array, *, target: float, horizon: float, episodes: int
+) -> Array:
+    """beta * (1 + clip(kl / target - 1, -0.2, 0.2) * episodes / horizon), scalar float32: the next coefficient.
+
+    Ziegler et al., arXiv:1909.08593, section 2.2 (K_beta e_t, with K_beta = episodes / horizon as in their code):
+    a KL above its target raises the penalty, one below lowers it. A KL that is NaN leaves it as it is, so that one
+    broken batch does not end the run.
+
+    Args:
+      coefficient: beta, of the batch just collected.
+      kl: that batch's KL of whole answers to the reference, nats: the mean over answers of the sum over tokens of k1.
+      target: the KL wanted, nats; above 0.
+      horizon: in how many episodes a KL that stays far off moves beta by about 20 %.
+      episodes: answers in the batch; at 5 horizons or more beta could become negative.
+
+    Raises:
+      ValueError: the target or horizon is not above 0, or the batch is 5 horizons or more.
+    """
+    if target <= 0 or horizon <= 0:
+        raise ValueError(f"The KL's target and horizon are above 0; they are {target} and {horizon}.")
+    if not 0 <= episodes < 5 * horizon:
+        raise ValueError(
+            f"A batch of {episodes} episodes with a horizon of {horizon} could make the KL coefficient negative; "
+            "use a horizon of more than a fifth of the batch."
+        )
+    error = jnp.clip(jnp.asarray(kl, jnp.float32) / target - 1.0, -0.2, 0.2)
+    error = jnp.where(jnp.isnan(error), 0.0, error)
+    return jnp.asarray(coefficient, jnp.float32) * (1.0 + error * episodes / horizon)
+
+
 def categorical_kl(policy_logits_BTV: Array, reference_logits_BTV: Array) -> Array:
     """sum_v p_v (log p_v - log q_v) over the last axis, float32 `[B, T]`, nats; differentiable in both.
 

@@ -1,6 +1,6 @@
 """What all losses of one value per row share: weights, and rows that are only padding.
 
-A row is a pair of answers, an answer or a prompt; its `weight` says how much it counts. Weight 0 means that
+A row is a pair of answers, an answer, a prompt or a token; its `weight` says how much it counts. Weight 0 means that
 there is no row (padding). Whatever stands in such a row, NaN included, is replaced by 0 before anything is
 computed from it, so that its loss and its gradient are exactly 0.
 
@@ -58,6 +58,11 @@ def rows_like(values_B: Array, weights_B: Array | None) -> Rows:
     if weights_B is None:
         return Rows(jnp.ones(jnp.shape(values_B), jnp.float32))
     return Rows(jnp.asarray(weights_B).astype(jnp.float32))
+
+
+def rows_of_mask(mask: Array) -> Rows:
+    """Rows that count 1 where `mask` is non-zero (whatever its dtype), of its shape: the tokens of `[B, T]`."""
+    return Rows((jnp.asarray(mask) != 0).astype(jnp.float32))
 
 
 def per_token(sums_B: Array, lengths_B: Array) -> Array:

@@ -192,7 +192,7 @@ def test_ema_is_the_moving_average_by_hand():
 
 
 # Learning rates that suit each optimiser on this model.
-RATES = {"adamw": 1e-2, "adafactor": 1e-2, "lion": 1e-2, "rmsprop": 1e-3, "sgd": 1e-1}
+RATES = {"adamw": 1e-2, "adafactor": 1e-2, "lion": 1e-2, "rmsprop": 1e-3, "sgd": 1e-1, "adam_tf": 1e-2}
 
 
 def falls(optimizer: str, schedule: str) -> None:

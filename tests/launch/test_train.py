@@ -64,7 +64,10 @@ def test_bad_flags(processes, name: str, tmp_path: Path):
 
 # Wrong values of keys that exist.
 VALUES = {
-    "optimiser": ("optim.name=adam", ["optim.name is 'adam'", "adamw, adafactor, lion, rmsprop, sgd"]),
+    "optimiser": (
+        "optim.name=adam",
+        ["optim.name is 'adam'", "adamw, adafactor, lion, rmsprop, sgd, adam_tf"],
+    ),
     "schedule": ("optim.schedule=cos", ["optim.schedule is 'cos'", "constant, linear, cosine, wsd"]),
     "remat": ("train.remat=some", ["train.remat is 'some'", "none, elementwise, mlp, full"]),
     "dtype": ("model.dtype=fp8", ["model.dtype is 'fp8'", "float32 or bfloat16"]),

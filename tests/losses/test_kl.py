@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from posttrain_jax.losses.kl import categorical_kl, k1, k2, k3
+from posttrain_jax.losses.kl import adapted_kl_coefficient, categorical_kl, k1, k2, k3
 
 POLICY = jnp.array([0.5, -1.0, 1.5, 0.0])
 REFERENCE = jnp.array([1.0, 0.3, -0.7, 0.2])
@@ -103,3 +103,47 @@ def test_what_the_policy_cannot_draw_adds_nothing():
 
 def test_gradients_of_the_exact_kl():
     check_grads(categorical_kl, (POLICY, REFERENCE), order=1, modes=("rev",), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("kl", "want"),
+    [
+        (6.6, 0.15 * (1 + 0.1 * 0.05)),  # 10 % above the target
+        (5.4, 0.15 * (1 - 0.1 * 0.05)),
+        (6.0, 0.15),
+        (60.0, 0.15 * (1 + 0.2 * 0.05)),  # far off: 0.2 at most
+        (-1.0, 0.15 * (1 - 0.2 * 0.05)),  # an estimate may be negative
+        (math.inf, 0.15 * (1 + 0.2 * 0.05)),
+        (math.nan, 0.15),
+    ],
+)
+def test_adapted_coefficient_by_hand(kl, want):
+    """Ziegler et al.'s numbers: beta 0.15, target 6 nats, horizon 10,000; 500 episodes are 0.05 of it."""
+    got = adapted_kl_coefficient(0.15, kl, target=6.0, horizon=10_000, episodes=500)
+    assert got.dtype == jnp.float32 and got.shape == ()
+    assert float(got) == pytest.approx(want, rel=1e-6)
+    traced = jax.jit(lambda b, k: adapted_kl_coefficient(b, k, target=6.0, horizon=10_000, episodes=500))
+    assert float(traced(jnp.float32(0.15), jnp.float32(kl))) == pytest.approx(want, rel=1e-6)
+
+
+def test_the_coefficient_finds_the_kl_that_it_is_for():
+    """A world where KL = 1 / beta: from 0.15 (6.7 nats) to the 0.5 that has 2 nats."""
+    coefficient = jnp.float32(0.15)
+    for _ in range(600):
+        coefficient = adapted_kl_coefficient(
+            coefficient, 1.0 / coefficient, target=2.0, horizon=10_000, episodes=512
+        )
+    assert float(coefficient) == pytest.approx(0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": 0.0, "horizon": 100, "episodes": 1}, "above 0"),
+        ({"target": 6.0, "horizon": 0, "episodes": 1}, "above 0"),
+        ({"target": 6.0, "horizon": 100, "episodes": 500}, "negative"),
+    ],
+)
+def test_adaptation_that_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        adapted_kl_coefficient(0.1, 1.0, **options)
