@@ -118,9 +118,7 @@ def token_losses(
         clip=options.clip,
         dual_clip=options.dual_clip or None,
     )
-    value = clipped_value_loss(
-        values_BT, rows.values, targets.returns, rows.actions, clip=options.value_clip
-    )
+    value = clipped_value_loss(values_BT, rows.values, targets.returns, rows.actions, clip=options.value_clip)
     total = jnp.sum(policy.loss) + options.value_coefficient * jnp.sum(value.loss)
     metrics = {
         **value.metrics,

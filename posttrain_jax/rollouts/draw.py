@@ -1,8 +1,8 @@
 """Answers drawn from the policy, and the rows they make: what PPO and its relatives learn from.
 
-A rollout's row is the prompt and the answer, padded on the right, so that the position of a token is its place. All that
-belongs to a token of the answer (its log-probability, its value, its reward) stands at the place that predicts it, one
-to the left of the token: there the hidden state is the state, and the token the action.
+A rollout's row is the prompt and the answer, padded on the right, so that the position of a token is its place. All
+that belongs to a token of the answer (its log-probability, its value, its reward) stands at the place that predicts it,
+one to the left of the token: there the hidden state is the state, and the token the action.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is learnt from: scored answers with log-probabilities of policy and reference, values, and a reward per token."""
+"""What is learnt from: scored answers, with log-probabilities of policy and reference, values, rewards per token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From answers to one float32 score each: reward models, Python functions in worker processes, and how they are joined."""
+"""From answers to one float32 score each: reward models, Python functions in worker processes, joined."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def check_tokenizer(reward: LoadedModel, tokenizer: PreTrainedTokenizerBase) -> 
     if theirs is None or theirs.get_vocab() != tokenizer.get_vocab():
         raise InputError(
             f"The reward model {reward.source.name} has another tokenizer ({_name(theirs)}) than the policy "
-            f"({_name(tokenizer)}): the same ids are other texts; use a reward model trained with the policy's tokenizer."
+            f"({_name(tokenizer)}): the same ids are other texts; use one that was trained with the policy's tokenizer."
         )
 
 

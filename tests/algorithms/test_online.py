@@ -1,0 +1,121 @@
+"""PPO and RLOO: every run here is `launch.train`'s, with the real engine and real worker processes."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from configs.ppo.letters import get_config
+from launch.train import run
+from posttrain_jax.export_model import export_hf
+from posttrain_jax.load_model import load_model
+from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.models.transformer import make_model
+
+WORDS = ("<end>", "a", "b", "c", "d")
+LONGEST = 3
+BETA = 0.5
+# Written out, so that the reward function, which runs in another process, and the test cannot share a mistake.
+REWARDS = "tests.algorithms.letter_rewards:a_good_d_bad"
+
+
+@pytest.fixture(scope="module")
+def five_words(tmp_path_factory) -> Path:
+    """A model of two small layers that knows five tokens, the first of them its end."""
+    folder = tmp_path_factory.mktemp("five") / "model"
+    config = ModelConfig(
+        "llama", len(WORDS), 16, 2, 2, 2, 8, 32, query_scale=8**-0.5, max_length=16, eos_token_ids=(0,)
+    )
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<end>"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")
+    params = make_model(config).init(jax.random.key(3))
+    export_hf(folder, config=config, params=params, tokenizer=tokenizer)
+    return folder
+
+
+def answers() -> list[tuple[int, ...]]:
+    """All that can be written: ended by token 0, or cut at LONGEST tokens."""
+    every = []
+    for length in range(1, LONGEST + 1):
+        for tokens in itertools.product(range(len(WORDS)), repeat=length):
+            inside, last = tokens[:-1], tokens[-1]
+            if 0 not in inside and (last == 0 or length == LONGEST):
+                every.append(tokens)
+    return every
+
+
+def probabilities(model: Path | str, prompt: tuple[int, ...]) -> np.ndarray:
+    """Of every answer, by the model's own log-probabilities of each token."""
+    loaded = load_model(str(model))
+    every = answers()
+    rows = np.zeros((len(every), len(prompt) + LONGEST), np.int32)
+    for n, tokens in enumerate(every):
+        rows[n, : len(prompt) + len(tokens)] = (*prompt, *tokens)
+    logits = jax.jit(lambda tokens: loaded.model.apply(loaded.params, tokens).logits_BTV)(jnp.asarray(rows))
+    logps = np.asarray(jax.nn.log_softmax(logits))
+    first = len(prompt) - 1
+    return np.exp(
+        [sum(logps[n, first + i, token] for i, token in enumerate(tokens)) for n, tokens in enumerate(every)]
+    )
+
+
+def reward(tokens: tuple[int, ...]) -> float:
+    """What `letter_rewards.a_good_d_bad` gives: an a is worth 1, a d costs 1/2, to have ended is worth 1/2."""
+    return tokens.count(1) - 0.5 * tokens.count(4) + 0.5 * (tokens[-1] == 0)
+
+
+def optimum(reference: np.ndarray) -> np.ndarray:
+    """pi*(y) = pi_ref(y) exp(r(y) / beta) / Z, which maximises E[r] - beta KL(pi || pi_ref)."""
+    weighted = reference * np.exp([reward(tokens) / BETA for tokens in answers()])
+    return weighted / weighted.sum()
+
+
+def enumerable(model: Path, algorithm: str, seed: int, folder: Path) -> ConfigDict:
+    config = get_config()
+    config.algorithm = algorithm
+    config.seed = seed
+    config.model.init, config.model.tokenizer, config.model.config = str(model), "", ConfigDict()
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text('{"prompt": "b c"}\n')
+    config.data.train, config.data.eval, config.data.max_length = str(prompts), "", 8
+    config.rollout.max_new_tokens = LONGEST
+    config.rollout.samples = 32
+    config.score.functions = (REWARDS,)
+    config.train.rows_per_step, config.train.steps = 8, 60
+    config.ppo.kl_coefficient = config.rloo.kl_coefficient = BETA
+    config.ppo.lam, config.ppo.value, config.ppo.whiten_advantages = 1.0, "policy", False
+    config.ppo.epochs, config.ppo.minibatches = 2, 2
+    config.rloo.epochs, config.rloo.minibatches = 2, 2
+    config.optim.lr, config.optim.schedule = 2e-2, "linear"
+    config.log.tensorboard = False
+    config.log.every = 20
+    return config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
+def test_the_regularised_optimum_is_reached(algorithm, five_words, tmp_path):
+    """Total variation to pi* (from more than 0.4 at the start) below 0.05, for each of 5 seeds."""
+    prompt = (2, 3)  # "b c"
+    start = probabilities(five_words, prompt)
+    assert start.sum() == pytest.approx(1, abs=1e-5)
+    best = optimum(start)
+    assert 0.5 * np.abs(start - best).sum() > 0.4
+    found = []
+    for seed in range(5):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        run(enumerable(five_words, algorithm, seed, folder), folder / "run")
+        found.append(0.5 * np.abs(probabilities(folder / "run", prompt) - best).sum())
+    assert max(found) < 0.05, found

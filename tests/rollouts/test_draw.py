@@ -1,0 +1,100 @@
+"""Answers as rows, by hand."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from posttrain_jax.data.prompts import Prompt
+from posttrain_jax.data.sources import RowError
+from posttrain_jax.models.byte_tokenizer import byte_tokenizer
+from posttrain_jax.rollouts.draw import RolloutOptions, as_rows, encode_prompt, put_rollouts, truncate
+from posttrain_jax.sampling.generate import Sample
+from posttrain_jax.sharding import make_mesh
+
+OPTIONS = RolloutOptions(4, 1.0, 1, 2, (9,))
+
+
+def prompt(*tokens: int) -> Prompt:
+    return Prompt(np.asarray(tokens, np.int32), {}, "p:1")
+
+
+def sample(tokens: list[int], reason: str) -> Sample:
+    logps = -np.arange(1.0, len(tokens) + 1, dtype=np.float32)
+    return Sample(0, 0, np.asarray(tokens, np.int32), logps * 10, logps, reason)
+
+
+def test_every_number_stands_at_the_place_that_predicts_its_token():
+    """Prompt 5 6 7 and answer 8 9 (the end): 8 is predicted at place 2, 9 at place 3, and 9 stands at place 4."""
+    rows = as_rows(
+        [prompt(5, 6, 7), prompt(5)],
+        [sample([8, 9], "stop"), sample([1, 2, 3, 4], "length")],
+        OPTIONS,
+        row_length=7,
+    )
+    assert rows.tokens.tolist() == [[5, 6, 7, 8, 9, 0, 0], [5, 1, 2, 3, 4, 0, 0]]
+    assert rows.segment_ids.tolist() == [[1, 1, 1, 1, 1, 0, 0]] * 2
+    assert rows.actions.tolist() == [[0, 0, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0]]
+    assert rows.engine_logps.tolist() == [[0, 0, -1, -2, 0, 0, 0], [-1, -2, -3, -4, 0, 0, 0]]
+    assert rows.ends.tolist() == [4, 4] and rows.ended.tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ended", "after", "want"),
+    [
+        ([1, 13, 2, 13, 3], False, 0, ([1, 13], True)),
+        ([1, 13, 2, 13, 3], False, 2, ([1, 13, 2, 13], True)),
+        ([1, 13, 2, 3], True, 2, ([1, 13, 2, 3], False)),
+        ([], False, 0, ([], False)),
+    ],
+)
+def test_truncation_at_a_token(tokens, ended, after, want):
+    """What lacks the token has not ended, even where the model ended it (Ziegler et al.: it gets the fixed score)."""
+    answer, end = truncate(np.asarray(tokens, np.int32), ended, token=13, after=after)
+    assert (answer.tolist(), end) == want
+
+
+def test_without_a_truncation_token_an_answer_stays():
+    answer, end = truncate(np.asarray([1, 2]), True, token=None, after=0)
+    assert (answer.tolist(), end) == ([1, 2], True)
+
+
+def test_rows_are_cut_into_micro_batches_in_order():
+    rows = as_rows([prompt(5)] * 16, [sample([n, 9], "stop") for n in range(16)], OPTIONS, row_length=4)
+    batch = put_rollouts(rows, np.arange(16, dtype=np.float64), make_mesh(), micro_batches=2)
+    assert batch.tokens.shape == (2, 8, 4) and batch.scores.shape == (2, 8, 1)
+    np.testing.assert_array_equal(np.asarray(batch.tokens).reshape(16, 4)[:, 1], np.arange(16))
+    np.testing.assert_array_equal(np.asarray(batch.scores).reshape(16), np.arange(16))
+    assert batch.scores.dtype == np.float32 and len(batch.tokens.sharding.device_set) == jax.device_count()
+
+
+def test_some_rows():
+    rows = as_rows([prompt(5), prompt(6)], [sample([1], "stop"), sample([2], "stop")], OPTIONS, row_length=3)
+    picked = rows.select(np.asarray([1, 1, 0]))
+    assert picked.tokens[:, :2].tolist() == [[6, 2], [6, 2], [5, 1]]
+    assert [one.tokens.tolist() for one in picked.prompts] == [[6], [6], [5]]
+
+
+def test_a_prompt_is_text_messages_or_ids():
+    tokenizer = byte_tokenizer()
+    chat = [{"role": "user", "content": "Hi"}]
+    written = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert tokenizer.decode(encode_prompt({"messages": chat}, tokenizer)) == written
+    assert tokenizer.decode(encode_prompt({"prompt": "Hi"}, tokenizer)) == "Hi"
+    assert encode_prompt({"prompt_ids": [3, 4]}, tokenizer).tolist() == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({}, "this one has none"),
+        ({"prompt": "a", "prompt_ids": [1]}, r"this one has \['prompt', 'prompt_ids'\]"),
+        ({"prompt": 3}, "is a int, not a text"),
+        ({"messages": "Hi"}, "is no list of messages"),
+        ({"prompt_ids": [1.5]}, "is no list of whole numbers"),
+    ],
+)
+def test_rows_without_a_prompt(row, words):
+    with pytest.raises(RowError, match=words):
+        encode_prompt(row, byte_tokenizer())

@@ -1,0 +1,119 @@
+"""Scores of rollouts: functions in real worker processes, real (random) reward models."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from posttrain_jax.data.prompts import Prompt
+from posttrain_jax.errors import InputError
+from posttrain_jax.export_model import export_hf
+from posttrain_jax.models.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.models.reward_head import score_head_params
+from posttrain_jax.models.transformer import make_model
+from posttrain_jax.rewards.workers import PythonReward
+from posttrain_jax.rollouts.draw import RolloutOptions, Rollouts, as_rows
+from posttrain_jax.rollouts.score import ScoreOptions, Scorer, load_reward_model
+from posttrain_jax.sampling.generate import Sample
+from posttrain_jax.sharding import make_mesh
+
+CONFIG = ModelConfig("llama", 260, 16, 2, 4, 2, 4, 32, query_scale=0.5, eos_token_ids=(257,))
+LENGTH = "posttrain_jax.rewards.rules:token_count"
+KEEP = ScoreOptions({LENGTH: 1.0}, 0, 0.0, 0.0, "keep", -1.0)
+
+
+def rollouts(texts: list[str], ended: list[bool]) -> Rollouts:
+    tokenizer = byte_tokenizer()
+    question = Prompt(np.asarray(tokenizer("Hi")["input_ids"], np.int32), {"prompt": "Hi"}, "p:1")
+    samples = []
+    for text, end in zip(texts, ended, strict=True):
+        tokens = np.asarray(tokenizer(text)["input_ids"], np.int32)
+        zeros = np.zeros(tokens.size, np.float32)
+        samples.append(Sample(0, 0, tokens, zeros, zeros, "stop" if end else "length"))
+    return as_rows([question] * len(texts), samples, RolloutOptions(8, 1.0, 1, 2, ()), row_length=12)
+
+
+def scorer(options: ScoreOptions, **changes) -> Scorer:
+    given = {"functions": {LENGTH: PythonReward(LENGTH)}, "models": {}, "rows": 8, "micro_batches": 1}
+    return Scorer(byte_tokenizer(), options=options, mesh=make_mesh(), workers=1, **{**given, **changes})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "want"),
+    [
+        ({}, [2, 4, 6]),
+        ({"weights": {LENGTH: -0.5}}, [-1, -2, -3]),
+        ({"free_tokens": 3, "per_token": 2.0}, [2, 4 - 2, 6 - 6]),
+        ({"clip": 3.0}, [2, 3, 3]),
+        ({"missing_end": "replace"}, [2, -1, 6]),
+        ({"missing_end": "penalise", "missing_end_value": 5.0}, [2, -1, 6]),
+    ],
+)
+def test_how_components_become_a_score(change, want):
+    """Lengths 2, 4 and 6; the second answer has no end."""
+    with_options = scorer(dataclasses.replace(KEEP, **change))
+    scored = with_options(rollouts(["ab", "abcd", "abcdef"], [True, False, True]))
+    with_options.close()
+    assert scored.scores.tolist() == want and scored.scores.dtype == np.float32
+    assert scored.components[LENGTH].tolist() == [2, 4, 6] and scored.failures == {LENGTH: 0}
+
+
+def save_reward(folder, seed: int):
+    config = dataclasses.replace(CONFIG, max_length=32)
+    params = make_model(config).init(jax.random.key(seed))
+    params.pop("head", None)
+    head = score_head_params(jax.random.key(seed + 1), config.d_model, init="normal")
+    export_hf(folder, config=config, params={**params, "score_head": head}, tokenizer=byte_tokenizer())
+    return folder
+
+
+@pytest.mark.slow
+def test_a_reward_model_scores_the_last_token(tmp_path):
+    """Against the model applied to prompt and answer alone, without padding; 3 answers in batches of 8."""
+    mesh = make_mesh()
+    name = str(save_reward(tmp_path / "reward", 0))
+    reward = load_reward_model(name, combination="mean", coefficient=0.0, mesh=mesh, dtype="float32")
+    options = dataclasses.replace(KEEP, weights={name: 1.0})
+    texts = ["ab", "xyz", "q"]
+    scored = scorer(options, functions={}, models={name: reward})(rollouts(texts, [True] * 3))
+    (member,) = reward.members
+    kernel = np.asarray(member.params["score_head"]["kernel"])[:, 0]
+    for text, score in zip(texts, scored.scores, strict=True):
+        tokens = jnp.asarray([byte_tokenizer()("Hi" + text)["input_ids"]])
+        hidden = jax.jit(lambda t: member.model.apply(member.params, t, logits=False).hidden_BTD)(tokens)
+        assert score == pytest.approx(float(np.asarray(hidden)[0, -1] @ kernel), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_reward_model_with_another_tokenizer_is_refused(tmp_path):
+    name = str(save_reward(tmp_path / "reward", 0))
+    reward = load_reward_model(name, combination="mean", coefficient=0.0, mesh=make_mesh(), dtype="float32")
+    other = byte_tokenizer()
+    other.add_tokens(["<more>"])
+    with pytest.raises(
+        InputError, match=r"another tokenizer \(.*260 tokens\) than the policy \(.*261 tokens"
+    ):
+        Scorer(
+            other,
+            functions={},
+            models={name: reward},
+            options=dataclasses.replace(KEEP, weights={name: 1.0}),
+            mesh=make_mesh(),
+            rows=8,
+            micro_batches=1,
+        )
+
+
+def test_bad_options():
+    with pytest.raises(InputError, match=r"score.missing_end is 'drop'; use one of keep, replace, penalise"):
+        dataclasses.replace(KEEP, missing_end="drop")
+    with pytest.raises(InputError, match="Nothing scores the answers; set score.functions or score.models"):
+        scorer(KEEP, functions={})
+    with pytest.raises(InputError, match="score.weights gives .* the weight inf"):
+        dataclasses.replace(KEEP, weights={LENGTH: float("inf")})
