@@ -37,6 +37,7 @@ from posttrain_jax.metrics import (
 from posttrain_jax.types import Metric, Metrics, Task, TrainState
 
 EXACT_METRICS = ("train/lr", "train/skipped", "train/skipped_in_row")
+SECONDS = "train/seconds_"  # so begin metrics that no two runs have alike; they are logged and not kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +166,9 @@ class _Run:
         seconds = max(now - self.window_started, 1e-9)
         values = self.accumulator.flush()
         values.update({name: float(metrics[name].sum) for name in EXACT_METRICS if name in metrics})
+        timings = {name: values.pop(name) for name in list(values) if name.startswith(SECONDS)}
         self.last.update(values)
-        speed = self._speed(item.step, seconds)
+        speed = {**self._speed(item.step, seconds), **timings}
         self.writer.write(item.step, {**values, **speed})
         steps_done = item.step - self.start_step
         eta = (time.time() - self.started) / max(steps_done, 1) * (self.task.steps - item.step)

@@ -16,7 +16,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from configs.ppo.letters import get_config
-from launch.train import run
+from launch.train import algorithms, run
+from posttrain_jax.errors import InputError
 from posttrain_jax.export_model import export_hf
 from posttrain_jax.load_model import load_model
 from posttrain_jax.models.config import ModelConfig
@@ -119,3 +120,50 @@ def test_the_regularised_optimum_is_reached(algorithm, five_words, tmp_path):
         run(enumerable(five_words, algorithm, seed, folder), folder / "run")
         found.append(0.5 * np.abs(probabilities(folder / "run", prompt) - best).sum())
     assert max(found) < 0.05, found
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ppo.kl_coefficient": -0.1}, "ppo.kl_coefficient is -0.1; it must be 0 or more"),
+        ({"ppo.clip": 0.0}, "ppo.clip is 0.0; it must be more than 0"),
+        ({"ppo.lam": 1.5}, "ppo.lam is 1.5; it must lie between 0 and 1"),
+        ({"ppo.dual_clip": 0.5}, "ppo.dual_clip is 0.5; it must be more than 1, or 0"),
+        ({"ppo.value": "none"}, "ppo.value is none, but PPO's advantages need values"),
+        (
+            {"train.rows_per_step": 3},
+            r"3 prompts x rollout.samples=4 = 12 answers do not divide into 2 minibatches",
+        ),
+        (
+            {"train.micro_rows": 3},
+            r"train.micro_rows=3 must divide a minibatch's 16 answers .* could be 8, 16",
+        ),
+        (
+            {"rollout.max_new_tokens": 48},
+            "rollout.max_new_tokens is 48; .* leave room for a prompt in data.max_length=48",
+        ),
+        ({"data.max_length": 20}, r"prompts.jsonl:\d+: the prompt has \d+ tokens, more than 8"),
+        ({"rollout.temperature": 0.0}, "rollout.temperature is 0.0; it must be more than 0"),
+        ({"rollout.reference": "old"}, "rollout.reference is 'old'; use frozen or adapter"),
+        ({"rollout.reference": "adapter"}, "rollout.reference=adapter .* but model.lora.rank is 0"),
+        ({"score.functions": ()}, "Nothing scores the answers"),
+        ({"score.weights": (1.0, 2.0)}, "score.weights has 2 numbers for 1 rewards"),
+        ({"score.functions": ("configs.tiny.rewards:none",)}, "configs.tiny.rewards"),
+        (
+            {"score.combine": "max", "score.models": ("x",)},
+            "score.combine is 'max'; use one of mean, min, uncertainty",
+        ),
+        ({"algorithm": "rloo", "rollout.samples": 1}, "rollout.samples is 1; RLOO compares"),
+        ({"algorithm": "rloo", "rloo.kl_coefficient": -1.0}, "rloo.kl_coefficient is -1.0"),
+    ],
+)
+def test_bad_values_are_one_sentence(changes, words, tmp_path):
+    config = get_config("tiny")
+    for name, value in changes.items():
+        section, _, key = name.rpartition(".")
+        (config[section] if section else config)[key] = value
+    with pytest.raises(InputError, match=words):
+        algorithms()[config.algorithm](config, tmp_path)

@@ -35,7 +35,10 @@ VARY = {"time", "train/tokens_per_second", "train/seconds_per_step", "train/mfu"
 
 def rows(workdir: Path, name: str) -> list[dict]:
     parsed = [json.loads(line) for line in (workdir / name).read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in VARY} for row in parsed]
+    return [
+        {key: value for key, value in row.items() if key not in VARY and not key.startswith("train/seconds_")}
+        for row in parsed
+    ]
 
 
 def params(workdir: Path, *, ema: bool):
@@ -188,6 +191,41 @@ def test_learning_from_preferences_goes_on(processes, name: str, tmp_path: Path)
     for got, want in zip(*models, strict=True):
         assert got.source.step == 4
         jax.tree.map(np.testing.assert_array_equal, got.params, want.params)
+
+
+ONLINE = (
+    "launch.train",
+    "--config=configs/ppo/letters.py:tiny",
+    "--config.train.steps=5",
+    "--config.checkpoint.every=2",
+    "--config.log.tensorboard=false",
+    "--config.ppo.kl_coefficient=0.05",
+    "--config.ppo.kl_target=6.0",
+)
+
+
+def test_ppo_writes_the_same_answers_again(processes, tmp_path: Path):
+    """Killed while step 4 (or 5) is being drawn, scored or learnt from, which no checkpoint has: the same trajectories,
+    and so the same metrics, samples, parameters and price of the KL."""
+    whole, workdir = tmp_path / "whole", tmp_path / "run"
+    ended = processes.run(*ONLINE, f"--workdir={whole}")
+    assert ended.code == 0, ended.err
+    ended = processes.run_until(
+        lambda: any(row["step"] == 3 for row in rows_so_far(workdir)),
+        signal.SIGKILL,
+        *ONLINE,
+        f"--workdir={workdir}",
+    )
+    assert ended.code == -signal.SIGKILL, ended
+    assert not (workdir / "checkpoints" / "5").exists()
+    ended = processes.run(*ONLINE, f"--workdir={workdir}")
+    assert ended.code == 0, ended.err
+    assert "Resuming from step" in ended.out
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert rows(workdir, name) == rows(whole, name), name
+    got, want = (load_model(str(path)) for path in (workdir, whole))
+    assert got.source.step == 5
+    jax.tree.map(np.testing.assert_array_equal, got.params, want.params)
 
 
 def rows_so_far(workdir: Path) -> list[dict]:
