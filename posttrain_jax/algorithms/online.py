@@ -133,7 +133,7 @@ def init_state(
 
 def minibatch_updates(
     state: TrainState,
-    experience: Experience,
+    experience: PyTree,
     *,
     epochs: int,
     minibatches: int,
@@ -147,7 +147,7 @@ def minibatch_updates(
 
     Args:
       state: as `init_state` makes it.
-      experience: rows in micro-batches; the leaves' first two axes are taken apart into answers.
+      experience: answers in micro-batches, every leaf `[M, B, ...]`.
       epochs, minibatches: how often, and in how many parts.
       targets: of a whole minibatch `[N, ...]`: what its rows are moved towards, `[N, ...]`.
       losses: (whole parameters, targets `[B, ...]`) -> (sum of losses, metrics with "loss").
@@ -156,7 +156,7 @@ def minibatch_updates(
     Returns:
       The state one step later, and metrics over all updates (the schedule's is that of the first).
     """
-    micro, rows = experience.tokens.shape[:2]
+    micro, rows = jax.tree.leaves(experience)[0].shape[:2]
     answers = micro * rows
     flat = jax.tree.map(lambda leaf: leaf.reshape(answers, *leaf.shape[2:]), experience)
     keys = jax.random.split(jax.random.fold_in(state.key, state.step), epochs)

@@ -46,15 +46,10 @@ class Options:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """Answers `[..., T]` with their advantages `[...]`; `tokens` is what `minibatch_updates` reads sizes from."""
+    """Answers `[..., T]` with their advantages `[...]`."""
 
     rows: Experience
     advantages: Array
-
-    @property
-    def tokens(self) -> Array:
-        """Of the rows."""
-        return self.rows.tokens
 
 
 def compared(experience: Experience, *, samples: int) -> Compared:
