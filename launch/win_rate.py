@@ -154,11 +154,17 @@ def is_reward_judge(options: Options) -> bool:
     """Whether --judge is a reward model.
 
     Raises:
-      InputError: there is no such model.
+      InputError: there is no such model, or it has a name as on a server.
     """
     from posttrain_jax.load_model import is_reward_model, resolve
 
-    return not options.judge.startswith(URLS) and is_reward_model(resolve(options.judge))
+    if options.judge.startswith(URLS):
+        return False
+    if options.judge_model:
+        raise InputError(
+            "--judge_model is for a judge behind a URL; --judge names a MODEL here. Leave one out."
+        )
+    return is_reward_model(resolve(options.judge))
 
 
 def judge_by_scores(options: Options, pairs: list[Pair], out: Path) -> Judged:
@@ -172,10 +178,6 @@ def judge_by_scores(options: Options, pairs: list[Pair], out: Path) -> Judged:
     from posttrain_jax.load_model import load_members
     from posttrain_jax.sharding import make_mesh
 
-    if options.judge_model:
-        raise InputError(
-            "--judge_model is for a judge behind a URL; --judge names a MODEL here. Leave one out."
-        )
     if options.batch_rows < 1:
         raise InputError(f"--batch_rows is {options.batch_rows}; it must be at least 1.")
     mesh = make_mesh()
@@ -209,10 +211,6 @@ def make_judge(options: Options) -> Judge:
                 retries=options.retries,
                 timeout=options.timeout,
             )
-        )
-    if options.judge_model:
-        raise InputError(
-            "--judge_model is for a judge behind a URL; --judge names a MODEL here. Leave one out."
         )
     import jax
 
