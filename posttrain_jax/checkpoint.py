@@ -460,16 +460,26 @@ def _read_params(
     with ocp.StandardCheckpointer() as reader:
         if ema:
             whole = reader.restore((step_dir / "optimizer").absolute())
-            trained = jax.tree.map(
-                lambda leaf, place: jax.device_put(leaf, place.sharding), whole["ema"], trained_like
-            )
+            kept = subset(whole["ema"], set(leaf_paths(trained_like)))
+            trained = jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), kept, trained_like)
         else:
-            trained = reader.restore((step_dir / "params").absolute(), trained_like)
+            trained = _restore_some((step_dir / "params").absolute(), trained_like)
         if not frozen_dir.is_dir():
             return trained
         names = set(leaf_paths(like)) - set(saved)
         frozen = reader.restore(frozen_dir.absolute(), subset(like, names))
     return combine(trained, frozen)
+
+
+def _restore_some(folder: Path, like: PyTree) -> PyTree:
+    """The leaves of `like`; what else is saved (PPO's value network, beside its policy) is not read."""
+    arguments = ocp.args.PyTreeRestore(
+        item=like,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+        partial_restore=True,
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(folder, args=arguments)
 
 
 def _saved_shapes(item_dir: Path) -> dict[str, tuple[int, ...]] | None:

@@ -327,7 +327,7 @@ def online_task(config: Config, workdir: Path, policy: Policy, mesh: Mesh, onlin
         mesh,
         in_shardings=(places, batch_sharding(mesh), None),
         out_shardings=(places, replicated(mesh)),
-        donate=(0, 1),
+        donate=(0,),
     )
 
     def train_step(state: TrainState, arrays: dict[str, np.ndarray]) -> tuple[TrainState, Metrics]:
