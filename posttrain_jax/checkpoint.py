@@ -461,7 +461,9 @@ def _read_params(
         if ema:
             whole = reader.restore((step_dir / "optimizer").absolute())
             kept = subset(whole["ema"], set(leaf_paths(trained_like)))
-            trained = jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), kept, trained_like)
+            trained = jax.tree.map(
+                lambda leaf, place: jax.device_put(leaf, place.sharding), kept, trained_like
+            )
         else:
             trained = _restore_some((step_dir / "params").absolute(), trained_like)
         if not frozen_dir.is_dir():
