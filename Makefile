@@ -15,7 +15,7 @@ ASSETS ?= smollm2-135m-instruct gemma-3-270m alpaca_en_demo identity dpo_en_demo
           glaive_toolcall_en_demo reason_tool_use_demo_50 wiki_demo c4_demo \
           ifeval nltk_punkt_tab gsm8k_100 openbookqa commonsenseqa \
           kto_en_demo factual_summary_pairs vader_movie_reviews movie_openings imdb_sentiment
-# Tests run in so many processes; "0" = in one, where a debugger works.
+# The fast tests run in so many processes; "0" = in one, where a debugger works.
 JOBS ?= 2
 PYTEST_ARGS ?=
 
@@ -36,8 +36,9 @@ PY := $(BIN)/python
 INPUTS := setup.py $(wildcard constraints/*.txt)
 PRODUCT := $(VENV)/.installed
 DEV := $(VENV)/.installed-$(subst $() ,,$(subst $(strip ,),-,$(EXTRAS)))
-# worksteal keeps the order (fast tests first) and gives an idle process the rest of the other's.
-PYTEST := -n $(JOBS) --dist worksteal
+# worksteal gives an idle process the rest of the other's tests. Slow tests run alone: they start and kill processes, wait
+# for signals, and would time each other out.
+PARALLEL := -n $(JOBS) --dist worksteal
 CHECKED := posttrain_jax launch configs experiments tests setup.py
 
 # pip is silent unless something fails: the resolver has nothing to decide, every version is pinned.
@@ -64,15 +65,18 @@ assets: $(PRODUCT)  ## Fetch the demo models and data into the cache (about 400 
 
 test: $(DEV)  ## The whole suite on 8 virtual CPU devices, fast tests first
 	@$(MAKE) assets
-	@$(PY) -m pytest $(PYTEST) $(PYTEST_ARGS)
+	@status=0; \
+	  $(PY) -m pytest $(PARALLEL) -m "not slow" $(PYTEST_ARGS) || status=1; \
+	  $(PY) -m pytest -m slow $(PYTEST_ARGS) || status=1; \
+	  exit $$status
 
 test-fast: $(DEV)  ## Without the tests marked slow
 	@$(MAKE) assets
-	@$(PY) -m pytest $(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	@$(PY) -m pytest $(PARALLEL) -m "not slow" $(PYTEST_ARGS)
 
 test-slow: $(DEV)  ## Only the tests marked slow
 	@$(MAKE) assets
-	@$(PY) -m pytest $(PYTEST) -m slow $(PYTEST_ARGS)
+	@$(PY) -m pytest -m slow $(PYTEST_ARGS)
 
 lint: $(DEV)  ## ruff: rules and format, nothing is changed
 	@$(BIN)/ruff check $(CHECKED)

@@ -176,7 +176,8 @@ def test_learning_from_preferences_goes_on(processes, name: str, tmp_path: Path)
     def reached() -> bool:
         if name == "dpo":
             return (workdir / "checkpoints" / "2").is_dir()
-        return any(row["step"] == 4 for row in rows_so_far(workdir))
+        committed = (workdir / "checkpoints" / "2").is_dir()
+        return committed and any(row["step"] == 4 for row in rows_so_far(workdir))
 
     ended = processes.run_until(reached, signal.SIGKILL, *command, f"--workdir={workdir}")
     assert ended.code == -signal.SIGKILL, ended
