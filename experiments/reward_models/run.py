@@ -17,7 +17,10 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 CONFIG = "configs/reward_model/smollm2_135m.py"
-SHORT = ("--config.data.max_length=512", "--config.data.eval=split:30")  # an hour on 2 CPU cores instead of four
+SHORT = (
+    "--config.data.max_length=512",
+    "--config.data.eval=split:30",
+)  # an hour on 2 CPU cores instead of four
 RUNS = {"single": (f"--config={CONFIG}", *SHORT), "ensemble": (f"--config={CONFIG}:ensemble", *SHORT)}
 TINY_RUNS = {
     "single": (f"--config={CONFIG}:tiny",),
