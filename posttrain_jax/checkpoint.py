@@ -454,6 +454,12 @@ def _read_params(
         return out
 
     trained_like = subset(like, set(saved))
+    unknown = [path for path in saved if path not in leaf_paths(like) and not path.startswith("value/")]
+    if unknown:
+        raise InputError(
+            f"{step_dir} holds parameters that the model has not ({unknown[0]}); model/config.json or config.json of "
+            "this workdir is not that of its checkpoints."
+        )
     problem = frozen_damage(workdir) if frozen_dir.is_dir() else None
     if problem is not None:
         raise InputError(f"{frozen_dir} is damaged: {problem}; run the training command again to mend it.")

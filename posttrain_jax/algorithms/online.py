@@ -24,10 +24,16 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
+from posttrain_jax.algorithms.online_config import (
+    ValueNetwork,
+    cut_from_config,
+    prompts_from_config,
+    reference_model,
+    rollout_options,
+    scorer_from_config,
+)
 from posttrain_jax.data.loader import Loader
-from posttrain_jax.data.prompts import Prompt, PromptData, read_prompts
-from posttrain_jax.data.split import hold_out, split_amount
-from posttrain_jax.errors import InputError
+from posttrain_jax.data.prompts import Prompt
 from posttrain_jax.experiment import (
     Policy,
     abstract_on_mesh,
@@ -37,23 +43,16 @@ from posttrain_jax.experiment import (
     seed_key,
     steps_from_config,
 )
-from posttrain_jax.experiment_data import data_spec
-from posttrain_jax.load_model import load_model, require_score_head
 from posttrain_jax.metrics import say
-from posttrain_jax.models.reward_head import score_head_params
-from posttrain_jax.models.tokenizer import stop_token_ids
-from posttrain_jax.models.transformer import Model, make_model
+from posttrain_jax.models.transformer import Model
 from posttrain_jax.optim import apply_gradients, gradient_sums, new_state
-from posttrain_jax.rewards.workers import PythonReward
-from posttrain_jax.rollouts.draw import RolloutOptions, Rollouts, encode_prompt, put_rollouts, roll_out
+from posttrain_jax.rollouts.draw import RolloutOptions, Rollouts, put_rollouts, roll_out
 from posttrain_jax.rollouts.experience import Experience, Networks, experience_of
-from posttrain_jax.rollouts.score import Scored, ScoreOptions, Scorer, load_reward_model
-from posttrain_jax.sharding import batch_sharding, jit_step, replicated, tree_shardings
+from posttrain_jax.rollouts.score import Scored, Scorer
+from posttrain_jax.sharding import batch_sharding, jit_step, replicated
 from posttrain_jax.trees import combine, partition
 from posttrain_jax.types import Array, HostRows, Metric, Metrics, PyTree, Task, TrainState
 
-VALUES = ("none", "policy", "shared")
-REFERENCES = ("frozen", "adapter")
 EVAL_SEED = 2**31 - 1  # of the answers to held-out prompts, which no step draws with
 
 
@@ -75,40 +74,6 @@ class Online:
     minibatches: int
     value: str
     kl_coefficient: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Cut:
-    """How an iteration's rows are cut: `micro_batches` of all of them, each of `micro_rows`."""
-
-    rows: int
-    micro_rows: int
-    micro_batches: int
-
-
-def cut_from_config(config: Config, mesh: Mesh, *, minibatches: int) -> Cut:
-    """The sizes that config and mesh give.
-
-    Raises:
-      InputError: they do not divide; says which numbers would.
-    """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = config.train.rows_per_step * config.rollout.samples
-    if rows <= 0 or rows % (minibatches * shards):
-        raise InputError(
-            f"train.rows_per_step={config.train.rows_per_step} prompts x rollout.samples={config.rollout.samples} = "
-            f"{rows} answers do not divide into {minibatches} minibatches on {shards} devices that split rows; make "
-            f"the product a multiple of {minibatches * shards}."
-        )
-    part = rows // minibatches
-    micro = config.train.micro_rows or part
-    if micro <= 0 or part % micro or micro % shards:
-        fitting = [n for n in range(shards, part + 1, shards) if part % n == 0]
-        raise InputError(
-            f"train.micro_rows={micro} must divide a minibatch's {part} answers and be a multiple of mesh.data x "
-            f"mesh.fsdp = {shards}: it could be {', '.join(map(str, fitting))}."
-        )
-    return Cut(rows=rows, micro_rows=micro, micro_batches=rows // micro)
 
 
 def init_state(
@@ -211,6 +176,16 @@ class _Stream:
 
 
 @dataclasses.dataclass(frozen=True)
+class Answered:
+    """Answers, their scores, and how long both took."""
+
+    rollouts: Rollouts
+    scored: Scored
+    seconds_generate: float
+    seconds_score: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Collector:
     """Answers prompts with a state's policy and makes experience of the answers.
 
@@ -226,7 +201,7 @@ class Collector:
     reference_params: PyTree
     experience: Callable[..., tuple[Experience, Metrics]]
 
-    def answers(self, params: PyTree, prompts: Sequence[Prompt], seed: int) -> tuple[Rollouts, Scored]:
+    def answers(self, params: PyTree, prompts: Sequence[Prompt], seed: int) -> Answered:
         """Answers and their scores.
 
         Args:
@@ -234,16 +209,6 @@ class Collector:
           prompts: what is answered.
           seed: of the draws.
         """
-        own = {name: part for name, part in params.items() if name != "value"}
-        rollouts = roll_out(
-            self.policy.model, own, prompts, self.options, row_length=self.row_length, seed=seed
-        )
-        return rollouts, self.scorer(rollouts)
-
-    def collect(
-        self, params: PyTree, kl_coefficient: Array, prompts: Sequence[Prompt], seed: int, micro_batches: int
-    ) -> tuple[Experience, Metrics]:
-        """What is learnt from, and what is said of it (see `rollouts/experience.py`; names without a prefix)."""
         started = time.perf_counter()
         own = {name: part for name, part in params.items() if name != "value"}
         rollouts = roll_out(
@@ -251,7 +216,14 @@ class Collector:
         )
         drawn = time.perf_counter()
         scored = self.scorer(rollouts)
-        done = time.perf_counter()
+        return Answered(rollouts, scored, drawn - started, time.perf_counter() - drawn)
+
+    def collect(
+        self, params: PyTree, kl_coefficient: Array, prompts: Sequence[Prompt], seed: int, micro_batches: int
+    ) -> tuple[Experience, Metrics]:
+        """What is learnt from, and what is said of it (see `rollouts/experience.py`; names without a prefix)."""
+        answered = self.answers(params, prompts, seed)
+        rollouts, scored = answered.rollouts, answered.scored
         if scored.error:
             say(f"A reward function failed at {sum(scored.failures.values())} answers; first: {scored.error}")
         batch = put_rollouts(rollouts, scored.scores, self.mesh, micro_batches)
@@ -261,8 +233,8 @@ class Collector:
         said |= {f"failed/{name}": Metric.of(number) for name, number in scored.failures.items()}
         said |= {
             "no_end": Metric(jnp.float32(count - int(rollouts.ended.sum())), jnp.float32(count)),
-            "seconds_generate": Metric.of(drawn - started),
-            "seconds_score": Metric.of(done - drawn),
+            "seconds_generate": Metric.of(answered.seconds_generate),
+            "seconds_score": Metric.of(answered.seconds_score),
         }
         return experience, {**metrics, **said}
 
@@ -279,7 +251,7 @@ def online_task(config: Config, workdir: Path, policy: Policy, mesh: Mesh, onlin
     prompts, held_out = prompts_from_config(config, policy)
     steps = steps_from_config(config, prompts.sources)
     optimizer = optimizer_from_config(config, steps * online.updates)
-    value = ValueNetwork.from_config(online.value, policy, config, mesh)
+    value = ValueNetwork(online.value, config, policy, mesh)
     networks = Networks(policy.model, reference_model(config, policy), value.model, options.temperature)
     scorer = scorer_from_config(config, policy, mesh, cut)
     make_state = functools.partial(
@@ -356,203 +328,30 @@ def online_task(config: Config, workdir: Path, policy: Policy, mesh: Mesh, onlin
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class ValueNetwork:
-    """Where the value network comes from; see `Online.value`.
-
-    Attributes:
-      model: its definition; None = there is none.
-      loaded: its parameters, where it is read from a MODEL.
-    """
-
-    kind: str
-    model: Model | None
-    loaded: PyTree | None
-    mesh: Mesh
-
-    @staticmethod
-    def from_config(kind: str, policy: Policy, config: Config, mesh: Mesh) -> ValueNetwork:
-        """Reads it if it is a MODEL.
-
-        Raises:
-          InputError: no such MODEL, or one without a score head.
-        """
-        if kind == "none":
-            return ValueNetwork(kind, None, None, mesh)
-        if kind in VALUES:
-            return ValueNetwork(kind, policy.model, None, mesh)
-        loaded = load_model(kind, dtype=config.model.dtype, mesh=mesh, attention=config.model.attention)
-        require_score_head(loaded)
-        return ValueNetwork(kind, loaded.model, loaded.params, mesh)
-
-    def abstract(self, params: PyTree) -> PyTree:
-        """Shapes of the policy's parameters with the value's."""
-        return jax.eval_shape(self._with_value, params)
-
-    def join(self, params: PyTree) -> PyTree:
-        """The policy's parameters, and the value's under "value", in their places on the mesh."""
-        places = tree_shardings(self.abstract(params), self.mesh)
-        return jit_step(self._with_value, self.mesh, in_shardings=None, out_shardings=places)(params)
-
-    def _with_value(self, params: PyTree) -> PyTree:
-        if self.model is None:
-            return params
-        if self.loaded is not None:
-            return {**params, "value": self.loaded}
-        head = score_head_params(jax.random.key(0), self.model.config.d_model, init="zeros")
-        if self.kind == "shared":
-            return {**params, "value": {"score_head": head}}
-        own = {name: part for name, part in params.items() if name != "head"}
-        own = partition(own, lambda path: path.endswith(("lora_a", "lora_b")))[1]
-        return {**params, "value": {**own, "score_head": head}}
-
-
-def reference_model(config: Config, policy: Policy) -> Model:
-    """The definition that the reference's parameters belong to.
-
-    Raises:
-      InputError: an unknown kind, or an adapter to leave out where there is none.
-    """
-    kind = config.rollout.reference
-    if kind not in REFERENCES:
-        raise InputError(f"rollout.reference is {kind!r}; use {' or '.join(REFERENCES)}.")
-    if kind == "frozen":
-        return policy.model
-    if not policy.model.lora.rank:
-        raise InputError("rollout.reference=adapter leaves a LoRA adapter out, but model.lora.rank is 0.")
-    return make_model(
-        policy.model.config,
-        dtype=config.model.dtype,
-        attention=config.model.attention,
-        remat=config.train.remat,
-    )
-
-
-def rollout_options(config: Config, policy: Policy) -> RolloutOptions:
-    """How answers are drawn.
-
-    Raises:
-      InputError: a number out of its range.
-    """
-    rollout = config.rollout
-    if rollout.max_new_tokens < 1 or rollout.max_new_tokens >= config.data.max_length:
-        raise InputError(
-            f"rollout.max_new_tokens is {rollout.max_new_tokens}; it must be at least 1 and leave room for a prompt in "
-            f"data.max_length={config.data.max_length}."
-        )
-    if not rollout.temperature > 0:
-        raise InputError(
-            f"rollout.temperature is {rollout.temperature}; it must be more than 0, for answers are drawn."
-        )
-    return RolloutOptions(
-        max_new_tokens=rollout.max_new_tokens,
-        temperature=rollout.temperature,
-        samples=rollout.samples,
-        batch_size=rollout.batch_size or config.train.rows_per_step * rollout.samples,
-        stop_token_ids=stop_token_ids(policy.model.config, policy.tokenizer),
-        truncate_token=None if rollout.truncate_token < 0 else rollout.truncate_token,
-        truncate_after=rollout.truncate_after,
-    )
-
-
-def prompts_from_config(config: Config, policy: Policy) -> tuple[PromptData, list[Prompt]]:
-    """Prompts to learn on, and held-out ones.
-
-    Raises:
-      InputError: bad rows, a missing file, prompts that are too long.
-    """
-
-    def read(spec: Any) -> PromptData:
-        return read_prompts(
-            data_spec(spec),
-            functools.partial(encode_prompt, tokenizer=policy.tokenizer),
-            max_tokens=config.data.max_length - config.rollout.max_new_tokens,
-            long_prompts=config.data.long_prompts,
-            on_bad_row=config.data.on_bad_row,
-        )
-
-    train = read(config.data.train)
-    say(train.text())
-    if not config.data.eval:
-        return train, []
-    amount = split_amount(data_spec(config.data.eval))
-    if amount is not None:
-        train, held_out = hold_out(train, amount, seed=config.seed)
-    else:
-        held_out = read(config.data.eval)
-        say(held_out.text())
-    say(f"{len(train):,} prompts to learn on, {len(held_out):,} held out.")
-    return train, held_out.all()
-
-
-def scorer_from_config(config: Config, policy: Policy, mesh: Mesh, cut: Cut) -> Scorer:
-    """What `config.score` names.
-
-    Raises:
-      InputError: a function or model that is not there, weights that do not belong to them.
-    """
-    score = config.score
-    names = [*score.functions, *score.models]
-    weights = list(score.weights) or [1.0] * len(names)
-    if len(weights) != len(names):
-        raise InputError(
-            f"score.weights has {len(weights)} numbers for {len(names)} rewards (score.functions, then score.models)."
-        )
-    if len(set(names)) != len(names):
-        raise InputError("score.functions and score.models name a reward twice.")
-    return Scorer(
-        policy.tokenizer,
-        functions={
-            name: PythonReward(name, seconds=score.seconds, failure_score=score.failure)
-            for name in score.functions
-        },
-        models={
-            name: load_reward_model(
-                name,
-                combination=score.combine,
-                coefficient=score.coefficient,
-                mesh=mesh,
-                dtype=config.model.dtype,
-            )
-            for name in score.models
-        },
-        options=ScoreOptions(
-            weights=dict(zip(names, map(float, weights), strict=True)),
-            free_tokens=score.free_tokens,
-            per_token=score.per_token,
-            clip=score.clip,
-            missing_end=score.missing_end,
-            missing_end_value=score.missing_end_value,
-        ),
-        mesh=mesh,
-        rows=cut.rows,
-        micro_batches=cut.micro_batches,
-        workers=score.workers,
-    )
-
-
 def step_seed(seed: int, step: int) -> int:
     """The seed of a step's answers, from the run's."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0] >> 1)
 
 
 def _evaluate(state: TrainState, *, collector: Collector, prompts: Sequence[Prompt]) -> dict[str, float]:
-    """Score and KL of answers to the held-out prompts, always drawn with the same random numbers."""
-    params = combine(state.params, state.frozen)
-    rollouts, scored = collector.answers(params, prompts, EVAL_SEED)
-    lengths = [answer.size for answer in rollouts.answers]
+    """Scores of answers to the held-out prompts, always drawn with the same random numbers; the standard error is over
+    prompts, for the answers to one are not independent."""
+    answered = collector.answers(combine(state.params, state.frozen), prompts, EVAL_SEED)
+    rollouts, scored = answered.rollouts, answered.scored
+    by_prompt = scored.scores.reshape(len(prompts), -1).mean(axis=1)
     values = {
         "eval/score": float(scored.scores.mean()),
-        "eval/score_standard_error": float(scored.scores.std() / max(len(scored.scores) - 1, 1) ** 0.5),
+        "eval/score_standard_error": float(by_prompt.std() / max(len(prompts) - 1, 1) ** 0.5),
         "eval/no_end": float(1 - rollouts.ended.mean()),
-        "eval/answer_tokens": float(np.mean(lengths)),
+        "eval/answer_tokens": float(np.mean([answer.size for answer in rollouts.answers])),
     }
     return values | {f"eval/score/{name}": float(found.mean()) for name, found in scored.components.items()}
 
 
 def _samples(state: TrainState, *, collector: Collector, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
     """The first held-out prompts with their answers and scores, for `samples.jsonl`."""
-    rollouts, scored = collector.answers(combine(state.params, state.frozen), prompts, EVAL_SEED)
+    answered = collector.answers(combine(state.params, state.frozen), prompts, EVAL_SEED)
+    rollouts, scored = answered.rollouts, answered.scored
     texts = rollouts.texts(collector.policy.tokenizer)
     return [
         {

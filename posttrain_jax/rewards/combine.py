@@ -7,11 +7,9 @@ where shapes differ.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -47,7 +45,8 @@ def piecewise_safety(
 
     R_c = R_s if IS_SAFETY(p) or R_s < threshold, else R_h (arXiv:2307.09288, section 3.2.3). The paper
     writes R as probabilities and then takes their logit. Here both models' scores are log-odds from the start, and the
-    threshold is turned into one: a float32 sigmoid is 1 from 17 on, and its logit infinite. Whiten what comes out.
+    threshold is turned into one: a float32 sigmoid is 1 from 17 on, and its logit infinite. Whiten
+    what comes out (`masking.whiten_biased`).
 
     Args:
       safety_B, helpfulness_B: scores of the two models before the sigmoid, as Bradley-Terry trains them.
@@ -62,16 +61,6 @@ def piecewise_safety(
     return jnp.where(
         is_safety_B | (safety_B < math.log(threshold / (1.0 - threshold))), safety_B, helpfulness_B
     )
-
-
-def whiten(scores_B: Scores, *, epsilon: float = 1e-8) -> Array:
-    """(r - mean) / sqrt(var + epsilon) over the batch, biased variance as in OpenAI's `whiten`; for Llama 2's WHITEN.
-
-    The batch is all that it sees: give it the scores of the whole step, not of a micro-batch. Equal scores give 0.
-    """
-    scores_B = _float32(scores_B)
-    centred_B = scores_B - jnp.mean(scores_B)
-    return centred_B * jax.lax.rsqrt(jnp.mean(jnp.square(centred_B)) + epsilon)
 
 
 def clip(scores_B: Scores, *, low: float, high: float) -> Array:
@@ -112,8 +101,8 @@ def soft_overlong(lengths_B: Scores, *, max_length: int, cache: int) -> Array:
 def replace_unfinished(scores_B: Scores, ended_B: Array | np.ndarray, *, value: float = -1.0) -> Array:
     """The score, or `value` for an answer that the model did not end, `[B]`.
 
-    The rule of Ziegler et al. (arXiv:1909.08593; there an answer ends with a '.', see `truncate_at`) and the "EOS
-    trick" of Huang et al. (arXiv:2403.17031, detail 23), both with -1.
+    The rule of Ziegler et al. (arXiv:1909.08593; there an answer ends with a '.', see `rollouts.draw.truncate`) and the
+    "EOS trick" of Huang et al. (arXiv:2403.17031, detail 23), both with -1.
     """
     scores_B = _float32(scores_B)
     ended_B = jnp.asarray(ended_B) != 0
@@ -127,38 +116,6 @@ def penalise_unfinished(scores_B: Scores, ended_B: Array | np.ndarray, *, penalt
     ended_B = jnp.asarray(ended_B) != 0
     _check(scores_B, ended_B)
     return jnp.where(ended_B, scores_B, scores_B - jnp.float32(penalty))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Truncated:
-    """Answers cut at a token.
-
-    Attributes:
-      lengths_B: int32, tokens that are left, the one that was cut at included; all of them where it was not found.
-      found_B: bool, whether it was found.
-    """
-
-    lengths_B: Array
-    found_B: Array
-
-
-def truncate_at(
-    tokens_BT: Array | np.ndarray, lengths_B: Array | np.ndarray, *, token: int, after: int
-) -> Truncated:
-    """Where answers end when they are cut after the first `token` at place `after` (from 0) or later.
-
-    Ziegler et al. (arXiv:1909.08593) cut at the first '.' from place 16 on and score what is left; an answer without
-    one gets a fixed score (`replace_unfinished` with `found_B`). Their samples have one length; here tokens from
-    `lengths_B` on are padding and are not looked at.
-    """
-    tokens_BT, lengths_B = jnp.asarray(tokens_BT), jnp.asarray(lengths_B, jnp.int32)
-    if tokens_BT.ndim != 2 or lengths_B.shape != tokens_BT.shape[:1]:
-        raise ValueError(f"tokens are {tokens_BT.shape} and lengths {lengths_B.shape}, not [B, T] and [B]")
-    places_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
-    hit_BT = (tokens_BT == token) & (places_T >= after)[None] & (places_T[None] < lengths_B[:, None])
-    found_B = jnp.any(hit_BT, axis=1)
-    return Truncated(jnp.where(found_B, jnp.argmax(hit_BT, axis=1).astype(jnp.int32) + 1, lengths_B), found_B)
 
 
 def _float32(values: Scores) -> Array:

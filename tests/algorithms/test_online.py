@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import jax
@@ -20,7 +21,9 @@ from launch.train import algorithms, run
 from posttrain_jax.errors import InputError
 from posttrain_jax.export_model import export_hf
 from posttrain_jax.load_model import load_model
+from posttrain_jax.models.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.models.reward_head import score_head_params
 from posttrain_jax.models.transformer import make_model
 
 WORDS = ("<end>", "a", "b", "c", "d")
@@ -122,6 +125,70 @@ def test_the_regularised_optimum_is_reached(algorithm, five_words, tmp_path):
     assert max(found) < 0.1, found
 
 
+# ---- networks, meshes, rewards
+
+
+def save_reward_model(folder: Path) -> str:
+    """A random one, of other sizes than the policy."""
+    config = ModelConfig("llama", 260, 16, 1, 2, 1, 8, 32, query_scale=8**-0.5, max_length=64)
+    params = make_model(config).init(jax.random.key(5))
+    params.pop("head", None)
+    head = score_head_params(jax.random.key(6), config.d_model, init="normal")
+    export_hf(folder, config=config, params={**params, "score_head": head}, tokenizer=byte_tokenizer())
+    return str(folder)
+
+
+def short(**changes) -> ConfigDict:
+    config = get_config("tiny")
+    config.train.steps, config.data.eval, config.log.tensorboard = 2, "", False
+    config.checkpoint.every = 0
+    for name, value in changes.items():
+        section, _, key = name.rpartition("__")
+        target = config
+        for part in section.split("__"):
+            target = target[part]
+        target[key] = value
+    return config
+
+
+def logged(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["shared", "MODEL", "adapter"])
+def test_other_networks(kind, tmp_path):
+    """A value head on the policy's trunk; a reward model as the value network and as the reward; LoRA off as the
+    reference, with which the first answers have a KL of 0. What is saved is a policy that can be read."""
+    if kind == "MODEL":
+        model = save_reward_model(tmp_path / "reward")
+        config = short(ppo__value=model, score__functions=(), score__models=(model,))
+    elif kind == "adapter":
+        config = short(model__lora__rank=2, rollout__reference="adapter", train__micro_rows=8)
+    else:
+        config = short(ppo__value="shared", optim__ema=0.5)
+    run(config, tmp_path / "run")
+    first, last = logged(tmp_path / "run")
+    assert abs(first["train/kl"]) < 1e-4
+    assert abs(last["train/kl"]) > abs(first["train/kl"])
+    assert first["train/engine_logp_gap"] < 1e-3 and last["train/skipped"] == 0
+    assert last["train/value_loss"] > 0
+    loaded = load_model(str(tmp_path / "run"), ema=kind == "shared")
+    assert "value" not in loaded.params and loaded.lora.rank == (2 if kind == "adapter" else 0)
+
+
+@pytest.mark.slow
+def test_a_mesh_changes_nothing(tmp_path):
+    """The first iteration draws the same answers and learns the same on 8 devices and on 2 x 2 x 2."""
+    names = ("train/score", "train/loss", "train/grad_norm", "train/entropy", "train/answer_tokens")
+    found = []
+    for number, (data, fsdp, tensor) in enumerate([(8, 1, 1), (2, 2, 2)]):
+        config = short(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, train__steps=1)
+        run(config, tmp_path / str(number))
+        found.append([logged(tmp_path / str(number))[0][name] for name in names])
+    np.testing.assert_allclose(*found, rtol=2e-3, atol=1e-5)
+
+
 # ---- bad input
 
 
@@ -146,6 +213,7 @@ def test_the_regularised_optimum_is_reached(algorithm, five_words, tmp_path):
             "rollout.max_new_tokens is 48; .* leave room for a prompt in data.max_length=48",
         ),
         ({"data.max_length": 20}, r"prompts.jsonl:\d+: the prompt has \d+ tokens, more than 8"),
+        ({"data.max_length": 1000}, "data.max_length is 1000, and the model was made for 512 tokens"),
         ({"rollout.temperature": 0.0}, "rollout.temperature is 0.0; it must be more than 0"),
         ({"rollout.reference": "old"}, "rollout.reference is 'old'; use frozen or adapter"),
         ({"rollout.reference": "adapter"}, "rollout.reference=adapter .* but model.lora.rank is 0"),

@@ -69,15 +69,6 @@ def test_piecewise_safety():
             combine.piecewise_safety(safety, helpfulness, is_safety, threshold=threshold)
 
 
-def test_whiten():
-    """Of 1, 2, 3, 4: mean 2.5, biased variance (2.25 + 0.25 + 0.25 + 2.25) / 4 = 1.25, its root 1.118034:
-    -1.5 / 1.118034 = -1.341641, -0.5 / 1.118034 = -0.447214. Equal scores become 0, not NaN."""
-    scores = np.array([1.0, 2.0, 3.0, 4.0])
-    close(combine.whiten(scores), [-1.341641, -0.447214, 0.447214, 1.341641])
-    close(combine.whiten(100.0 * scores + 7.0), [-1.341641, -0.447214, 0.447214, 1.341641])
-    close(combine.whiten(np.full(3, 5.0)), [0.0, 0.0, 0.0])
-
-
 def test_clip():
     close(combine.clip(np.array([-9.0, 0.5, 9.0]), low=-1.0, high=2.0), [-1.0, 0.5, 2.0])
     with pytest.raises(InputError, match="lower limit first"):
@@ -112,24 +103,6 @@ def test_unfinished_answers():
     close(combine.replace_unfinished(np.array([np.nan]), np.array([0])), [-1.0])
 
 
-def test_truncate_at():
-    """The token 13 counts from place 2 on: the first row is cut at place 4 (5 tokens are left), the second at place 2,
-    the third has it before place 2 only, the fourth in its padding only."""
-    tokens = np.array([
-        [13, 5, 5, 5, 13, 13],
-        [5, 5, 13, 5, 5, 5],
-        [13, 13, 5, 5, 5, 5],
-        [5, 5, 5, 5, 13, 13],
-    ])  # fmt: skip
-    lengths = np.array([6, 6, 6, 4])
-    for function in (combine.truncate_at, jax.jit(combine.truncate_at, static_argnames=("token", "after"))):
-        found = function(tokens, lengths, token=13, after=2)
-        assert found.lengths_B.dtype == jnp.int32
-        assert found.lengths_B.tolist() == [5, 3, 6, 4]
-        assert found.found_B.tolist() == [True, True, False, False]
-    close(combine.replace_unfinished(np.ones(4), found.found_B), [1.0, 1.0, -1.0, -1.0])
-
-
 def test_shapes_that_differ():
     with pytest.raises(ValueError, match="one array is"):
         combine.replace_unfinished(np.zeros(3), np.zeros(2))
@@ -137,5 +110,3 @@ def test_shapes_that_differ():
         combine.weighted_sum({"a": np.zeros(3), "b": np.zeros((3, 1))}, {"a": 1.0, "b": 1.0})
     with pytest.raises(ValueError, match="one array is"):
         combine.piecewise_safety(np.zeros(2), np.zeros(2), np.zeros(3))
-    with pytest.raises(ValueError, match="not \\[B, T\\] and \\[B\\]"):
-        combine.truncate_at(np.zeros((2, 3), np.int32), np.zeros(3, np.int32), token=1, after=0)

@@ -1,0 +1,240 @@
+"""What algorithms that sample read from a config: prompts, drawing, scoring, the value network, and sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict as Config
+
+from posttrain_jax.data.prompts import Prompt, PromptData, read_prompts
+from posttrain_jax.data.split import hold_out, split_amount
+from posttrain_jax.errors import InputError
+from posttrain_jax.experiment import Policy
+from posttrain_jax.experiment_data import data_spec
+from posttrain_jax.load_model import load_model, require_score_head
+from posttrain_jax.metrics import say
+from posttrain_jax.models.reward_head import score_head_params
+from posttrain_jax.models.tokenizer import stop_token_ids
+from posttrain_jax.models.transformer import Model, make_model
+from posttrain_jax.rewards.workers import PythonReward
+from posttrain_jax.rollouts.draw import RolloutOptions, encode_prompt
+from posttrain_jax.rollouts.score import ScoreOptions, Scorer, load_reward_model
+from posttrain_jax.sharding import jit_step, tree_shardings
+from posttrain_jax.trees import partition
+from posttrain_jax.types import PyTree
+
+VALUES = ("none", "policy", "shared")
+REFERENCES = ("frozen", "adapter")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How an iteration's rows are cut: `micro_batches` of all of them, each of `micro_rows`."""
+
+    rows: int
+    micro_rows: int
+    micro_batches: int
+
+
+def cut_from_config(config: Config, mesh: Mesh, *, minibatches: int) -> Cut:
+    """The sizes that config and mesh give.
+
+    Raises:
+      InputError: they do not divide; says which numbers would.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = config.train.rows_per_step * config.rollout.samples
+    if rows <= 0 or rows % (minibatches * shards):
+        raise InputError(
+            f"train.rows_per_step={config.train.rows_per_step} prompts x rollout.samples={config.rollout.samples} = "
+            f"{rows} answers do not divide into {minibatches} minibatches on {shards} devices that split rows; make "
+            f"the product a multiple of {minibatches * shards}."
+        )
+    part = rows // minibatches
+    micro = config.train.micro_rows or part
+    if micro <= 0 or part % micro or micro % shards:
+        fitting = [n for n in range(shards, part + 1, shards) if part % n == 0]
+        raise InputError(
+            f"train.micro_rows={micro} must divide a minibatch's {part} answers and be a multiple of mesh.data x "
+            f"mesh.fsdp = {shards}: it could be {', '.join(map(str, fitting))}."
+        )
+    return Cut(rows=rows, micro_rows=micro, micro_batches=rows // micro)
+
+
+class ValueNetwork:
+    """The value network beside a policy; see `Online.value` for what `kind` may be.
+
+    Args:
+      kind: "none", "policy", "shared", or a MODEL with a score head.
+      config: the experiment.
+      policy: beside which it stands.
+      mesh: where its parameters go.
+
+    Raises:
+      InputError: no such MODEL, or one without a score head.
+    """
+
+    def __init__(self, kind: str, config: Config, policy: Policy, mesh: Mesh) -> None:
+        self._kind = kind
+        self._mesh = mesh
+        self._loaded: PyTree = {}
+        self.model: Model | None = None if kind == "none" else policy.model
+        if kind not in VALUES:
+            loaded = load_model(kind, dtype=config.model.dtype, mesh=mesh, attention=config.model.attention)
+            require_score_head(loaded)
+            self.model, self._loaded = loaded.model, loaded.params
+
+    def abstract(self, params: PyTree) -> PyTree:
+        """Shapes of the policy's parameters with the value's."""
+        return jax.eval_shape(self._with_value, params, self._loaded)
+
+    def join(self, params: PyTree) -> PyTree:
+        """The policy's parameters, and the value's under "value", in their places on the mesh."""
+        places = tree_shardings(self.abstract(params), self._mesh)
+        build = jit_step(self._with_value, self._mesh, in_shardings=None, out_shardings=places)
+        return build(params, self._loaded)
+
+    def _with_value(self, params: PyTree, loaded: PyTree) -> PyTree:
+        if self.model is None:
+            return params
+        if loaded:
+            return {**params, "value": loaded}
+        head = score_head_params(jax.random.key(0), self.model.config.d_model, init="zeros")
+        if self._kind == "shared":
+            return {**params, "value": {"score_head": head}}
+        own = {name: part for name, part in params.items() if name != "head"}
+        own = partition(own, lambda path: path.endswith(("lora_a", "lora_b")))[1]
+        return {**params, "value": {**own, "score_head": head}}
+
+
+def reference_model(config: Config, policy: Policy) -> Model:
+    """The definition that the reference's parameters belong to.
+
+    Raises:
+      InputError: an unknown kind, or an adapter to leave out where there is none.
+    """
+    kind = config.rollout.reference
+    if kind not in REFERENCES:
+        raise InputError(f"rollout.reference is {kind!r}; use {' or '.join(REFERENCES)}.")
+    if kind == "frozen":
+        return policy.model
+    if not policy.model.lora.rank:
+        raise InputError("rollout.reference=adapter leaves a LoRA adapter out, but model.lora.rank is 0.")
+    return make_model(
+        policy.model.config,
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+        remat=config.train.remat,
+    )
+
+
+def rollout_options(config: Config, policy: Policy) -> RolloutOptions:
+    """How answers are drawn.
+
+    Raises:
+      InputError: a number out of its range.
+    """
+    rollout = config.rollout
+    if rollout.max_new_tokens < 1 or rollout.max_new_tokens >= config.data.max_length:
+        raise InputError(
+            f"rollout.max_new_tokens is {rollout.max_new_tokens}; it must be at least 1 and leave room for a prompt in "
+            f"data.max_length={config.data.max_length}."
+        )
+    if config.data.max_length > policy.model.config.max_length:
+        raise InputError(
+            f"data.max_length is {config.data.max_length}, and the model was made for {policy.model.config.max_length} "
+            "tokens; lower it."
+        )
+    if not rollout.temperature > 0:
+        raise InputError(
+            f"rollout.temperature is {rollout.temperature}; it must be more than 0, for answers are drawn."
+        )
+    return RolloutOptions(
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        samples=rollout.samples,
+        batch_size=rollout.batch_size or config.train.rows_per_step * rollout.samples,
+        stop_token_ids=stop_token_ids(policy.model.config, policy.tokenizer),
+        truncate_token=None if rollout.truncate_token < 0 else rollout.truncate_token,
+        truncate_after=rollout.truncate_after,
+    )
+
+
+def prompts_from_config(config: Config, policy: Policy) -> tuple[PromptData, list[Prompt]]:
+    """Prompts to learn on, and held-out ones.
+
+    Raises:
+      InputError: bad rows, a missing file, prompts that are too long.
+    """
+
+    def read(spec: Any) -> PromptData:
+        return read_prompts(
+            data_spec(spec),
+            functools.partial(encode_prompt, tokenizer=policy.tokenizer),
+            max_tokens=config.data.max_length - config.rollout.max_new_tokens,
+            long_prompts=config.data.long_prompts,
+            on_bad_row=config.data.on_bad_row,
+        )
+
+    train = read(config.data.train)
+    say(train.text())
+    if not config.data.eval:
+        return train, []
+    amount = split_amount(data_spec(config.data.eval))
+    if amount is not None:
+        train, held_out = hold_out(train, amount, seed=config.seed)
+    else:
+        held_out = read(config.data.eval)
+        say(held_out.text())
+    say(f"{len(train):,} prompts to learn on, {len(held_out):,} held out.")
+    return train, held_out.all()
+
+
+def scorer_from_config(config: Config, policy: Policy, mesh: Mesh, cut: Cut) -> Scorer:
+    """What `config.score` names.
+
+    Raises:
+      InputError: a function or model that is not there, weights that do not belong to them.
+    """
+    score = config.score
+    names = [*score.functions, *score.models]
+    weights = list(score.weights) or [1.0] * len(names)
+    if len(weights) != len(names):
+        raise InputError(
+            f"score.weights has {len(weights)} numbers for {len(names)} rewards (score.functions, then score.models)."
+        )
+    if len(set(names)) != len(names):
+        raise InputError("score.functions and score.models name a reward twice.")
+    return Scorer(
+        policy.tokenizer,
+        functions={
+            name: PythonReward(name, seconds=score.seconds, failure_score=score.failure)
+            for name in score.functions
+        },
+        models={
+            name: load_reward_model(
+                name,
+                combination=score.combine,
+                coefficient=score.coefficient,
+                mesh=mesh,
+                dtype=config.model.dtype,
+            )
+            for name in score.models
+        },
+        options=ScoreOptions(
+            weights=dict(zip(names, map(float, weights), strict=True)),
+            free_tokens=score.free_tokens,
+            per_token=score.per_token,
+            clip=score.clip,
+            missing_end=score.missing_end,
+            missing_end_value=score.missing_end_value,
+        ),
+        mesh=mesh,
+        rows=cut.rows,
+        micro_batches=cut.micro_batches,
+        workers=score.workers,
+    )
