@@ -46,6 +46,7 @@ def base_config() -> ConfigDict:
     config.optim.lr = 1e-5
     config.optim.schedule = "cosine"  # constant, linear, cosine, wsd
     config.optim.warmup = 0.0  # < 1: share of the steps; else steps
+    config.optim.warmup_start = 0.0  # where the warm-up begins, as a share of lr
     config.optim.min_lr_ratio = 0.0
     config.optim.decay_share = 0.1  # wsd
     config.optim.beta1 = 0.9
@@ -132,6 +133,7 @@ def online_config() -> ConfigDict:
     config.algorithm = "ppo"
     del config.data["pack"], config.data["train_on"], config.data["truncate"]
     config.data.long_prompts = "error"  # error, drop
+    config.data.prompt_tokens = 0  # a `text` row's first so many tokens are its prompt
     config.rollout = ConfigDict()
     config.rollout.max_new_tokens = 64
     config.rollout.temperature = 1.0
@@ -139,12 +141,23 @@ def online_config() -> ConfigDict:
     config.rollout.batch_size = 0  # answers written side by side; 0 = all
     config.rollout.truncate_token = -1  # answers end after the first of these; -1 = off
     config.rollout.truncate_after = 0  # but not within so many tokens
-    config.rollout.reference = "frozen"  # frozen (a second copy of the policy), adapter (LoRA off)
+    config.rollout.reference = (
+        "frozen"  # frozen (a second copy of the policy), adapter (LoRA off), ema (optim.ema's)
+    )
 
     config.score = ConfigDict()
     config.score.functions = ()  # "module:function", each run in worker processes
     config.score.models = ()  # MODELs with a score head
     config.score.weights = ()  # of the functions, then of the models; () = 1 each
+    config.score.join = (
+        "sum"  # of the weighted rewards; piecewise: Llama 2's, safety first, helpfulness second
+    )
+    config.score.safety_threshold = 0.15  # piecewise: a probability
+    config.score.normalise = (
+        0  # gain and bias by this many answers of the starting policy (Ziegler: 256); 0 = off
+    )
+    config.score.gold_function = ""  # scores held-out answers as eval/gold; nothing is learnt from it
+    config.score.gold_model = ""  # the same, by a reward model
     config.score.combine = "mean"  # an ensemble's members: mean, min, uncertainty
     config.score.coefficient = 0.0  # uncertainty: of the variance
     config.score.free_tokens = 0
@@ -164,6 +177,8 @@ def online_config() -> ConfigDict:
     config.ppo.value = (
         "policy"  # policy (a copy of it), shared (a head on its trunk), or a MODEL with a score head
     )
+    config.ppo.value_lr = 0.0  # the value network's own peak; 0 = optim.lr
+    config.ppo.value_warmup = 0  # iterations in which the value network alone is trained
     config.ppo.value_clip = 0.2
     config.ppo.value_coefficient = 0.1
     config.ppo.gamma = 1.0
@@ -173,12 +188,22 @@ def online_config() -> ConfigDict:
     config.ppo.kl_horizon = 10_000.0  # answers
     config.ppo.whiten_rewards = False
     config.ppo.whiten_advantages = True
+    config.ppo.ptx_coefficient = 0.0  # of the pretraining loss mixed in (PPO-ptx; InstructGPT: 27.8); 0 = off
+    config.ppo.ptx_data = ""  # as data.train of SFT
+    config.ppo.ptx_rows = 0  # packed rows an iteration (InstructGPT: 8 for each answer)
+    config.ppo.ptx_length = 0  # tokens in such a row; 0 = data.max_length
 
     config.rloo = ConfigDict()
     config.rloo.epochs = 1
     config.rloo.minibatches = 1
     config.rloo.clip = 0.2
     config.rloo.kl_coefficient = 0.05
+
+    config.stop = ConfigDict()  # what ends a run early, checked wherever it is logged; 0 = off
+    config.stop.kl = 0.0  # train/kl above this, nats per answer
+    config.stop.entropy = 0.0  # train/entropy below this, nats per token
+    config.stop.repetition = 0.0  # train/repetition above this, a share
+    config.stop.gold_errors = 0.0  # eval/gold below its best by this many standard errors
 
     config.optim.eps = 1e-5
     config.optim.schedule = "linear"
@@ -216,4 +241,22 @@ def tiny_preferences(config: ConfigDict) -> ConfigDict:
     config.data.row_length = 0
     config.data.truncate = "right"
     config.train.micro_rows = 0
+    return config
+
+
+def tiny_prompts(config: ConfigDict) -> ConfigDict:
+    """`tiny` for an experiment on the policy's own answers: its reward is the share of the letter "e" in them."""
+    tiny(config)
+    config.data.train = "configs/tiny/prompts.jsonl"
+    config.data.eval = "split:2"
+    config.data.max_length = 48
+    config.data.long_prompts = "error"
+    config.rollout.max_new_tokens = 8
+    config.rollout.truncate_token, config.rollout.truncate_after = -1, 0
+    config.score.functions, config.score.models = ("configs.tiny.rewards:share_of_e",), ()
+    config.score.normalise = 0  # a new model's answers hold no "e"
+    config.score.workers = 1
+    if config.ppo.value not in ("policy", "shared"):
+        config.ppo.value = "policy"
+    config.train.rows_per_step = 8
     return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import optax
 
 from posttrain_jax.errors import InputError
 from posttrain_jax.trees import global_norm, leaf_path
-from posttrain_jax.types import Array, Metric, Metrics, PyTree, TrainState
+from posttrain_jax.types import Array, Metric, Metrics, PyTree, TrainState, is_metric
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "rmsprop", "sgd", "adam_tf")
@@ -23,13 +24,14 @@ def make_schedule(
     lr: float,
     steps: int,
     warmup: float = 0.0,
+    warmup_start: float = 0.0,
     min_lr_ratio: float = 0.0,
     decay_share: float = 0.1,
 ) -> Callable[[Array], Array]:
     """Learning rate as a function of the 0-based step.
 
-    The warm-up is linear, lr * (t + 1) / W at step t < W, so that the first step already learns. Then with
-    u = (t - W) / (steps - W):
+    The warm-up is linear, lr * (s + (1 - s) (t + 1) / W) at step t < W with s = `warmup_start`, so that the first step
+    already learns. Then with u = (t - W) / (steps - W):
 
       constant  lr
       linear    from lr to min_lr_ratio * lr
@@ -41,6 +43,7 @@ def make_schedule(
       lr: peak learning rate.
       steps: optimiser steps in the whole run.
       warmup: W: below 1 a share of `steps`, else a number of steps.
+      warmup_start: where it begins, relative to `lr` (InstructGPT: 0.1).
       min_lr_ratio: the floor, relative to `lr`.
       decay_share: "wsd" only.
 
@@ -65,6 +68,8 @@ def make_schedule(
         else:
             factor = jnp.ones_like(t)
         ramp = jnp.minimum((t + 1.0) / max(warmup_steps, 1), 1.0)
+        if warmup_start:
+            ramp = warmup_start + (1.0 - warmup_start) * ramp
         return lr * factor * ramp
 
     return schedule
@@ -157,6 +162,36 @@ def scale_by_adam_tf(beta1: float, beta2: float, eps: float) -> optax.GradientTr
     return optax.GradientTransformation(init, update)
 
 
+def scale_and_delay(
+    is_scaled: Callable[[str], bool], *, scale: float, delay: int
+) -> optax.GradientTransformation:
+    """A learning rate of their own for some parameters, and a start without the others: the last link of a chain.
+
+    The updates of the named parameters are multiplied by `scale`, in every update. Those of all others are 0 in the
+    first `delay` updates; the moments of an optimiser before this link are gathered meanwhile, so the first update that
+    counts is of the usual size.
+
+    Args:
+      is_scaled: by a parameter's path.
+      scale: their learning rate over the schedule's.
+      delay: in updates (those that were skipped as not finite are not counted).
+    """
+
+    def init(params: PyTree) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(
+        updates: PyTree, state: optax.ScaleByScheduleState, params: PyTree = None
+    ) -> tuple[PyTree, optax.ScaleByScheduleState]:
+        started = (state.count >= delay).astype(jnp.float32)
+        scaled = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf * (scale if is_scaled(leaf_path(path)) else started), updates
+        )
+        return scaled, optax.ScaleByScheduleState(count=state.count + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
 def divide_and_clip(clip_norm: float) -> optax.GradientTransformationExtraArgs:
     """Turns gradient sums into the clipped mean in one multiplication: times min(1, clip_norm / norm) / count.
 
@@ -209,7 +244,7 @@ def gradient_sums(
         return gradient(params, jax.tree.map(lambda leaf: leaf[0], batch))
 
     def body(total: PyTree, micro: PyTree) -> tuple[PyTree, None]:
-        return jax.tree.map(jnp.add, total, gradient(params, micro)), None
+        return jax.tree.map(operator.add, total, gradient(params, micro), is_leaf=is_metric), None
 
     first = jax.tree.map(lambda leaf: leaf[0], batch)
     shapes = jax.eval_shape(gradient, params, first)

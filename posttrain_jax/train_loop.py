@@ -1,8 +1,8 @@
 """The one training loop. It is handed a `Task` (a state, a jitted step, rows, an evaluation) and knows no algorithm.
 
-Step t + 1 is dispatched before the metrics of step t are read, so the devices never wait for the host. Everything
-that a run writes can be cut back to a checkpoint, so a run that was killed at any moment and started again ends
-with the same parameters and the same `metrics.jsonl` as one that was not.
+Step t + 1 is dispatched before the metrics of step t are read (`Task.ahead`), so the devices never wait for the host.
+Everything that a run writes can be cut back to a checkpoint, so a run that was killed at any moment and started again
+ends with the same parameters and the same `metrics.jsonl` as one that was not.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from posttrain_jax.metrics import (
     to_host,
     truncate_after,
 )
+from posttrain_jax.samples_page import write_page
 from posttrain_jax.types import Metric, Metrics, Task, TrainState
 
 EXACT_METRICS = ("train/lr", "train/skipped", "train/skipped_in_row")
@@ -70,11 +71,12 @@ class LoopOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """How a run ended: "complete" or "preempted", at which step, with which last metrics."""
+    """How a run ended: "complete", "preempted" or "stopped" (and why), at which step, with which last metrics."""
 
     status: str
     final_step: int
     metrics: dict[str, float]
+    reason: str = ""
 
 
 class _Preemption:
@@ -127,6 +129,8 @@ class _Run:
             truncate_after(workdir / "samples.jsonl", last_kept)
         self.accumulator = Accumulator(meta.get("accumulator"))
         self.last: dict[str, float] = dict(meta.get("last", {}))
+        self.best: dict[str, float] = dict(meta.get("best", {}))
+        self.stopped: str = meta.get("stopped", "")
         self.pending: collections.deque[_Pending] = collections.deque()
         self.started = time.time()
         self.start_step = start
@@ -174,6 +178,12 @@ class _Run:
         eta = (time.time() - self.started) / max(steps_done, 1) * (self.task.steps - item.step)
         say(progress_line(item.step, self.task.steps, {**values, **speed}, eta))
         self.reset_window(item.step)
+        self._look_at(values)
+
+    def _look_at(self, values: dict[str, float]) -> None:
+        """Whether the run should end here."""
+        if self.task.stop is not None and not self.stopped:
+            self.stopped = self.task.stop(values, self.best)
 
     def reset_window(self, step: int) -> None:
         self.window_started = time.perf_counter()
@@ -224,11 +234,14 @@ class _Run:
         samples = self.task.sample(state) if self.task.sample is not None else []
         if values:
             self.last.update(values)
+            self.best.update({name: max(value, self.best.get(name, value)) for name, value in values.items()})
+            self._look_at(values)
             self.writer.write(step, values)
             say(f"evaluation at step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
-        if self.writer.active:
+        if self.writer.active and samples:
             for row in samples:
                 append_line(self.workdir / "samples.jsonl", {"step": step, **row})
+            write_page(self.workdir / "samples.jsonl", self.workdir / "samples.html")
         self.reset_window(step)
         return values
 
@@ -238,6 +251,8 @@ class _Run:
             "rows": self.task.rows.get_state(),
             "accumulator": self.accumulator.state(),
             "last": self.last,
+            "best": self.best,
+            "stopped": self.stopped,
             "git": git_hash,
             "config": self.options.config,
         }
@@ -282,16 +297,16 @@ def _train(
         run.evaluate(state, 0)
     step = start
     try:
-        while step < task.steps:
+        while step < task.steps and not run.stopped:
             rows = next(task.rows)
             run.start_profile(step + 1)
             state, metrics = task.train_step(state, task.put(rows.arrays))
             step += 1
             run.pending.append(_Pending(step, metrics, rows.row_ids))
-            if len(run.pending) > 1:
+            if len(run.pending) > task.ahead:
                 run.read_one()
             stop = preemption.stop_after(step)
-            last = step == task.steps
+            last = step == task.steps or bool(run.stopped)
             run.stop_profile(state, step, last=last or stop)
             if last and task.finish is not None:
                 run.drain()
@@ -300,6 +315,7 @@ def _train(
             if last or (options.eval_every and step % options.eval_every == 0):
                 run.drain()
                 evaluated = run.evaluate(state, step)
+            last = last or bool(run.stopped)
             if last or stop or (options.checkpoint_every and step % options.checkpoint_every == 0):
                 run.drain()
                 run.writer.sync()
@@ -311,7 +327,10 @@ def _train(
         checkpoints.close()
     finally:
         run.writer.close()
-    summary = Summary(status=status, final_step=step, metrics=run.last)
+    if run.stopped:
+        status = "stopped"
+        say(f"Stopped at step {step} of {task.steps}: {run.stopped}.")
+    summary = Summary(status=status, final_step=step, metrics=run.last, reason=run.stopped)
     if jax.process_index() == 0:
         if (workdir / "metrics.jsonl").is_file():
             plot_curves(workdir / "metrics.jsonl", workdir / "curves.png")

@@ -38,8 +38,36 @@ class Metric:
         """A metric that is a single number (a learning rate, a norm)."""
         return Metric(jnp.asarray(value, jnp.float32), jnp.ones((), jnp.float32))
 
+    def over_leading_axis(self) -> Metric:
+        """Its parts, stacked on a leading axis, as one."""
+        return Metric(jnp.sum(self.sum, axis=0), jnp.sum(self.count, axis=0))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Largest(Metric):
+    """The largest of many numbers, none below 0: parts within a step are joined by their maximum (`count` is 1). Over
+    the steps of a log window its mean is taken, as of any metric."""
+
+    def __add__(self, other: Metric) -> Largest:
+        return Largest(jnp.maximum(self.sum, other.sum), jnp.maximum(self.count, other.count))
+
+    def over_leading_axis(self) -> Largest:
+        """Its parts, stacked on a leading axis, as one."""
+        return Largest(jnp.max(self.sum, axis=0), jnp.max(self.count, axis=0))
+
+    @staticmethod
+    def of(value: Array | float) -> Largest:
+        """Of one number."""
+        return Largest(jnp.asarray(value, jnp.float32), jnp.ones((), jnp.float32))
+
 
 Metrics = dict[str, Metric]
+
+
+def is_metric(node: Any) -> bool:
+    """Where a tree of metrics is to be cut so that they are added as metrics."""
+    return isinstance(node, Metric)
 
 
 @jax.tree_util.register_dataclass
@@ -199,6 +227,9 @@ class Task:
       sample: state -> rows for `samples.jsonl`, at every evaluation; or None.
       flops_per_token: model FLOPs of one step per token, for MFU.
       finish: what is done to the state once, after the last step and before it is evaluated and saved; or None.
+      stop: (what was just logged, the highest value so far of each metric of an evaluation) -> why the run should end
+        here, or ""; None = it has all its steps.
+      ahead: how many steps are dispatched before the metrics of one are read; 0 where a step waits for its own end.
     """
 
     steps: int
@@ -211,3 +242,5 @@ class Task:
     sample: Callable[[TrainState], list[dict[str, Any]]] | None
     flops_per_token: float
     finish: Callable[[TrainState], TrainState] | None = None
+    stop: Callable[[dict[str, float], dict[str, float]], str] | None = None
+    ahead: int = 1

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 # These are read when jax, transformers or a BLAS is first imported, so they come before the imports below.
 _FLAGS = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in _FLAGS:
-    os.environ["XLA_FLAGS"] = f"{_FLAGS} --xla_force_host_platform_device_count=8".strip()
+    # On a busy machine eight devices on two cores may wait for each other longer than XLA's 40 seconds; then it aborts.
+    _PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=300"
+    os.environ["XLA_FLAGS"] = f"{_FLAGS} --xla_force_host_platform_device_count=8 {_PATIENCE}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"

@@ -28,6 +28,10 @@ def test_warmup_ends_at_the_peak_and_never_starts_at_zero():
     """4 steps of warm-up: 1/4, 2/4, 3/4, 4/4, then the peak."""
     np.testing.assert_allclose(values("constant", 8, warmup=4)[:6], [0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
     np.testing.assert_allclose(values("constant", 8, warmup=0.5)[:6], [0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
+    # From a fifth: 0.2 + 0.8 (t + 1) / 4.
+    np.testing.assert_allclose(
+        values("constant", 8, warmup=4, warmup_start=0.2)[:5], [0.4, 0.6, 0.8, 1.0, 1.0]
+    )
 
 
 def test_linear_by_hand():

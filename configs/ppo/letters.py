@@ -10,26 +10,20 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs.base import online_config, tiny
+from configs.base import online_config, tiny_prompts
 from configs.sft.smollm2_135m import TINY_MODEL
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The experiment; see the module's docstring for the variants."""
-    config = tiny(online_config())
+    config = tiny_prompts(online_config())
     config.model.config = ConfigDict(TINY_MODEL)
-    config.data.train = "configs/tiny/prompts.jsonl"
-    config.data.eval = "split:2"
-    config.data.max_length = 48
     config.rollout.max_new_tokens = 12
     config.rollout.samples = 4
-    config.score.functions = ("configs.tiny.rewards:share_of_e",)
-    config.score.workers = 1
     config.ppo.kl_coefficient = 0.0
     config.ppo.epochs = 4
     config.ppo.minibatches = 2
     config.train.steps = 60
-    config.train.rows_per_step = 8
     config.optim.lr = 3e-3
     config.optim.schedule = "constant"
     config.log.every = 5

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs.base import online_config, tiny
+from configs.base import online_config, tiny_prompts
 from configs.sft.smollm2_135m import TINY_MODEL
 
 
@@ -42,15 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.rollout.samples = 4
         config.train.rows_per_step = 8
     elif variant == "tiny":
-        tiny(config)
-        config.model.config = ConfigDict(TINY_MODEL)
-        config.data.train = "configs/tiny/prompts.jsonl"
-        config.data.eval = "split:2"
-        config.data.max_length = 48
-        config.rollout.max_new_tokens = 8
-        config.train.rows_per_step = 8
-        config.score.functions = ("configs.tiny.rewards:share_of_e",)
-        config.score.workers = 1
+        tiny_prompts(config).model.config = ConfigDict(TINY_MODEL)
     elif variant:
         raise ValueError(f"unknown variant {variant!r}; use rloo or tiny")
     return config

@@ -24,16 +24,21 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
+from posttrain_jax.algorithms.collect import NORMALISE_SEED, Collector
 from posttrain_jax.algorithms.online_config import (
     ValueNetwork,
     cut_from_config,
+    gold_from_config,
     prompts_from_config,
     reference_model,
+    reference_params,
     rollout_options,
     scorer_from_config,
+    stop_from_config,
 )
+from posttrain_jax.algorithms.pretraining import Pretraining
 from posttrain_jax.data.loader import Loader
-from posttrain_jax.data.prompts import Prompt
+from posttrain_jax.errors import InputError
 from posttrain_jax.experiment import (
     Policy,
     abstract_on_mesh,
@@ -45,15 +50,14 @@ from posttrain_jax.experiment import (
 )
 from posttrain_jax.metrics import say
 from posttrain_jax.models.transformer import Model
-from posttrain_jax.optim import apply_gradients, gradient_sums, new_state
-from posttrain_jax.rollouts.draw import RolloutOptions, Rollouts, put_rollouts, roll_out
-from posttrain_jax.rollouts.experience import Experience, Networks, experience_of
-from posttrain_jax.rollouts.score import Scored, Scorer
-from posttrain_jax.sharding import batch_sharding, jit_step, replicated
+from posttrain_jax.optim import apply_gradients, gradient_sums, new_state, scale_and_delay
+from posttrain_jax.rollouts.experience import Networks, experience_of
+from posttrain_jax.rollouts.score import Scorer
+from posttrain_jax.sharding import batch_sharding, jit_step, put_batch, replicated
 from posttrain_jax.trees import combine, partition
-from posttrain_jax.types import Array, HostRows, Metric, Metrics, PyTree, Task, TrainState
+from posttrain_jax.types import Array, Batch, HostRows, Metric, Metrics, PyTree, Task, TrainState
 
-EVAL_SEED = 2**31 - 1  # of the answers to held-out prompts, which no step draws with
+SAMPLED_PROMPTS = 16  # in `samples.jsonl`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +65,16 @@ class Online:
     """What is an algorithm's own.
 
     Attributes:
-      train_step: (state, experience, kl per answer, *, networks, optimizer, schedule, ema_decay) -> (state, metrics).
+      train_step: (state, experience, kl per answer, pretraining rows or {}, *, networks, optimizer, schedule,
+        ema_decay) -> (state, metrics).
       updates: of the optimiser in an iteration.
       minibatches: into how many parts an iteration's answers are cut.
       value: where the value network comes from: "none"; "policy" = a copy of it with a head of zeros; "shared" = such a
         head alone, on the policy's trunk; else a MODEL, a reward model as in InstructGPT.
       kl_coefficient: beta at the start.
+      value_lr: the value network's peak learning rate; 0 = the policy's.
+      value_warmup: iterations in which the value network alone is trained.
+      pretraining: text that is learnt beside the answers.
     """
 
     train_step: Callable[..., tuple[TrainState, Metrics]]
@@ -74,6 +82,9 @@ class Online:
     minibatches: int
     value: str
     kl_coefficient: float
+    value_lr: float = 0.0
+    value_warmup: int = 0
+    pretraining: Pretraining | None = None
 
 
 def init_state(
@@ -86,7 +97,7 @@ def init_state(
     ema_decay: float,
 ) -> TrainState:
     """The first state; `opt_state` holds the optimiser's, beta and the number of updates, so that all are saved."""
-    trained, frozen = partition(params, lambda path: path.startswith("value/") or is_trained(path, model))
+    trained, frozen = partition(params, lambda path: is_value(path) or is_trained(path, model))
     state = new_state(trained, frozen, key, optimizer, ema=ema_decay > 0)
     opt_state = {
         "optimizer": state.opt_state,
@@ -94,6 +105,28 @@ def init_state(
         "updates": jnp.int32(0),
     }
     return dataclasses.replace(state, opt_state=opt_state)
+
+
+def is_value(path: str) -> bool:
+    """Whether a parameter is the value network's."""
+    return path.startswith("value/")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixed:
+    """A second loss, whose gradient is added to that of the answers in every minibatch.
+
+    Attributes:
+      batch: leaves `[M, B, ...]`, `minibatches` shares one after the other.
+      losses: (whole parameters, `[B, ...]`) -> (sum of losses, metrics with `name`).
+      name: of the metric that holds the loss's sum and count.
+      coefficient: of the mean of this loss, beside the mean of the first.
+    """
+
+    batch: PyTree
+    losses: Callable[[PyTree, Any], tuple[Array, Metrics]]
+    name: str
+    coefficient: float
 
 
 def minibatch_updates(
@@ -107,6 +140,7 @@ def minibatch_updates(
     optimizer: optax.GradientTransformationExtraArgs,
     schedule: Callable[[Array], Array],
     ema_decay: float,
+    mixed: Mixed | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Epochs x minibatches over `[M, B, ...]`, every epoch in an order of its own, each minibatch an update.
 
@@ -117,6 +151,7 @@ def minibatch_updates(
       targets: of a whole minibatch `[N, ...]`: what its rows are moved towards, `[N, ...]`.
       losses: (whole parameters, targets `[B, ...]`) -> (sum of losses, metrics with "loss").
       optimizer, schedule, ema_decay: as everywhere.
+      mixed: a second loss; the i-th minibatch of every epoch has the i-th share of its rows.
 
     Returns:
       The state one step later, and metrics over all updates (the schedule's is that of the first).
@@ -127,7 +162,22 @@ def minibatch_updates(
     keys = jax.random.split(jax.random.fold_in(state.key, state.step), epochs)
     orders_EN = jax.vmap(lambda key: jax.random.permutation(key, answers))(keys)
 
-    def update(state: TrainState, order_N: Array) -> tuple[TrainState, Metrics]:
+    def add_mixed(
+        state: TrainState, mixed: Mixed, number: Array, gradients: PyTree, count: Array
+    ) -> tuple[PyTree, Metrics]:
+        shares = jax.tree.map(lambda leaf: leaf.reshape(minibatches, -1, *leaf.shape[1:]), mixed.batch)
+        share = jax.tree.map(lambda leaf: leaf[number % minibatches], shares)
+
+        def loss_sum(params: PyTree, part: PyTree) -> tuple[Array, Metrics]:
+            return mixed.losses(combine(params, state.frozen), part)
+
+        more, metrics = gradient_sums(loss_sum, state.params, share)
+        # The update divides by the answers' count, so that this sum becomes coefficient x its own mean.
+        factor = mixed.coefficient * count / jnp.maximum(metrics[mixed.name].count, 1.0)
+        return jax.tree.map(lambda own, other: own + factor * other, gradients, more), metrics
+
+    def update(state: TrainState, turn: tuple[Array, Array]) -> tuple[TrainState, Metrics]:
+        number, order_N = turn
         whole = targets(jax.tree.map(lambda leaf: leaf[order_N], flat))
         cut = jax.tree.map(lambda leaf: leaf.reshape(-1, rows, *leaf.shape[1:]), whole)
 
@@ -136,6 +186,9 @@ def minibatch_updates(
 
         gradients, metrics = gradient_sums(loss_sum, state.params, cut)
         loss = metrics["loss"]
+        if mixed is not None:
+            gradients, more = add_mixed(state, mixed, number, gradients, loss.count)
+            metrics |= more
         state, update_metrics = apply_gradients(
             state, gradients, loss.sum, optimizer=optimizer, count=loss.count, ema_decay=ema_decay
         )
@@ -143,8 +196,9 @@ def minibatch_updates(
 
     updates = state.opt_state["updates"]
     inner = dataclasses.replace(state, opt_state=state.opt_state["optimizer"])
-    inner, stacked = jax.lax.scan(update, inner, orders_EN.reshape(-1, answers // minibatches))
-    metrics = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), stacked)
+    turns = jnp.arange(epochs * minibatches), orders_EN.reshape(-1, answers // minibatches)
+    inner, stacked = jax.lax.scan(update, inner, turns)
+    metrics = {name: metric.over_leading_axis() for name, metric in stacked.items()}
     metrics |= {
         "train/lr": Metric.of(schedule(updates)),
         "train/skipped": Metric.of(inner.skipped),
@@ -154,89 +208,38 @@ def minibatch_updates(
     return dataclasses.replace(inner, step=state.step + 1, opt_state=opt_state), metrics
 
 
-@dataclasses.dataclass
-class _Stream:
-    """The prompts' loader; closing it ends the reward workers too."""
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """A step's: where its prompts are, and pretraining text."""
 
-    loader: Loader
-    scorer: Scorer
+    arrays: dict[str, np.ndarray]
+    row_ids: list[str]
+
+
+class _Stream:
+    """The prompts' loader and, where text is mixed in, the text's; closing it ends the reward workers too."""
+
+    def __init__(self, prompts: Loader, text: Loader | None, scorers: Sequence[Scorer]) -> None:
+        self._loaders = {"prompts": prompts} if text is None else {"prompts": prompts, "text": text}
+        self._scorers = scorers
 
     def __next__(self) -> HostRows:
-        return next(self.loader)
+        rows = {name: next(loader) for name, loader in self._loaders.items()}
+        arrays = rows["prompts"].arrays | (rows["text"].arrays if "text" in rows else {})
+        return _Rows(arrays, rows["prompts"].row_ids)
 
     def get_state(self) -> dict[str, Any]:
-        return self.loader.get_state()
+        return {name: loader.get_state() for name, loader in self._loaders.items()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self.loader.set_state(state)
+        for name, loader in self._loaders.items():
+            loader.set_state(state[name])
 
     def close(self) -> None:
-        self.loader.close()
-        self.scorer.close()
-
-
-@dataclasses.dataclass(frozen=True)
-class Answered:
-    """Answers, their scores, and how long both took."""
-
-    rollouts: Rollouts
-    scored: Scored
-    seconds_generate: float
-    seconds_score: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Collector:
-    """Answers prompts with a state's policy and makes experience of the answers.
-
-    Attributes:
-      experience: jitted `experience_of`: (whole parameters, beta, rows, reference's parameters).
-    """
-
-    policy: Policy
-    options: RolloutOptions
-    row_length: int
-    scorer: Scorer
-    mesh: Mesh
-    reference_params: PyTree
-    experience: Callable[..., tuple[Experience, Metrics]]
-
-    def answers(self, params: PyTree, prompts: Sequence[Prompt], seed: int) -> Answered:
-        """Answers and their scores.
-
-        Args:
-          params: whole, the value network included.
-          prompts: what is answered.
-          seed: of the draws.
-        """
-        started = time.perf_counter()
-        own = {name: part for name, part in params.items() if name != "value"}
-        rollouts = roll_out(
-            self.policy.model, own, prompts, self.options, row_length=self.row_length, seed=seed
-        )
-        drawn = time.perf_counter()
-        scored = self.scorer(rollouts)
-        return Answered(rollouts, scored, drawn - started, time.perf_counter() - drawn)
-
-    def collect(
-        self, params: PyTree, kl_coefficient: Array, prompts: Sequence[Prompt], seed: int, micro_batches: int
-    ) -> tuple[Experience, Metrics]:
-        """What is learnt from, and what is said of it (see `rollouts/experience.py`; names without a prefix)."""
-        answered = self.answers(params, prompts, seed)
-        rollouts, scored = answered.rollouts, answered.scored
-        if scored.error:
-            say(f"A reward function failed at {sum(scored.failures.values())} answers; first: {scored.error}")
-        batch = put_rollouts(rollouts, scored.scores, self.mesh, micro_batches)
-        experience, metrics = self.experience(params, kl_coefficient, batch, self.reference_params)
-        count = len(rollouts.answers)
-        said = {f"score/{name}": Metric.of(values.mean()) for name, values in scored.components.items()}
-        said |= {f"failed/{name}": Metric.of(number) for name, number in scored.failures.items()}
-        said |= {
-            "no_end": Metric(jnp.float32(count - int(rollouts.ended.sum())), jnp.float32(count)),
-            "seconds_generate": Metric.of(answered.seconds_generate),
-            "seconds_score": Metric.of(answered.seconds_score),
-        }
-        return experience, {**metrics, **said}
+        for loader in self._loaders.values():
+            loader.close()
+        for scorer in self._scorers:
+            scorer.close()
 
 
 def online_task(config: Config, workdir: Path, policy: Policy, mesh: Mesh, online: Online) -> Task:
@@ -248,39 +251,42 @@ def online_task(config: Config, workdir: Path, policy: Policy, mesh: Mesh, onlin
     key = seed_key(config.seed)
     cut = cut_from_config(config, mesh, minibatches=online.minibatches)
     options = rollout_options(config, policy)
+    stop = stop_from_config(config)
     prompts, held_out = prompts_from_config(config, policy)
     steps = steps_from_config(config, prompts.sources)
-    optimizer = optimizer_from_config(config, steps * online.updates)
+    schedule, optimizer = _optimizer(config, steps, online)
     value = ValueNetwork(online.value, config, policy, mesh)
     networks = Networks(policy.model, reference_model(config, policy), value.model, options.temperature)
     scorer = scorer_from_config(config, policy, mesh, cut)
+    gold = gold_from_config(config, policy, mesh, cut)
     make_state = functools.partial(
         init_state,
         model=policy.model,
         kl_coefficient=online.kl_coefficient,
-        optimizer=optimizer.transformation,
+        optimizer=optimizer,
         ema_decay=config.optim.ema,
     )
-
-    def first_params() -> PyTree:
-        return value.join(policy.init_params(mesh, key))
-
     abstract = abstract_on_mesh(make_state, mesh, value.abstract(policy.model.abstract_params()), key)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     def first_state() -> TrainState:
         build = jit_step(make_state, mesh, in_shardings=None, out_shardings=places, donate=(0,))
-        return build(first_params(), key)
+        return build(value.join(policy.init_params(mesh, key)), key)
 
     if jax.process_index() == 0:
         policy.describe(workdir / "model")
+    longest = max(prompt.tokens.size for prompt in [*prompts.all(), *held_out])
+    row_length = min(-(-(longest + options.max_new_tokens) // 8) * 8, config.data.max_length)
+    needs_start = config.rollout.reference == "frozen" or config.score.normalise
+    start = policy.init_params(mesh, key) if needs_start else {}
     collector = Collector(
         policy=policy,
         options=options,
-        row_length=config.data.max_length,
+        row_length=row_length,
         scorer=scorer,
+        gold=gold,
         mesh=mesh,
-        reference_params=policy.init_params(mesh, key) if config.rollout.reference == "frozen" else {},
+        reference=reference_params(config.rollout.reference, start),
         experience=jit_step(
             functools.partial(experience_of, networks=networks),
             mesh,
@@ -288,80 +294,78 @@ def online_task(config: Config, workdir: Path, policy: Policy, mesh: Mesh, onlin
             out_shardings=(batch_sharding(mesh), replicated(mesh)),
         ),
     )
+    if config.score.normalise:
+        first = prompts.all()[: -(-config.score.normalise // options.samples)]
+        gain, bias = scorer.normalise(collector.roll_out(start, first, NORMALISE_SEED))
+        say(f"Scores are {gain:.6g} x score + {bias:.6g}: mean 0, variance 1 over {len(first):,} prompts.")
     learn = jit_step(
         functools.partial(
             online.train_step,
             networks=networks,
-            optimizer=optimizer.transformation,
-            schedule=optimizer.schedule,
+            optimizer=optimizer,
+            schedule=schedule,
             ema_decay=config.optim.ema,
         ),
         mesh,
-        in_shardings=(places, batch_sharding(mesh), None),
+        in_shardings=(places, batch_sharding(mesh), None, batch_sharding(mesh)),
         out_shardings=(places, replicated(mesh)),
         donate=(0,),
     )
+    text = online.pretraining
 
     def train_step(state: TrainState, arrays: dict[str, np.ndarray]) -> tuple[TrainState, Metrics]:
         asked = [prompts.at(place) for place in arrays["places"].tolist()]
         seed = step_seed(config.seed, int(state.step))
-        params = combine(state.params, state.frozen)
-        experience, metrics = collector.collect(
-            params, state.opt_state["kl_coefficient"], asked, seed, cut.micro_batches
-        )
-        kl = metrics["kl"].sum / metrics["kl"].count
-        state, learnt = learn(state, experience, kl)
+        experience, metrics = collector.collect(state, asked, seed, cut.micro_batches)
+        started = time.perf_counter()
+        packed = {name: rows for name, rows in arrays.items() if name != "places"}
+        mixed: PyTree = put_batch(packed, mesh, text.micro_batches, Batch) if text is not None else {}
+        state, learnt = learn(state, experience, metrics["kl"].sum / metrics["kl"].count, mixed)
+        jax.block_until_ready(learnt)
+        metrics["seconds_train"] = Metric.of(time.perf_counter() - started)
         return state, {**{f"train/{name}": metric for name, metric in metrics.items()}, **learnt}
 
+    loader = Loader(prompts.sources, rows_per_step=config.train.rows_per_step, seed=config.seed)
+    shown = (held_out or prompts.all())[:SAMPLED_PROMPTS]
     return Task(
         steps=steps,
         init_state=first_state,
         abstract_state=abstract,
         rows=_Stream(
-            Loader(prompts.sources, rows_per_step=config.train.rows_per_step, seed=config.seed), scorer
+            loader,
+            text.loader(mesh, config.seed) if text is not None else None,
+            [scorer] if gold is None else [scorer, gold],
         ),
         put=lambda arrays: arrays,
         train_step=train_step,
-        evaluate=functools.partial(_evaluate, collector=collector, prompts=held_out) if held_out else None,
-        sample=functools.partial(_samples, collector=collector, prompts=held_out[:16]) if held_out else None,
-        flops_per_token=flops_per_token(policy.model.config, config.data.max_length),
+        evaluate=functools.partial(collector.evaluate, prompts=held_out) if held_out else None,
+        sample=functools.partial(collector.samples, prompts=shown),
+        flops_per_token=flops_per_token(policy.model.config, row_length),
+        stop=stop.reason,
+        ahead=0,
     )
+
+
+def _optimizer(
+    config: Config, steps: int, online: Online
+) -> tuple[Callable[[Array], Array], optax.GradientTransformationExtraArgs]:
+    """The schedule, and the optimiser with what is the value network's own."""
+    optimizer = optimizer_from_config(config, steps * online.updates)
+    for name, number in {"value_lr": online.value_lr, "value_warmup": online.value_warmup}.items():
+        if not number >= 0:
+            raise InputError(f"ppo.{name} is {number}; it must be more than 0, or 0 (off).")
+    if not online.value_lr and not online.value_warmup:
+        return optimizer.schedule, optimizer.transformation
+    if not config.optim.lr:
+        raise InputError("ppo.value_lr and ppo.value_warmup need optim.lr above 0.")
+    own = scale_and_delay(
+        is_value,
+        scale=(online.value_lr or config.optim.lr) / config.optim.lr,
+        delay=online.value_warmup * online.updates,
+    )
+    return optimizer.schedule, optax.chain(optimizer.transformation, own)
 
 
 def step_seed(seed: int, step: int) -> int:
     """The seed of a step's answers, from the run's."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0] >> 1)
-
-
-def _evaluate(state: TrainState, *, collector: Collector, prompts: Sequence[Prompt]) -> dict[str, float]:
-    """Scores of answers to the held-out prompts, always drawn with the same random numbers; the standard error is over
-    prompts, for the answers to one are not independent."""
-    answered = collector.answers(combine(state.params, state.frozen), prompts, EVAL_SEED)
-    rollouts, scored = answered.rollouts, answered.scored
-    by_prompt = scored.scores.reshape(len(prompts), -1).mean(axis=1)
-    values = {
-        "eval/score": float(scored.scores.mean()),
-        "eval/score_standard_error": float(by_prompt.std() / max(len(prompts) - 1, 1) ** 0.5),
-        "eval/no_end": float(1 - rollouts.ended.mean()),
-        "eval/answer_tokens": float(np.mean([answer.size for answer in rollouts.answers])),
-    }
-    return values | {f"eval/score/{name}": float(found.mean()) for name, found in scored.components.items()}
-
-
-def _samples(state: TrainState, *, collector: Collector, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-    """The first held-out prompts with their answers and scores, for `samples.jsonl`."""
-    answered = collector.answers(combine(state.params, state.frozen), prompts, EVAL_SEED)
-    rollouts, scored = answered.rollouts, answered.scored
-    texts = rollouts.texts(collector.policy.tokenizer)
-    return [
-        {
-            "prompt": prompt.row.get("messages") or prompt.row.get("prompt"),
-            "answer": text,
-            "score": float(score),
-            "finish_reason": "stop" if ended else "length",
-            "tokens": int(answer.size),
-        }
-        for prompt, text, score, ended, answer in zip(
-            rollouts.prompts, texts, scored.scores, rollouts.ended, rollouts.answers, strict=True
-        )
-    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,13 +23,15 @@ from posttrain_jax.models.tokenizer import stop_token_ids
 from posttrain_jax.models.transformer import Model, make_model
 from posttrain_jax.rewards.workers import PythonReward
 from posttrain_jax.rollouts.draw import RolloutOptions, encode_prompt
+from posttrain_jax.rollouts.experience import policy_params
 from posttrain_jax.rollouts.score import ScoreOptions, Scorer, load_reward_model
 from posttrain_jax.sharding import jit_step, tree_shardings
-from posttrain_jax.trees import partition
-from posttrain_jax.types import PyTree
+from posttrain_jax.stop_rules import StopRules
+from posttrain_jax.trees import combine, partition
+from posttrain_jax.types import PyTree, TrainState
 
 VALUES = ("none", "policy", "shared")
-REFERENCES = ("frozen", "adapter")
+REFERENCES = ("frozen", "adapter", "ema")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +85,12 @@ class ValueNetwork:
         self._kind = kind
         self._mesh = mesh
         self._loaded: PyTree = {}
-        self.model: Model | None = None if kind == "none" else policy.model
-        if kind not in VALUES:
+        self.model: Model | None = None
+        if kind == "shared":
+            self.model = policy.model
+        elif kind == "policy":
+            self.model = without_adapter(config, policy)
+        elif kind not in VALUES:
             loaded = load_model(kind, dtype=config.model.dtype, mesh=mesh, attention=config.model.attention)
             require_score_head(loaded)
             self.model, self._loaded = loaded.model, loaded.params
@@ -111,25 +118,49 @@ class ValueNetwork:
         return {**params, "value": {**own, "score_head": head}}
 
 
-def reference_model(config: Config, policy: Policy) -> Model:
-    """The definition that the reference's parameters belong to.
-
-    Raises:
-      InputError: an unknown kind, or an adapter to leave out where there is none.
-    """
-    kind = config.rollout.reference
-    if kind not in REFERENCES:
-        raise InputError(f"rollout.reference is {kind!r}; use {' or '.join(REFERENCES)}.")
-    if kind == "frozen":
-        return policy.model
-    if not policy.model.lora.rank:
-        raise InputError("rollout.reference=adapter leaves a LoRA adapter out, but model.lora.rank is 0.")
+def without_adapter(config: Config, policy: Policy) -> Model:
+    """The policy's definition for parameters without LoRA leaves."""
     return make_model(
         policy.model.config,
         dtype=config.model.dtype,
         attention=config.model.attention,
         remat=config.train.remat,
     )
+
+
+def reference_model(config: Config, policy: Policy) -> Model:
+    """The definition that the reference's parameters belong to.
+
+    Raises:
+      InputError: an unknown kind, an adapter to leave out where there is none, an average that is not kept.
+    """
+    kind = config.rollout.reference
+    if kind not in REFERENCES:
+        raise InputError(f"rollout.reference is {kind!r}; use one of {', '.join(REFERENCES)}.")
+    if kind == "adapter":
+        if not policy.model.lora.rank:
+            raise InputError("rollout.reference=adapter leaves a LoRA adapter out, but model.lora.rank is 0.")
+        return without_adapter(config, policy)
+    if kind == "ema" and not config.optim.ema:
+        raise InputError(
+            "rollout.reference=ema is the moving average of the weights, but optim.ema is 0 (off)."
+        )
+    return policy.model
+
+
+def reference_params(kind: str, start: PyTree) -> Callable[[TrainState], PyTree]:
+    """A state -> the reference's parameters: the start's, the state's average, or {} = the policy's own without its
+    adapter.
+
+    Args:
+      kind: one of REFERENCES.
+      start: the policy's first parameters, for "frozen".
+    """
+    if kind == "adapter":
+        return lambda state: {}
+    if kind == "ema":
+        return lambda state: policy_params(combine(state.ema, state.frozen))
+    return lambda state: start
 
 
 def rollout_options(config: Config, policy: Policy) -> RolloutOptions:
@@ -174,7 +205,9 @@ def prompts_from_config(config: Config, policy: Policy) -> tuple[PromptData, lis
     def read(spec: Any) -> PromptData:
         return read_prompts(
             data_spec(spec),
-            functools.partial(encode_prompt, tokenizer=policy.tokenizer),
+            functools.partial(
+                encode_prompt, tokenizer=policy.tokenizer, text_tokens=config.data.prompt_tokens
+            ),
             max_tokens=config.data.max_length - config.rollout.max_new_tokens,
             long_prompts=config.data.long_prompts,
             on_bad_row=config.data.on_bad_row,
@@ -209,11 +242,56 @@ def scorer_from_config(config: Config, policy: Policy, mesh: Mesh, cut: Cut) -> 
         )
     if len(set(names)) != len(names):
         raise InputError("score.functions and score.models name a reward twice.")
+    if score.normalise < 0:
+        raise InputError(f"score.normalise is {score.normalise}; it is a number of answers, 0 = off.")
+    options = ScoreOptions(
+        weights=dict(zip(names, map(float, weights), strict=True)),
+        join=score.join,
+        safety_threshold=score.safety_threshold,
+        free_tokens=score.free_tokens,
+        per_token=score.per_token,
+        clip=score.clip,
+        missing_end=score.missing_end,
+        missing_end_value=score.missing_end_value,
+    )
+    return _scorer(config, policy, mesh, cut, list(score.functions), list(score.models), options)
+
+
+def gold_from_config(config: Config, policy: Policy, mesh: Mesh, cut: Cut) -> Scorer | None:
+    """What scores held-out answers and is never learnt from, if anything does.
+
+    Raises:
+      InputError: a function or model that is not there; both are named; there is nothing held out.
+    """
+    function, model = config.score.gold_function, config.score.gold_model
+    if not function and not model:
+        return None
+    if function and model:
+        raise InputError(
+            "score.gold_function and score.gold_model are both set; the gold score is one of them."
+        )
+    if not config.data.eval:
+        raise InputError("score.gold_function and score.gold_model score held-out answers; set data.eval.")
+    options = ScoreOptions(weights={function or model: 1.0})
+    return _scorer(
+        config, policy, mesh, cut, [function] if function else [], [model] if model else [], options
+    )
+
+
+def _scorer(
+    config: Config,
+    policy: Policy,
+    mesh: Mesh,
+    cut: Cut,
+    functions: list[str],
+    models: list[str],
+    options: ScoreOptions,
+) -> Scorer:
+    score = config.score
     return Scorer(
         policy.tokenizer,
         functions={
-            name: PythonReward(name, seconds=score.seconds, failure_score=score.failure)
-            for name in score.functions
+            name: PythonReward(name, seconds=score.seconds, failure_score=score.failure) for name in functions
         },
         models={
             name: load_reward_model(
@@ -223,18 +301,34 @@ def scorer_from_config(config: Config, policy: Policy, mesh: Mesh, cut: Cut) -> 
                 mesh=mesh,
                 dtype=config.model.dtype,
             )
-            for name in score.models
+            for name in models
         },
-        options=ScoreOptions(
-            weights=dict(zip(names, map(float, weights), strict=True)),
-            free_tokens=score.free_tokens,
-            per_token=score.per_token,
-            clip=score.clip,
-            missing_end=score.missing_end,
-            missing_end_value=score.missing_end_value,
-        ),
+        options=options,
         mesh=mesh,
         rows=cut.rows,
         micro_batches=cut.micro_batches,
         workers=score.workers,
     )
+
+
+def stop_from_config(config: Config) -> StopRules:
+    """When the run ends early.
+
+    Raises:
+      InputError: a limit below 0, or one of a gold score that is not there.
+    """
+    stop = config.stop
+    limits = {
+        "kl": stop.kl,
+        "entropy": stop.entropy,
+        "repetition": stop.repetition,
+        "gold_errors": stop.gold_errors,
+    }
+    for name, value in limits.items():
+        if not value >= 0:
+            raise InputError(f"stop.{name} is {value}; it must be more than 0, or 0 (off).")
+    if stop.gold_errors and not (config.score.gold_function or config.score.gold_model):
+        raise InputError(
+            "stop.gold_errors watches the gold score; set score.gold_function or score.gold_model."
+        )
+    return StopRules(**limits)

@@ -25,6 +25,16 @@ What "The N Implementation Details of RLHF with PPO" (Huang, Liu, von Werra 2023
     15  the value's change is clipped                              `ppo.value_clip`
     16  the KL's price adapts                                      `ppo.kl_target`, `ppo.kl_horizon`
     17  Adam's epsilon where TensorFlow has it                     `optim.name=adam_tf`
+    18  scores normalised to mean 0, variance 1 at the start       `score.normalise`
+
+And from its sequel on TL;DR (Huang et al. 2024, arXiv:2403.17031) and from InstructGPT:
+
+    19  the value network starts as the reward model               `ppo.value=MODEL`
+    20  a missing end token makes the score -1 (the EOS trick)     `score.missing_end=replace`
+    21  a moving average of the weights (decay 0.992)              `optim.ema`; `rollout.reference=ema`
+    22  pretraining text is learnt beside the answers (PPO-ptx)    `ppo.ptx_*`, `algorithms/pretraining.py`
+    23  the value network has a learning rate of its own           `ppo.value_lr`
+    24  the value network learns first, alone                      `ppo.value_warmup`
 """
 
 from __future__ import annotations
@@ -39,15 +49,16 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict as Config
 
-from posttrain_jax.algorithms.online import Online, minibatch_updates, online_task
+from posttrain_jax.algorithms.online import Mixed, Online, minibatch_updates, online_task
+from posttrain_jax.algorithms.pretraining import pretraining_from_config, pretraining_losses
 from posttrain_jax.errors import InputError
 from posttrain_jax.experiment import mesh_from_config, policy_from_config
 from posttrain_jax.losses.advantages import gae
 from posttrain_jax.losses.kl import adapted_kl_coefficient
-from posttrain_jax.losses.ppo import clipped_policy_loss, clipped_value_loss, explained_variance
-from posttrain_jax.masking import whiten_biased
+from posttrain_jax.losses.ppo import clipped_policy_loss, clipped_value_loss, explained_variance, ratio_max
+from posttrain_jax.masking import masked_sum, whiten_biased
 from posttrain_jax.rollouts.experience import Experience, Networks, logps_and_values
-from posttrain_jax.types import Array, Metric, Metrics, PyTree, Task, TrainState
+from posttrain_jax.types import Array, Largest, Metric, Metrics, PyTree, Task, TrainState
 
 VALUE_METRICS = ("returns", "returns_squared", "value_errors", "value_errors_squared")
 
@@ -65,6 +76,7 @@ class Options:
       kl_coefficient: beta at the start; adapted where `kl_target` (nats per answer) is more than 0, over
         `kl_horizon` answers.
       whiten_rewards, whiten_advantages: per minibatch.
+      ptx_coefficient: gamma of the pretraining text's mean loss (0 = none).
     """
 
     epochs: int
@@ -80,6 +92,7 @@ class Options:
     kl_horizon: float
     whiten_rewards: bool
     whiten_advantages: bool
+    ptx_coefficient: float
 
 
 @jax.tree_util.register_dataclass
@@ -120,12 +133,16 @@ def token_losses(
     )
     value = clipped_value_loss(values_BT, rows.values, targets.returns, rows.actions, clip=options.value_clip)
     total = jnp.sum(policy.loss) + options.value_coefficient * jnp.sum(value.loss)
+    advantages_BT = targets.returns - rows.values  # before whitening
     metrics = {
         **value.metrics,
         **policy.metrics,
         "policy_loss": policy.metrics["loss"],
         "value_loss": value.metrics["loss"],
         "loss": Metric(total, policy.count),
+        "ratio_max": Largest.of(ratio_max(logps_BT, rows.logps, rows.actions)),
+        "advantages": Metric(masked_sum(advantages_BT, rows.actions), policy.count),
+        "advantages_squared": Metric(masked_sum(jnp.square(advantages_BT), rows.actions), policy.count),
     }
     return total, jax.lax.stop_gradient(metrics)
 
@@ -134,6 +151,7 @@ def train_step(
     state: TrainState,
     experience: Experience,
     kl: Array,
+    pretraining: PyTree,
     *,
     networks: Networks,
     optimizer: optax.GradientTransformationExtraArgs,
@@ -147,7 +165,14 @@ def train_step(
       state: `opt_state` holds the optimiser's and `kl_coefficient`.
       experience: of this iteration's answers.
       kl: nats per answer, of these answers.
+      pretraining: packed text, a `Batch` `[M', B', T']`; {} where none is mixed in.
     """
+    mixed = Mixed(
+        pretraining,
+        functools.partial(pretraining_losses, model=networks.policy),
+        "pretraining_loss",
+        options.ptx_coefficient,
+    )
     state, metrics = minibatch_updates(
         state,
         experience,
@@ -158,8 +183,15 @@ def train_step(
         optimizer=optimizer,
         schedule=schedule,
         ema_decay=ema_decay,
+        mixed=mixed if options.ptx_coefficient else None,
     )
-    explained = Metric.of(explained_variance({name: metrics[f"train/{name}"] for name in VALUE_METRICS}))
+    explained = explained_variance({name: metrics[f"train/{name}"] for name in VALUE_METRICS})
+    metrics |= {
+        "train/explained_variance": Metric.of(explained),
+        "train/returns_std": Metric.of(_deviation(metrics, "returns")),
+        "train/advantages_std": Metric.of(_deviation(metrics, "advantages")),
+    }
+    metrics = {name: metric for name, metric in metrics.items() if not name.endswith("_squared")}
     if options.kl_target:
         coefficient = adapted_kl_coefficient(
             state.opt_state["kl_coefficient"],
@@ -169,7 +201,14 @@ def train_step(
             episodes=experience.tokens.shape[0] * experience.tokens.shape[1],
         )
         state = dataclasses.replace(state, opt_state={**state.opt_state, "kl_coefficient": coefficient})
-    return state, {**metrics, "train/explained_variance": explained}
+    return state, metrics
+
+
+def _deviation(metrics: Metrics, name: str) -> Array:
+    """Standard deviation, from the means of a number and of its square."""
+    first, second = metrics[f"train/{name}"], metrics[f"train/{name}_squared"]
+    variance = second.sum / second.count - jnp.square(first.sum / first.count)
+    return jnp.sqrt(jnp.maximum(variance, 0.0))
 
 
 def from_config(config: Config, workdir: Path) -> Task:
@@ -191,6 +230,9 @@ def from_config(config: Config, workdir: Path) -> Task:
         minibatches=options.minibatches,
         value=config.ppo.value,
         kl_coefficient=options.kl_coefficient,
+        value_lr=config.ppo.value_lr,
+        value_warmup=config.ppo.value_warmup,
+        pretraining=pretraining_from_config(config, policy, mesh, workdir, minibatches=options.minibatches),
     )
     return online_task(config, workdir, policy, mesh, online)
 
@@ -239,4 +281,5 @@ def options_from_config(config: Config) -> Options:
         kl_coefficient=ppo.kl_coefficient,
         whiten_rewards=ppo.whiten_rewards,
         whiten_advantages=ppo.whiten_advantages,
+        ptx_coefficient=ppo.ptx_coefficient,
     )

@@ -22,9 +22,9 @@ from posttrain_jax.algorithms.online import Online, minibatch_updates, online_ta
 from posttrain_jax.errors import InputError
 from posttrain_jax.experiment import mesh_from_config, policy_from_config
 from posttrain_jax.losses.advantages import leave_one_out
-from posttrain_jax.losses.ppo import clipped_policy_loss
+from posttrain_jax.losses.ppo import clipped_policy_loss, ratio_max
 from posttrain_jax.rollouts.experience import Experience, Networks, logps_and_values
-from posttrain_jax.types import Array, Metrics, PyTree, Task, TrainState
+from posttrain_jax.types import Array, Largest, Metrics, PyTree, Task, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,20 +73,18 @@ def answer_losses(
     logps_BT, _ = logps_and_values(params, rows, networks)
     acts = rows.actions != 0
     present_B = jnp.any(acts, axis=-1)
-    output = clipped_policy_loss(
-        jnp.sum(jnp.where(acts, logps_BT, 0.0), axis=-1),
-        jnp.sum(jnp.where(acts, rows.logps, 0.0), axis=-1),
-        part.advantages,
-        present_B,
-        clip=options.clip,
-    )
-    return jnp.sum(output.loss), jax.lax.stop_gradient(output.metrics)
+    logps_B = jnp.sum(jnp.where(acts, logps_BT, 0.0), axis=-1)
+    old_logps_B = jnp.sum(jnp.where(acts, rows.logps, 0.0), axis=-1)
+    output = clipped_policy_loss(logps_B, old_logps_B, part.advantages, present_B, clip=options.clip)
+    metrics = output.metrics | {"ratio_max": Largest.of(ratio_max(logps_B, old_logps_B, present_B))}
+    return jnp.sum(output.loss), jax.lax.stop_gradient(metrics)
 
 
 def train_step(
     state: TrainState,
     experience: Experience,
     kl: Array,
+    pretraining: PyTree,
     *,
     networks: Networks,
     optimizer: optax.GradientTransformationExtraArgs,
@@ -94,8 +92,8 @@ def train_step(
     ema_decay: float,
     options: Options,
 ) -> tuple[TrainState, Metrics]:
-    """One iteration on `[M, B, T]`."""
-    del kl  # beta is fixed
+    """One iteration on `[M, B, T]`; beta is fixed and no text is mixed in."""
+    del kl, pretraining
     return minibatch_updates(
         state,
         compared(experience, samples=options.samples),

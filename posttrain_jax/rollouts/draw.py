@@ -104,23 +104,40 @@ class RolloutBatch:
     scores: Array
 
 
-def encode_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """int32 ids of a row's `prompt_ids`, `messages` (by the chat template) or `prompt` (plain text).
+PROMPT_COLUMNS = ("prompt", "messages", "prompt_ids", "text")
+
+
+def encode_prompt(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, text_tokens: int = 0
+) -> np.ndarray:
+    """int32 ids of a row's `prompt_ids`, `messages` (by the chat template), `prompt` (plain text), or of the beginning
+    of its `text`, which is to be gone on from.
+
+    Args:
+      row: its columns.
+      tokenizer: the policy's.
+      text_tokens: how many tokens of a `text` are the prompt (0 = such rows are refused).
 
     Raises:
       RowError: it has none of them, or more than one.
       InputError: no chat template, or one that refuses the messages.
     """
-    have = [name for name in ("prompt", "messages", "prompt_ids") if row.get(name) is not None]
+    have = [name for name in PROMPT_COLUMNS if row.get(name) is not None]
     if len(have) != 1:
         raise RowError(
-            "prompt", f"a row has one of prompt, messages and prompt_ids, and this one has {have or 'none'}"
+            "prompt", f"a row has one of {', '.join(PROMPT_COLUMNS)}, and this one has {have or 'none'}"
         )
     value = row[have[0]]
-    if have[0] == "prompt":
+    if have[0] in ("prompt", "text"):
         if not isinstance(value, str):
-            raise RowError("prompt", f"is a {type(value).__name__}, not a text")
-        return encode_text(tokenizer, value)
+            raise RowError(have[0], f"is a {type(value).__name__}, not a text")
+        if have[0] == "prompt":
+            return encode_text(tokenizer, value)
+        if not text_tokens:
+            raise RowError(
+                "text", "is gone on from after its first data.prompt_tokens tokens, and that is not set"
+            )
+        return encode_text(tokenizer, value)[:text_tokens]
     if have[0] == "messages":
         if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
             raise RowError("messages", "is no list of messages")
@@ -128,6 +145,11 @@ def encode_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> np
     if not isinstance(value, list) or not all(type(token) is int for token in value):
         raise RowError("prompt_ids", "is no list of whole numbers")
     return np.asarray(value, np.int32)
+
+
+def shown_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A prompt as rewards and readers see it: its messages, or its text."""
+    return prompt.row.get("messages") or prompt.row.get("prompt") or tokenizer.decode(prompt.tokens)
 
 
 def roll_out(

@@ -78,14 +78,22 @@ def logps_and_values(params: PyTree, rows: Rows, networks: Networks) -> tuple[Ar
     return logps_BT, jnp.where(rows.actions != 0, values_BT, 0.0)
 
 
+def policy_params(params: PyTree) -> PyTree:
+    """Whole parameters without the value network's."""
+    return {name: part for name, part in params.items() if name != "value"}
+
+
 def _places(rows: Rows) -> Array:
     return jnp.broadcast_to(jnp.arange(rows.tokens.shape[1], dtype=jnp.int32)[None], rows.tokens.shape)
 
 
 def _hidden(params: PyTree, rows: Rows, model: Model) -> Array:
-    own = {name: part for name, part in params.items() if name != "value"}
     return model.apply(
-        own, rows.tokens, segment_ids_BT=rows.segment_ids, positions_BT=_places(rows), logits=False
+        policy_params(params),
+        rows.tokens,
+        segment_ids_BT=rows.segment_ids,
+        positions_BT=_places(rows),
+        logits=False,
     ).hidden_BTD
 
 

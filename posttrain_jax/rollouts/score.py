@@ -15,25 +15,31 @@ from transformers import PreTrainedTokenizerBase
 from posttrain_jax.errors import InputError
 from posttrain_jax.load_model import LoadedModel, load_members
 from posttrain_jax.losses.reward import combine_scores_mean, combine_scores_min, combine_scores_uncertainty
+from posttrain_jax.masking import whiten_biased
 from posttrain_jax.models.reward_head import scores
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.optim import map_micro_batches
 from posttrain_jax.rewards import combine
 from posttrain_jax.rewards.answer import Answer
 from posttrain_jax.rewards.workers import PythonReward, RewardWorkers
-from posttrain_jax.rollouts.draw import RolloutBatch, Rollouts, put_rollouts
+from posttrain_jax.rollouts.draw import RolloutBatch, Rollouts, put_rollouts, shown_prompt
 from posttrain_jax.sharding import batch_sharding, jit_step, replicated
 from posttrain_jax.types import Array, PyTree
 
+JOINS = ("sum", "piecewise")
 MISSING_END = ("keep", "replace", "penalise")
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreOptions:
-    """How the components of a score become one number, in this order.
+    """How the components of a score become one number, in this order (`Scorer.normalise`'s gain comes after `join`).
 
     Attributes:
       weights: of each component, by its name.
+      join: "sum" = the weighted sum; "piecewise" = Llama 2's choice between two reward models, the first for safety,
+        the second for helpfulness (`combine.piecewise_safety`; a prompt is one of safety where its row's `is_safety` is
+        true), which is whitened over an iteration's answers.
+      safety_threshold: of "piecewise", a probability.
       free_tokens, per_token: this much is taken off for each token of an answer beyond so many (0 = off).
       clip: the score is brought into [-clip, clip] (0 = off).
       missing_end: an answer without an end token "keep"s its score, has it "replace"d by `missing_end_value`
@@ -42,13 +48,26 @@ class ScoreOptions:
     """
 
     weights: Mapping[str, float]
-    free_tokens: int
-    per_token: float
-    clip: float
-    missing_end: str
-    missing_end_value: float
+    join: str = "sum"
+    safety_threshold: float = 0.15
+    free_tokens: int = 0
+    per_token: float = 0.0
+    clip: float = 0.0
+    missing_end: str = "keep"
+    missing_end_value: float = -1.0
 
     def __post_init__(self) -> None:
+        if self.join not in JOINS:
+            raise InputError(f"score.join is {self.join!r}; use one of {', '.join(JOINS)}.")
+        if self.join == "piecewise" and len(self.weights) != 2:
+            raise InputError(
+                "score.join=piecewise chooses between a safety and a helpfulness reward, in this order; there are "
+                f"{len(self.weights)}: {', '.join(self.weights) or 'none'}."
+            )
+        if self.join == "piecewise" and not 0.0 < self.safety_threshold < 1.0:
+            raise InputError(
+                f"score.safety_threshold is {self.safety_threshold}; it is a probability between 0 and 1."
+            )
         if self.missing_end not in MISSING_END:
             raise InputError(
                 f"score.missing_end is {self.missing_end!r}; use one of {', '.join(MISSING_END)}."
@@ -123,9 +142,36 @@ class Scorer:
         self._rows = rows
         self._micro_batches = micro_batches
         self._workers = RewardWorkers(functions, workers=workers) if functions else None
+        self._gain, self._bias = 1.0, 0.0
 
-    def __call__(self, rollouts: Rollouts) -> Scored:
-        """Every answer's score."""
+    def normalise(self, rollouts: Rollouts) -> tuple[float, float]:
+        """From now on joined scores are gain * score + bias, so that these answers' have mean 0 and variance 1 (Ziegler
+        et al., arXiv:1909.08593, section 2.1: samples of the policy at the start); says (gain, bias).
+
+        Raises:
+          InputError: they all have the same score.
+        """
+        components, _, _ = self._components(rollouts)
+        joined = np.asarray(self._joined(components, rollouts), np.float64)
+        if not joined.std() > 0:
+            raise InputError(
+                f"score.normalise cannot be used: {joined.size} answers of the policy at the start all have the score "
+                f"{joined.mean():g}."
+            )
+        self._gain = float(1.0 / joined.std())
+        self._bias = float(-joined.mean() / joined.std())
+        return self._gain, self._bias
+
+    def __call__(self, rollouts: Rollouts, *, training: bool) -> Scored:
+        """Every answer's score; what is relative to the other answers (whitening) is done for `training` alone."""
+        components, failures, error = self._components(rollouts)
+        score = jnp.float32(self._gain) * self._joined(components, rollouts) + jnp.float32(self._bias)
+        if training and self._options.join == "piecewise":
+            score = whiten_biased(score, jnp.ones_like(score), shift_mean=True)
+        return Scored(self._shaped(score, rollouts), components, failures, error)
+
+    def _components(self, rollouts: Rollouts) -> tuple[dict[str, np.ndarray], dict[str, int], str]:
+        """Scores by name, failures by name, and the first error."""
         components: dict[str, np.ndarray] = {}
         failures: dict[str, int] = {}
         error = ""
@@ -137,7 +183,7 @@ class Scorer:
         for name, reward in self._models.items():
             found_EN = np.stack([self._by_model(member, rollouts) for member in reward.members])
             components[name] = np.asarray(reward.combine_scores(jnp.asarray(found_EN)), np.float32)
-        return Scored(self._joined(components, rollouts), components, failures, error)
+        return components, failures, error
 
     def _by_model(self, member: LoadedModel, rollouts: Rollouts) -> np.ndarray:
         """Its score of every answer, `[N]`; the last rows are filled up, so that one program does them all."""
@@ -151,9 +197,17 @@ class Scorer:
             found.append(np.asarray(score(member.params, batch)))
         return np.concatenate(found)[:count]
 
-    def _joined(self, components: Mapping[str, np.ndarray], rollouts: Rollouts) -> np.ndarray:
+    def _joined(self, components: Mapping[str, np.ndarray], rollouts: Rollouts) -> Array:
         options = self._options
-        score = combine.weighted_sum(components, options.weights)
+        if options.join == "sum":
+            return combine.weighted_sum(components, options.weights)
+        safety, helpfulness = (components[name] for name in options.weights)
+        is_safety = np.asarray([prompt.row.get("is_safety") is True for prompt in rollouts.prompts])
+        return combine.piecewise_safety(safety, helpfulness, is_safety, threshold=options.safety_threshold)
+
+    def _shaped(self, score: Array, rollouts: Rollouts) -> np.ndarray:
+        """Less the price of length, clipped, and with what a missing end costs."""
+        options = self._options
         if options.per_token:
             lengths = np.asarray([answer.size for answer in rollouts.answers], np.float32)
             score = score + combine.length_penalty(
@@ -170,7 +224,7 @@ class Scorer:
     def _answers(self, rollouts: Rollouts) -> list[Answer]:
         return [
             Answer(
-                prompt=prompt.row.get("messages") or prompt.row.get("prompt") or "",
+                prompt=shown_prompt(prompt, self._tokenizer),
                 prompt_ids=tuple(prompt.tokens.tolist()),
                 text=text,
                 token_ids=tuple(answer.tolist()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -16,6 +17,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from configs.dpo.smollm2_135m import get_config as pairs_config
+from configs.ppo.instructgpt import get_config as instructgpt
 from configs.ppo.letters import get_config
 from launch.train import algorithms, run
 from posttrain_jax.errors import InputError
@@ -125,6 +128,72 @@ def test_the_regularised_optimum_is_reached(algorithm, five_words, tmp_path):
     assert max(found) < 0.1, found
 
 
+def short_answers() -> list[tuple[int, ...]]:
+    """One or two words and the end: what the pairs for DPO are made of."""
+    words = range(1, len(WORDS))
+    return [(word, 0) for word in words] + [(*pair, 0) for pair in itertools.product(words, repeat=2)]
+
+
+@pytest.mark.slow
+def test_dpo_reaches_the_same_optimum(five_words, tmp_path):
+    """Pairs of all 20 short answers, labelled by Bradley-Terry with the same reward: each pair 20 times, in
+    round(20 sigmoid(r - r')) of which the first is chosen. Of these answers DPO's policy is then pi_ref exp(r / beta)
+    / Z (arXiv:2305.18290, eq. 4): total variation below 0.1 for each of 5 seeds, from more than 0.5."""
+    prompt = (2, 3)
+    every = answers()
+    places = [every.index(tokens) for tokens in short_answers()]
+    rows = []
+    for first, second in itertools.combinations(short_answers(), 2):
+        wins = round(20 / (1 + math.exp(reward(second) - reward(first))))
+        for number in range(20):
+            chosen, rejected = (first, second) if number < wins else (second, first)
+            texts = [" ".join(WORDS[token] for token in tokens[:-1]) for tokens in (chosen, rejected)]
+            rows.append({"prompt": "b c", "chosen": texts[0], "rejected": texts[1]})
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def among_short(model: Path) -> np.ndarray:
+        found = probabilities(model, prompt)[places]
+        return found / found.sum()
+
+    start = among_short(five_words)
+    best = start * np.exp([reward(tokens) / BETA for tokens in short_answers()])
+    best /= best.sum()
+    assert 0.5 * np.abs(start - best).sum() > 0.5
+    found = []
+    for seed in range(5):
+        config = pairs_config("tiny")
+        config.seed = seed
+        config.model.init, config.model.tokenizer, config.model.config = str(five_words), "", ConfigDict()
+        config.data.train, config.data.eval, config.data.max_length = str(pairs), "", 8
+        config.data.chat_template = ""
+        config.train.rows_per_step, config.train.micro_rows, config.train.steps = 256, 8, 300
+        config.dpo.beta, config.dpo.reference = BETA, "memory"
+        config.optim.name, config.optim.lr, config.optim.schedule = "adamw", 1e-2, "linear"
+        config.log.tensorboard, config.log.every = False, 50
+        config.eval.prompts, config.eval.every, config.checkpoint.every = (), 0, 0
+        run(config, tmp_path / str(seed))
+        found.append(0.5 * np.abs(among_short(tmp_path / str(seed)) - best).sum())
+    assert max(found) < 0.1, found
+
+
+@pytest.mark.slow
+def test_a_dearer_kl_is_a_smaller_kl(five_words, tmp_path):
+    """With beta as the only change, KL(pi || pi_ref) over all answers falls in order."""
+    prompt = (2, 3)
+    start = probabilities(five_words, prompt)
+    found = []
+    for beta in (0.1, 0.5, 2.0):
+        folder = tmp_path / str(beta)
+        folder.mkdir()
+        config = enumerable(five_words, "ppo", 0, folder)
+        config.ppo.kl_coefficient = beta
+        run(config, folder / "run")
+        policy = probabilities(folder / "run", prompt)
+        found.append(float(np.sum(policy * np.log(policy / start))))
+    assert found[0] > 1.2 * found[1] and found[1] > 1.2 * found[2] > 0, found
+
+
 # ---- networks, meshes, rewards
 
 
@@ -178,6 +247,43 @@ def test_other_networks(kind, tmp_path):
 
 
 @pytest.mark.slow
+def test_all_that_instructgpt_adds(tmp_path):
+    """Pretraining text, an average as the reference, a value network with a rate of its own that starts alone, scores
+    normalised at the start, a gold score: in one run. While the values learn alone, the policy stays as it was."""
+    config = instructgpt("tiny")
+    config.ppo.value_warmup, config.rollout.reference, config.optim.ema = 2, "ema", 0.5
+    config.score.functions, config.score.normalise = ("posttrain_jax.rewards.rules:token_count",), 64
+    config.score.missing_end = "keep"
+    config.score.gold_function = "configs.tiny.rewards:share_of_e"
+    config.train.steps, config.eval.every, config.checkpoint.every, config.log.tensorboard = 4, 2, 0, False
+    config.optim.warmup, config.optim.lr = 0, 1e-2
+    run(config, tmp_path / "run")
+    rows = logged(tmp_path / "run")
+    steps = [row for row in rows if "train/kl" in row]
+    evaluations = [row for row in rows if "eval/gold" in row]
+    assert [abs(row["train/kl"]) < 1e-4 for row in steps] == [True, True, True, False]
+    assert steps[0]["train/pretraining_loss"] == pytest.approx(math.log(260), abs=0.3)
+    assert steps[3]["train/pretraining_loss"] < steps[2]["train/pretraining_loss"]
+    assert steps[1]["train/values"] != steps[0]["train/values"]
+    assert steps[0]["train/ratio_max"] == pytest.approx(1, abs=1e-4) and steps[3]["train/ratio_max"] > 1.001
+    # The first evaluation is of other prompts than the 64 answers whose mean score is 0, but of the same policy.
+    assert [row["step"] for row in evaluations] == [0, 2, 4] and abs(evaluations[0]["eval/score"]) < 1.5
+    assert "<h2>" in (tmp_path / "run" / "samples.html").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_a_limit_ends_the_run_for_good(tmp_path):
+    """Any KL is above the limit: the run ends after the iteration that shows one, is saved, and does not go on."""
+    config = short(stop__kl=1e-4, train__steps=9)
+    for _ in range(2):
+        run(config, tmp_path / "run")
+        summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+        assert (summary["status"], summary["final_step"]) == ("stopped", 2)
+        assert summary["reason"].endswith("above stop.kl=0.0001")
+    assert [row["step"] for row in logged(tmp_path / "run")] == [1, 2]
+
+
+@pytest.mark.slow
 def test_a_mesh_changes_nothing(tmp_path):
     """The first iteration draws the same answers and learns the same on 8 devices and on 2 x 2 x 2."""
     names = ("train/score", "train/loss", "train/grad_norm", "train/entropy", "train/answer_tokens")
@@ -215,7 +321,22 @@ def test_a_mesh_changes_nothing(tmp_path):
         ({"data.max_length": 20}, r"prompts.jsonl:\d+: the prompt has \d+ tokens, more than 8"),
         ({"data.max_length": 1000}, "data.max_length is 1000, and the model was made for 512 tokens"),
         ({"rollout.temperature": 0.0}, "rollout.temperature is 0.0; it must be more than 0"),
-        ({"rollout.reference": "old"}, "rollout.reference is 'old'; use frozen or adapter"),
+        ({"rollout.reference": "old"}, "rollout.reference is 'old'; use one of frozen, adapter, ema"),
+        ({"rollout.reference": "ema"}, "rollout.reference=ema is the moving average .* but optim.ema is 0"),
+        ({"ppo.ptx_coefficient": 1.0}, "mixes pretraining text in, but ppo.ptx_data names none"),
+        (
+            {"ppo.ptx_coefficient": 1.0, "ppo.ptx_data": "configs/tiny/chats.jsonl", "ppo.ptx_rows": 9},
+            "ppo.ptx_rows is 9; .* make it a multiple of 16",
+        ),
+        ({"ppo.value_lr": -1.0}, "ppo.value_lr is -1.0; it must be more than 0, or 0"),
+        ({"optim.lr": 0.0, "ppo.value_warmup": 1}, "ppo.value_lr and ppo.value_warmup need optim.lr above 0"),
+        ({"optim.warmup_start": 2.0}, "optim.warmup_start is 2.0; it is a share of optim.lr"),
+        ({"stop.kl": -1.0}, "stop.kl is -1.0; it must be more than 0, or 0"),
+        ({"stop.gold_errors": 1.0}, "stop.gold_errors watches the gold score; set score.gold_function"),
+        ({"score.gold_model": "x", "data.eval": ""}, "score held-out answers; set data.eval"),
+        ({"score.gold_model": "x", "score.gold_function": "y"}, "the gold score is one of them"),
+        ({"score.normalise": -1}, "score.normalise is -1; it is a number of answers"),
+        ({"score.join": "piecewise"}, "score.join=piecewise chooses between .* there are 1"),
         ({"rollout.reference": "adapter"}, "rollout.reference=adapter .* but model.lora.rank is 0"),
         ({"score.functions": ()}, "Nothing scores the answers"),
         ({"score.weights": (1.0, 2.0)}, "score.weights has 2 numbers for 1 rewards"),

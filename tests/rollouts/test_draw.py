@@ -83,6 +83,7 @@ def test_a_prompt_is_text_messages_or_ids():
     assert tokenizer.decode(encode_prompt({"messages": chat}, tokenizer)) == written
     assert tokenizer.decode(encode_prompt({"prompt": "Hi"}, tokenizer)) == "Hi"
     assert encode_prompt({"prompt_ids": [3, 4]}, tokenizer).tolist() == [3, 4]
+    assert tokenizer.decode(encode_prompt({"text": "Hi there"}, tokenizer, text_tokens=3)) == "Hi "
 
 
 @pytest.mark.parametrize(
@@ -91,6 +92,7 @@ def test_a_prompt_is_text_messages_or_ids():
         ({}, "this one has none"),
         ({"prompt": "a", "prompt_ids": [1]}, r"this one has \['prompt', 'prompt_ids'\]"),
         ({"prompt": 3}, "is a int, not a text"),
+        ({"text": "a"}, "after its first data.prompt_tokens tokens, and that is not set"),
         ({"messages": "Hi"}, "is no list of messages"),
         ({"prompt_ids": [1.5]}, "is no list of whole numbers"),
     ],

@@ -24,7 +24,8 @@ from posttrain_jax.sharding import make_mesh
 
 CONFIG = ModelConfig("llama", 260, 16, 2, 4, 2, 4, 32, query_scale=0.5, eos_token_ids=(257,))
 LENGTH = "posttrain_jax.rewards.rules:token_count"
-KEEP = ScoreOptions({LENGTH: 1.0}, 0, 0.0, 0.0, "keep", -1.0)
+SHORTER = "tests.rollouts.letter_lengths:negative_length"
+KEEP = ScoreOptions({LENGTH: 1.0})
 
 
 def rollouts(texts: list[str], ended: list[bool]) -> Rollouts:
@@ -58,10 +59,46 @@ def scorer(options: ScoreOptions, **changes) -> Scorer:
 def test_how_components_become_a_score(change, want):
     """Lengths 2, 4 and 6; the second answer has no end."""
     with_options = scorer(dataclasses.replace(KEEP, **change))
-    scored = with_options(rollouts(["ab", "abcd", "abcdef"], [True, False, True]))
+    scored = with_options(rollouts(["ab", "abcd", "abcdef"], [True, False, True]), training=True)
     with_options.close()
     assert scored.scores.tolist() == want and scored.scores.dtype == np.float32
     assert scored.components[LENGTH].tolist() == [2, 4, 6] and scored.failures == {LENGTH: 0}
+
+
+@pytest.mark.slow
+def test_scores_are_normalised_on_answers_of_the_start():
+    """Lengths 2, 4, 6 have mean 4 and variance 8/3: of length 6 the score is 2 / sqrt(8/3), of length 1 -3 / sqrt(8/3).
+    A price of length is not normalised: 0.5 for each of 6 - 4 tokens. One length alone has no variance."""
+    priced = scorer(dataclasses.replace(KEEP, free_tokens=4, per_token=0.5))
+    gain, bias = priced.normalise(rollouts(["ab", "abcd", "abcdef"], [True] * 3))
+    scored = priced(rollouts(["abcdef", "a"], [True] * 2), training=False)
+    with pytest.raises(InputError, match="2 answers of the policy at the start all have the score 1"):
+        priced.normalise(rollouts(["a", "b"], [True] * 2))
+    priced.close()
+    deviation = (8 / 3) ** 0.5
+    assert (gain, bias) == pytest.approx((1 / deviation, -4 / deviation))
+    np.testing.assert_allclose(scored.scores, [2 / deviation - 1.0, -3 / deviation], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_safety_or_helpfulness_by_prompt():
+    """Safety = length, helpfulness = the negative of it, threshold 0.95 = log-odds 2.94: a safety prompt takes length
+    6; of the others length 2 is below, so safety's 2, and length 4 is above, so helpfulness' -4. Mean 4/3; whitened
+    for training alone."""
+    options = ScoreOptions({LENGTH: 1.0, SHORTER: 1.0}, join="piecewise", safety_threshold=0.95)
+    both = {name: PythonReward(name) for name in (LENGTH, SHORTER)}
+    three = rollouts(["abcdef", "ab", "abcd"], [True] * 3)
+    prompts = [
+        dataclasses.replace(three.prompts[0], row={"prompt": "Hi", "is_safety": True}),
+        *three.prompts[1:],
+    ]
+    three = dataclasses.replace(three, prompts=prompts)
+    piecewise = scorer(options, functions=both)
+    raw = piecewise(three, training=False).scores
+    whitened = piecewise(three, training=True).scores
+    piecewise.close()
+    assert raw.tolist() == [6, 2, -4]
+    np.testing.assert_allclose(whitened, (raw - 4 / 3) / raw.std(), rtol=1e-5)
 
 
 def save_reward(folder, seed: int):
@@ -81,7 +118,7 @@ def test_a_reward_model_scores_the_last_token(tmp_path):
     reward = load_reward_model(name, combination="mean", coefficient=0.0, mesh=mesh, dtype="float32")
     options = dataclasses.replace(KEEP, weights={name: 1.0})
     texts = ["ab", "xyz", "q"]
-    scored = scorer(options, functions={}, models={name: reward})(rollouts(texts, [True] * 3))
+    scored = scorer(options, functions={}, models={name: reward})(rollouts(texts, [True] * 3), training=True)
     (member,) = reward.members
     kernel = np.asarray(member.params["score_head"]["kernel"])[:, 0]
     for text, score in zip(texts, scored.scores, strict=True):
@@ -115,5 +152,11 @@ def test_bad_options():
         dataclasses.replace(KEEP, missing_end="drop")
     with pytest.raises(InputError, match="Nothing scores the answers; set score.functions or score.models"):
         scorer(KEEP, functions={})
+    with pytest.raises(InputError, match="score.join is 'max'; use one of sum, piecewise"):
+        dataclasses.replace(KEEP, join="max")
+    with pytest.raises(InputError, match="chooses between a safety and a helpfulness reward.* there are 1: "):
+        dataclasses.replace(KEEP, join="piecewise")
+    with pytest.raises(InputError, match="score.safety_threshold is 1.5; it is a probability"):
+        ScoreOptions({"a": 1.0, "b": 1.0}, join="piecewise", safety_threshold=1.5)
     with pytest.raises(InputError, match="score.weights gives .* the weight inf"):
         dataclasses.replace(KEEP, weights={LENGTH: float("inf")})

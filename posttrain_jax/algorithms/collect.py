@@ -1,0 +1,170 @@
+"""An iteration's first half: prompts -> answers from the engine -> a score each -> experience, and what is said of it.
+
+The same answers and scores, without the learning, are the evaluation and the samples of a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from posttrain_jax.data.prompts import Prompt
+from posttrain_jax.experiment import Policy
+from posttrain_jax.metrics import say
+from posttrain_jax.rollouts.draw import RolloutOptions, Rollouts, put_rollouts, roll_out, shown_prompt
+from posttrain_jax.rollouts.experience import Experience, policy_params
+from posttrain_jax.rollouts.score import Scored, Scorer
+from posttrain_jax.trees import combine
+from posttrain_jax.types import Metric, Metrics, PyTree, TrainState
+
+EVAL_SEED = 2**31 - 1  # of the answers to held-out prompts, which no step draws with
+NORMALISE_SEED = 2**31 - 2  # of the answers that scores are normalised on
+REPEATED_TOKENS = 4  # n of the n-grams that `repetition` counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """Answers, their scores, and how long both took."""
+
+    rollouts: Rollouts
+    scored: Scored
+    seconds_generate: float
+    seconds_score: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Collector:
+    """Answers prompts with a state's policy and makes experience of the answers.
+
+    Attributes:
+      policy: what answers (its parameters come with every call).
+      options: how answers are drawn.
+      row_length: T, of a prompt with its answer.
+      scorer: what learning is rewarded by.
+      gold: scores held-out answers beside it and is never learnt from; or None.
+      mesh: of the devices.
+      reference: a state -> the reference's parameters.
+      experience: jitted `experience_of`: (whole parameters, beta, rows, reference's parameters).
+    """
+
+    policy: Policy
+    options: RolloutOptions
+    row_length: int
+    scorer: Scorer
+    gold: Scorer | None
+    mesh: Mesh
+    reference: Callable[[TrainState], PyTree]
+    experience: Callable[..., tuple[Experience, Metrics]]
+
+    def roll_out(self, params: PyTree, prompts: Sequence[Prompt], seed: int) -> Rollouts:
+        """Answers.
+
+        Args:
+          params: whole; the value network's are left aside.
+          prompts: what is answered.
+          seed: of the draws.
+        """
+        return roll_out(
+            self.policy.model,
+            policy_params(params),
+            prompts,
+            self.options,
+            row_length=self.row_length,
+            seed=seed,
+        )
+
+    def answers(
+        self, params: PyTree, prompts: Sequence[Prompt], seed: int, *, training: bool = False
+    ) -> Answered:
+        """Answers and their scores; `training` as in `Scorer`."""
+        started = time.perf_counter()
+        rollouts = self.roll_out(params, prompts, seed)
+        drawn = time.perf_counter()
+        scored = self.scorer(rollouts, training=training)
+        return Answered(rollouts, scored, drawn - started, time.perf_counter() - drawn)
+
+    def collect(
+        self, state: TrainState, prompts: Sequence[Prompt], seed: int, micro_batches: int
+    ) -> tuple[Experience, Metrics]:
+        """What is learnt from, and what is said of it (see `rollouts/experience.py`; names without a prefix)."""
+        params = combine(state.params, state.frozen)
+        answered = self.answers(params, prompts, seed, training=True)
+        rollouts, scored = answered.rollouts, answered.scored
+        if scored.error:
+            say(f"A reward function failed at {sum(scored.failures.values())} answers; first: {scored.error}")
+        started = time.perf_counter()
+        batch = put_rollouts(rollouts, scored.scores, self.mesh, micro_batches)
+        experience, metrics = self.experience(
+            params, state.opt_state["kl_coefficient"], batch, self.reference(state)
+        )
+        jax.block_until_ready(experience)
+        said = {f"score/{name}": Metric.of(values.mean()) for name, values in scored.components.items()}
+        said |= {f"failed/{name}": Metric.of(number) for name, number in scored.failures.items()}
+        said |= {name: Metric.of(value) for name, value in _of_answers(rollouts).items()}
+        said |= {
+            "score_std": Metric.of(scored.scores.std()),
+            "seconds_generate": Metric.of(answered.seconds_generate),
+            "seconds_score": Metric.of(answered.seconds_score),
+            "seconds_experience": Metric.of(time.perf_counter() - started),
+        }
+        return experience, {**metrics, **said}
+
+    def evaluate(self, state: TrainState, *, prompts: Sequence[Prompt]) -> dict[str, float]:
+        """Scores of answers to held-out prompts, always drawn with the same random numbers. Standard errors are over
+        prompts, for the answers to one are not independent."""
+        answered = self.answers(combine(state.params, state.frozen), prompts, EVAL_SEED)
+        rollouts, scored = answered.rollouts, answered.scored
+        values = _with_error("eval/score", scored.scores, len(prompts))
+        values |= {f"eval/{name}": value for name, value in _of_answers(rollouts).items()}
+        values["eval/answer_tokens"] = float(np.mean([answer.size for answer in rollouts.answers]))
+        values |= {f"eval/score/{name}": float(found.mean()) for name, found in scored.components.items()}
+        if self.gold is not None:
+            values |= _with_error("eval/gold", self.gold(rollouts, training=False).scores, len(prompts))
+        return values
+
+    def samples(self, state: TrainState, *, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+        """Prompts with their answers and scores, for `samples.jsonl`."""
+        answered = self.answers(combine(state.params, state.frozen), prompts, EVAL_SEED)
+        rollouts, scored = answered.rollouts, answered.scored
+        texts = rollouts.texts(self.policy.tokenizer)
+        return [
+            {
+                "prompt": shown_prompt(prompt, self.policy.tokenizer),
+                "answer": text,
+                "score": float(score),
+                "finish_reason": "stop" if ended else "length",
+                "tokens": int(answer.size),
+            }
+            for prompt, text, score, ended, answer in zip(
+                rollouts.prompts, texts, scored.scores, rollouts.ended, rollouts.answers, strict=True
+            )
+        ]
+
+
+def _with_error(name: str, scores: np.ndarray, prompts: int) -> dict[str, float]:
+    by_prompt = scores.reshape(prompts, -1).mean(axis=1)
+    error = by_prompt.std() / max(prompts - 1, 1) ** 0.5
+    return {name: float(scores.mean()), f"{name}_standard_error": float(error)}
+
+
+def _of_answers(rollouts: Rollouts) -> dict[str, float]:
+    """Share of answers without an end token, and their mean `repetition`."""
+    return {
+        "no_end": float(1.0 - rollouts.ended.mean()),
+        "repetition": float(np.mean([repetition(answer) for answer in rollouts.answers])),
+    }
+
+
+def repetition(tokens: np.ndarray) -> float:
+    """The share of an answer's runs of 4 tokens that it had written before, between 0 and 1; 0 for a shorter one."""
+    count = tokens.size - REPEATED_TOKENS + 1
+    if count < 1:
+        return 0.0
+    grams = np.lib.stride_tricks.sliding_window_view(tokens, REPEATED_TOKENS)
+    return 1.0 - len(np.unique(grams, axis=0)) / count

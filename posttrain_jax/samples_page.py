@@ -1,0 +1,58 @@
+"""The samples of a run as a page to read in a browser: how the answers to the same prompts change over the steps."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #1c1c1c }
+section { margin: 2.5em 0 } h2 { font-size: 1em; white-space: pre-wrap; background: #f1f3f5; padding: .6em .8em }
+table { border-collapse: collapse; width: 100% } td, th { text-align: left; vertical-align: top; padding: .35em .8em }
+tr { border-top: 1px solid #d8dcdf } td.number { text-align: right; font-variant-numeric: tabular-nums }
+td.answer { white-space: pre-wrap; overflow-wrap: anywhere } .cut { color: #a33 }
+"""
+
+
+def write_page(samples: Path, page: Path) -> None:
+    """Writes `page` from a run's `samples.jsonl`: a section for each prompt, a line for each of its answers, in order.
+
+    Args:
+      samples: rows with `step`, `prompt`, `answer`, `finish_reason`, `tokens`, and `score` where there is one.
+      page: replaced at once, or not at all.
+    """
+    rows = [json.loads(line) for line in samples.read_text("utf-8").splitlines()]
+    prompts: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        prompts.setdefault(_shown(row["prompt"]), []).append(row)
+    sections = "\n".join(_section(prompt, answers) for prompt, answers in prompts.items())
+    text = (
+        f"<!doctype html>\n<html lang=en>\n<meta charset=utf-8>\n<title>Samples</title>\n<style>{STYLE}</style>\n"
+        f"<h1>Samples of {len(prompts)} prompts</h1>\n{sections}\n</html>\n"
+    )
+    partial = page.with_suffix(".partial")
+    partial.write_text(text, "utf-8")
+    partial.replace(page)
+
+
+def _shown(prompt: str | list[dict[str, Any]]) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in prompt)
+
+
+def _section(prompt: str, answers: list[dict[str, Any]]) -> str:
+    lines = "\n".join(_line(row) for row in answers)
+    head = "<tr><th>step<th>score<th>tokens<th>answer</tr>"
+    return f"<section>\n<h2>{html.escape(prompt)}</h2>\n<table>\n{head}\n{lines}\n</table>\n</section>"
+
+
+def _line(row: dict[str, Any]) -> str:
+    score = f"{row['score']:.3f}" if "score" in row else ""
+    cut = "" if row.get("finish_reason") == "stop" else " <span class=cut title='no end token'>(cut)</span>"
+    return (
+        f"<tr><td class=number>{row['step']}<td class=number>{score}<td class=number>{row.get('tokens', '')}"
+        f"<td class=answer>{html.escape(row['answer'])}{cut}</tr>"
+    )

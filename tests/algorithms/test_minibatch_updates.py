@@ -1,0 +1,111 @@
+"""The updates of an iteration: a second loss beside the answers' (PPO-ptx), maxima over micro-batches, and the value
+network's own learning rate. Two parameters, losses that are linear in them, plain SGD: all by hand. And repetition."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from posttrain_jax.algorithms.collect import repetition
+from posttrain_jax.algorithms.online import Mixed, minibatch_updates
+from posttrain_jax.optim import divide_and_clip, new_state, scale_and_delay
+from posttrain_jax.types import Array, Largest, Metric, Metrics, TrainState
+
+LR = 0.1
+
+
+def state_of(optimizer: optax.GradientTransformationExtraArgs) -> TrainState:
+    """Two parameters of 0, one of the policy and one of the value network."""
+    params = {"w": jnp.zeros(()), "value": {"v": jnp.zeros(())}}
+    state = new_state(params, {}, jax.random.key(0), optimizer, ema=False)
+    wrapped = {
+        "optimizer": state.opt_state,
+        "kl_coefficient": jnp.float32(0),
+        "updates": jnp.int32(0),
+    }
+    return dataclasses.replace(state, opt_state=wrapped)
+
+
+def linear(params: dict, part: Array) -> tuple[Array, Metrics]:
+    """Sum of x (w + v) over the numbers x of a micro-batch `[B, 1]`: the gradient of its mean is the mean of x."""
+    total = jnp.sum(part) * (params["w"] + params["value"]["v"])
+    count = jnp.float32(part.size)
+    return total, {"loss": Metric(total, count), "most": Largest.of(jnp.max(part))}
+
+
+def text_loss(params: dict, part: Array) -> tuple[Array, Metrics]:
+    total = jnp.sum(part) * params["w"]
+    return total, {"text": Metric(total, jnp.float32(part.size))}
+
+
+def updated(optimizer, *, minibatches: int, epochs: int = 1, mixed: Mixed | None = None):
+    """Answers 1, 2, 3, 4 in two micro-batches."""
+    answers = jnp.asarray([[[1.0], [2.0]], [[3.0], [4.0]]])
+    return minibatch_updates(
+        state_of(optimizer),
+        answers,
+        epochs=epochs,
+        minibatches=minibatches,
+        targets=lambda rows: rows,
+        losses=linear,
+        optimizer=optimizer,
+        schedule=lambda step: jnp.float32(LR),
+        ema_decay=0.0,
+        mixed=mixed,
+    )
+
+
+def sgd(*links: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    return optax.chain(divide_and_clip(0.0), optax.sgd(LR), *links)
+
+
+def test_a_second_loss_is_added_to_the_first():
+    """w falls by 0.1 (mean of 1, 2, 3, 4 + 27.8 x mean of 10, 20, 60) = 0.1 (2.5 + 27.8 x 30) = 83.65, v by 0.25."""
+    mixed = Mixed(jnp.asarray([[[10.0], [20.0], [60.0]]]), text_loss, "text", 27.8)
+    state, metrics = updated(sgd(), minibatches=1, mixed=mixed)
+    np.testing.assert_allclose(state.params["w"], -83.65, rtol=1e-6)
+    np.testing.assert_allclose(state.params["value"]["v"], -0.25, rtol=1e-6)
+    assert metrics["train/text"].count == 3 and metrics["train/loss"].count == 4
+
+
+def test_each_minibatch_has_its_own_share():
+    """Two minibatches, two epochs: the answers move w by 0.1 x (5 + 5), whatever their order, and the shares' means, 15
+    and 60, come once in each epoch: 0.1 x 2 x (15 + 60) = 15. One update that had all rows would add 2 x 0.1 x 37.5."""
+    mixed = Mixed(jnp.asarray([[[10.0], [20.0]], [[50.0], [70.0]]]), text_loss, "text", 1.0)
+    state, metrics = updated(sgd(), minibatches=2, epochs=2, mixed=mixed)
+    np.testing.assert_allclose(state.params["w"], -1.0 - 15.0, rtol=1e-6)
+    np.testing.assert_allclose(state.params["value"]["v"], -1.0, rtol=1e-6)
+    assert int(state.opt_state["updates"]) == 4 and metrics["train/text"].count == 8
+
+
+def test_a_maximum_is_one_over_all_micro_batches_and_updates():
+    _, metrics = updated(sgd(), minibatches=2, epochs=2)
+    assert metrics["train/most"].sum == 4 and metrics["train/most"].count == 1
+
+
+@pytest.mark.parametrize(("delay", "policy"), [(0, -0.5), (1, -0.25), (2, 0.0)])
+def test_the_value_network_has_its_own_rate_and_starts_alone(delay, policy):
+    """Two updates of 0.25 each, on all four answers; the value network's are times 3."""
+    own = scale_and_delay(lambda path: path.startswith("value/"), scale=3.0, delay=delay)
+    state, _ = updated(sgd(own), minibatches=1, epochs=2)
+    np.testing.assert_allclose(state.params["w"], policy, rtol=1e-6)
+    np.testing.assert_allclose(state.params["value"]["v"], -1.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "share"),
+    [
+        ([], 0.0),
+        ([1, 1, 1], 0.0),
+        ([1, 2, 3, 4, 5], 0.0),
+        ([7] * 8, 4 / 5),  # five runs of four, one of them new
+        ([1, 2, 3, 4, 1, 2, 3, 4], 1 / 5),  # 1234 stands there twice
+    ],
+)
+def test_repetition(tokens, share):
+    assert repetition(np.asarray(tokens, np.int32)) == pytest.approx(share)

@@ -1,0 +1,54 @@
+"""The page of a run's samples."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+from posttrain_jax.samples_page import write_page
+
+
+class Cells(HTMLParser):
+    """Texts of a page's headings and cells, as a browser reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, str]] = []
+        self.tag = ""
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        if tag in ("h2", "td"):
+            self.tag = tag
+            self.found.append((tag, ""))
+        elif tag in ("tr", "table"):
+            self.tag = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.tag:
+            tag, text = self.found[-1]
+            self.found[-1] = tag, text + data
+
+
+def test_a_section_for_each_prompt_and_a_line_for_each_answer(tmp_path: Path):
+    rows = [
+        {
+            "step": 0,
+            "prompt": "1 < 2?",
+            "answer": "<b>yes</b>",
+            "score": 0.5,
+            "finish_reason": "stop",
+            "tokens": 3,
+        },
+        {"step": 0, "prompt": [{"role": "user", "content": "Hi"}], "answer": "A", "finish_reason": "length"},
+        {"step": 9, "prompt": "1 < 2?", "answer": "no", "score": -1.25, "finish_reason": "stop", "tokens": 2},
+    ]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_page(tmp_path / "samples.jsonl", tmp_path / "samples.html")
+    cells = Cells()
+    cells.feed((tmp_path / "samples.html").read_text("utf-8"))
+    found = [(tag, text.strip()) for tag, text in cells.found]
+    first = [("h2", "1 < 2?"), *(("td", text) for text in ("0", "0.500", "3", "<b>yes</b>"))]
+    first += [("td", text) for text in ("9", "-1.250", "2", "no")]
+    second = [("h2", "user: Hi"), ("td", "0"), ("td", ""), ("td", ""), ("td", "A (cut)")]
+    assert found == first + second
