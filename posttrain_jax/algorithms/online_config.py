@@ -84,26 +84,33 @@ class ValueNetwork:
     def __init__(self, kind: str, config: Config, policy: Policy, mesh: Mesh) -> None:
         self._kind = kind
         self._mesh = mesh
-        self._loaded: PyTree = {}
+        self._load: Callable[[], PyTree] = dict
+        self._shapes: PyTree = {}
         self.model: Model | None = None
         if kind == "shared":
             self.model = policy.model
         elif kind == "policy":
             self.model = without_adapter(config, policy)
         elif kind not in VALUES:
-            loaded = load_model(kind, dtype=config.model.dtype, mesh=mesh, attention=config.model.attention)
+            load = functools.partial(
+                load_model, kind, dtype=config.model.dtype, mesh=mesh, attention=config.model.attention
+            )
+            loaded = load()
             require_score_head(loaded)
-            self.model, self._loaded = loaded.model, loaded.params
+            # The parameters are read again by `join`, so that they do not lie beside the state for the whole run.
+            self._load = lambda: load().params
+            self._shapes = jax.eval_shape(lambda: loaded.params)
+            self.model = loaded.model
 
     def abstract(self, params: PyTree) -> PyTree:
         """Shapes of the policy's parameters with the value's."""
-        return jax.eval_shape(self._with_value, params, self._loaded)
+        return jax.eval_shape(self._with_value, params, self._shapes)
 
     def join(self, params: PyTree) -> PyTree:
         """The policy's parameters, and the value's under "value", in their places on the mesh."""
         places = tree_shardings(self.abstract(params), self._mesh)
         build = jit_step(self._with_value, self._mesh, in_shardings=None, out_shardings=places)
-        return build(params, self._loaded)
+        return build(params, self._load())
 
     def _with_value(self, params: PyTree, loaded: PyTree) -> PyTree:
         if self.model is None:
@@ -257,21 +264,34 @@ def scorer_from_config(config: Config, policy: Policy, mesh: Mesh, cut: Cut) -> 
     return _scorer(config, policy, mesh, cut, list(score.functions), list(score.models), options)
 
 
-def gold_from_config(config: Config, policy: Policy, mesh: Mesh, cut: Cut) -> Scorer | None:
-    """What scores held-out answers and is never learnt from, if anything does.
+def check_gold(config: Config) -> None:
+    """Before anything is started.
 
     Raises:
-      InputError: a function or model that is not there; both are named; there is nothing held out.
+      InputError: two gold scores are named, or one that has nothing to score.
     """
     function, model = config.score.gold_function, config.score.gold_model
-    if not function and not model:
-        return None
     if function and model:
         raise InputError(
             "score.gold_function and score.gold_model are both set; the gold score is one of them."
         )
-    if not config.data.eval:
+    if (function or model) and not config.data.eval:
         raise InputError("score.gold_function and score.gold_model score held-out answers; set data.eval.")
+    if config.stop.gold_errors and not (function or model):
+        raise InputError(
+            "stop.gold_errors watches the gold score; set score.gold_function or score.gold_model."
+        )
+
+
+def gold_from_config(config: Config, policy: Policy, mesh: Mesh, cut: Cut) -> Scorer | None:
+    """What scores held-out answers and is never learnt from, if anything does (see `check_gold`).
+
+    Raises:
+      InputError: a function or model that is not there.
+    """
+    function, model = config.score.gold_function, config.score.gold_model
+    if not function and not model:
+        return None
     options = ScoreOptions(weights={function or model: 1.0})
     return _scorer(
         config, policy, mesh, cut, [function] if function else [], [model] if model else [], options
@@ -315,7 +335,7 @@ def stop_from_config(config: Config) -> StopRules:
     """When the run ends early.
 
     Raises:
-      InputError: a limit below 0, or one of a gold score that is not there.
+      InputError: a limit below 0.
     """
     stop = config.stop
     limits = {
@@ -327,8 +347,4 @@ def stop_from_config(config: Config) -> StopRules:
     for name, value in limits.items():
         if not value >= 0:
             raise InputError(f"stop.{name} is {value}; it must be more than 0, or 0 (off).")
-    if stop.gold_errors and not (config.score.gold_function or config.score.gold_model):
-        raise InputError(
-            "stop.gold_errors watches the gold score; set score.gold_function or score.gold_model."
-        )
     return StopRules(**limits)

@@ -115,3 +115,44 @@ def test_the_readme_of_reward_models_says_what_was_recorded():
     }
     assert (folder / "results.md").read_text("utf-8") in text
     assert "not run yet" not in text
+
+
+@pytest.mark.slow
+def test_ppo_letters_runs_short_and_records_its_table(tmp_path):
+    run_tiny("ppo_letters", tmp_path, "--seeds=1", "--steps=2")
+    results = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
+    assert {name: len(runs) for name, runs in results["learnt"].items()} == {"ppo": 1, "rloo": 1}
+    assert results["learnt"]["ppo"][0]["iterations_to_95"] is None
+    assert len(results["by_kl_coefficient"]) == 4
+    assert "| PPO | 0 |" in (tmp_path / "out" / "results.md").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_ppo_sentiment_runs_tiny_and_records_its_numbers(tmp_path):
+    run_tiny("ppo_sentiment", tmp_path, "--variant=tiny")
+    result = json.loads((tmp_path / "out" / "result.json").read_text("utf-8"))
+    assert result["iterations"] == 4 and len(result["train"]) == 4
+    low, high = result["rise_interval"]
+    assert low <= result["rise"] <= high
+    assert result["rise"] == pytest.approx(result["after"]["score"] - result["before"]["score"], abs=1e-3)
+    assert len((tmp_path / "out" / "samples.md").read_text("utf-8").splitlines()) == 2 + 2
+    assert (tmp_path / "out" / "curves.png").is_file()
+
+
+def test_the_readmes_of_ppo_say_what_was_recorded():
+    for name, table in (("ppo_letters", "results.md"), ("ppo_sentiment", "samples.md")):
+        folder = ROOT / "experiments" / name
+        assert (folder / table).read_text("utf-8") in (folder / "README.md").read_text("utf-8")
+    letters = json.loads((ROOT / "experiments" / "ppo_letters" / "results.json").read_text("utf-8"))
+    assert json.loads((ROOT / "experiments" / "ppo_letters" / "expected.json").read_text("utf-8")) == {
+        name: min(run["score_after"] for run in runs) for name, runs in letters["learnt"].items()
+    }
+    prices = [run["last_train_kl"] for run in letters["by_kl_coefficient"].values()]
+    assert prices == sorted(prices, reverse=True)
+    folder = ROOT / "experiments" / "ppo_sentiment"
+    result = json.loads((folder / "result.json").read_text("utf-8"))
+    expected = json.loads((folder / "expected.json").read_text("utf-8"))
+    assert expected == {name: result[name] for name in ("iterations", "rise", "rise_interval")}
+    low, high = result["rise_interval"]
+    readme = (folder / "README.md").read_text("utf-8")
+    assert f"{result['rise']:.2f} (95 % {low:.2f} to {high:.2f})" in readme

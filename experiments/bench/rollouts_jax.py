@@ -1,0 +1,80 @@
+"""Ours: the task that `launch.train` would run, iteration by iteration, without its loop's files."""
+
+from __future__ import annotations
+
+import pathlib
+import tempfile
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs.base import online_config
+from experiments.bench.rollouts_contract import BETA, CLIP, EPOCHS, LR, Recorder, Settings, parse_settings
+from launch.entry import set_up_jax
+from posttrain_jax.algorithms import ppo, rloo
+from posttrain_jax.types import Metrics
+
+PARTS = {
+    "generate": "train/seconds_generate",
+    "score": "train/seconds_score",
+    "experience": "train/seconds_experience",
+    "train": "train/seconds_train",
+}
+
+
+def config_of(settings: Settings) -> ConfigDict:
+    """The experiment."""
+    config = online_config()
+    config.algorithm = settings.setting
+    config.model.init = str(settings.rows / "model")
+    config.data.train = str(settings.rows / "prompts.jsonl")
+    config.data.max_length = 256
+    config.rollout.max_new_tokens = settings.new_tokens
+    config.rollout.samples = settings.samples
+    if settings.setting == "ppo":
+        config.score.models = (str(settings.rows / "reward"),)
+        config.ppo.value = str(settings.rows / "reward")
+    else:
+        config.score.functions = ("posttrain_jax.rewards.rules:token_count",)
+        config.score.workers = 1
+    config.ppo.epochs, config.rloo.epochs = EPOCHS["ppo"], EPOCHS["rloo"]
+    config.ppo.kl_coefficient = config.rloo.kl_coefficient = BETA
+    config.ppo.clip = config.ppo.value_clip = config.rloo.clip = CLIP
+    config.train.steps = settings.iterations
+    config.train.rows_per_step = settings.prompts
+    config.train.micro_rows = settings.together
+    config.optim.lr = LR
+    config.optim.schedule = "constant"
+    return config
+
+
+def value(metrics: Metrics, name: str) -> float:
+    """A metric's value."""
+    return float(np.divide(metrics[name].sum, metrics[name].count))
+
+
+def main() -> None:
+    """Runs the iterations and prints the line."""
+    settings = parse_settings(__doc__)
+    set_up_jax()
+    recorder = Recorder("jax", settings, {"jax": jax.__version__})
+    make = {"ppo": ppo.from_config, "rloo": rloo.from_config}[settings.setting]
+    with tempfile.TemporaryDirectory() as folder:
+        task = make(config_of(settings), pathlib.Path(folder))
+        state = task.init_state()
+        recorder.start()
+        for _ in range(settings.iterations):
+            state, metrics = task.train_step(state, task.put(next(task.rows).arrays))
+            jax.block_until_ready(state)
+            recorder.iteration(
+                answer_tokens=value(metrics, "train/answer_tokens"),
+                kl=value(metrics, "train/kl"),
+                parts={part: value(metrics, name) for part, name in PARTS.items()},
+            )
+        task.rows.close()
+    recorder.finish()
+
+
+if __name__ == "__main__":
+    main()
