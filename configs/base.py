@@ -132,6 +132,8 @@ def online_config() -> ConfigDict:
     config = base_config()
     config.algorithm = "ppo"
     del config.data["pack"], config.data["train_on"], config.data["truncate"]
+    # An evaluation answers the held-out prompts as an iteration does, the first 16 of them into samples.jsonl.
+    del config.eval["batch_rows"], config.eval["prompts"], config.eval["max_new_tokens"]
     config.data.long_prompts = "error"  # error, drop
     config.data.prompt_tokens = 0  # a `text` row's first so many tokens are its prompt
     config.rollout = ConfigDict()
@@ -227,8 +229,9 @@ def tiny(config: ConfigDict) -> ConfigDict:
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, 1, 1
     config.log.every = 1
     config.eval.every = 2
-    config.eval.batch_rows = 2
-    config.eval.max_new_tokens = 8
+    if "batch_rows" in config.eval:
+        config.eval.batch_rows = 2
+        config.eval.max_new_tokens = 8
     config.checkpoint.every = 2
     return config
 
