@@ -130,7 +130,7 @@ FREE_KEYS = (
 )
 
 
-# key: (least, greatest) value that makes sense, both included.
+# key: (least, greatest) value that makes sense, both included; not every algorithm has every key.
 BOUNDS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**31 - 1),
     "model.lora.rank": (0, math.inf),
@@ -141,6 +141,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "train.micro_rows": (0, math.inf),
     "train.max_skipped": (1, math.inf),
     "optim.warmup": (0, math.inf),
+    "optim.warmup_start": (0, 1),
     "optim.min_lr_ratio": (0, 1),
     "optim.decay_share": (0, 1),
     "optim.beta1": (0, 1),
@@ -166,7 +167,7 @@ def check_values(config: ConfigDict) -> None:
     """
     flat = flatten(config)
     for key, (least, greatest) in BOUNDS.items():
-        if not least <= flat[key] <= greatest:
+        if key in flat and not least <= flat[key] <= greatest:
             limit = (
                 f"at least {least:g}" if greatest == math.inf else f"between {least:g} and {greatest:.10g}"
             )

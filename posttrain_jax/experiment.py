@@ -272,10 +272,6 @@ def optimizer_from_config(config: Config, steps: int) -> Optimizer:
         raise InputError(f"optim.lr is {optim.lr}; it must be 0 or more.")
     if not 0 <= optim.ema < 1:
         raise InputError(f"optim.ema is {optim.ema}; it must be 0 (off) or a decay below 1, such as 0.999.")
-    if not 0 <= optim.warmup_start <= 1:
-        raise InputError(
-            f"optim.warmup_start is {optim.warmup_start}; it is a share of optim.lr, between 0 and 1."
-        )
     schedule = make_schedule(
         optim.schedule,
         lr=optim.lr,

@@ -13,3 +13,8 @@ def a_good_d_bad(answers: list[Answer]) -> list[float]:
         score = sum(1.0 if token == 1 else -0.5 for token in letters)
         scores.append(score + (0.5 if answer.finish_reason == "stop" else 0.0))
     return scores
+
+
+def mean_token(answers: list[Answer]) -> list[float]:
+    """The mean of an answer's token ids, of bytes: no two answers of a new model have quite the same."""
+    return [sum(answer.token_ids) / max(len(answer.token_ids), 1) for answer in answers]
