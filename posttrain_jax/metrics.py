@@ -211,20 +211,29 @@ def say(text: str) -> None:
         print(text, flush=True, file=sys.stdout)
 
 
+OFFLINE_PANELS = (
+    ("loss (nats per trained token)", ("train/loss", "eval/loss")),
+    ("learning rate", ("train/lr",)),
+    ("gradient norm", ("train/grad_norm",)),
+    ("tokens per second", ("train/tokens_per_second",)),
+)
+ONLINE_PANELS = (
+    ("score", ("train/score", "eval/score", "eval/gold")),
+    ("KL to the reference (nats per answer)", ("train/kl",)),
+    ("entropy (nats per token)", ("train/entropy",)),
+    ("clip fraction, share without an end", ("train/clip_fraction", "train/no_end")),
+)
+
+
 def plot_curves(metrics_path: Path, out: Path) -> None:
-    """`curves.png` from a `metrics.jsonl`: losses, learning rate, speed."""
+    """`curves.png` from a `metrics.jsonl`: losses, learning rate, speed; where answers were scored, score and KL."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = [json.loads(line) for line in metrics_path.read_bytes().split(b"\n") if line]
-    panels = (
-        ("loss (nats per trained token)", ("train/loss", "eval/loss")),
-        ("learning rate", ("train/lr",)),
-        ("gradient norm", ("train/grad_norm",)),
-        ("tokens per second", ("train/tokens_per_second",)),
-    )
+    panels = ONLINE_PANELS if any("train/score" in row for row in rows) else OFFLINE_PANELS
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), constrained_layout=True)
     for axis, (title, names) in zip(axes, panels, strict=True):
         for name in names:

@@ -109,6 +109,29 @@ def test_two_processes_read_what_one_wrote(single: Path, together: Together, tmp
     assert_close(workdir, single)
 
 
+def test_ppo_in_two_processes_follows_one(processes, together: Together, tmp_path: Path):
+    """Both write all answers and learn from their share of them; what is logged is of all."""
+    command = (
+        "launch.train",
+        "--config=configs/ppo/letters.py:tiny",
+        "--config.train.steps=2",
+        "--config.mesh.data=1",
+        "--config.mesh.fsdp=-1",
+    )
+    assert processes.run(*command, f"--workdir={tmp_path / 'one'}").code == 0
+    first, second = together.run(pair(*command, f"--workdir={tmp_path / 'two'}"))
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    for mine, yours in zip(*rows, strict=True):
+        assert mine.keys() == yours.keys()
+        for name in ("train/score", "train/loss", "train/kl", "train/grad_norm", "eval/score"):
+            if name in mine:
+                assert mine[name] == pytest.approx(yours[name], rel=2e-3, abs=1e-5), name
+
+
 def cut_back(finished: Path, tmp_path: Path) -> Path:
     """A copy of a run as if it had been killed after step 3."""
     import shutil
