@@ -14,7 +14,7 @@ EXTRAS ?= dev,parity,harness
 ASSETS ?= smollm2-135m-instruct gemma-3-270m alpaca_en_demo identity dpo_en_demo v1_sft_demo \
           glaive_toolcall_en_demo reason_tool_use_demo_50 wiki_demo c4_demo \
           ifeval nltk_punkt_tab gsm8k_100 openbookqa commonsenseqa \
-          kto_en_demo factual_summary_pairs vader_movie_reviews movie_openings imdb_sentiment
+          kto_en_demo factual_summary_pairs vader_movie_reviews vader_movie_pairs movie_openings imdb_sentiment
 # The fast tests run in so many processes; "0" = in one, where a debugger works.
 JOBS ?= 2
 PYTEST_ARGS ?=

@@ -106,6 +106,39 @@ def vader_movie_reviews(parts: list[bytes]) -> bytes:
     return _lines(rows())
 
 
+def vader_movie_pairs(parts: list[bytes]) -> bytes:
+    """Pairs of the sentences of `vader_movie_reviews`, each sentence in one at most: chosen is the one with the higher mean
+    rating; pairs with equal means are left out.
+
+    Rows {"id", "prompt" (the same for all), "chosen", "rejected", "margin" (difference of the means, -4 to 4 points),
+    "probability" (that of two people, one who rated the chosen and one who rated the rejected, the first rated higher;
+    equal ratings count half), "chosen_ratings", "rejected_ratings"}. Who stands beside whom is decided by the texts'
+    checksums.
+    """
+    rows = [json.loads(line) for line in vader_movie_reviews(parts).splitlines()]
+    rows.sort(key=lambda row: (zlib.crc32(row["completion"].encode()), row["id"]))
+
+    def pairs() -> Iterable[dict[str, Any]]:
+        for pair in zip(rows[::2], rows[1::2], strict=False):
+            worse, better = sorted(pair, key=lambda row: row["rating"])
+            if worse["rating"] == better["rating"] or worse["completion"] == better["completion"]:
+                continue
+            high, low = better["given_ratings"], worse["given_ratings"]
+            wins = sum((a > b) + 0.5 * (a == b) for a in high for b in low)
+            yield {
+                "id": f"{better['id']}-{worse['id']}",
+                "prompt": "Write a sentence of a favourable film review.",
+                "chosen": better["completion"],
+                "rejected": worse["completion"],
+                "margin": better["rating"] - worse["rating"],
+                "probability": wins / (len(high) * len(low)),
+                "chosen_ratings": high,
+                "rejected_ratings": low,
+            }
+
+    return _lines(pairs())
+
+
 def movie_openings(parts: list[bytes]) -> bytes:
     """How 12,264 sentences of film reviews begin, for continuations whose sentiment is rewarded.
 

@@ -32,6 +32,7 @@ from posttrain_jax.asset_rows import (
     hhh_alignment,
     imdb_sentiment,
     movie_openings,
+    vader_movie_pairs,
     vader_movie_reviews,
 )
 from posttrain_jax.errors import InputError
@@ -323,6 +324,15 @@ ASSETS: dict[str, Asset] = {
         licence="MIT",
         convert=vader_movie_reviews,
         converted_size=2_700_914,
+    ),
+    # 5,287 pairs of these sentences, chosen by the mean of the ratings.
+    "vader_movie_pairs": Asset(
+        filename="vader_movie_pairs.jsonl",
+        parts=(Part(_VADER, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz", 2_338_514),),
+        sha256="3e7d64f70874b6ea79c50a0b72a2d3f6326565c5d53ad39669f4b7cd4304593a",
+        licence="MIT",
+        convert=vader_movie_pairs,
+        converted_size=2_983_276,
     ),
     # How 12,264 sentences of film reviews begin, and how they go on.
     "movie_openings": Asset(

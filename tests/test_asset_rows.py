@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import tarfile
+import zlib
 
 import pytest
 
@@ -17,6 +18,7 @@ from posttrain_jax.asset_rows import (
     hhh_alignment,
     imdb_sentiment,
     movie_openings,
+    vader_movie_pairs,
     vader_movie_reviews,
 )
 
@@ -93,6 +95,28 @@ def test_vader_movie_reviews():
     ]
     with pytest.raises(ValueError, match="snippet 2 stands beside the ratings of snippet 3"):
         vader_movie_reviews([vader_archive(texts, "1\t1\t0\t[1]\n3\t1\t0\t[1]\n")])
+
+
+def test_vader_movie_pairs():
+    """Ratings 3, 1 beside 1, -1: of the four pairs of people 3 > 1, 3 > -1, 1 = 1, 1 > -1, so 3.5 / 4. By their
+    checksums "Poor." and "Good." come before "Zzz.", which has no partner. Equal means make no pair."""
+    ratings = "1\t2\t1\t[3, 1]\n2\t0\t1\t[1, -1]\n3\t0\t0\t[0]\n"
+    assert zlib.crc32(b"Poor.") < zlib.crc32(b"Good.") < zlib.crc32(b"Zzz.")
+    rows = rows_of(vader_movie_pairs([vader_archive("1\t2\tGood.\n2\t0\tPoor.\n3\t0\tZzz.\n", ratings)]))
+    assert rows == [
+        {
+            "id": "1-2",
+            "prompt": "Write a sentence of a favourable film review.",
+            "chosen": "Good.",
+            "rejected": "Poor.",
+            "margin": 2.0,
+            "probability": 3.5 / 4,
+            "chosen_ratings": [3, 1],
+            "rejected_ratings": [1, -1],
+        }
+    ]
+    equal = "1\t2\t1\t[3, 1]\n2\t2\t1\t[2]\n"
+    assert rows_of(vader_movie_pairs([vader_archive("1\t2\tA.\n2\t2\tB.\n", equal)])) == []
 
 
 def test_movie_openings():
