@@ -107,7 +107,7 @@ def vader_movie_reviews(parts: list[bytes]) -> bytes:
 
 
 def vader_movie_pairs(parts: list[bytes]) -> bytes:
-    """Pairs of the sentences of `vader_movie_reviews`, each sentence in one at most: chosen is the one with the higher mean
+    """Pairs of sentences of `vader_movie_reviews`, each sentence in one at most: chosen is the one with the higher mean
     rating; pairs with equal means are left out.
 
     Rows {"id", "prompt" (the same for all), "chosen", "rejected", "margin" (difference of the means, -4 to 4 points),

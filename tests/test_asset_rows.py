@@ -116,7 +116,7 @@ def test_vader_movie_pairs():
         }
     ]
     equal = "1\t2\t1\t[3, 1]\n2\t2\t1\t[2]\n"
-    assert rows_of(vader_movie_pairs([vader_archive("1\t2\tA.\n2\t2\tB.\n", equal)])) == []
+    assert vader_movie_pairs([vader_archive("1\t2\tA.\n2\t2\tB.\n", equal)]) == b""
 
 
 def test_movie_openings():
@@ -164,6 +164,8 @@ def test_the_real_files(demo_path):
     assert len(reviews) == 10_605
     assert {len(row["given_ratings"]) for row in reviews} <= set(range(15, 30))
     assert all(-4 <= rating <= 4 for row in reviews for rating in row["given_ratings"])
+    pairs = rows_of(demo_path("vader_movie_pairs").read_bytes())
+    assert len(pairs) == 5_287 and all(row["margin"] > 0 for row in pairs)
     labels = json.loads(demo_path("kto_en_demo").read_bytes())
     assert len(labels) == 300 and sum(row["label"] for row in labels) == 150
     openings = rows_of(demo_path("movie_openings").read_bytes())
