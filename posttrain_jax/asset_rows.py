@@ -110,7 +110,7 @@ def vader_movie_pairs(parts: list[bytes]) -> bytes:
     """Pairs of sentences of `vader_movie_reviews`, each sentence in one at most: chosen is the one with the higher mean
     rating; pairs with equal means are left out.
 
-    Rows {"id", "prompt" (the same for all), "chosen", "rejected", "margin" (difference of the means, -4 to 4 points),
+    Rows {"id", "prompt" (with a number, so that pairs can be held out by their prompts), "chosen", "rejected", "margin" (difference of the means, -4 to 4 points),
     "probability" (that of two people, one who rated the chosen and one who rated the rejected, the first rated higher;
     equal ratings count half), "chosen_ratings", "rejected_ratings"}. Who stands beside whom is decided by the texts'
     checksums.
@@ -119,7 +119,7 @@ def vader_movie_pairs(parts: list[bytes]) -> bytes:
     rows.sort(key=lambda row: (zlib.crc32(row["completion"].encode()), row["id"]))
 
     def pairs() -> Iterable[dict[str, Any]]:
-        for pair in zip(rows[::2], rows[1::2], strict=False):
+        for number, pair in enumerate(zip(rows[::2], rows[1::2], strict=False), start=1):
             worse, better = sorted(pair, key=lambda row: row["rating"])
             if worse["rating"] == better["rating"] or worse["completion"] == better["completion"]:
                 continue
@@ -127,7 +127,7 @@ def vader_movie_pairs(parts: list[bytes]) -> bytes:
             wins = sum((a > b) + 0.5 * (a == b) for a in high for b in low)
             yield {
                 "id": f"{better['id']}-{worse['id']}",
-                "prompt": "Write a sentence of a favourable film review.",
+                "prompt": f"Write sentence {number} of a page of favourable film reviews.",
                 "chosen": better["completion"],
                 "rejected": worse["completion"],
                 "margin": better["rating"] - worse["rating"],

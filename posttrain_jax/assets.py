@@ -329,10 +329,10 @@ ASSETS: dict[str, Asset] = {
     "vader_movie_pairs": Asset(
         filename="vader_movie_pairs.jsonl",
         parts=(Part(_VADER, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz", 2_338_514),),
-        sha256="3e7d64f70874b6ea79c50a0b72a2d3f6326565c5d53ad39669f4b7cd4304593a",
+        sha256="814f8b8a56625ce663e933c7e23950edd3e6804f8c798766de2fe225d635431e",
         licence="MIT",
         convert=vader_movie_pairs,
-        converted_size=2_983_276,
+        converted_size=3_045_614,
     ),
     # How 12,264 sentences of film reviews begin, and how they go on.
     "movie_openings": Asset(

@@ -106,7 +106,7 @@ def test_vader_movie_pairs():
     assert rows == [
         {
             "id": "1-2",
-            "prompt": "Write a sentence of a favourable film review.",
+            "prompt": "Write sentence 1 of a page of favourable film reviews.",
             "chosen": "Good.",
             "rejected": "Poor.",
             "margin": 2.0,
