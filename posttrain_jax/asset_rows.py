@@ -110,10 +110,10 @@ def vader_movie_pairs(parts: list[bytes]) -> bytes:
     """Pairs of sentences of `vader_movie_reviews`, each sentence in one at most: chosen is the one with the higher mean
     rating; pairs with equal means are left out.
 
-    Rows {"id", "prompt" (with a number, so that pairs can be held out by their prompts), "chosen", "rejected", "margin" (difference of the means, -4 to 4 points),
-    "probability" (that of two people, one who rated the chosen and one who rated the rejected, the first rated higher;
-    equal ratings count half), "chosen_ratings", "rejected_ratings"}. Who stands beside whom is decided by the texts'
-    checksums.
+    Rows {"id", "prompt" (with a number, so that pairs can be held out by their prompts), "chosen", "rejected", "margin"
+    (difference of the means, in points), "probability" (that of two people, one who rated the chosen and one who rated
+    the rejected, the first rated higher; equal ratings count half), "chosen_ratings", "rejected_ratings"}. Who stands
+    beside whom is decided by the texts' checksums.
     """
     rows = [json.loads(line) for line in vader_movie_reviews(parts).splitlines()]
     rows.sort(key=lambda row: (zlib.crc32(row["completion"].encode()), row["id"]))
