@@ -186,8 +186,11 @@ def train_step(
         mixed=mixed if options.ptx_coefficient else None,
     )
     explained = explained_variance({name: metrics[f"train/{name}"] for name in VALUE_METRICS})
+    known = jnp.isfinite(
+        explained
+    )  # not where all returns are one; a metric that counts nothing is not logged
     metrics |= {
-        "train/explained_variance": Metric.of(explained),
+        "train/explained_variance": Metric(jnp.where(known, explained, 0.0), known.astype(jnp.float32)),
         "train/returns_std": Metric.of(_deviation(metrics, "returns")),
         "train/advantages_std": Metric.of(_deviation(metrics, "advantages")),
     }
