@@ -26,6 +26,9 @@ from posttrain_jax import assets
 from posttrain_jax.errors import InputError
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# The pools are made here; processes that tests start, on one device mostly, have pools of their own size.
+jax.local_devices()
+os.environ.pop("NPROC", None)
 
 
 def pytest_configure(config: pytest.Config) -> None:
