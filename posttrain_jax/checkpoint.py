@@ -454,7 +454,8 @@ def _read_params(
         return out
 
     trained_like = subset(like, set(saved))
-    unknown = [path for path in saved if path not in leaf_paths(like) and not path.startswith("value/")]
+    # A run with a value network saves that too; it is not the model's.
+    unknown = [path for path in sorted(set(saved) - set(leaf_paths(like))) if not path.startswith("value/")]
     if unknown:
         raise InputError(
             f"{step_dir} holds parameters that the model has not ({unknown[0]}); model/config.json or config.json of "

@@ -178,11 +178,11 @@ class _Run:
         eta = (time.time() - self.started) / max(steps_done, 1) * (self.task.steps - item.step)
         say(progress_line(item.step, self.task.steps, {**values, **speed}, eta))
         self.reset_window(item.step)
-        self._look_at(values)
+        self._look_at(values, item.step)
 
-    def _look_at(self, values: dict[str, float]) -> None:
-        """Whether the run should end here."""
-        if self.task.stop is not None and not self.stopped:
+    def _look_at(self, values: dict[str, float], step: int) -> None:
+        """Whether the run should end here, before its last step."""
+        if self.task.stop is not None and not self.stopped and step < self.task.steps:
             self.stopped = self.task.stop(values, self.best)
 
     def reset_window(self, step: int) -> None:
@@ -235,7 +235,7 @@ class _Run:
         if values:
             self.last.update(values)
             self.best.update({name: max(value, self.best.get(name, value)) for name, value in values.items()})
-            self._look_at(values)
+            self._look_at(values, step)
             self.writer.write(step, values)
             say(f"evaluation at step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
         if self.writer.active and samples:

@@ -27,6 +27,7 @@ from experiments.bench.preferences_contract import (
     pairs_of_steps,
     parse_settings,
 )
+from experiments.bench.trl_arguments import trl_arguments
 
 
 class Totals:
@@ -117,29 +118,14 @@ def make_trainer(settings: Settings, folder: str) -> Any:
     together = int(settings.variant or settings.pairs_per_step)
     if settings.pairs_per_step % together:
         raise SystemExit(f"error: {settings.pairs_per_step} pairs do not divide into {together} at a time")
-    arguments = {
-        "output_dir": folder,
+    arguments = trl_arguments(
+        folder, at_once=together, accumulated=settings.pairs_per_step // together, lr=settings.lr
+    ) | {
         "max_steps": settings.steps,
-        "per_device_train_batch_size": together,
-        "gradient_accumulation_steps": settings.pairs_per_step // together,
-        "learning_rate": settings.lr,
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "optim": "adamw_torch_fused",
-        "bf16": False,
-        "fp16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
         "disable_dropout": True,
         "max_length": None,
         "train_sampling_strategy": "sequential",
-        "save_strategy": "no",
-        "report_to": "none",
         "logging_strategy": "no",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "seed": 0,
     }
     tokenizer = transformers.AutoTokenizer.from_pretrained(settings.rows / "model")
     dataset = load_dataset(settings)

@@ -21,32 +21,15 @@ from experiments.bench.rollouts_contract import (
     load_prompts,
     parse_settings,
 )
+from experiments.bench.trl_arguments import trl_arguments
 
 
 def arguments_of(settings: Settings, folder: str) -> dict[str, Any]:
-    """float32 on the CPU, constant learning rate, no evaluation, saving or reporting."""
+    """An iteration's answers in passes of `together`."""
     answers = settings.prompts * settings.samples
     if answers % settings.together:
         raise SystemExit(f"error: {answers} answers do not divide into {settings.together} at a time")
-    return {
-        "output_dir": folder,
-        "per_device_train_batch_size": settings.together,
-        "gradient_accumulation_steps": answers // settings.together,
-        "learning_rate": LR,
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "optim": "adamw_torch_fused",
-        "bf16": False,
-        "fp16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "seed": 0,
-    }
+    return trl_arguments(folder, at_once=settings.together, accumulated=answers // settings.together, lr=LR)
 
 
 def policy(settings: Settings) -> Any:

@@ -19,6 +19,7 @@ import trl
 
 from experiments.bench.adapters import lora_config
 from experiments.bench.contract import Recorder, Settings, load_packed, load_sequences, parse_settings
+from experiments.bench.trl_arguments import trl_arguments
 
 VARIANTS = {"packed", "checkpointing"}
 
@@ -73,30 +74,15 @@ def make_trainer(settings: Settings, folder: str, recorder: Recorder) -> Countin
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(settings.rows / "model")
     sequences = load_sequences(settings.rows)
-    config = trl.SFTConfig(
-        output_dir=folder,
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.rows_per_step,
-        gradient_accumulation_steps=1,
-        learning_rate=settings.lr,
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        optim="adamw_torch_fused",
-        bf16=False,
-        fp16=False,
-        use_cpu=True,
-        gradient_checkpointing="checkpointing" in chosen,
-        packing="packed" in chosen,
-        max_length=load_packed(settings.rows).tokens.shape[1],
-        train_sampling_strategy="sequential",
-        save_strategy="no",
-        report_to="none",
-        logging_strategy="no",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        seed=0,
-    )
+    arguments = trl_arguments(folder, at_once=settings.rows_per_step, accumulated=1, lr=settings.lr) | {
+        "max_steps": settings.steps,
+        "gradient_checkpointing": "checkpointing" in chosen,
+        "packing": "packed" in chosen,
+        "max_length": load_packed(settings.rows).tokens.shape[1],
+        "train_sampling_strategy": "sequential",
+        "logging_strategy": "no",
+    }
+    config = trl.SFTConfig(**arguments)
     times = StepTimes(recorder)
     trainer = CountingTrainer(
         model=model,

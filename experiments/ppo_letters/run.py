@@ -18,7 +18,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 CONFIG = "configs/ppo/letters.py"
 OPTIMUM = 1.0  # every letter an "e"
-PRICES = (0.0, 0.01, 0.03, 0.1)
+PRICES = "0.0,0.01,0.03,0.1"
 
 
 def main() -> None:
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--prices", default=PRICES, help="of the KL")
     parser.add_argument("--out", type=Path, default=HERE)
     arguments = parser.parse_args()
     steps = f"--config.train.steps={arguments.steps}"
@@ -40,10 +41,10 @@ def main() -> None:
         for name, variant in (("ppo", ""), ("rloo", ":rloo"))
     }
     priced = {
-        str(price): _train(
+        price: _train(
             arguments.workdir / f"kl-{price}", CONFIG, steps, f"--config.ppo.kl_coefficient={price}"
         )
-        for price in PRICES
+        for price in arguments.prices.split(",")
     }
     results = {"optimum": OPTIMUM, "learnt": learnt, "by_kl_coefficient": priced}
     arguments.out.mkdir(parents=True, exist_ok=True)

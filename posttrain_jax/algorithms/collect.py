@@ -25,6 +25,7 @@ from posttrain_jax.types import Metric, Metrics, PyTree, TrainState
 
 EVAL_SEED = 2**31 - 1  # of the answers to held-out prompts, which no step draws with
 NORMALISE_SEED = 2**31 - 2  # of the answers that scores are normalised on
+SAMPLED_PROMPTS = 16  # in `samples.jsonl`
 REPEATED_TOKENS = 4  # n of the n-grams that `repetition` counts
 
 
@@ -47,7 +48,6 @@ class Collector:
       options: how answers are drawn.
       row_length: T, of a prompt with its answer.
       scorer: what learning is rewarded by.
-      gold: scores held-out answers beside it and is never learnt from; or None.
       mesh: of the devices.
       reference: a state -> the reference's parameters.
       experience: jitted `experience_of`: (whole parameters, beta, rows, reference's parameters).
@@ -57,7 +57,6 @@ class Collector:
     options: RolloutOptions
     row_length: int
     scorer: Scorer
-    gold: Scorer | None
     mesh: Mesh
     reference: Callable[[TrainState], PyTree]
     experience: Callable[..., tuple[Experience, Metrics]]
@@ -115,34 +114,64 @@ class Collector:
         }
         return experience, {**metrics, **said}
 
-    def evaluate(self, state: TrainState, *, prompts: Sequence[Prompt]) -> dict[str, float]:
-        """Scores of answers to held-out prompts, always drawn with the same random numbers. Standard errors are over
-        prompts, for the answers to one are not independent."""
-        answered = self.answers(combine(state.params, state.frozen), prompts, EVAL_SEED)
-        rollouts, scored = answered.rollouts, answered.scored
-        values = _with_error("eval/score", scored.scores, len(prompts))
+
+class Evaluation:
+    """Answers to the same prompts at every evaluation, drawn with the same random numbers: once for both the metrics and
+    the samples of a step.
+
+    Args:
+      collector: writes and scores them.
+      prompts: held out; or, where nothing is, some to show.
+      gold: scores them too, and is never learnt from; or None.
+    """
+
+    def __init__(self, collector: Collector, prompts: Sequence[Prompt], gold: Scorer | None) -> None:
+        self._collector = collector
+        self._prompts = prompts
+        self._gold = gold
+        self._step = -1
+        self._answered: Answered | None = None
+
+    def _at(self, state: TrainState) -> Answered:
+        if self._answered is None or int(state.step) != self._step:
+            params = combine(state.params, state.frozen)
+            self._answered = self._collector.answers(params, self._prompts, EVAL_SEED)
+            self._step = int(state.step)
+        return self._answered
+
+    def metrics(self, state: TrainState) -> dict[str, float]:
+        """Scores; standard errors are over prompts, for the answers to one are not independent."""
+        answered = self._at(state)
+        rollouts, scored, count = answered.rollouts, answered.scored, len(self._prompts)
+        values = _with_error("eval/score", scored.scores, count)
         values |= {f"eval/{name}": value for name, value in _of_answers(rollouts).items()}
         values["eval/answer_tokens"] = float(np.mean([answer.size for answer in rollouts.answers]))
         values |= {f"eval/score/{name}": float(found.mean()) for name, found in scored.components.items()}
-        if self.gold is not None:
-            values |= _with_error("eval/gold", self.gold(rollouts, training=False).scores, len(prompts))
+        if self._gold is not None:
+            values |= _with_error("eval/gold", self._gold(rollouts, training=False).scores, count)
         return values
 
-    def samples(self, state: TrainState, *, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-        """Prompts with their answers and scores, for `samples.jsonl`."""
-        answered = self.answers(combine(state.params, state.frozen), prompts, EVAL_SEED)
-        rollouts, scored = answered.rollouts, answered.scored
-        texts = rollouts.texts(self.policy.tokenizer)
+    def samples(self, state: TrainState) -> list[dict[str, Any]]:
+        """The first prompts with their answers and scores, for `samples.jsonl`."""
+        answered = self._at(state)
+        shown = min(SAMPLED_PROMPTS, len(self._prompts)) * self._collector.options.samples
+        rollouts = answered.rollouts.select(np.arange(shown))
+        tokenizer = self._collector.policy.tokenizer
         return [
             {
-                "prompt": shown_prompt(prompt, self.policy.tokenizer),
+                "prompt": shown_prompt(prompt, tokenizer),
                 "answer": text,
                 "score": float(score),
                 "finish_reason": "stop" if ended else "length",
                 "tokens": int(answer.size),
             }
             for prompt, text, score, ended, answer in zip(
-                rollouts.prompts, texts, scored.scores, rollouts.ended, rollouts.answers, strict=True
+                rollouts.prompts,
+                rollouts.texts(tokenizer),
+                answered.scored.scores[:shown],
+                rollouts.ended,
+                rollouts.answers,
+                strict=True,
             )
         ]
 

@@ -24,7 +24,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
-from posttrain_jax.algorithms.collect import NORMALISE_SEED, Collector
+from posttrain_jax.algorithms.collect import NORMALISE_SEED, SAMPLED_PROMPTS, Collector, Evaluation
 from posttrain_jax.algorithms.online_config import (
     ValueNetwork,
     check_gold,
@@ -35,7 +35,6 @@ from posttrain_jax.algorithms.online_config import (
     reference_params,
     rollout_options,
     scorer_from_config,
-    stop_from_config,
 )
 from posttrain_jax.algorithms.pretraining import Pretraining
 from posttrain_jax.data.loader import Loader
@@ -55,10 +54,9 @@ from posttrain_jax.optim import apply_gradients, gradient_sums, new_state, scale
 from posttrain_jax.rollouts.experience import Networks, experience_of
 from posttrain_jax.rollouts.score import Scorer
 from posttrain_jax.sharding import batch_sharding, jit_step, put_batch, replicated
+from posttrain_jax.stop_rules import StopRules
 from posttrain_jax.trees import combine, partition
 from posttrain_jax.types import Array, Batch, HostRows, Metric, Metrics, PyTree, Task, TrainState
-
-SAMPLED_PROMPTS = 16  # in `samples.jsonl`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +250,6 @@ def online_task(config: Config, workdir: Path, policy: Policy, mesh: Mesh, onlin
     key = seed_key(config.seed)
     cut = cut_from_config(config, mesh, minibatches=online.minibatches)
     options = rollout_options(config, policy)
-    stop = stop_from_config(config)
     check_gold(config)
     prompts, held_out = prompts_from_config(config, policy)
     steps = steps_from_config(config, prompts.sources)
@@ -286,7 +283,6 @@ def online_task(config: Config, workdir: Path, policy: Policy, mesh: Mesh, onlin
         options=options,
         row_length=row_length,
         scorer=scorer,
-        gold=gold,
         mesh=mesh,
         reference=reference_params(config.rollout.reference, start),
         experience=jit_step(
@@ -332,7 +328,7 @@ def online_task(config: Config, workdir: Path, policy: Policy, mesh: Mesh, onlin
         return state, {**{f"train/{name}": metric for name, metric in metrics.items()}, **learnt}
 
     loader = Loader(prompts.sources, rows_per_step=config.train.rows_per_step, seed=config.seed)
-    shown = (held_out or prompts.all())[:SAMPLED_PROMPTS]
+    evaluation = Evaluation(collector, held_out or prompts.all()[:SAMPLED_PROMPTS], gold)
     return Task(
         steps=steps,
         init_state=first_state,
@@ -344,10 +340,10 @@ def online_task(config: Config, workdir: Path, policy: Policy, mesh: Mesh, onlin
         ),
         put=lambda arrays: arrays,
         train_step=train_step,
-        evaluate=functools.partial(collector.evaluate, prompts=held_out) if held_out else None,
-        sample=functools.partial(collector.samples, prompts=shown),
+        evaluate=evaluation.metrics if held_out else None,
+        sample=evaluation.samples,
         flops_per_token=flops_per_token(policy.model.config, row_length),
-        stop=stop.reason,
+        stop=StopRules(**config.stop).reason,
         ahead=0,
     )
 
@@ -357,9 +353,6 @@ def _optimizer(
 ) -> tuple[Callable[[Array], Array], optax.GradientTransformationExtraArgs]:
     """The schedule, and the optimiser with what is the value network's own."""
     optimizer = optimizer_from_config(config, steps * online.updates)
-    for name, number in {"value_lr": online.value_lr, "value_warmup": online.value_warmup}.items():
-        if not number >= 0:
-            raise InputError(f"ppo.{name} is {number}; it must be more than 0, or 0 (off).")
     if not online.value_lr and not online.value_warmup:
         return optimizer.schedule, optimizer.transformation
     if not config.optim.lr:

@@ -18,6 +18,7 @@ from posttrain_jax.experiment import Policy
 from posttrain_jax.experiment_data import data_spec
 from posttrain_jax.load_model import load_model, require_score_head
 from posttrain_jax.metrics import say
+from posttrain_jax.models.config import LoraConfig, ModelConfig
 from posttrain_jax.models.reward_head import score_head_params
 from posttrain_jax.models.tokenizer import stop_token_ids
 from posttrain_jax.models.transformer import Model, make_model
@@ -26,7 +27,6 @@ from posttrain_jax.rollouts.draw import RolloutOptions, encode_prompt
 from posttrain_jax.rollouts.experience import policy_params
 from posttrain_jax.rollouts.score import ScoreOptions, Scorer, load_reward_model
 from posttrain_jax.sharding import jit_step, tree_shardings
-from posttrain_jax.stop_rules import StopRules
 from posttrain_jax.trees import combine, partition
 from posttrain_jax.types import PyTree, TrainState
 
@@ -100,7 +100,7 @@ class ValueNetwork:
             # The parameters are read again by `join`, so that they do not lie beside the state for the whole run.
             self._load = lambda: load().params
             self._shapes = jax.eval_shape(lambda: loaded.params)
-            self.model = loaded.model
+            self.model = _definition(config, loaded.config, loaded.lora)
 
     def abstract(self, params: PyTree) -> PyTree:
         """Shapes of the policy's parameters with the value's."""
@@ -127,11 +127,16 @@ class ValueNetwork:
 
 def without_adapter(config: Config, policy: Policy) -> Model:
     """The policy's definition for parameters without LoRA leaves."""
+    return _definition(config, policy.model.config, LoraConfig())
+
+
+def _definition(config: Config, model_config: ModelConfig, lora: LoraConfig) -> Model:
     return make_model(
-        policy.model.config,
+        model_config,
         dtype=config.model.dtype,
         attention=config.model.attention,
         remat=config.train.remat,
+        lora=lora,
     )
 
 
@@ -249,8 +254,10 @@ def scorer_from_config(config: Config, policy: Policy, mesh: Mesh, cut: Cut) -> 
         )
     if len(set(names)) != len(names):
         raise InputError("score.functions and score.models name a reward twice.")
-    if score.normalise < 0:
-        raise InputError(f"score.normalise is {score.normalise}; it is a number of answers, 0 = off.")
+    if score.join == "piecewise" and score.weights:
+        raise InputError(
+            "score.weights is set, but score.join=piecewise chooses one of two rewards and adds none."
+        )
     options = ScoreOptions(
         weights=dict(zip(names, map(float, weights), strict=True)),
         join=score.join,
@@ -329,22 +336,3 @@ def _scorer(
         micro_batches=cut.micro_batches,
         workers=score.workers,
     )
-
-
-def stop_from_config(config: Config) -> StopRules:
-    """When the run ends early.
-
-    Raises:
-      InputError: a limit below 0.
-    """
-    stop = config.stop
-    limits = {
-        "kl": stop.kl,
-        "entropy": stop.entropy,
-        "repetition": stop.repetition,
-        "gold_errors": stop.gold_errors,
-    }
-    for name, value in limits.items():
-        if not value >= 0:
-            raise InputError(f"stop.{name} is {value}; it must be more than 0, or 0 (off).")
-    return StopRules(**limits)

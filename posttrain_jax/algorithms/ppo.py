@@ -167,12 +167,10 @@ def train_step(
       kl: nats per answer, of these answers.
       pretraining: packed text, a `Batch` `[M', B', T']`; {} where none is mixed in.
     """
-    mixed = Mixed(
-        pretraining,
-        functools.partial(pretraining_losses, model=networks.policy),
-        "pretraining_loss",
-        options.ptx_coefficient,
-    )
+    mixed = None
+    if options.ptx_coefficient:
+        losses = functools.partial(pretraining_losses, model=networks.policy)
+        mixed = Mixed(pretraining, losses, "pretraining_loss", options.ptx_coefficient)
     state, metrics = minibatch_updates(
         state,
         experience,
@@ -183,12 +181,11 @@ def train_step(
         optimizer=optimizer,
         schedule=schedule,
         ema_decay=ema_decay,
-        mixed=mixed if options.ptx_coefficient else None,
+        mixed=mixed,
     )
     explained = explained_variance({name: metrics[f"train/{name}"] for name in VALUE_METRICS})
-    known = jnp.isfinite(
-        explained
-    )  # not where all returns are one; a metric that counts nothing is not logged
+    # Where all returns are one number there is none; a metric that counts nothing is not logged.
+    known = jnp.isfinite(explained)
     metrics |= {
         "train/explained_variance": Metric(jnp.where(known, explained, 0.0), known.astype(jnp.float32)),
         "train/returns_std": Metric.of(_deviation(metrics, "returns")),
@@ -261,6 +258,9 @@ def options_from_config(config: Config) -> Options:
         "kl_target": ppo.kl_target,
         "value_clip": ppo.value_clip,
         "value_coefficient": ppo.value_coefficient,
+        "value_lr": ppo.value_lr,
+        "value_warmup": ppo.value_warmup,
+        "ptx_coefficient": ppo.ptx_coefficient,
     }
     for name, value in not_negative.items():
         if not value >= 0:

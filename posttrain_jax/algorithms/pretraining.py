@@ -28,13 +28,11 @@ class Pretraining:
     """What is mixed in.
 
     Attributes:
-      coefficient: gamma, of the mean loss over its tokens (27.8 in the paper).
       rows: packed text.
       rows_per_iteration: how many of them an iteration has; each of its minibatches has its own share.
       micro_batches: into how many parts all of an iteration's are cut, a multiple of the minibatches.
     """
 
-    coefficient: float
     rows: list[PackedRows]
     rows_per_iteration: int
     micro_batches: int
@@ -53,11 +51,9 @@ def pretraining_from_config(
     """What `ppo.ptx_*` names; None where the coefficient is 0.
 
     Raises:
-      InputError: a number out of its range, no data, rows that do not divide.
+      InputError: no data, rows that do not divide.
     """
     ppo = config.ppo
-    if not ppo.ptx_coefficient >= 0:
-        raise InputError(f"ppo.ptx_coefficient is {ppo.ptx_coefficient}; it must be 0 (off) or more.")
     if not ppo.ptx_coefficient:
         return None
     if not ppo.ptx_data:
@@ -82,7 +78,6 @@ def pretraining_from_config(
     most = config.train.micro_rows or part
     micro = max((n for n in range(shards, part + 1, shards) if part % n == 0 and n <= most), default=shards)
     return Pretraining(
-        coefficient=ppo.ptx_coefficient,
         rows=pack(data, length, packed=True),
         rows_per_iteration=ppo.ptx_rows,
         micro_batches=ppo.ptx_rows // micro,

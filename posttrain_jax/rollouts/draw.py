@@ -104,7 +104,7 @@ class RolloutBatch:
     scores: Array
 
 
-PROMPT_COLUMNS = ("prompt", "messages", "prompt_ids", "text")
+PROMPT_COLUMNS = ("prompt", "messages", "prompt_ids")
 
 
 def encode_prompt(
@@ -119,13 +119,16 @@ def encode_prompt(
       text_tokens: how many tokens of a `text` are the prompt (0 = such rows are refused).
 
     Raises:
-      RowError: it has none of them, or more than one.
+      RowError: it has none of them, or more than one (a `text` beside a prompt is a column like others).
       InputError: no chat template, or one that refuses the messages.
     """
     have = [name for name in PROMPT_COLUMNS if row.get(name) is not None]
+    if not have and row.get("text") is not None:
+        have = ["text"]
     if len(have) != 1:
         raise RowError(
-            "prompt", f"a row has one of {', '.join(PROMPT_COLUMNS)}, and this one has {have or 'none'}"
+            "prompt",
+            f"a row has one of {', '.join(PROMPT_COLUMNS)} and text, and this one has {have or 'none'}",
         )
     value = row[have[0]]
     if have[0] in ("prompt", "text"):

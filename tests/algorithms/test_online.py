@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from configs.dpo.smollm2_135m import get_config as pairs_config
 from configs.ppo.instructgpt import get_config as instructgpt
 from configs.ppo.letters import get_config
+from launch.config import check_values
 from launch.train import algorithms, run
 from posttrain_jax.errors import InputError
 from posttrain_jax.export_model import export_hf
@@ -282,6 +283,8 @@ def test_a_limit_ends_the_run_for_good(tmp_path):
         assert (summary["status"], summary["final_step"]) == ("stopped", 2)
         assert summary["reason"].endswith("above stop.kl=0.0001")
     assert [row["step"] for row in logged(tmp_path / "run")] == [1, 2]
+    run(short(stop__kl=1e-4, train__steps=2), tmp_path / "all")  # at the last step there is nothing to stop
+    assert json.loads((tmp_path / "all" / "summary.json").read_text())["status"] == "complete"
 
 
 @pytest.mark.slow
@@ -297,6 +300,12 @@ def test_a_mesh_changes_nothing(tmp_path):
 
 
 # ---- bad input
+
+
+def start(config: ConfigDict, workdir: Path) -> None:
+    """As far as `launch.train` comes before the first answer."""
+    check_values(config)
+    algorithms()[config.algorithm](config, workdir)
 
 
 @pytest.mark.parametrize(
@@ -329,13 +338,17 @@ def test_a_mesh_changes_nothing(tmp_path):
             {"ppo.ptx_coefficient": 1.0, "ppo.ptx_data": "configs/tiny/chats.jsonl", "ppo.ptx_rows": 9},
             "ppo.ptx_rows is 9; .* make it a multiple of 16",
         ),
-        ({"ppo.value_lr": -1.0}, "ppo.value_lr is -1.0; it must be more than 0, or 0"),
+        ({"ppo.value_lr": -1.0}, "ppo.value_lr is -1.0; it must be 0 or more"),
         ({"optim.lr": 0.0, "ppo.value_warmup": 1}, "ppo.value_lr and ppo.value_warmup need optim.lr above 0"),
-        ({"stop.kl": -1.0}, "stop.kl is -1.0; it must be more than 0, or 0"),
+        ({"stop.kl": -1.0}, "stop.kl is -1.0; it must be at least 0"),
         ({"stop.gold_errors": 1.0}, "stop.gold_errors watches the gold score; set score.gold_function"),
         ({"score.gold_model": "x", "data.eval": ""}, "score held-out answers; set data.eval"),
         ({"score.gold_model": "x", "score.gold_function": "y"}, "the gold score is one of them"),
-        ({"score.normalise": -1}, "score.normalise is -1; it is a number of answers"),
+        ({"score.normalise": -1}, "score.normalise is -1; it must be at least 0"),
+        (
+            {"score.join": "piecewise", "score.weights": (1.0,)},
+            "score.weights is set, but score.join=piecewise chooses",
+        ),
         ({"score.join": "piecewise"}, "score.join=piecewise chooses between .* there are 1"),
         ({"rollout.reference": "adapter"}, "rollout.reference=adapter .* but model.lora.rank is 0"),
         ({"score.functions": ()}, "Nothing scores the answers"),
@@ -355,4 +368,4 @@ def test_bad_values_are_one_sentence(changes, words, tmp_path):
         section, _, key = name.rpartition(".")
         (config[section] if section else config)[key] = value
     with pytest.raises(InputError, match=words):
-        algorithms()[config.algorithm](config, tmp_path)
+        start(config, tmp_path)

@@ -84,6 +84,7 @@ def test_a_prompt_is_text_messages_or_ids():
     assert tokenizer.decode(encode_prompt({"prompt": "Hi"}, tokenizer)) == "Hi"
     assert encode_prompt({"prompt_ids": [3, 4]}, tokenizer).tolist() == [3, 4]
     assert tokenizer.decode(encode_prompt({"text": "Hi there"}, tokenizer, text_tokens=3)) == "Hi "
+    assert tokenizer.decode(encode_prompt({"prompt": "Hi", "text": "there"}, tokenizer)) == "Hi"
 
 
 @pytest.mark.parametrize(
