@@ -1,4 +1,4 @@
-"""What every TRL side has in common: float32 on the CPU, AdamW at a constant rate, no evaluation, saving or reporting."""
+"""What every TRL side has in common: float32 on the CPU, AdamW at a constant rate, no evaluation, no saving."""
 
 from __future__ import annotations
 

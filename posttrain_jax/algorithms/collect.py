@@ -116,8 +116,8 @@ class Collector:
 
 
 class Evaluation:
-    """Answers to the same prompts at every evaluation, drawn with the same random numbers: once for both the metrics and
-    the samples of a step.
+    """Answers to the same prompts at every evaluation, drawn with the same random numbers: once for the metrics and the
+    samples of a step.
 
     Args:
       collector: writes and scores them.
