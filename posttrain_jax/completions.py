@@ -44,6 +44,11 @@ def policy_logps(params: PyTree, batch: PreferenceBatch, *, model: Model, share_
     return jnp.stack([logps.sums_BN, logps.end_BN], axis=-1)
 
 
+def decided_weights(batch: PreferenceBatch) -> Array:
+    """The comparisons' weights `[B, P]`, 0 where the soft label is 1/2: neither completion was preferred."""
+    return jnp.where(batch.probabilities == 0.5, 0.0, batch.weights)
+
+
 def reward_scores(params: PyTree, batch: PreferenceBatch, *, model: Model, share_prompt: bool) -> Array:
     """Reward of every completion, `[B, N]`; what stands in an empty place means nothing."""
     hidden_BTD = hidden_states(params, batch, model=model, share_prompt=share_prompt)

@@ -29,7 +29,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
-from posttrain_jax.completions import policy_logps
+from posttrain_jax.completions import decided_weights, policy_logps
 from posttrain_jax.data.preference_rows import PreferenceRows, RowShape
 from posttrain_jax.data.tokenized_preferences import PreferenceData
 from posttrain_jax.errors import InputError
@@ -158,6 +158,18 @@ LOSSES: dict[str, PairLoss] = {
 }
 SUMS = {"pairs", "tokens"}
 REFERENCE_FREE = ("slic", "simpo", "orpo", "cpo")
+USED_BY = {
+    "label_smoothing": ("cdpo", "robust", "exo"),
+    "alpha": ("rdpo", "dpop", "cpo", "orpo", "slic"),
+    "gamma": ("simpo", "slic"),
+}
+"""The losses that look at a number of `Options`; the others refuse it."""
+NEEDED_BY = {
+    "label_smoothing": ("cdpo", "robust", "exo"),
+    "alpha": ("rdpo", "dpop", "cpo", "orpo"),
+    "gamma": ("slic",),
+}
+"""The losses that are not what they are called where it is 0."""
 
 
 def pairs_of(logps_BN2: Array, batch: PreferenceBatch, reference_BN: Array, options: Options) -> Pairs:
@@ -184,7 +196,7 @@ def pairs_of(logps_BN2: Array, batch: PreferenceBatch, reference_BN: Array, opti
         chosen_lengths=jnp.maximum(chosen_lengths, 1),
         rejected_lengths=jnp.maximum(rejected_lengths, 1),
         margins=batch.margins,
-        weights=batch.weights,
+        weights=decided_weights(batch),
         chosen_nll=-gather(sums_BN, batch.better),
         nll_lengths=jnp.maximum(gather(lengths_BN, batch.better), 1),
     )
@@ -205,6 +217,9 @@ def pair_losses(
     output = LOSSES[options.loss](pairs, options)
     total = jnp.sum(output.loss)
     metrics = jax.lax.stop_gradient(output.metrics)
+    if options.loss not in REFERENCE_FREE:
+        change_BP = jax.lax.stop_gradient(pairs.chosen - pairs.reference_chosen)
+        metrics["logps/chosen_change"] = Metric(jnp.sum(pairs.weights * change_BP), output.count)
     if options.nll_weight:
         nll_BP = pairs.weights * pairs.chosen_nll / pairs.nll_lengths
         total = total + options.nll_weight * jnp.sum(nll_BP)
@@ -212,7 +227,7 @@ def pair_losses(
     real = jnp.sum(batch.segment_ids != 0, dtype=jnp.float32)
     metrics |= {
         "loss": Metric(jax.lax.stop_gradient(total), output.count),
-        "pairs": Metric(jnp.sum(batch.weights != 0, dtype=jnp.float32), jnp.float32(1)),
+        "pairs": Metric(jnp.sum(pairs.weights != 0, dtype=jnp.float32), jnp.float32(1)),
         "tokens": Metric(real, jnp.float32(1)),
         "padding_share": Metric(jnp.float32(batch.tokens.size) - real, jnp.float32(batch.tokens.size)),
     }
@@ -248,7 +263,7 @@ def train_step(
     used = used_micro_batches(batch.segment_ids)
     gradients, metrics = gradient_sums(loss_sum, state.params, batch, used=used)
     loss = metrics["loss"]
-    lr = schedule(state.step)
+    lr = schedule(state.step - state.skipped)  # the optimiser does not count skipped steps
     state, update_metrics = apply_gradients(
         state, gradients, loss.sum, optimizer=optimizer, count=loss.count, ema_decay=ema_decay
     )
@@ -294,7 +309,7 @@ def from_config(config: Config, workdir: Path) -> Task:
     policy = policy_from_config(config)
     model = policy.model
     data = preferences_from_config(config, policy.tokenizer, workdir, attention=model.module.implementation)
-    _check_pairs(data)
+    _check_pairs(data, options)
     reference = _reference_from_config(config, policy, data, options, mesh)
     share = data.shape.share_prompt
     algorithm = Offline(
@@ -310,7 +325,7 @@ def from_config(config: Config, workdir: Path) -> Task:
         batch=PreferenceBatch,
         row_tokens=data.shape.length,
         constants=(reference.params,),
-        after_eval=functools.partial(_warn_of_displacement, options=options),
+        after_eval=_warn_of_displacement,
     )
     return task_from_config(config, workdir, policy, mesh, algorithm)
 
@@ -335,10 +350,16 @@ def options_from_config(config: Config) -> Options:
         raise InputError(f"dpo.beta is {dpo.beta}; it must be more than 0.")
     if not 0 <= dpo.label_smoothing < 0.5:
         raise InputError(f"dpo.label_smoothing is {dpo.label_smoothing}; it must be from 0 to below 0.5.")
-    if dpo.loss == "exo" and dpo.label_smoothing == 0:
-        raise InputError(
-            "dpo.loss=exo takes the logarithm of dpo.label_smoothing; set it, to 1e-3 for example."
-        )
+    for name, losses_of_it in USED_BY.items():
+        if dpo.loss in NEEDED_BY[name] and not dpo[name]:
+            raise InputError(
+                f"dpo.loss={dpo.loss} needs dpo.{name} (configs/base.py says what it is), which is 0; set it."
+            )
+        if dpo.loss not in losses_of_it and dpo[name]:
+            raise InputError(
+                f"dpo.{name} is {dpo[name]}, and dpo.loss={dpo.loss} does not look at it; these do: "
+                f"{', '.join(losses_of_it)}."
+            )
     return Options(
         loss=dpo.loss,
         beta=dpo.beta,
@@ -351,7 +372,12 @@ def options_from_config(config: Config) -> Options:
     )
 
 
-def _check_pairs(data: Preferences) -> None:
+def _check_pairs(data: Preferences, options: Options) -> None:
+    sources = data.train.sources
+    if options.loss == "rpo" and not any(source.arrays.margin.any() for source in sources):
+        raise InputError("dpo.loss=rpo needs the data's margins, and data.train holds none.")
+    if any((source.arrays.probability < 1).any() for source in sources):
+        say("data.train holds soft labels, which are taken for hard ones; those of 1/2 are left out.")
     for part in (data.train, data.held_out):
         for source in part.sources if part is not None else ():
             if not source.report.comparisons:
@@ -416,6 +442,7 @@ def _reference_from_config(
     if kind == "adapter":
         if not policy.model.lora.rank:
             raise InputError("dpo.reference=adapter leaves a LoRA adapter out, but model.lora.rank is 0.")
+        policy.require_new_adapter("dpo.reference=adapter")
         base = make_model(
             policy.model.config,
             dtype=config.model.dtype,
@@ -448,10 +475,10 @@ def _compared(logps: Values, options: Options) -> Values:
     return logps[..., 0] - logps[..., 1] if options.skip_end else logps[..., 0]
 
 
-def _warn_of_displacement(values: dict[str, float], options: Options) -> dict[str, float]:
+def _warn_of_displacement(values: dict[str, float]) -> dict[str, float]:
     """Says when the chosen completions became less likely than they were; the values as they are."""
-    fallen = values.get("eval/rewards/chosen", 0.0) / options.beta
-    if fallen < -1.0 and options.loss not in REFERENCE_FREE:
+    fallen = values.get("eval/logps/chosen_change", 0.0)
+    if fallen < -1.0:
         say(
             f"The held-out chosen completions are {-fallen:.1f} nats less likely than under the reference: DPO "
             "can lower both sides (likelihood displacement, arXiv:2410.08847); dpo.nll_weight or dpo.loss=dpop "

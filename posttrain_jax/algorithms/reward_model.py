@@ -28,7 +28,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
-from posttrain_jax.completions import map_completions, reward_scores
+from posttrain_jax.completions import decided_weights, map_completions, reward_scores
 from posttrain_jax.data.preference_rows import PreferenceRows
 from posttrain_jax.data.tokenized_preferences import Group
 from posttrain_jax.errors import InputError
@@ -84,7 +84,11 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """Scores of rows and of the two completions of each comparison, and what the losses need beside them."""
+    """Scores of rows and of the two completions of each comparison, and what the losses need beside them.
+
+    A comparison whose soft label is 1/2 has a weight under "soft_label" alone. `prompt_weights_BN` is how often a
+    completion's prompt was drawn.
+    """
 
     scores_BN: Array
     chosen_BP: Array
@@ -97,11 +101,12 @@ class Scored:
 def _by_prompt(scored: Scored) -> tuple[Array, Array, Array, Array]:
     """Scores, ranks and presence of each prompt's completions `[B, N, N]` (prompt, completion), and prompts' weights.
 
-    A completion's rank is how many of its prompt were preferred to it.
+    A completion's rank is how many of its prompt were preferred to it. A prompt weighs as much as the heaviest of its
+    comparisons (its row's `weight`), so one without any has no loss.
     """
     batch = scored.batch
     count = batch.ends.shape[1]
-    lost = (batch.weights != 0).astype(jnp.int32)
+    lost = (scored.weights_BP != 0).astype(jnp.int32)
     ranks_BN = jax.vmap(lambda worse, lost: jnp.zeros((count,), jnp.int32).at[worse].add(lost))(
         batch.worse, lost
     )
@@ -110,7 +115,10 @@ def _by_prompt(scored: Scored) -> tuple[Array, Array, Array, Array]:
         :, None, :
     ]
     tiled = functools.partial(jnp.broadcast_to, shape=mask_BNN.shape)
-    weights_BN = jnp.max(jnp.where(mask_BNN, scored.prompt_weights_BN[:, None, :], 0.0), axis=-1)
+    heaviest_BN = jax.vmap(lambda worse, weight: jnp.zeros((count,)).at[worse].max(weight))(
+        batch.worse, scored.weights_BP
+    )
+    weights_BN = jnp.max(jnp.where(mask_BNN, heaviest_BN[:, None, :], 0.0), axis=-1)
     return tiled(scored.scores_BN[:, None, :]), tiled(ranks_BN[:, None, :]), mask_BNN, weights_BN
 
 
@@ -149,6 +157,7 @@ LOSSES: dict[str, RewardLoss] = {
     "plackett_luce": _plackett_luce,
     "regression": _regression,
 }
+BY_PROMPT = ("kwise", "plackett_luce")
 
 
 def score_losses(
@@ -166,19 +175,25 @@ def score_losses(
     def gather(values_BN: Array, places_BP: Array) -> Array:
         return jnp.take_along_axis(values_BN, places_BP, axis=1)
 
+    weights_BP = batch.weights if options.loss == "soft_label" else decided_weights(batch)
     scored = Scored(
         scores_BN=scores_BN,
         chosen_BP=gather(scores_BN, batch.better),
         rejected_BP=gather(scores_BN, batch.worse),
-        weights_BP=batch.weights * gather(counts_BN, batch.better),
+        weights_BP=weights_BP * gather(counts_BN, batch.better),
         prompt_weights_BN=counts_BN,
         batch=batch,
     )
     output = LOSSES[options.loss](scored, options)
     total = jnp.sum(output.loss)
     if options.centre:
+        # A mean over what the loss is a mean over: comparisons, or prompts with all of theirs.
+        share_BP = batch.shares if options.loss in BY_PROMPT else 1.0
         penalty = losses.centre_penalty(
-            scored.chosen_BP, scored.rejected_BP, coefficient=options.centre, weights_B=scored.weights_BP
+            scored.chosen_BP,
+            scored.rejected_BP,
+            coefficient=options.centre,
+            weights_B=share_BP * scored.weights_BP,
         )
         total = total + jnp.sum(penalty.loss)
     metrics = dict(output.metrics) | {"loss": Metric(total, output.count)}
@@ -295,7 +310,7 @@ def train_step(
     used = used_micro_batches(batch.segment_ids)
     gradients, metrics = gradient_sums(loss_sum, state.params, batch, used=used)
     loss = metrics["loss"]
-    lr = schedule(state.step)
+    lr = schedule(state.step - state.skipped)  # the optimiser does not count skipped steps
     state, update_metrics = apply_gradients(
         state, gradients, loss.sum, optimizer=optimizer, count=loss.count, ema_decay=ema_decay
     )
@@ -330,10 +345,8 @@ def eval_step(
         metrics.pop("accuracy", None)  # of a comparison loss it is `reward_accuracy`
         better = jnp.take_along_axis(scores_BN, micro.better, axis=1)
         worse = jnp.take_along_axis(scores_BN, micro.worse, axis=1)
-        compared = micro.weights != 0
-        accuracy = Metric(
-            jnp.sum(compared & (better > worse), dtype=jnp.float32), jnp.sum(compared, dtype=jnp.float32)
-        )
+        weights = decided_weights(micro)
+        accuracy = Metric(jnp.sum(weights * (better > worse)), jnp.sum(weights))
         metrics["reward_accuracy"] = accuracy
         if options.members > 1:
             present = micro.sequence_ids != 0
@@ -358,6 +371,8 @@ def from_config(config: Config, workdir: Path) -> Task:
     model = policy.model
     data = preferences_from_config(config, policy.tokenizer, workdir, attention=model.module.implementation)
     _check_data(data, options)
+    if options.members > 1:
+        policy.require_new_adapter("reward.members above 1")
     share = data.shape.share_prompt
     held_out = data.held_out.sources if data.held_out is not None else ()
     algorithm = Offline(
@@ -393,6 +408,7 @@ def options_from_config(config: Config) -> Options:
         raise InputError(
             f"reward.label_smoothing is {reward.label_smoothing}; it must be from 0 to below 0.5."
         )
+    _check_use(reward)
     if reward.members < 1:
         raise InputError(f"reward.members is {reward.members}; it must be 1 (a single model) or more.")
     return Options(
@@ -406,7 +422,35 @@ def options_from_config(config: Config) -> Options:
     )
 
 
+def _check_use(reward: Config) -> None:
+    """A number that the loss needs is set, and none that it would ignore."""
+    if reward.loss == "smoothed_label" and not reward.label_smoothing:
+        raise InputError(
+            "reward.loss=smoothed_label with reward.label_smoothing=0 is bradley_terry; set it, to 0.1 for example."
+        )
+    if reward.loss != "smoothed_label" and reward.label_smoothing:
+        raise InputError(
+            f"reward.label_smoothing is set, and reward.loss={reward.loss} does not look at it; use smoothed_label."
+        )
+    if reward.loss == "regression" and reward.centre:
+        raise InputError(
+            "reward.centre keeps pairs of scores near 0, and reward.loss=regression has no pairs."
+        )
+
+
 def _check_data(data: Preferences, options: Options) -> None:
+    sources = data.train.sources
+    if options.loss == "margin" and not any(source.arrays.margin.any() for source in sources):
+        raise InputError("reward.loss=margin needs margins, and data.train holds none; use bradley_terry.")
+    if options.loss == "soft_label" and all((source.arrays.probability == 1).all() for source in sources):
+        raise InputError(
+            "reward.loss=soft_label needs probabilities below 1, and data.train holds none; use bradley_terry."
+        )
+    if options.loss != "soft_label" and any((source.arrays.probability < 1).any() for source in sources):
+        say(
+            f"data.train holds soft labels, which reward.loss={options.loss} takes for hard ones (those of 1/2 are "
+            "left out); reward.loss=soft_label looks at them."
+        )
     for part in (data.train, data.held_out):
         for source in part.sources if part is not None else ():
             name = source.report.source

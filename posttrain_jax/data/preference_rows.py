@@ -135,7 +135,7 @@ def row_shape(
             "raise data.row_length (0 = what the longest needs), or lower data.max_length."
         )
     counts = {
-        name: max(1, min(int(each.max()) * groups, int(np.floor(length * np.max(each / needs)))))
+        name: max(1, min(int(each.max()) * groups, int(np.max(length * each // needs))))
         for name, each in kinds.items()
     }
     return RowShape(length=length, share_prompt=share_prompt, **counts)

@@ -13,7 +13,8 @@ the first that matches:
 
 A pair may say how much better: `margin`, a number or one of MARGINS; or `chosen_score` and `rejected_score`
 (`score_chosen`, `score_rejected`), whose difference is the margin; `probability` that chosen is the better one (a soft
-label), and `weight`. Other columns are ignored.
+label; below 1/2 the comparison is turned round, margin and all), and `weight`. `subset` names a
+part of a benchmark, for reports. Other columns are ignored.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Comparison:
     Attributes:
       weight: how much the comparison counts.
       margin: how much better, in the data's own unit; 0 = not said.
-      probability: that `better` is the better one; 1 = a hard label.
+      probability: that `better` is the better one, 1/2 or more; 1 = a hard label.
     """
 
     better: int
@@ -73,6 +74,7 @@ class Preference:
       raters: each rater's numbers for the completions (NaN = not rated), by name.
       label: whether the only completion is good (KTO), or None.
       ties: how many pairs were said to be equal.
+      subset: which part of a benchmark the row belongs to (its column `subset`), or "".
     """
 
     completions: tuple[Conversation, ...]
@@ -81,10 +83,17 @@ class Preference:
     raters: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     label: bool | None = None
     ties: int = 0
+    subset: str = ""
 
 
 def to_preference(row: dict[str, Any]) -> Preference:
     """Converts one row of any known format. Raises RowError with the column and the reason."""
+    preference = _preference(row)
+    subset = row.get("subset")
+    return dataclasses.replace(preference, subset=subset) if isinstance(subset, str) else preference
+
+
+def _preference(row: dict[str, Any]) -> Preference:
     if "chosen" in row or "rejected" in row:
         return _pair(row, "chosen", "rejected")
     if "chosen_messages" in row or "rejected_messages" in row:
@@ -122,13 +131,12 @@ def _pair(row: dict[str, Any], chosen: str, rejected: str) -> Preference:
         sides = _whole_sides(row, chosen, rejected)
     if sides[0] == sides[1]:
         raise RowError(rejected, "is the same as chosen, so there is nothing to prefer")
-    comparison = Comparison(
-        0,
-        1,
-        weight=_number(row, "weight", 1.0, least=0.0),
-        margin=_margin(row),
-        probability=_number(row, "probability", 1.0, least=0.0, most=1.0),
-    )
+    weight, margin = _number(row, "weight", 1.0, least=0.0), _margin(row)
+    probability = _number(row, "probability", 1.0, least=0.0, most=1.0)
+    if probability >= 0.5:
+        comparison = Comparison(0, 1, weight, margin, probability)
+    else:
+        comparison = Comparison(1, 0, weight, -margin, 1.0 - probability)
     return Preference(completions=tuple(sides), comparisons=(comparison,))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from posttrain_jax.data.sources import Row, RowError, Spec, read_rows, weighted_sources
+from posttrain_jax.data.tokenized import rejection
 from posttrain_jax.errors import InputError
 
 # The columns of a row -> int32 ids of the prompt. Raises RowError or InputError where they are no prompt.
@@ -118,7 +119,13 @@ class PromptData:
 
 
 def read_prompts(
-    spec: Spec, encode: Encode, *, max_tokens: int, long_prompts: str = "error", on_bad_row: str = "stop"
+    spec: Spec,
+    encode: Encode,
+    *,
+    max_tokens: int,
+    long_prompts: str = "error",
+    on_bad_row: str = "stop",
+    rejected_path: pathlib.Path | None = None,
 ) -> PromptData:
     """The prompts of every source of `spec`.
 
@@ -128,6 +135,7 @@ def read_prompts(
       max_tokens: most tokens of a prompt.
       long_prompts: "error", or "drop": a prompt that is longer is left out and counted.
       on_bad_row: "stop" or "skip".
+      rejected_path: a file for the rows that are skipped, with the reason; there is none when no row is bad.
 
     Raises:
       InputError: a bad row (file, line, column, reason), a prompt that is too long, a source without prompts.
@@ -135,6 +143,7 @@ def read_prompts(
     if long_prompts not in LONG_PROMPTS:
         raise InputError(f"data.long_prompts is {long_prompts!r}; use {' or '.join(LONG_PROMPTS)}.")
     parts = []
+    rejected: list[str] = []
     for number, (source, weight) in enumerate(weighted_sources(spec)):
         prompts: list[Prompt] = []
         dropped = bad = 0
@@ -148,6 +157,8 @@ def read_prompts(
                         f"{where}: {error}; correct the row, or set data.on_bad_row=skip."
                     ) from error
                 bad += 1
+                reason = error if isinstance(error, RowError) else RowError("(row)", str(error))
+                rejected.append(rejection(row, reason) + "\n")
                 continue
             if tokens.size > max_tokens:
                 if long_prompts == "error":
@@ -172,6 +183,10 @@ def read_prompts(
             bad=bad,
         )
         parts.append(PromptRows(prompts, number, weight, report))
+    if rejected_path is not None:
+        rejected_path.unlink(missing_ok=True)
+        if rejected:
+            rejected_path.write_text("".join(rejected), "utf-8")
     return PromptData(tuple(parts))
 
 

@@ -217,6 +217,10 @@ def _json_array(path: pathlib.Path, text: str) -> Iterator[Row]:
                 {}, str(path), line, RowError("(json)", "is nested too deeply; nothing after it was read")
             )
             return
+    rest = _skip_space(text, at + 1)
+    if rest < len(text):
+        reason = "goes on after the array's end; nothing after it was read (write one array, or JSON Lines)"
+        yield Row({}, str(path), 1 + text.count("\n", 0, rest), RowError("(json)", reason))
 
 
 def _skip_space(text: str, at: int) -> int:

@@ -32,7 +32,7 @@ from posttrain_jax.data.tokenized import (
 )
 from posttrain_jax.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 3
 """Raise it when the same rows become other groups, or `groups.npz` another layout."""
 
 NO_LABEL = -1
@@ -42,8 +42,8 @@ NO_LABEL = -1
 class PreferenceReport:
     """What became of one source. Lengths are tokens of completions, per comparison.
 
-    rows = groups + bad + dropped + difference_cut. `length_gap` is chosen minus rejected, on average: a reward model
-    can win that much by counting tokens, `longer_chosen` of the time.
+    rows = groups + bad + dropped + difference_cut. A reward model that counts tokens is right `longer_chosen` of the
+    time. `lost` comparisons are of completions that are the same tokens, in rows whose other comparisons are kept.
     """
 
     source: str
@@ -54,6 +54,7 @@ class PreferenceReport:
     truncated: int = 0
     dropped: int = 0
     difference_cut: int = 0
+    lost: int = 0
     ties: int = 0
     comparisons: int = 0
     good: int = 0
@@ -81,6 +82,7 @@ class PreferenceReport:
             (self.truncated, "cut to max_length"),
             (self.dropped, "dropped (too long, or no completion was left)"),
             (self.difference_cut, "dropped (the same once cut to max_length)"),
+            (self.lost, "comparisons of the same tokens left out"),
             (self.bad, "bad and skipped"),
             (self.duplicates, "duplicates (kept)"),
         ]
@@ -108,6 +110,7 @@ class GroupArrays:
       ratings: float32 `[S]`, NaN where there is none.
       labels: int8 `[S]`, 1 = good, 0 = bad, NO_LABEL.
       rater_scores: float32 `[S, raters]`, NaN where a rater gave none.
+      subsets: int32 `[G]`, the place of the group's subset among the store's names of them; "" is one, too.
     """
 
     starts: np.ndarray
@@ -121,6 +124,7 @@ class GroupArrays:
     ratings: np.ndarray
     labels: np.ndarray
     rater_scores: np.ndarray
+    subsets: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +175,10 @@ class PreferenceSource:
     def rater_names(self) -> list[str]:
         """The columns of `rater_scores`."""
         return list(self.store.meta["raters"])
+
+    def subset(self, i: int) -> str:
+        """The subset that group i belongs to, or ""."""
+        return str(self.store.meta["subsets"][self.arrays.subsets[self.index[i]]])
 
     def group(self, i: int) -> Group:
         """Group i, its tokens as views of the mapped files."""
@@ -307,7 +315,9 @@ def _write(
 ) -> None:
     """Reads, converts, encodes and truncates every row, a chunk at a time."""
     encoder = Encoder(tokenizer, chat_template=options.chat_template)
-    counts = dict.fromkeys(("rows", "bad", "duplicates", "truncated", "dropped", "difference_cut", "ties"), 0)
+    counts = dict.fromkeys(
+        ("rows", "bad", "duplicates", "truncated", "dropped", "difference_cut", "lost", "ties"), 0
+    )
     files: dict[str, int] = {}
     seen: set[bytes] = set()
     kept: list[_Summary] = []
@@ -329,7 +339,8 @@ def _write(
                     kept.append(_summary(outcome))
                     counts["ties"] += outcome.preference.ties
     raters = sorted({name for summary in kept for name in summary.raters})
-    arrays = _arrays(kept, raters)
+    subsets = sorted({summary.subset for summary in kept})
+    arrays = _arrays(kept, raters, subsets)
     np.savez(folder / "groups.npz", **vars(arrays))
     digest = hashlib.sha256(writer.sha256().encode())
     for array in vars(arrays).values():
@@ -338,6 +349,7 @@ def _write(
     meta = {
         "files": list(files),
         "raters": raters,
+        "subsets": subsets,
         "report": dataclasses.asdict(report),
         "sha256": digest.hexdigest(),
     }
@@ -391,8 +403,13 @@ def _fit(
     options: TokenizeOptions,
     counts: dict[str, int],
 ) -> _Kept | RowError | None:
-    """The row under the truncation policy; None when it is dropped."""
+    """The row under the truncation policy; None when it is dropped.
+
+    What a template writes after the end of the last turn (ChatML: a newline) goes first: a sequence ends with the last
+    token that is trained, the one at which a reward model is read, here as when answers of a policy are scored.
+    """
     limit = options.max_length
+    sequences = [_until_the_end(encoded) for encoded in sequences]
     longest = max(len(encoded.tokens) for encoded in sequences)
     if limit and longest > limit:
         if options.truncate == "error":
@@ -419,7 +436,17 @@ def _fit(
         counts["difference_cut"] += 1
         return None
     counts["truncated"] += bool(limit and longest > limit)
+    counts["lost"] += len(preference.comparisons) - len(differing)
     return _Kept(row, preference, differing, tuple(sequences), _shared_tokens(sequences))
+
+
+def _until_the_end(encoded: Encoded) -> Encoded:
+    """Without the tokens after the last trained one."""
+    trained = np.flatnonzero(encoded.loss_mask)
+    if not len(trained):
+        return encoded
+    count = int(trained[-1]) + 1
+    return Encoded(encoded.tokens[:count], encoded.loss_mask[:count])
 
 
 def _shared_tokens(sequences: Sequence[Encoded]) -> int:
@@ -444,6 +471,7 @@ class _Summary:
     ratings: tuple[float, ...]
     label: int
     raters: dict[str, tuple[float, ...]]
+    subset: str
 
 
 def _summary(kept: _Kept) -> _Summary:
@@ -457,10 +485,11 @@ def _summary(kept: _Kept) -> _Summary:
         ratings=preference.ratings or (math.nan,) * count,
         label=NO_LABEL if preference.label is None else int(preference.label),
         raters=preference.raters,
+        subset=preference.subset,
     )
 
 
-def _arrays(kept: Sequence[_Summary], raters: Sequence[str]) -> GroupArrays:
+def _arrays(kept: Sequence[_Summary], raters: Sequence[str], subsets: Sequence[str]) -> GroupArrays:
     comparisons = [c for group in kept for c in group.comparisons]
     scores = [
         [group.raters[name][k] if name in group.raters else math.nan for name in raters]
@@ -479,6 +508,7 @@ def _arrays(kept: Sequence[_Summary], raters: Sequence[str]) -> GroupArrays:
         ratings=np.asarray([r for group in kept for r in group.ratings], np.float32),
         labels=np.asarray([group.label for group in kept for _ in group.lengths], np.int8),
         rater_scores=np.asarray(scores, np.float32).reshape(len(scores), len(raters)),
+        subsets=np.asarray([subsets.index(group.subset) for group in kept], np.int32),
     )
 
 

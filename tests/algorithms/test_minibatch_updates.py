@@ -11,12 +11,34 @@ import numpy as np
 import optax
 import pytest
 
+from configs.ppo.letters import get_config
+from posttrain_jax.algorithms import ppo
 from posttrain_jax.algorithms.collect import repetition
 from posttrain_jax.algorithms.online import Mixed, minibatch_updates
 from posttrain_jax.optim import divide_and_clip, new_state, scale_and_delay
+from posttrain_jax.rollouts.experience import Experience
 from posttrain_jax.types import Array, Largest, Metric, Metrics, TrainState
 
 LR = 0.1
+
+
+def test_targets_by_hand():
+    """Rewards 0, 4 whitened about their mean of 2 (standard deviation 2): 1, 3. Values 0.5, 1 and lambda 0.5: errors
+    1 + 1 - 0.5 = 1.5 and 3 - 1 = 2, advantages 1.5 + 0.5 x 2 = 2.5 and 2, returns 3 and 3; whitened 1 and -1. The third
+    place is no token of the answer."""
+    options = ppo.options_from_config(get_config("tiny"))
+    options = dataclasses.replace(options, gamma=1.0, lam=0.5, whiten_rewards=True, whiten_advantages=True)
+    row = {"rewards": [0.0, 4.0, 9.0], "values": [0.5, 1.0, 9.0], "actions": [1, 1, 0]}
+    rest = {name: jnp.zeros((1, 3)) for name in ("tokens", "segment_ids", "logps")}
+    found = ppo.targets_of(
+        Experience(**{name: jnp.asarray([values]) for name, values in row.items()}, **rest), options=options
+    )
+    np.testing.assert_allclose(found.advantages[0, :2], [1, -1], rtol=1e-5)
+    np.testing.assert_allclose(found.returns[0, :2], [3, 3], rtol=1e-5)
+    plain = dataclasses.replace(options, whiten_rewards=False, whiten_advantages=False)
+    found = ppo.targets_of(found.rows, options=plain)
+    # Errors 0 + 1 - 0.5 and 4 - 1.
+    np.testing.assert_allclose(found.advantages[0, :2], [2, 3], rtol=1e-6)
 
 
 def state_of(optimizer: optax.GradientTransformationExtraArgs) -> TrainState:
@@ -43,9 +65,9 @@ def text_loss(params: dict, part: Array) -> tuple[Array, Metrics]:
     return total, {"text": Metric(total, jnp.float32(part.size))}
 
 
-def updated(optimizer, *, minibatches: int, epochs: int = 1, mixed: Mixed | None = None):
+def updated(optimizer, *, minibatches: int, epochs: int = 1, mixed: Mixed | None = None, last: float = 4.0):
     """Answers 1, 2, 3, 4 in two micro-batches."""
-    answers = jnp.asarray([[[1.0], [2.0]], [[3.0], [4.0]]])
+    answers = jnp.asarray([[[1.0], [2.0]], [[3.0], [last]]])
     return minibatch_updates(
         state_of(optimizer),
         answers,
@@ -81,6 +103,15 @@ def test_each_minibatch_has_its_own_share():
     np.testing.assert_allclose(state.params["w"], -1.0 - 15.0, rtol=1e-6)
     np.testing.assert_allclose(state.params["value"]["v"], -1.0, rtol=1e-6)
     assert int(state.opt_state["updates"]) == 4 and metrics["train/text"].count == 8
+
+
+def test_a_skipped_update_is_in_no_mean():
+    """The last answer is NaN: of two minibatches one is skipped, and the metrics are of the other's two answers."""
+    state, metrics = updated(sgd(), minibatches=2, last=np.nan)
+    assert int(state.skipped) == 1 and metrics["train/loss"].count == 2
+    assert np.isfinite(float(state.params["w"])) and float(state.params["w"]) != 0
+    assert all(np.isfinite(float(metric.sum)) for metric in metrics.values())
+    assert metrics["train/grad_norm"].count == 1
 
 
 def test_a_maximum_is_one_over_all_micro_batches_and_updates():

@@ -153,7 +153,8 @@ ROWS = [
 
 
 def plain_rows() -> Plain:
-    """ROWS by hand. The scores are those of nobody. In prompt d the order is 0, 3, then 1 and 2 tied (a tie is no
+    """ROWS by hand. The scores are those of nobody. In prompt c the rejected one is better with 0.8. In
+    prompt d the order is 0, 3, then 1 and 2 tied (a tie is no
     comparison), and margins are differences of the ratings; in e it is 1, 0, 2."""
     none = np.nan
     scores = [
@@ -168,7 +169,7 @@ def plain_rows() -> Plain:
         # prompt, better, worse, weight, margin, probability
         (0, 0, 1, 2, 1, 1),
         (1, 0, 1, 1, 0, 0.7),
-        (2, 0, 1, 0.5, 0.3, 0.2),
+        (2, 1, 0, 0.5, -0.3, 0.8),
         (3, 0, 1, 1, 2, 1),
         (3, 0, 2, 1, 2, 1),
         (3, 0, 3, 1, 1, 1),
@@ -183,7 +184,7 @@ def plain_rows() -> Plain:
         scores_GK=np.asarray(scores, np.float32),
         mask_GK=np.arange(4)[None] < np.asarray([2, 2, 2, 4, 3, 1])[:, None],
         ranks_GK=np.asarray(
-            [[0, 1, 9, 9], [0, 1, 9, 9], [0, 1, 9, 9], [0, 2, 2, 1], [1, 0, 2, 9], [0, 9, 9, 9]]
+            [[0, 1, 9, 9], [0, 1, 9, 9], [1, 0, 9, 9], [0, 2, 2, 1], [1, 0, 2, 9], [0, 9, 9, 9]]
         ),
         ratings_GK=np.asarray([[none] * 4, [none] * 4, [none] * 4, [3, 1, 1, 2], [none] * 4, [1.5, 0, 0, 0]]),
         prompt_C=prompt,
@@ -200,7 +201,8 @@ def plain_loss(loss: str, plain: Plain, counts_G: np.ndarray):
     chosen_C = jnp.asarray(plain.scores_GK[plain.prompt_C, plain.better_C])
     rejected_C = jnp.asarray(plain.scores_GK[plain.prompt_C, plain.worse_C])
     weights_C = jnp.asarray(plain.weights_C * counts_G[plain.prompt_C], jnp.float32)
-    weights_G = jnp.asarray(counts_G, jnp.float32)
+    row_weights_G = np.asarray([2, 1, 0.5, 1, 1, 0])  # f has no comparison
+    weights_G = jnp.asarray(counts_G * row_weights_G, jnp.float32)
     rated_GK = ~np.isnan(plain.ratings_GK) & plain.mask_GK
     ranked = (jnp.asarray(plain.scores_GK), jnp.asarray(plain.ranks_GK), jnp.asarray(plain.mask_GK))
     return {
@@ -276,12 +278,12 @@ def test_losses_by_hand(mixed):
 
     Bradley-Terry: a has weight 2, 2 x 0.313262 = 0.626523. In d completion 0 is over 1 (m = 1), 2 and 3 (m = 2 each):
     0.567118; 3 is over 1 (m = -1) and 2 (m = 0): 2.006409. The sum is 3.200050, the weights 2 + 5 = 7.
-    K-wise: a 0.313262, d (0.567118 + 2.006409) / C(4, 2) = 0.428921; the sum 0.742183 over 2 prompts.
+    K-wise: a 2 x 0.313262, d (0.567118 + 2.006409) / C(4, 2) = 0.428921; the sum 1.055444, the weights 2 + 1.
     """
     scores_GK = np.zeros((6, 4), np.float32)
     scores_GK[0, :2], scores_GK[3] = [1, 0], [2, 1, 0, 0]
     rows, scores_BN = packed(mixed, scores_GK, [0, 3])
-    for loss, total, count in (("bradley_terry", 3.200050, 7), ("kwise", 0.742183, 2)):
+    for loss, total, count in (("bradley_terry", 3.200050, 7), ("kwise", 1.055444, 3)):
         score = scoring(dataclasses.replace(OPTIONS, loss=loss))
         got, metrics = score(scores_BN, rows, jnp.ones_like(scores_BN))
         np.testing.assert_allclose(got, total, rtol=2e-6)
@@ -297,6 +299,37 @@ def test_centring_is_added(mixed):
     plain, _ = scoring(OPTIONS)(scores_BN, rows, ones_BN)
     centred, _ = scoring(dataclasses.replace(OPTIONS, centre=0.01))(scores_BN, rows, ones_BN)
     np.testing.assert_allclose(centred - plain, 0.02, rtol=1e-4)
+
+
+def test_centring_of_rankings_is_a_mean_over_prompts_too(mixed):
+    """Prompt d with the scores 1, 0, 0, 0: of its five comparisons three have (1 + 0)^2 and two 0^2, of C(4, 2) = 6
+    shares: 0.01 x 3 / 6 for one prompt."""
+    scores_GK = np.zeros((6, 4), np.float32)
+    scores_GK[3, 0] = 1
+    rows, scores_BN = packed(mixed, scores_GK, [3])
+    ones_BN = jnp.ones_like(scores_BN)
+    for loss in ("kwise", "plackett_luce"):
+        options = dataclasses.replace(OPTIONS, loss=loss)
+        plain, _ = scoring(options)(scores_BN, rows, ones_BN)
+        centred, _ = scoring(dataclasses.replace(options, centre=0.01))(scores_BN, rows, ones_BN)
+        np.testing.assert_allclose(centred - plain, 0.005, rtol=1e-4, err_msg=loss)
+
+
+def test_an_even_soft_label_prefers_neither(tmp_path):
+    """Bradley-Terry of the other row alone, -log s(1) = 0.313262. With soft labels -0.9 log s(1) - 0.1 log s(-1) =
+    0.413262, and of the even one -0.5 log s(1) - 0.5 log s(-1) = 0.813262."""
+    rows = [
+        {"prompt": "a ", "chosen": "yes", "rejected": "no", "probability": 0.9},
+        {"prompt": "b ", "chosen": "red", "rejected": "blue", "probability": 0.5},
+    ]
+    data = data_of(rows, tmp_path)
+    batch, scores_BN = packed(data, np.asarray([[1, 0], [1, 0]], np.float32), [0, 1])
+    ones_BN = jnp.ones_like(scores_BN)
+    hard, metrics = scoring(OPTIONS)(scores_BN, batch, ones_BN)
+    np.testing.assert_allclose(hard, 0.313262, rtol=1e-5)
+    assert float(metrics["loss"].count) == 1
+    soft, _ = scoring(dataclasses.replace(OPTIONS, loss="soft_label"))(scores_BN, batch, ones_BN)
+    np.testing.assert_allclose(soft, 0.413262 + 0.813262, rtol=1e-5)
 
 
 # ---- ensembles

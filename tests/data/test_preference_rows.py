@@ -53,6 +53,26 @@ def test_a_row_with_a_shared_prompt(write_jsonl, tokenizer, tmp_path):
     assert not arrays["segment_ids"][1].any() and not arrays["weights"][1].any()
 
 
+def test_a_completion_ends_with_its_end_of_turn(write_jsonl, tokenizer, tmp_path):
+    """ChatML writes a newline after <|im_end|>, which nobody is trained on: a reward is read where it is read of an
+    answer that a policy wrote, at the end of the turn."""
+    chats = {
+        side: [{"role": "assistant", "content": text}] for side, text in (("chosen", "xy"), ("rejected", "z"))
+    }
+    row = {"prompt": [{"role": "user", "content": "abcd"}], **chats}
+    rendered = tokenizer.apply_chat_template([*row["prompt"], *row["chosen"]], tokenize=False)
+    assert not rendered.endswith(tokenizer.eos_token), (
+        "nothing follows the end of turn, so this shows nothing"
+    )
+    data = built(write_jsonl, tokenizer, tmp_path, row)
+    rows = PreferenceRows(data.sources[0], row_shape([data], groups=1))
+    arrays = rows.collate([rows[0]])
+    ends = arrays["ends"][0, :2]
+    assert arrays["loss_mask"][0, ends].tolist() == [1, 1]
+    assert arrays["tokens"][0, ends].tolist() == [tokenizer.eos_token_id] * 2
+    assert arrays["lengths"][0, :2].tolist() == [3, 2]
+
+
 def test_an_unshared_row_repeats_the_prompt(write_jsonl, tokenizer, tmp_path):
     data = built(write_jsonl, tokenizer, tmp_path, PAIR)
     shape = row_shape([data], groups=1, share_prompt=False)

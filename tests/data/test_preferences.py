@@ -135,6 +135,7 @@ def test_a_labelled_completion(row):
         ({"score_chosen": 8.5, "score_rejected": 6}, Comparison(0, 1, margin=2.5)),
         ({"chosen_score": 1, "rejected_score": -1}, Comparison(0, 1, margin=2.0)),
         ({"probability": 0.75, "weight": 2}, Comparison(0, 1, weight=2.0, probability=0.75)),
+        ({"probability": 0.25, "margin": 1}, Comparison(1, 0, margin=-1.0, probability=0.75)),
     ],
 )
 def test_what_a_pair_says_beside_its_order(extra, comparison):

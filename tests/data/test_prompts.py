@@ -74,5 +74,10 @@ def test_bad_prompts_are_one_sentence(tmp_path, rows, options, words):
 
 def test_what_is_left_out_is_counted(tmp_path):
     spec = write(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "abcde"}, {"x": 1}])
-    data = read_prompts(spec, encode, max_tokens=4, long_prompts="drop", on_bad_row="skip")
+    rejected = tmp_path / "rejected.jsonl"
+    data = read_prompts(
+        spec, encode, max_tokens=4, long_prompts="drop", on_bad_row="skip", rejected_path=rejected
+    )
+    (line,) = map(json.loads, rejected.read_text().splitlines())
+    assert (line["line"], line["row"], line["reason"]) == (3, {"x": 1}, "is missing")
     assert data.text() == "p.jsonl: 1 prompts of 1 to 1 tokens, 1 dropped (too long), 1 bad rows skipped."
