@@ -8,12 +8,15 @@ for the formats). Where a completion does not fit into --max_length, a workdir's
 elsewhere its prompt is left out, and counted.
 
 An ensemble's scores are combined for each completion: their mean, their lowest, or (uncertainty) their mean less
---coefficient times their variance. Prints a table; writes report.json, report.md and plots.
+--coefficient times their variance. Prints a table; writes report.json, report.md, plots, and rows.jsonl with the
+scores of every pair and how far an ensemble's members are apart. Rows with a `subset` are also counted by it, and
+--sections joins subsets to sections.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +54,7 @@ class Options:
     batch_rows: int = 8
     dtype: str = "float32"
     resamples: int = 2000
+    sections: str = ""
 
 
 def define_flags() -> None:
@@ -71,6 +75,11 @@ def define_flags() -> None:
     flags.DEFINE_integer("batch_rows", Options.batch_rows, "Prompts scored at once.")
     flags.DEFINE_string("dtype", Options.dtype, "float32 or bfloat16, for weights and arithmetic.")
     flags.DEFINE_integer("resamples", Options.resamples, "Of the bootstrap.")
+    flags.DEFINE_string(
+        "sections",
+        Options.sections,
+        'A JSON file {"section": ["subset", ...]}: scores of sections and their mean, as RewardBench has them.',
+    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -92,11 +101,12 @@ def report(options: Options) -> dict[str, Any]:
     Raises:
       InputError: a bad flag, a language model, data that cannot be read or hold no comparison.
     """
-    from posttrain_jax.evaluate.reward_report import reward_report, write_report
+    from posttrain_jax.evaluate.reward_report import reward_report
+    from posttrain_jax.evaluate.reward_report_files import write_report, write_rows
     from posttrain_jax.evaluate.score_pairs import Combination, score_pairs
     from posttrain_jax.experiment_data import share_prompt
     from posttrain_jax.load_model import load_members
-    from posttrain_jax.sharding import make_mesh
+    from posttrain_jax.sharding import make_mesh, shard_multiple
 
     combination = Combination(options.combine, options.coefficient)
     if options.batch_rows < 1:
@@ -104,6 +114,7 @@ def report(options: Options) -> dict[str, Any]:
     if options.resamples < 0:
         raise InputError(f"--resamples is {options.resamples}; it must be 0 (no intervals) or more.")
     further = read_names(options.out_of_distribution)
+    sections = read_sections(options.sections)
     mesh = make_mesh()
     members = load_members(options.model, dtype=options.dtype, param_dtype=options.dtype, mesh=mesh)
     run = run_config(members[0])
@@ -111,13 +122,12 @@ def report(options: Options) -> dict[str, Any]:
     splits = read_splits(options, members[0], run, first, further)
     for data in splits.values():
         print(data.text())
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     scored = score_pairs(
         members,
         splits,
         mesh,
         combination=combination,
-        groups=-(-options.batch_rows // shards) * shards,
+        groups=shard_multiple(options.batch_rows, mesh),
         share_prompt=share_prompt("auto", members[0].model.module.implementation),
     )
     step = members[0].source.step
@@ -126,14 +136,17 @@ def report(options: Options) -> dict[str, Any]:
         weight = f" ({options.coefficient:g} times the variance)" if options.coefficient else ""
         about["ensemble"] = f"{len(members)} members, combined by {options.combine}{weight}"
     about |= {IN_DISTRIBUTION: first.text(), **further}
-    result = reward_report(scored, resamples=options.resamples, seed=first.seed, about=about)
+    result = reward_report(
+        scored, sections=sections, resamples=options.resamples, seed=first.seed, about=about
+    )
     out = Path(options.out).expanduser()
     try:
         write_report(result, out)
+        write_rows(scored, out)
     except OSError as error:
         raise InputError(f"--out={out} cannot be written: {error.strerror}.") from error
     print(table(result))
-    print(f"Written to {out / 'report.md'}; report.json and plots lie beside it.")
+    print(f"Written to {out / 'report.md'}; report.json, rows.jsonl and plots lie beside it.")
     return result
 
 
@@ -205,6 +218,26 @@ def read_names(given: Sequence[str]) -> dict[str, str]:
             raise InputError(f"--out_of_distribution: two splits are called {name!r}; name each once.")
         named[name] = data
     return named
+
+
+def read_sections(path: str) -> dict[str, list[str]]:
+    """--sections: section -> its subsets; {} without the flag.
+
+    Raises:
+      InputError: the file cannot be read, or holds something else.
+    """
+    if not path:
+        return {}
+    try:
+        sections = json.loads(Path(path).expanduser().read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--sections={path} cannot be read: {error}.") from error
+    if not isinstance(sections, dict) or not all(
+        isinstance(subsets, list) and all(isinstance(name, str) for name in subsets)
+        for subsets in sections.values()
+    ):
+        raise InputError(f'--sections={path} holds something else than {{"section": ["subset", ...]}}.')
+    return sections
 
 
 def read_splits(

@@ -25,7 +25,7 @@ from posttrain_jax.evaluate.statistics import Estimate, bootstrap_means, interva
 from posttrain_jax.evaluate.tasks import Progress, TaskResult, local_source, need_tokenizer
 from posttrain_jax.load_model import LoadedModel
 from posttrain_jax.models.transformer import Model
-from posttrain_jax.sampling.score import shard_multiple
+from posttrain_jax.sharding import shard_multiple
 from posttrain_jax.types import PyTree
 
 

@@ -21,6 +21,7 @@ from posttrain_jax.evaluate.judge import Judged, Pair, Usage, preferences_of_sco
 from posttrain_jax.evaluate.score_pairs import Combination, member_scores
 from posttrain_jax.evaluate.win_rate import Judgment
 from posttrain_jax.load_model import LoadedModel
+from posttrain_jax.sharding import shard_multiple
 
 
 def judge_by_reward(
@@ -58,8 +59,7 @@ def judge_by_reward(
     options = TokenizeOptions(max_length=first.config.max_length, truncate="error")
     data = build_preferences(str(rows), first.tokenizer, options)
     (source,) = data.sources
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    groups = -(-batch_rows // shards) * shards
+    groups = shard_multiple(batch_rows, mesh)
     shape = row_shape([data], groups=groups, share_prompt=False)
     scores_SE = member_scores(members, source, shape, mesh, groups=groups)
     scores_N = combination(scores_SE)[[source.group(i).first_sequence for i in range(len(source))]]

@@ -69,16 +69,6 @@ class KlToReference:
     samples: int
     prompts: int
 
-    def metrics(self) -> dict[str, float]:
-        """The numbers as a run logs them."""
-        return {
-            "eval/kl_k1_per_sequence": self.k1_per_sequence.value,
-            "eval/kl_k3_per_sequence": self.k3_per_sequence.value,
-            "eval/kl_k1_per_token": self.k1_per_token.value,
-            "eval/kl_k3_per_token": self.k3_per_token.value,
-            "eval/kl_tokens_per_sequence": self.tokens_per_sequence.value,
-        }
-
 
 def kl_to_reference(
     model: Model,

@@ -39,7 +39,7 @@ from posttrain_jax.evaluate.tasks import (
 )
 from posttrain_jax.load_model import LoadedModel
 from posttrain_jax.sampling.engine import bucket
-from posttrain_jax.sampling.score import shard_multiple
+from posttrain_jax.sharding import shard_multiple
 
 ROW_TOKENS = 512
 _LETTERED = re.compile(r"^([A-Z])[.)] ", re.MULTILINE)

@@ -16,10 +16,8 @@ Everything is computed from arrays on the host. The margin of a pair is score(ch
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +43,7 @@ class ScoredPairs:
       weights_N: how much each pair counts, above 0; None = 1 each.
       groups_N: what was drawn independently: the prompt's id of each pair; None = every pair for itself.
       subsets_N: the name of each pair's subset, for section scores; or None.
+      rows_N: "file:line" of the row that each pair comes from, for `reward_report_files.write_rows`; or None.
       raters: each rater's own preference, by name: 1 the chosen one, -1 the rejected one, 0 a tie, NaN not asked.
       member_chosen_scores_EN, member_rejected_scores_EN: the scores of an ensemble's E members, on one scale; or None.
     """
@@ -59,6 +58,7 @@ class ScoredPairs:
     weights_N: np.ndarray | None = None
     groups_N: np.ndarray | None = None
     subsets_N: Sequence[str] | None = None
+    rows_N: Sequence[str] | None = None
     raters: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     member_chosen_scores_EN: np.ndarray | None = None
     member_rejected_scores_EN: np.ndarray | None = None
@@ -77,6 +77,7 @@ class ScoredPairs:
             "weights_N": self.weights_N,
             "groups_N": self.groups_N,
             "subsets_N": self.subsets_N,
+            "rows_N": self.rows_N,
             **{f"the preferences of {name}": values for name, values in self.raters.items()},
         }
         for name, values in given.items():
@@ -141,7 +142,7 @@ def reward_report(
     seed: int = 0,
     about: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Everything that `write_report` writes, as numbers that JSON can hold (None where a number is not defined).
+    """The report as numbers that JSON can hold (None where a number is not defined); `reward_report_files` writes it.
 
     Args:
       splits: each with a name of its own.
@@ -424,191 +425,3 @@ def _histogram(chosen_N: np.ndarray, rejected_N: np.ndarray) -> dict[str, list]:
         "chosen": np.histogram(chosen_N, edges)[0].tolist(),
         "rejected": np.histogram(rejected_N, edges)[0].tolist(),
     }
-
-
-def write_report(report: dict[str, Any], folder: str | Path) -> None:
-    """Writes report.json, report.md and the plots calibration.png, scores.png, margins.png and length.png.
-
-    Args:
-      report: from `reward_report`.
-      folder: made if it is not there; files of these names in it are replaced.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    (folder / "report.json").write_text(text + "\n", "utf-8")
-    (folder / "report.md").write_text(report_text(report), "utf-8")
-    _draw(folder / "calibration.png", report, _draw_calibration)
-    _draw(folder / "scores.png", report, _draw_histogram)
-    _draw(folder / "margins.png", report, _draw_margins)
-    _draw(folder / "length.png", report, _draw_length)
-
-
-def report_text(report: dict[str, Any]) -> str:
-    """The report as Markdown tables."""
-    settings, splits = report["settings"], report["splits"]
-    lines = ["# Reward model", ""]
-    if report["about"]:
-        lines += [*(f"- {name}: {text}" for name, text in report["about"].items()), ""]
-    lines += _table(
-        ("split", "pairs", "groups", "ties", "accuracy", "loss", "mean margin", "calibration error"),
-        [
-            (
-                name,
-                part["pairs"],
-                part["groups"],
-                part["ties"],
-                _percent(part["accuracy"]),
-                f"{part['loss']:.4f}",
-                f"{part['mean_margin']:.4g}",
-                f"{part['calibration']['expected_calibration_error']:.4f}",
-            )
-            for name, part in splits.items()
-        ],
-    )
-    lines += [
-        f"Accuracy: share of pairs whose chosen answer scores higher; a tie is wrong. In brackets the 95 % bootstrap "
-        f"interval over groups ({settings['resamples']} resamples). Loss: mean -log sigma(margin). Calibration error: "
-        f"{settings['calibration_bins']} bins of equal width over [0, 1], every pair in both orders.",
-        "",
-    ]
-    for name, part in splits.items():
-        lines += _split_text(name, part)
-    return "\n".join(lines)
-
-
-def _split_text(name: str, part: dict[str, Any]) -> list[str]:
-    lines = [f"## {name}", ""]
-    binned = {
-        "label margin": part.get("by_label_margin"),
-        "predicted margin": part["by_predicted_margin"],
-        "disagreement (std of the members' margins)": part.get("disagreement", {}).get("by_tercile"),
-    }
-    for title, bins in binned.items():
-        if bins:
-            rows = [(f"{b['low']:.4g} to {b['high']:.4g}", b["pairs"], _percent(b["accuracy"])) for b in bins]
-            lines += _table((title, "pairs", "accuracy"), rows)
-    if "disagreement" in part:
-        found = part["disagreement"]
-        each = ", ".join(f"{value:.1%}" for value in found["member_accuracy"])
-        lines += [
-            f"{found['members']} members with accuracies {each}; mean std of their margins {found['mean_std']:.4g}.",
-            "",
-        ]
-    length = part["length"]
-    lines += _table(
-        (f"length ({length['unit']})", "Pearson", "Spearman"),
-        [
-            ("score, length", _number(length["pearson"]), _number(length["spearman"])),
-            (
-                "margin, difference of lengths",
-                _number(length["pearson_within_pairs"]),
-                _number(length["spearman_within_pairs"]),
-            ),
-        ],
-    )
-    lines += [
-        f"The chosen answer is the longer one in {length['chosen_is_longer']:.1%} of the pairs; the longer one scores "
-        f"higher in {length['longer_scores_higher']:.1%}.",
-        "",
-    ]
-    for title, column in (("raters", "agreement"), ("subsets", "accuracy")):
-        if title in part:
-            found = part[title]
-            shares = [(name, v["pairs"], v["ties"], _percent(v[column])) for name, v in found.items()]
-            lines += _table((title, "pairs", "ties", column), shares)
-    if "sections" in part:
-        lines += _table(("section", "score"), [(key, _percent(v)) for key, v in part["sections"].items()])
-    return lines
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    numbers = ["---", *["---:"] * (len(header) - 1)]
-    return [
-        *("| " + " | ".join(str(cell) for cell in row) + " |" for row in (header, numbers, *rows)),
-        "",
-    ]
-
-
-def _percent(estimate: dict[str, float] | None) -> str:
-    if estimate is None:
-        return "-"
-    return f"{estimate['value']:.1%} ({estimate['low']:.1%} to {estimate['high']:.1%})"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _draw(path: Path, report: dict[str, Any], panel: Callable[[Any, dict[str, Any]], None]) -> None:
-    """One panel a split, side by side."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    splits = report["splits"]
-    figure, axes = plt.subplots(
-        1, len(splits), figsize=(4.2 * len(splits), 3.6), constrained_layout=True, squeeze=False
-    )
-    for axis, (name, part) in zip(axes[0], splits.items(), strict=True):
-        panel(axis, part)
-        axis.set_title(name, fontsize=10)
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _draw_calibration(axis: Any, part: dict[str, Any]) -> None:
-    found = part["calibration"]
-    filled = [b for b in found["bins"] if b["predicted"] is not None]
-    axis.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--")
-    axis.plot(
-        [b["predicted"] for b in filled],
-        [b["agreement"] for b in filled],
-        marker="o",
-        markersize=4,
-        label=f"error {found['expected_calibration_error']:.3f}",
-    )
-    axis.set_xlabel("predicted: sigma(margin)", fontsize=9)
-    axis.set_ylabel("share that agrees", fontsize=9)
-
-
-def _draw_histogram(axis: Any, part: dict[str, Any]) -> None:
-    found = part["histogram"]
-    for name in ("chosen", "rejected"):
-        axis.stairs(found[name], found["edges"], fill=True, alpha=0.5, label=name)
-    axis.set_xlabel("score", fontsize=9)
-    axis.set_ylabel("completions", fontsize=9)
-
-
-def _draw_margins(axis: Any, part: dict[str, Any]) -> None:
-    """Accuracy in the bins of both margins; the bins are numbered, for the two have their own scales."""
-    for name, key in (("label margin", "by_label_margin"), ("predicted margin", "by_predicted_margin")):
-        bins = part.get(key, [])
-        if bins:
-            values = np.asarray([[b["accuracy"][end] for end in ("value", "low", "high")] for b in bins])
-            reach = np.stack([values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]])
-            places = np.arange(1, len(bins) + 1)
-            axis.errorbar(places, values[:, 0], yerr=np.maximum(reach, 0), marker="o", capsize=3, label=name)
-    axis.axhline(0.5, color="grey", linewidth=1, linestyle="--")
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set_xlabel("bin of the margin, smallest first", fontsize=9)
-    axis.set_ylabel("accuracy", fontsize=9)
-
-
-def _draw_length(axis: Any, part: dict[str, Any]) -> None:
-    found = part["length"]
-    bins = found["by_length"]
-    axis.errorbar(
-        [b["mean_length"] for b in bins],
-        [b["mean_score"] for b in bins],
-        yerr=[b["std_score"] for b in bins],
-        marker="o",
-        capsize=3,
-        label=f"Spearman {_number(found['spearman'])}",
-    )
-    axis.set_xlabel(f"length ({found['unit']})", fontsize=9)
-    axis.set_ylabel("score: mean and standard deviation", fontsize=9)

@@ -67,9 +67,8 @@ def score_pairs(
 ) -> list[ScoredPairs]:
     """Scores every comparison of every split; all splits are packed into rows of one shape, so one program is compiled.
 
-    A comparison whose soft label is below 1/2 is turned round; one of exactly 1/2, or of weight 0, says nothing and is
-    left out. Where the data name raters, a rater's preference is the sign of the difference of that rater's own
-    ratings.
+    A comparison whose soft label is 1/2, or of weight 0, says nothing and is left out. Where the data name raters, a
+    rater's preference is the sign of the difference of that rater's own ratings.
 
     Args:
       members: of an ensemble, or a single model.
@@ -140,6 +139,8 @@ class _Part:
     margins_N: np.ndarray
     weights_N: np.ndarray
     prompts_N: list[bytes]
+    rows_N: list[str]
+    subsets_N: list[str]
     source: PreferenceSource
     scores_SE: np.ndarray
     combined_S: np.ndarray
@@ -170,15 +171,15 @@ def _part(source: PreferenceSource, scores_SE: np.ndarray, combined_S: np.ndarra
         groups.append(np.full(len(here), number))
     place_N, group_N = np.concatenate(places), np.concatenate(groups)
     start_N = arrays.starts[source.index[group_N]]
-    better_N, worse_N = start_N + arrays.better[place_N], start_N + arrays.worse[place_N]
-    turned_N = arrays.probability[place_N] < 0.5
     prompts = [source.identity(i) for i in range(len(source))]
     return _Part(
-        chosen_N=np.where(turned_N, worse_N, better_N),
-        rejected_N=np.where(turned_N, better_N, worse_N),
-        margins_N=np.where(turned_N, -arrays.margin[place_N], arrays.margin[place_N]),
+        chosen_N=start_N + arrays.better[place_N],
+        rejected_N=start_N + arrays.worse[place_N],
+        margins_N=arrays.margin[place_N],
         weights_N=arrays.weight[place_N],
         prompts_N=[prompts[i] for i in group_N],
+        rows_N=[source.row_id(i) for i in group_N],
+        subsets_N=[source.subset(i) for i in group_N],
         source=source,
         scores_SE=scores_SE,
         combined_S=combined_S,
@@ -189,6 +190,7 @@ def _joined(name: str, data: PreferenceData, parts: Sequence[_Part], *, members:
     margins_N = np.concatenate([part.margins_N for part in parts])
     numbers: dict[bytes, int] = {}
     raters = sorted({rater for source in data.sources for rater in source.rater_names})
+    subsets = [subset for part in parts for subset in part.subsets_N]
     each = {rater: np.concatenate([part.rater(rater) for part in parts]) for rater in raters}
 
     def member_scores(sides: Sequence[np.ndarray]) -> np.ndarray | None:
@@ -207,6 +209,8 @@ def _joined(name: str, data: PreferenceData, parts: Sequence[_Part], *, members:
         groups_N=np.asarray(
             [numbers.setdefault(prompt, len(numbers)) for part in parts for prompt in part.prompts_N]
         ),
+        rows_N=[row for part in parts for row in part.rows_N],
+        subsets_N=subsets if any(subsets) else None,
         raters={rater: said_N for rater, said_N in each.items() if np.isfinite(said_N).any()},
         member_chosen_scores_EN=member_scores([part.chosen_N for part in parts]),
         member_rejected_scores_EN=member_scores([part.rejected_N for part in parts]),

@@ -86,7 +86,6 @@ def test_both_estimates_lie_within_a_few_standard_errors_of_the_exact_kl(stop):
         assert 0 < mean.standard_error < 0.25 * wanted
     lengths = found.tokens_per_sequence
     assert lengths.value == pytest.approx(length, abs=4 * lengths.standard_error + 1e-6)
-    assert found.metrics()["eval/kl_k1_per_sequence"] == found.k1_per_sequence.value
 
 
 def test_a_model_is_no_way_from_itself():

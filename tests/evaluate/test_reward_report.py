@@ -15,11 +15,10 @@ from posttrain_jax.evaluate.reward_report import (
     ScoredPairs,
     calibration,
     pearson,
-    report_text,
     reward_report,
     spearman,
-    write_report,
 )
+from posttrain_jax.evaluate.reward_report_files import report_text, write_report
 
 
 def pairs_of(margins, *, split="held_out", rejected=None, **fields) -> ScoredPairs:

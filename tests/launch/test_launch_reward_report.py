@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from algorithms.tiny import untrained_reward_run
 from ml_collections import ConfigDict
@@ -89,6 +90,13 @@ def test_an_ensemble_on_what_its_run_held_out_and_on_others(ensemble, rated, tmp
     assert f"- model: {workdir}, step 0\n- ensemble: 3 members, combined by mean\n" in text
     assert "configs/tiny/pairs.jsonl, held out by split:6 with seed 3" in text
     assert (tmp_path / "out" / "calibration.png").is_file()
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert [row["split"] for row in rows] == [IN_DISTRIBUTION] * 6 + ["rated"] * 16
+    assert rows[0]["row"].startswith("configs/tiny/pairs.jsonl:") and rows[6]["row"] == f"{rated}:1"
+    spreads = [row["margin_std"] for row in rows[:6]]
+    assert np.mean(spreads) == pytest.approx(first["disagreement"]["mean_std"], rel=1e-5)
+    wins = [row["chosen_score"] > row["rejected_score"] for row in rows[6:]]
+    assert np.mean(wins) == pytest.approx(second["accuracy"]["value"])
     said = capsys.readouterr().out
     assert "split" in said and f"{IN_DISTRIBUTION}  6      " in said
     doubting = report(
@@ -123,9 +131,36 @@ def test_an_export_with_the_data_named_gives_the_same(single, tmp_path):
     assert refused.stderr.startswith("error: --model and --out are needed; an example: python -m launch.rew")
 
 
+def test_subsets_and_their_sections(single, tmp_path):
+    """Sections count their subsets' pairs; two sections count alike, as in RewardBench."""
+    rows = [
+        {"prompt": f"{i} ", "chosen": "yes", "rejected": "no", "subset": name}
+        for i, name in enumerate("aaab" * 2 + "c")
+    ]
+    (tmp_path / "bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "sections.json").write_text(json.dumps({"first": ["a", "b"], "second": ["c"]}))
+    result = report(
+        Options(
+            str(single[0]),
+            str(tmp_path / "out"),
+            data=str(tmp_path / "bench.jsonl"),
+            sections=str(tmp_path / "sections.json"),
+            resamples=10,
+        )
+    )["splits"][IN_DISTRIBUTION]
+    found = {name: part["accuracy"]["value"] for name, part in result["subsets"].items()}
+    assert [part["pairs"] for part in result["subsets"].values()] == [6, 2, 1]
+    first = (6 * found["a"] + 2 * found["b"]) / 8
+    scores = {name: score["value"] for name, score in result["sections"].items()}
+    assert scores == pytest.approx(
+        {"first": first, "second": found["c"], "overall": (first + found["c"]) / 2}
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"sections": "no/such.json"}, "--sections=no/such.json cannot be read"),
         ({"held_out": "split:5"}, "--held_out is a part of --data"),
         ({"data": "x.jsonl", "held_out": "60"}, "--held_out is '60'; write split:60"),
         ({"out_of_distribution": ("rows.jsonl",)}, "'rows.jsonl' is not NAME=DATA"),
