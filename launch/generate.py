@@ -314,7 +314,10 @@ def encode(prompt: Prompt, loaded: LoadedModel) -> np.ndarray:
 
     row = prompt.row
     if row.get("prompt_ids") is not None:
-        ids = np.asarray(row["prompt_ids"], np.int64)
+        try:
+            ids = np.asarray(row["prompt_ids"], np.int64)
+        except OverflowError as error:
+            raise InputError(f"{prompt.where}: prompt_ids holds a number that is no token id.") from error
     elif loaded.tokenizer is None:
         raise InputError(f"{prompt.where}: {loaded.source.name} has no tokenizer; give prompt_ids.")
     else:

@@ -113,6 +113,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def shard_multiple(rows: int, mesh: Mesh | None) -> int:
+    """`rows`, rounded up to a multiple of the devices that rows are split over (mesh.data x mesh.fsdp)."""
+    shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-rows // shards) * shards
+
+
 def host_data_shards(mesh: Mesh) -> tuple[int, int]:
     """Which share of every batch this process loads: (index, count).
 

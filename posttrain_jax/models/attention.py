@@ -117,15 +117,24 @@ def attend(
     """softmax(query_scale * q k^T, soft-capped, masked) v, `[B, T, H, K]`.
 
     Softmax in float32. `is_local` is a scalar bool array: whether this (scanned) layer uses the window. Splash and
-    blocks work on packed rows; with a cache (or, for blocks, rows of an odd length) XLA takes their place.
+    blocks work on packed rows of a multiple of 128 tokens, as many of them as the mesh divides; elsewhere (with a
+    cache, for a prompt's odd length, a single row on many devices) XLA takes their place.
     """
     if implementation == "cudnn":
         return _attend_cudnn(q_BTHK, k_BSGK, v_BSGK, mask, is_local, config)
-    if implementation == "splash" and mask.packed:
-        return _attend_splash(q_BTHK, k_BSGK, v_BSGK, mask, is_local, config)
-    if implementation == "blocks" and mask.packed and q_BTHK.shape[1] % BLOCK == 0:
-        return _attend_blocks(q_BTHK, k_BSGK, v_BSGK, mask, is_local, config)
+    rows, time = q_BTHK.shape[:2]
+    if mask.packed and _split_evenly(rows):
+        if implementation == "splash" and time % SPLASH_LANES == 0:
+            return _attend_splash(q_BTHK, k_BSGK, v_BSGK, mask, is_local, config)
+        if implementation == "blocks" and time % BLOCK == 0:
+            return _attend_blocks(q_BTHK, k_BSGK, v_BSGK, mask, is_local, config)
     return _attend_xla(q_BTHK, k_BSGK, v_BSGK, mask, is_local, config)
+
+
+def _split_evenly(rows: int) -> bool:
+    """Whether the mesh's data and fsdp axes divide the rows, as `shard_map` needs it."""
+    mesh = ambient_mesh()
+    return mesh is None or rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
 
 
 def attend_cache(

@@ -28,6 +28,7 @@ from posttrain_jax.models import transformer
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.choose import GREEDY, Needs, Sampling, SamplingRows
 from posttrain_jax.sampling.decode import Orders, admit, decode, empty_slots, release, resize
+from posttrain_jax.sharding import shard_multiple
 from posttrain_jax.types import PyTree
 
 SMALLEST_BUCKET = 16
@@ -157,8 +158,7 @@ class Engine:
         self._stop_width = max(stop_width, 1)
         self._tokenizer = tokenizer
         self._mesh = mesh_of(params)
-        shards = 1 if self._mesh is None else self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        self._rows = -(-slots // shards) * shards
+        self._rows = shard_multiple(slots, self._mesh)
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._running: list[_Running | None] = [None] * self._rows
         self._tickets = 0
@@ -297,9 +297,12 @@ class Engine:
                 alike = alike[size:]
 
     def _read(self, group: list[list[tuple[int, int, Request]]], length: int) -> None:
-        """Reads each of the group's prompts once and puts it into the slots of all its samples."""
+        """Reads each of the group's prompts once and puts it into the slots of all its samples.
+
+        As many rows are read as the mesh divides; those beyond the prompts are empty.
+        """
         members = [(source, *member) for source, alike in enumerate(group) for member in alike]
-        prompts, rows = len(group), 1 << (len(members) - 1).bit_length()
+        prompts, rows = shard_multiple(len(group), self._mesh), 1 << (len(members) - 1).bit_length()
         tokens_PT = np.zeros((prompts, length), np.int32)
         lengths_P = np.ones(prompts, np.int32)
         for source, alike in enumerate(group):
@@ -407,7 +410,10 @@ class Engine:
 
         if found(len(tokens)) is None:
             return None
-        count = next(n for n in range(max(running.seen, 1), len(tokens) + 1) if found(n) is not None)
+        first = max(running.seen, running.request.min_new_tokens, 1)
+        count = next((n for n in range(first, len(tokens) + 1) if found(n) is not None), None)
+        if count is None:
+            return None
         stop = found(count)
         assert stop is not None
         return count, stop

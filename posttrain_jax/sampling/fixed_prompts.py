@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from posttrain_jax.errors import InputError
 from posttrain_jax.models.tokenizer import stop_token_ids
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.generate import GenerateOptions, generate
+from posttrain_jax.sampling.prompts import encode_chat
 from posttrain_jax.trees import combine
 from posttrain_jax.types import TrainState
 
@@ -18,15 +19,16 @@ from posttrain_jax.types import TrainState
 def answer_fixed_prompts(
     model: Model, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, max_new_tokens: int, seed: int
 ) -> Callable[[TrainState], list[dict[str, Any]]]:
-    """Greedy answers to some texts, each a conversation of one user turn, as rows for `samples.jsonl`."""
+    """Greedy answers to some texts, each a conversation of one user turn, as rows for `samples.jsonl`.
+
+    Raises:
+      InputError: there is no chat template, or it refuses a text.
+    """
     stops = stop_token_ids(model.config, tokenizer)
-    prompts = [
-        np.asarray(
-            tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"],
-            np.int32,
-        )
-        for chat in ([{"role": "user", "content": prompt}] for prompt in texts)
-    ]
+    try:
+        prompts = [encode_chat(tokenizer, [{"role": "user", "content": text}]) for text in texts]
+    except InputError as error:
+        raise InputError(f"eval.prompts are turns of a chat: {error} Or set eval.prompts to ().") from error
 
     def sample(state: TrainState) -> list[dict[str, Any]]:
         samples = generate(

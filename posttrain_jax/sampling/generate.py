@@ -11,6 +11,7 @@ from posttrain_jax.errors import InputError
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.choose import GREEDY, Needs, Sampling
 from posttrain_jax.sampling.engine import Decoder, Engine, Request, Update, check_prompt, places_for
+from posttrain_jax.sampling.prompts import special_tokens, split_stops
 from posttrain_jax.types import PyTree
 
 LONG_PROMPTS = ("error", "cut")
@@ -51,9 +52,10 @@ class GenerateOptions:
         for each prompt.
       min_new_tokens: stop tokens cannot be drawn before this many tokens.
       stop_token_ids: an answer ends with one of these (`models.tokenizer.stop_token_ids`).
-      stop_strings: an answer ends where its text first holds one of these (needs the tokenizer).
+      stop_strings: an answer ends where its text first holds one of these (needs the tokenizer), or with the token
+        that one of these is, if it is a special token, which no text shows.
       sampling: how tokens are drawn.
-      num_samples: answers per prompt; they share one reading of it.
+      num_samples: answers per prompt; those that start together share one reading of it.
       seed: of the random numbers; needed with a temperature, for two calls with one seed draw the same numbers.
       ignore_eos: stop tokens do not end an answer.
       batch_size: answers written side by side.
@@ -177,6 +179,11 @@ def _shorten(
             f"{name} has {prompt.size} tokens, more than max_prompt_tokens ({most}); shorten it, or use "
             "long_prompts=cut."
         )
+    if most < 2 <= prompt.size and not options.max_prompt_tokens:
+        raise InputError(
+            f"{name}: max_new_tokens={limit} leaves room for one token of it in the model's {model.config.max_length}; "
+            "lower max_new_tokens."
+        )
     return prompt[-most:], prompt.size - most
 
 
@@ -204,7 +211,8 @@ def _answers(
     wanted = [(prompt, sample) for prompt, sample in wanted if limits[prompt] > 0]
     if not wanted:
         return
-    stops = () if options.ignore_eos else tuple(sorted(set(options.stop_token_ids)))
+    special, strings = split_stops(options.stop_strings, special_tokens(tokenizer))
+    stops = tuple(sorted({*special, *(() if options.ignore_eos else options.stop_token_ids)}))
     engine = Engine(
         model,
         params,
@@ -222,7 +230,7 @@ def _answers(
             max_new_tokens=limits[prompt],
             min_new_tokens=options.min_new_tokens,
             stop_token_ids=stops,
-            stop_strings=options.stop_strings,
+            stop_strings=strings,
             sampling=options.sampling,
             seed=options.seed or 0,
             prompt=prompt,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -65,3 +65,18 @@ def text_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> It
     rest = tokenizer.decode(ids, skip_special_tokens=True)
     if rest.startswith(shown) and len(rest) > len(shown):
         yield rest[len(shown) :]
+
+
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """The added tokens that an answer's text leaves out, by their text; {} for a decoder that knows of none."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {token.content: index for index, token in added.items() if token.special}
+
+
+def split_stops(stops: Iterable[str], special: Mapping[str, int]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Stop strings as (token ids, strings): one that is a special token shows in no text, so it stops as that token."""
+    stops = tuple(stops)
+    return (
+        tuple(special[stop] for stop in stops if stop in special),
+        tuple(stop for stop in stops if stop not in special),
+    )

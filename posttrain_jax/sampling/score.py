@@ -28,7 +28,7 @@ from posttrain_jax.models.heads import sum_logps
 from posttrain_jax.models.transformer import Model, head_VD
 from posttrain_jax.sampling.engine import bucket, mesh_of
 from posttrain_jax.sampling.generate import Sample
-from posttrain_jax.sharding import BATCH_AXES, ambient_mesh
+from posttrain_jax.sharding import BATCH_AXES, ambient_mesh, shard_multiple
 from posttrain_jax.types import Array, Batch, PyTree
 
 FLOAT32_LARGEST = 1e-4
@@ -49,10 +49,6 @@ class Difference:
     mean: float
     tokens: int
 
-    def metrics(self) -> dict[str, float]:
-        """The two numbers as a run logs them."""
-        return {"rollout/logp_difference_max": self.largest, "rollout/logp_difference_mean": self.mean}
-
     def check(self, threshold: float) -> None:
         """Stops a run whose sampler and trainer do not agree.
 
@@ -65,7 +61,7 @@ class Difference:
         if threshold and not self.largest <= threshold:
             raise InputError(
                 f"The engine's log-probabilities differ from the training forward's by up to {self.largest:.3g} nats "
-                f"(mean {self.mean:.3g} over {self.tokens} tokens), more than sampling.max_logp_difference="
+                f"(mean {self.mean:.3g} over {self.tokens} tokens), more than rollout.max_logp_difference="
                 f"{threshold:g}; use one dtype for both, or raise the threshold if this is what bfloat16 gives."
             )
 
@@ -120,12 +116,6 @@ def _rows(texts: Sequence[np.ndarray], answers: Sequence[int], rows: int) -> dic
         mask[row, len(text) - answer : len(text)] = 1
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
     return {"tokens": tokens, "loss_mask": mask, "segment_ids": segments, "positions": positions}
-
-
-def shard_multiple(rows: int, mesh: Mesh | None) -> int:
-    """`rows`, rounded up to a multiple of the devices that rows are split over (mesh.data x mesh.fsdp)."""
-    shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    return -(-rows // shards) * shards
 
 
 def token_scores(

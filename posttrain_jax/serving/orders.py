@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from posttrain_jax.errors import InputError
 from posttrain_jax.sampling.choose import Needs, Sampling
 from posttrain_jax.sampling.engine import Request
-from posttrain_jax.sampling.prompts import encode_chat, encode_text
+from posttrain_jax.sampling.prompts import encode_chat, encode_text, split_stops
 from posttrain_jax.serving.bodies import GREEDY_BELOW, Body, ChatBody, CompletionBody
 from posttrain_jax.serving.token_text import Vocabulary
 
@@ -156,9 +156,7 @@ def _limit(body: Body, prompt: Prompt, name: str, limits: Limits) -> int:
 def _request(
     body: Body, prompt: Prompt, limit: int, vocabulary: Vocabulary, limits: Limits, seed: int, sample: int
 ) -> Request:
-    # Special tokens do not show in an answer's text, so a stop string that is one stops as a token.
-    as_tokens = [vocabulary.special[stop] for stop in body.stop if stop in vocabulary.special]
-    as_strings = [stop for stop in body.stop if stop not in vocabulary.special]
+    as_tokens, as_strings = split_stops(body.stop, vocabulary.special)
     own = () if body.ignore_eos else limits.stop_token_ids
     temperature = 1.0 if body.temperature is None else body.temperature
     return Request(
@@ -166,7 +164,7 @@ def _request(
         max_new_tokens=limit,
         min_new_tokens=body.min_tokens or 0,
         stop_token_ids=tuple(dict.fromkeys([*own, *as_tokens])),
-        stop_strings=tuple(as_strings),
+        stop_strings=as_strings,
         sampling=Sampling(
             temperature=0.0 if temperature < GREEDY_BELOW else temperature,
             top_k=max(body.top_k or 0, 0),

@@ -15,7 +15,7 @@ from posttrain_jax.losses.logprobs import chunk_rows
 from posttrain_jax.masking import shift_left
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.engine import GROUP_TOKENS, bucket, mesh_of
-from posttrain_jax.sampling.score import shard_multiple
+from posttrain_jax.sharding import shard_multiple
 from posttrain_jax.types import Array, PyTree
 
 

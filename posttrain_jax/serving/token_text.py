@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from posttrain_jax.sampling.prompts import REPLACEMENT
+from posttrain_jax.sampling.prompts import REPLACEMENT, special_tokens
 
 LONGEST_PART = 3
 """A UTF-8 character has at most 4 bytes, so what is missing its end shows as at most 3 replacement characters."""
@@ -68,8 +68,7 @@ class Vocabulary:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        added = tokenizer.added_tokens_decoder.items()
-        self.special = {token.content: index for index, token in added if token.special}
+        self.special = special_tokens(tokenizer)
         self._special_ids = {*self.special.values(), *tokenizer.all_special_ids}
         # Decoders strip the space before a text's first word, so each token is decoded after another one.
         self._anchor = list(tokenizer("a", add_special_tokens=False)["input_ids"])

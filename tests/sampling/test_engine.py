@@ -100,6 +100,22 @@ def test_a_mesh_gives_the_same_samples(model, params, shape):
     assert_same(answers(model, sharded, PROMPTS, **options), answers(model, params, PROMPTS, **options))
 
 
+@pytest.mark.parametrize("attention", ["blocks", "splash"])
+def test_any_number_of_prompts_of_any_length_is_read_on_a_mesh(attention):
+    """Training's kernels want rows of 128 tokens, as many as the mesh divides: a short prompt, and a single one of 128
+    tokens on 8 devices, are read all the same, with the same answers."""
+    config = dataclasses.replace(CONFIG, max_length=256)
+    mesh = make_mesh(data=8, fsdp=1, tensor=1)
+    plain = make_model(config)
+    params = sharp(plain.init(jax.random.key(3)))
+    sharded = jax.device_put(params, tree_shardings(params, mesh))
+    for length in (9, 120):
+        prompts = [np.arange(3, 3 + length) % 97]
+        want = answers(plain, params, prompts, max_new_tokens=3)
+        got = answers(make_model(config, attention=attention), sharded, prompts, max_new_tokens=3)
+        assert_same(got, want)
+
+
 def test_noise_is_never_used_twice(model, params):
     """Same prompt, other place, sample or seed: other tokens. The same three: the same tokens."""
     options = {"max_new_tokens": 8, "temperature": 1.5}
@@ -168,6 +184,21 @@ def test_stop_strings_end_an_answer_where_its_text_first_holds_them(batch_size):
         kept = tokenizer.decode(sample.tokens, skip_special_tokens=True)
         assert stop in kept and stop not in tokenizer.decode(sample.tokens[:-1], skip_special_tokens=True)
     assert stopped[1].stop_string == stop
+
+
+def test_a_stop_string_that_is_a_special_token_stops_as_that_token():
+    """No text shows it. Here it is a token that the model is known to draw, which the tokenizer then calls special."""
+    tokenizer = byte_tokenizer()
+    model = make_model(dataclasses.replace(CONFIG, vocab_size=len(tokenizer)))
+    params = sharp(model.init(jax.random.key(0)))
+    options = {"max_new_tokens": 12, "temperature": 1.0, "tokenizer": tokenizer}
+    token = int(answers(model, params, PROMPTS[:3], **options)[1].tokens[5])
+    text = tokenizer.convert_ids_to_tokens(token)
+    tokenizer.add_tokens([text], special_tokens=True)
+    assert tokenizer.convert_tokens_to_ids(text) == token
+    stopped = answers(model, params, PROMPTS[:3], stop_strings=(text,), **options)
+    assert_same(stopped, answers(model, params, PROMPTS[:3], stop_token_ids=(token,), **options))
+    assert stopped[1].finish_reason == "stop"
 
 
 def test_bad_words_min_tokens_and_penalties_hold_over_a_whole_answer(model, params):
