@@ -20,6 +20,7 @@ from posttrain_jax.metrics import say
 from posttrain_jax.rollouts.draw import RolloutOptions, Rollouts, put_rollouts, roll_out, shown_prompt
 from posttrain_jax.rollouts.experience import Experience, policy_params
 from posttrain_jax.rollouts.score import Scored, Scorer
+from posttrain_jax.sampling.score import Difference
 from posttrain_jax.trees import combine
 from posttrain_jax.types import Metric, Metrics, PyTree, TrainState
 
@@ -51,6 +52,7 @@ class Collector:
       mesh: of the devices.
       reference: a state -> the reference's parameters.
       experience: jitted `experience_of`: (whole parameters, beta, rows, reference's parameters).
+      max_logp_difference: how far engine and trainer may be apart at a token, nats; 0 = any.
     """
 
     policy: Policy
@@ -60,6 +62,7 @@ class Collector:
     mesh: Mesh
     reference: Callable[[TrainState], PyTree]
     experience: Callable[..., tuple[Experience, Metrics]]
+    max_logp_difference: float
 
     def roll_out(self, params: PyTree, prompts: Sequence[Prompt], seed: int) -> Rollouts:
         """Answers.
@@ -91,7 +94,11 @@ class Collector:
     def collect(
         self, state: TrainState, prompts: Sequence[Prompt], seed: int, micro_batches: int
     ) -> tuple[Experience, Metrics]:
-        """What is learnt from, and what is said of it (see `rollouts/experience.py`; names without a prefix)."""
+        """What is learnt from, and what is said of it (see `rollouts/experience.py`; names without a prefix).
+
+        Raises:
+          InputError: engine and trainer are further apart than `max_logp_difference`.
+        """
         params = combine(state.params, state.frozen)
         answered = self.answers(params, prompts, seed, training=True)
         rollouts, scored = answered.rollouts, answered.scored
@@ -103,6 +110,12 @@ class Collector:
             params, state.opt_state["kl_coefficient"], batch, self.reference(state)
         )
         jax.block_until_ready(experience)
+        apart = metrics["engine_logp_gap_mean"]
+        Difference(
+            largest=float(metrics["engine_logp_gap"].sum),
+            mean=float(apart.sum) / max(float(apart.count), 1.0),
+            tokens=int(apart.count),
+        ).check(self.max_logp_difference)
         said = {f"score/{name}": Metric.of(values.mean()) for name, values in scored.components.items()}
         said |= {f"failed/{name}": Metric.of(number) for name, number in scored.failures.items()}
         said |= {name: Metric.of(value) for name, value in _of_answers(rollouts).items()}
@@ -113,6 +126,15 @@ class Collector:
             "seconds_experience": Metric.of(time.perf_counter() - started),
         }
         return experience, {**metrics, **said}
+
+
+def _failures(scored: Scored) -> dict[str, float]:
+    """How many held-out answers each reward function failed at; says the first error."""
+    if scored.error:
+        say(
+            f"A reward function failed at {sum(scored.failures.values())} held-out answers; first: {scored.error}"
+        )
+    return {f"eval/failed/{name}": float(number) for name, number in scored.failures.items()}
 
 
 class Evaluation:
@@ -147,8 +169,10 @@ class Evaluation:
         values |= {f"eval/{name}": value for name, value in _of_answers(rollouts).items()}
         values["eval/answer_tokens"] = float(np.mean([answer.size for answer in rollouts.answers]))
         values |= {f"eval/score/{name}": float(found.mean()) for name, found in scored.components.items()}
+        values |= _failures(scored)
         if self._gold is not None:
-            values |= _with_error("eval/gold", self._gold(rollouts, training=False).scores, count)
+            gold = self._gold(rollouts, training=False)
+            values |= _with_error("eval/gold", gold.scores, count) | _failures(gold)
         return values
 
     def samples(self, state: TrainState) -> list[dict[str, Any]]:

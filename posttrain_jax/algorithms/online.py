@@ -42,7 +42,6 @@ from posttrain_jax.errors import InputError
 from posttrain_jax.experiment import (
     Policy,
     abstract_on_mesh,
-    flops_per_token,
     is_trained,
     optimizer_from_config,
     seed_key,
@@ -188,10 +187,13 @@ def minibatch_updates(
         if mixed is not None:
             gradients, more = add_mixed(state, mixed, number, gradients, loss.count)
             metrics |= more
+        before = state.skipped
         state, update_metrics = apply_gradients(
             state, gradients, loss.sum, optimizer=optimizer, count=loss.count, ema_decay=ema_decay
         )
-        return state, {**{f"train/{name}": metric for name, metric in metrics.items()}, **update_metrics}
+        named = {**{f"train/{name}": metric for name, metric in metrics.items()}, **update_metrics}
+        # An update that is skipped, for something in it is not finite, is in no mean.
+        return state, jax.tree.map(lambda leaf: jnp.where(state.skipped == before, leaf, 0), named)
 
     updates = state.opt_state["updates"]
     inner = dataclasses.replace(state, opt_state=state.opt_state["optimizer"])
@@ -251,7 +253,7 @@ def online_task(config: Config, workdir: Path, policy: Policy, mesh: Mesh, onlin
     cut = cut_from_config(config, mesh, minibatches=online.minibatches)
     options = rollout_options(config, policy)
     check_gold(config)
-    prompts, held_out = prompts_from_config(config, policy)
+    prompts, held_out = prompts_from_config(config, policy, workdir)
     steps = steps_from_config(config, prompts.sources)
     schedule, optimizer = _optimizer(config, steps, online)
     value = ValueNetwork(online.value, config, policy, mesh)
@@ -291,9 +293,14 @@ def online_task(config: Config, workdir: Path, policy: Policy, mesh: Mesh, onlin
             in_shardings=(None, None, batch_sharding(mesh), None),
             out_shardings=(batch_sharding(mesh), replicated(mesh)),
         ),
+        max_logp_difference=config.rollout.max_logp_difference,
     )
     if config.score.normalise:
-        first = prompts.all()[: -(-config.score.normalise // options.samples)]
+        # Drawn, for files may be sorted (IMDb's training rows: first all the negative ones).
+        count = min(-(-config.score.normalise // options.samples), len(prompts))
+        drawn = np.random.default_rng(config.seed).choice(len(prompts), count, replace=False)
+        everything = prompts.all()
+        first = [everything[place] for place in np.sort(drawn).tolist()]
         try:
             gain, bias = scorer.normalise(collector.roll_out(start, first, NORMALISE_SEED))
         except InputError:
@@ -342,7 +349,7 @@ def online_task(config: Config, workdir: Path, policy: Policy, mesh: Mesh, onlin
         train_step=train_step,
         evaluate=evaluation.metrics if held_out else None,
         sample=evaluation.samples,
-        flops_per_token=flops_per_token(policy.model.config, row_length),
+        flops_per_token=0.0,  # an iteration is many passes over its tokens; the share of the peak is not told
         stop=StopRules(**config.stop).reason,
         ahead=0,
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +27,7 @@ from posttrain_jax.models.transformer import Model, make_model
 from posttrain_jax.rewards.workers import PythonReward
 from posttrain_jax.rollouts.draw import RolloutOptions, encode_prompt
 from posttrain_jax.rollouts.experience import policy_params
-from posttrain_jax.rollouts.score import ScoreOptions, Scorer, load_reward_model
+from posttrain_jax.rollouts.score import ScoreOptions, Scorer, check_tokenizer, load_reward_model
 from posttrain_jax.sharding import jit_step, tree_shardings
 from posttrain_jax.trees import combine, partition
 from posttrain_jax.types import PyTree, TrainState
@@ -78,7 +80,7 @@ class ValueNetwork:
       mesh: where its parameters go.
 
     Raises:
-      InputError: no such MODEL, or one without a score head.
+      InputError: no such MODEL, one without a score head, or with another tokenizer than the policy's.
     """
 
     def __init__(self, kind: str, config: Config, policy: Policy, mesh: Mesh) -> None:
@@ -90,6 +92,7 @@ class ValueNetwork:
         if kind == "shared":
             self.model = policy.model
         elif kind == "policy":
+            policy.require_new_adapter("ppo.value=policy")
             self.model = without_adapter(config, policy)
         elif kind not in VALUES:
             load = functools.partial(
@@ -97,6 +100,7 @@ class ValueNetwork:
             )
             loaded = load()
             require_score_head(loaded)
+            check_tokenizer(loaded, policy.tokenizer)
             # The parameters are read again by `join`, so that they do not lie beside the state for the whole run.
             self._load = lambda: load().params
             self._shapes = jax.eval_shape(lambda: loaded.params)
@@ -152,6 +156,7 @@ def reference_model(config: Config, policy: Policy) -> Model:
     if kind == "adapter":
         if not policy.model.lora.rank:
             raise InputError("rollout.reference=adapter leaves a LoRA adapter out, but model.lora.rank is 0.")
+        policy.require_new_adapter("rollout.reference=adapter")
         return without_adapter(config, policy)
     if kind == "ema" and not config.optim.ema:
         raise InputError(
@@ -207,14 +212,14 @@ def rollout_options(config: Config, policy: Policy) -> RolloutOptions:
     )
 
 
-def prompts_from_config(config: Config, policy: Policy) -> tuple[PromptData, list[Prompt]]:
-    """Prompts to learn on, and held-out ones.
+def prompts_from_config(config: Config, policy: Policy, workdir: Path) -> tuple[PromptData, list[Prompt]]:
+    """Prompts to learn on, and held-out ones; rows that are skipped go into `workdir`'s rejected.jsonl.
 
     Raises:
       InputError: bad rows, a missing file, prompts that are too long.
     """
 
-    def read(spec: Any) -> PromptData:
+    def read(spec: Any, rejected: str) -> PromptData:
         return read_prompts(
             data_spec(spec),
             functools.partial(
@@ -223,9 +228,10 @@ def prompts_from_config(config: Config, policy: Policy) -> tuple[PromptData, lis
             max_tokens=config.data.max_length - config.rollout.max_new_tokens,
             long_prompts=config.data.long_prompts,
             on_bad_row=config.data.on_bad_row,
+            rejected_path=workdir / rejected if jax.process_index() == 0 else None,
         )
 
-    train = read(config.data.train)
+    train = read(config.data.train, "rejected.jsonl")
     say(train.text())
     if not config.data.eval:
         return train, []
@@ -233,7 +239,7 @@ def prompts_from_config(config: Config, policy: Policy) -> tuple[PromptData, lis
     if amount is not None:
         train, held_out = hold_out(train, amount, seed=config.seed)
     else:
-        held_out = read(config.data.eval)
+        held_out = read(config.data.eval, "rejected-eval.jsonl")
         say(held_out.text())
     say(f"{len(train):,} prompts to learn on, {len(held_out):,} held out.")
     return train, held_out.all()
@@ -268,7 +274,30 @@ def scorer_from_config(config: Config, policy: Policy, mesh: Mesh, cut: Cut) -> 
         missing_end=score.missing_end,
         missing_end_value=score.missing_end_value,
     )
+    unknown = sorted(set(_arguments(config)) - {*score.functions, score.gold_function})
+    if unknown:
+        raise InputError(
+            f"score.arguments names {unknown[0]}, which is neither among score.functions nor score.gold_function."
+        )
     return _scorer(config, policy, mesh, cut, list(score.functions), list(score.models), options)
+
+
+def _arguments(config: Config) -> dict[str, dict[str, Any]]:
+    """`score.arguments`: the keyword arguments of reward functions, by their names.
+
+    Raises:
+      InputError: it is no JSON of that form.
+    """
+    text = config.score.arguments
+    try:
+        arguments = json.loads(text or "{}")
+        if not all(isinstance(given, dict) for given in arguments.values()):
+            raise ValueError("a function's arguments are an object too")
+    except (ValueError, AttributeError) as error:
+        raise InputError(
+            f'score.arguments is {text!r} ({error}); write JSON, {{"module:function": {{"argument": value}}}}.'
+        ) from error
+    return arguments
 
 
 def check_gold(config: Config) -> None:
@@ -314,11 +343,18 @@ def _scorer(
     models: list[str],
     options: ScoreOptions,
 ) -> Scorer:
-    score = config.score
+    score, arguments = config.score, _arguments(config)
     return Scorer(
         policy.tokenizer,
         functions={
-            name: PythonReward(name, seconds=score.seconds, failure_score=score.failure) for name in functions
+            name: PythonReward(
+                name,
+                arguments=arguments.get(name, {}),
+                seconds=score.seconds,
+                answers_per_call=score.answers_per_call,
+                failure_score=score.failure,
+            )
+            for name in functions
         },
         models={
             name: load_reward_model(

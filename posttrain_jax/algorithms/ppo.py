@@ -14,7 +14,7 @@ What "The N Implementation Details of RLHF with PPO" (Huang, Liu, von Werra 2023
      4  answers end at their end token; no token after it counts   `Rollouts.actions`
      5  learning rate falls to 0                                   `optim.schedule`
      6  logits / temperature wherever log-probabilities are        `Projection.temperature`
-     7  the value head starts at 0                                 `init_params`
+     7  the value head starts at 0                                 `ValueNetwork`
      8  no dropout                                                 the transformer has none
      9  truncation at a token; a missing end token has its score   `ppo.truncate_token`, `ppo.missing_end`
     10  no discount (gamma 1)                                      `ppo.gamma`
@@ -26,6 +26,9 @@ What "The N Implementation Details of RLHF with PPO" (Huang, Liu, von Werra 2023
     16  the KL's price adapts                                      `ppo.kl_target`, `ppo.kl_horizon`
     17  Adam's epsilon where TensorFlow has it                     `optim.name=adam_tf`
     18  scores normalised to mean 0, variance 1 at the start       `score.normalise`
+
+Not done: a seed of its own for every process (a sample's noise depends on its prompt, so it needs none), and queries
+that begin and end at a full stop (prompts are the data's). Its details of the reward model are in `reward_model.py`.
 
 And from its sequel on TL;DR (Huang et al. 2024, arXiv:2403.17031) and from InstructGPT:
 
@@ -268,6 +271,16 @@ def options_from_config(config: Config) -> Options:
     for name, value in {"gamma": ppo.gamma, "lam": ppo.lam}.items():
         if not 0 <= value <= 1:
             raise InputError(f"ppo.{name} is {value}; it must lie between 0 and 1.")
+    rows = config.train.rows_per_step * config.rollout.samples
+    if ppo.kl_target and not ppo.kl_coefficient:
+        raise InputError(
+            "ppo.kl_target adapts the KL coefficient by a factor, and ppo.kl_coefficient is 0; set where it starts."
+        )
+    if ppo.kl_target and rows >= 5 * ppo.kl_horizon:
+        raise InputError(
+            f"ppo.kl_horizon is {ppo.kl_horizon:g} answers, and an iteration has {rows}: the KL coefficient could "
+            f"become negative; use a horizon above {rows / 5:g}."
+        )
     if ppo.dual_clip and not ppo.dual_clip > 1:
         raise InputError(f"ppo.dual_clip is {ppo.dual_clip}; it must be more than 1, or 0 (off).")
     return Options(

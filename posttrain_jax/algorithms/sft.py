@@ -82,7 +82,7 @@ def train_step(
 
     gradients, metrics = gradient_sums(loss_sum, state.params, batch)
     loss = metrics["loss"]
-    lr = schedule(state.step)
+    lr = schedule(state.step - state.skipped)  # the optimiser does not count skipped steps
     state, update_metrics = apply_gradients(
         state, gradients, loss.sum, optimizer=optimizer, count=loss.count, ema_decay=ema_decay
     )

@@ -123,7 +123,7 @@ def clipped_value_loss(
     Returns:
       The loss per token. Metrics: `loss`; `value_clip_fraction`, tokens whose clipped side is strictly the larger;
       `values`; and the four means of which `explained_variance` is made: `returns`, `returns_squared`,
-      `value_errors` (R - V) and `value_errors_squared`.
+      `value_errors` (R - V_old, of values that had not seen these returns) and `value_errors_squared`.
 
     Raises:
       ValueError: shapes that differ, or a clip below 0.
@@ -139,7 +139,7 @@ def clipped_value_loss(
     if clip:
         near_BT = jnp.clip(values_BT, old_values_BT - clip, old_values_BT + clip)
         clipped_BT = jnp.square(near_BT - returns_BT)
-    errors_BT = returns_BT - values_BT
+    errors_BT = returns_BT - old_values_BT
     metrics = {
         "value_clip_fraction": tokens.metric((clipped_BT > free_BT).astype(jnp.float32)),
         "values": tokens.metric(values_BT),
@@ -152,7 +152,7 @@ def clipped_value_loss(
 
 
 def explained_variance(metrics: Metrics) -> Array:
-    """1 - Var(R - V) / Var(R), scalar float32, from the metrics of `clipped_value_loss` after they have been added up.
+    """1 - Var(R - V_old) / Var(R), scalar float32, from the added up metrics of `clipped_value_loss`.
 
     1 = the values tell all differences between the returns, 0 = none, below 0 = worse than one number for all. NaN
     where the returns do not vary by more than the rounding of their squares, or where there are none.

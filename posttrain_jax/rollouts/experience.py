@@ -17,7 +17,7 @@ from posttrain_jax.models.transformer import Model, head_VD
 from posttrain_jax.optim import map_micro_batches
 from posttrain_jax.rollouts.draw import RolloutBatch
 from posttrain_jax.trees import partition
-from posttrain_jax.types import Array, Metric, Metrics, PyTree
+from posttrain_jax.types import Array, Largest, Metric, Metrics, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,8 +163,8 @@ def _is_adapter(path: str) -> bool:
 
 def _metrics(batch: RolloutBatch, found: _Found, kl_coefficient: Array) -> Metrics:
     """Per answer: score, reward, the three estimates of the KL, tokens; per token: entropy (the mean of -log pi of what
-    was drawn, an unbiased estimate at temperature 1); the largest gap between the engine's log-probability of a token
-    and the trainer's."""
+    was drawn, an unbiased estimate for the distribution drawn from); the largest and the mean gap between the engine's
+    log-probability of a token and the trainer's."""
     acts = batch.actions != 0
     answers, drawn = jnp.float32(batch.scores.size), jnp.sum(acts, dtype=jnp.float32)
 
@@ -172,7 +172,7 @@ def _metrics(batch: RolloutBatch, found: _Found, kl_coefficient: Array) -> Metri
         return jnp.sum(jnp.where(acts, values, 0.0))
 
     pair = found.logps, found.reference
-    gap = jnp.max(jnp.where(acts, jnp.abs(found.logps - batch.engine_logps), 0.0))
+    gaps = jnp.where(acts, jnp.abs(found.logps - batch.engine_logps), 0.0)
     return {
         "score": Metric(jnp.sum(batch.scores), answers),
         "reward": Metric(total(found.rewards), answers),
@@ -183,5 +183,6 @@ def _metrics(batch: RolloutBatch, found: _Found, kl_coefficient: Array) -> Metri
         "entropy": Metric(-total(found.logps), drawn),
         "answer_tokens": Metric(drawn, answers),
         "tokens": Metric.of(jnp.sum(batch.segment_ids != 0, dtype=jnp.float32)),
-        "engine_logp_gap": Metric.of(gap),
+        "engine_logp_gap": Largest.of(jnp.max(gaps)),
+        "engine_logp_gap_mean": Metric(jnp.sum(gaps), drawn),
     }

@@ -288,6 +288,14 @@ def test_a_limit_ends_the_run_for_good(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_sampler_that_is_off_stops_the_run(tmp_path):
+    """Engine and trainer add in another order, so that they never agree to 1e-9 nats."""
+    with pytest.raises(InputError, match="more than rollout.max_logp_difference=1e-09"):
+        run(short(rollout__max_logp_difference=1e-9), tmp_path / "run")
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.slow
 def test_a_mesh_changes_nothing(tmp_path):
     """The first iteration draws the same answers and learns the same on 8 devices and on 2 x 2 x 2."""
     names = ("train/score", "train/loss", "train/grad_norm", "train/entropy", "train/answer_tokens")
@@ -312,6 +320,14 @@ def start(config: ConfigDict, workdir: Path) -> None:
     ("changes", "words"),
     [
         ({"ppo.kl_coefficient": -0.1}, "ppo.kl_coefficient is -0.1; it must be 0 or more"),
+        ({"ppo.kl_coefficient": 0.0, "ppo.kl_target": 6.0}, "ppo.kl_coefficient is 0; set where it starts"),
+        (
+            {"ppo.kl_coefficient": 0.1, "ppo.kl_target": 6.0, "ppo.kl_horizon": 6.0},
+            "ppo.kl_horizon is 6 answers, and an iteration has 32: .* above 6.4",
+        ),
+        ({"score.arguments": "{"}, "score.arguments is '{' .*; write JSON"),
+        ({"score.arguments": '{"a:b": {}}'}, "score.arguments names a:b, which is neither among"),
+        ({"score.answers_per_call": 0}, "score.answers_per_call is 0; it must be at least 1"),
         ({"ppo.clip": 0.0}, "ppo.clip is 0.0; it must be more than 0"),
         ({"ppo.lam": 1.5}, "ppo.lam is 1.5; it must lie between 0 and 1"),
         ({"ppo.dual_clip": 0.5}, "ppo.dual_clip is 0.5; it must be more than 1, or 0"),

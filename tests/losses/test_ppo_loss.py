@@ -306,7 +306,7 @@ def test_explained_variance_of_micro_batches_is_that_of_the_whole():
 
     parts = [metrics(slice(0, 1)), metrics(slice(1, 4))]
     added = {name: parts[0][name] + parts[1][name] for name in parts[0]}
-    want = 1 - np.var(returns[mask] - values[mask]) / np.var(returns[mask])
+    want = 1 - np.var(returns[mask] - old_values[mask]) / np.var(returns[mask])
     assert float(ppo.explained_variance(added)) == pytest.approx(want, rel=1e-5)
     nothing = {name: Metric(metric.sum * 0, metric.count * 0) for name, metric in added.items()}
     assert math.isnan(float(ppo.explained_variance(nothing)))
