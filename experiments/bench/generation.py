@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
 import pathlib
@@ -22,7 +21,7 @@ import sys
 from typing import Any
 
 from experiments.bench.generation_contract import WORKS, load_prompts
-from experiments.bench.sft import HERE, ROOT, commit, cpu_name, make_torch_environment
+from experiments.bench.sft import HERE, ROOT, circumstances, make_torch_environment
 
 ROWS = HERE / "rows" / "200x512"
 SIDES = {
@@ -186,10 +185,7 @@ def main() -> None:
     workers = {side: Worker(side, pythons[side], flags.threads) for side in sides}
     versions = {k: v for worker in workers.values() for k, v in worker.versions.items()}
     about = {
-        "command": f"python -m experiments.bench.generation {' '.join(sys.argv[1:])}".strip(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "cpu": cpu_name(),
+        **circumstances("generation"),
         "threads": flags.threads,
         "machine": machine,
         "versions": ", ".join(f"{package} {version}" for package, version in sorted(versions.items())),

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import math
 import os
@@ -27,7 +26,7 @@ import time
 from typing import Any
 
 from experiments.bench.preferences_contract import SETTINGS, Run
-from experiments.bench.sft import HERE, ROOT, commit, cpu_name, make_torch_environment
+from experiments.bench.sft import HERE, ROOT, circumstances, make_torch_environment
 
 WARMUP = 1
 
@@ -297,10 +296,7 @@ def main() -> None:
 
     about = {
         **info,
-        "command": f"python -m experiments.bench.preferences {' '.join(sys.argv[1:])}".strip(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "cpu": cpu_name(),
+        **circumstances("preferences"),
         "steps": flags.steps,
         "pairs_per_step": flags.pairs_per_step,
         "threads": flags.threads,

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import pathlib
 import statistics
@@ -22,11 +21,12 @@ import subprocess
 import sys
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments.bench.preferences import call
 from experiments.bench.rollouts_contract import EPOCHS, SETTINGS, Run
-from experiments.bench.sft import HERE, ROOT, commit, cpu_name, make_torch_environment
+from experiments.bench.sft import HERE, ROOT, circumstances, make_torch_environment
 from posttrain_jax import assets
 from posttrain_jax.data.sources import read_rows
 from posttrain_jax.export_model import export_hf
@@ -79,12 +79,21 @@ def make_ppo_environment() -> pathlib.Path:
     return python
 
 
-def prepare(folder: pathlib.Path) -> None:
-    """Model, reward model, its head and prompts, once."""
+def prepare(folder: pathlib.Path, layers: int = 0) -> None:
+    """Model, reward model, its head and prompts, once; with `layers`, the layers are cut or repeated to so many."""
     if (folder / "info.json").is_file():
         return
     loaded = load_model(str(assets.fetch("smollm2-135m-instruct")))
-    assert loaded.tokenizer is not None
+    tokenizer = loaded.tokenizer
+    assert tokenizer is not None
+    if layers:
+        order = np.arange(layers) % loaded.config.n_layers
+        stacked = jax.tree.map(lambda kernel: np.asarray(kernel)[order], loaded.params["layers"])
+        loaded = dataclasses.replace(
+            loaded,
+            config=dataclasses.replace(loaded.config, n_layers=layers),
+            params={**loaded.params, "layers": stacked},
+        )
     width = loaded.config.d_model
     head = (np.random.default_rng(0).normal(size=(width, 1)) / (width + 1) ** 0.5).astype(np.float32)
     score_head = {"kernel": head, "gain": np.float32(1), "bias": np.float32(0)}
@@ -94,7 +103,7 @@ def prepare(folder: pathlib.Path) -> None:
             folder / name,
             config=loaded.config,
             params=tree,
-            tokenizer=loaded.tokenizer,
+            tokenizer=tokenizer,
             dtype="float32",
             overwrite=True,
         )
@@ -102,9 +111,9 @@ def prepare(folder: pathlib.Path) -> None:
     rows = [row.value for row in read_rows(str(assets.fetch("movie_openings")))][:OPENINGS]
     lines = [json.dumps({"prompt": row["prompt"]}) for row in rows]
     (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
-    lengths = [len(loaded.tokenizer(row["prompt"])["input_ids"]) for row in rows]
+    lengths = [len(tokenizer(row["prompt"])["input_ids"]) for row in rows]
     info = {
-        "model": "SmolLM2-135M-Instruct, float32",
+        "model": "SmolLM2-135M-Instruct" + (f" with {layers} layers" if layers else "") + ", float32",
         "data": f"the first {len(rows)} openings of film reviews ({min(lengths)} to {max(lengths)} tokens)",
     }
     (folder / "info.json").write_text(json.dumps(info) + "\n", "utf-8")
@@ -212,10 +221,7 @@ def main() -> None:
     prepare(rows)
     about: dict[str, Any] = {
         **json.loads((rows / "info.json").read_text("utf-8")),
-        "command": f"python -m experiments.bench.rollouts {' '.join(sys.argv[1:])}".strip(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "cpu": cpu_name(),
+        **circumstances("rollouts"),
         "iterations": flags.iterations,
         "new_tokens": flags.new_tokens,
         "threads": flags.threads,

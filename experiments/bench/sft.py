@@ -248,6 +248,16 @@ def commit() -> str:
     return run.stdout.strip() or "unknown"
 
 
+def circumstances(module: str) -> dict[str, str]:
+    """What every table says of its run: the command (python -m experiments.bench.MODULE ...), date, commit, CPU."""
+    return {
+        "command": f"python -m experiments.bench.{module} {' '.join(sys.argv[1:])}".strip(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "cpu": cpu_name(),
+    }
+
+
 def main() -> None:
     """Runs everything and prints the table."""
     flags = parse_flags()
@@ -260,10 +270,7 @@ def main() -> None:
 
     about = {
         **info,
-        "command": f"python -m experiments.bench.sft {' '.join(sys.argv[1:])}".strip(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "cpu": cpu_name(),
+        **circumstances("sft"),
         "steps": flags.steps,
         "rows_per_step": flags.rows_per_step,
         "threads": flags.threads,
