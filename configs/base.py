@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+# What a chat model is asked at every evaluation, so that its change can be read.
+PROMPTS = (
+    "What is the capital of France?",
+    "Give three tips for staying healthy.",
+    "Rewrite this sentence in the passive voice: The cat chased the mouse.",
+)
+
 
 def base_config() -> ConfigDict:
     """All keys, all defaults; units in the comments."""
@@ -24,7 +31,7 @@ def base_config() -> ConfigDict:
     config.model.lora.rslora = False
 
     config.data = ConfigDict(convert_dict=False)
-    config.data.train = ""  # path, folder, hf:NAME, tfds:NAME, or ((source, weight), ...)
+    config.data.train = ""  # path, folder, hf:NAME, tfds:NAME, or a mixture: '[["SOURCE", weight], ...]'
     config.data.eval = ""  # the same, or "split:0.05" of the training rows; "" = none
     config.data.max_length = 1024  # tokens per row
     config.data.pack = True
@@ -77,7 +84,10 @@ def base_config() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 0  # steps; 0 = at the end
     config.checkpoint.keep = 2
-    config.checkpoint.best_metric = ""  # such as eval/loss: its lowest checkpoint stays too
+    config.checkpoint.best_metric = ""  # such as eval/loss: its best checkpoint stays too
+    config.checkpoint.best_is_high = (
+        False  # whether the best is the highest (of an accuracy) or the lowest (of a loss)
+    )
     return config
 
 
@@ -143,12 +153,15 @@ def online_config() -> ConfigDict:
     config.rollout.batch_size = 0  # answers written side by side; 0 = all
     config.rollout.truncate_token = -1  # answers end after the first of these; -1 = off
     config.rollout.truncate_after = 0  # but not within so many tokens
+    config.rollout.max_logp_difference = 0.0  # nats, engine to trainer; more stops the run; 0 = off
     config.rollout.reference = (
         "frozen"  # frozen (a second copy of the policy), adapter (LoRA off), ema (optim.ema's)
     )
 
     config.score = ConfigDict()
     config.score.functions = ()  # "module:function", each run in worker processes
+    config.score.arguments = ""  # of functions, as JSON: {"module:function": {"argument": value}}
+    config.score.answers_per_call = 1  # of a function
     config.score.models = ()  # MODELs with a score head
     config.score.weights = ()  # of the functions, then of the models; () = 1 each
     config.score.join = (
@@ -232,6 +245,7 @@ def tiny(config: ConfigDict) -> ConfigDict:
     if "batch_rows" in config.eval:
         config.eval.batch_rows = 2
         config.eval.max_new_tokens = 8
+        config.eval.prompts = config.eval.prompts[:1]
     config.checkpoint.every = 2
     return config
 

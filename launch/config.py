@@ -108,7 +108,7 @@ def load_file(spec: str) -> ConfigDict:
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys to values; `model.config` of a random model is one value."""
+    """Dotted keys to values."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, ConfigDict):
@@ -144,13 +144,24 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "optim.warmup_start": (0, 1),
     "optim.min_lr_ratio": (0, 1),
     "optim.decay_share": (0, 1),
-    "optim.beta1": (0, 1),
-    "optim.beta2": (0, 1),
+    "optim.beta1": (0, 0.9999999),
+    "optim.beta2": (0, 0.9999999),
     "optim.eps": (0, math.inf),
     "optim.weight_decay": (0, math.inf),
     "optim.momentum": (0, 1),
     "optim.clip_norm": (0, math.inf),
     "data.prompt_tokens": (0, math.inf),
+    "dpo.alpha": (0, math.inf),
+    "dpo.gamma": (0, math.inf),
+    "dpo.eta": (0, math.inf),
+    "dpo.nll_weight": (0, math.inf),
+    "reward.centre": (0, math.inf),
+    "reward.margin_scale": (0, math.inf),
+    "rollout.batch_size": (0, math.inf),
+    "rollout.truncate_after": (0, math.inf),
+    "rollout.max_logp_difference": (0, math.inf),
+    "score.answers_per_call": (1, math.inf),
+    "score.clip": (0, math.inf),
     "score.normalise": (0, math.inf),
     "stop.kl": (0, math.inf),
     "stop.entropy": (0, math.inf),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -45,8 +47,15 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"--config and --workdir are needed; an example: {EXAMPLE}")
     connect()
     entry.set_up_jax()
+    if not COORDINATOR.value:
+        signal.signal(signal.SIGTERM, _leave)
     run(CONFIG.value, Path(WORKDIR.value))
     return 0
+
+
+def _leave(signum: int, frame: Any) -> None:
+    """SIGTERM before the training loop, which has a handler of its own: there is nothing to save yet."""
+    raise SystemExit(0)
 
 
 def connect() -> None:
@@ -89,6 +98,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         checkpoint_every=config.checkpoint.every,
         keep=config.checkpoint.keep,
         best_metric=config.checkpoint.best_metric,
+        best_is_high=config.checkpoint.best_is_high,
         max_skipped=config.train.max_skipped,
         profile=config.log.profile,
         tensorboard=config.log.tensorboard,

@@ -298,10 +298,7 @@ class Checkpoints:
                     )
                 self._set_aside(step)
                 continue
-            restored = self._read(step, like)
-            if restored is not None:
-                return restored
-            self._set_aside(step)
+            return self._read(step, like)
         if steps:
             raise InputError(
                 f"None of the checkpoints {steps} in {self.folder} can be read; they were renamed to *.damaged. "
@@ -318,7 +315,7 @@ class Checkpoints:
         multihost_utils.sync_global_devices("set aside")
         self._manager.reload()
 
-    def _read(self, step: int, like: TrainState) -> Restored | None:
+    def _read(self, step: int, like: TrainState) -> Restored:
         key_data = jax.eval_shape(jax.random.key_data, like.key)
         key_data = jax.ShapeDtypeStruct(key_data.shape, key_data.dtype, sharding=like.step.sharding)
         optimizer = {
@@ -341,12 +338,10 @@ class Checkpoints:
             )
         except Exception as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            log.error(
-                "Checkpoint %s cannot be read: %s; trying the one before it.",
-                self.folder / str(step),
-                first_line,
-            )
-            return None
+            raise InputError(
+                f"Checkpoint {self.folder / str(step)} cannot be read, although its files are what was written: "
+                f"{first_line.rstrip('.')}. Nothing was changed; is there enough memory, and is the file system up?"
+            ) from error
         saved = items.optimizer
         state = TrainState(
             step=saved["step"],

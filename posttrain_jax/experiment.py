@@ -23,7 +23,7 @@ from posttrain_jax.data.spans import resolve_template
 from posttrain_jax.errors import InputError
 from posttrain_jax.experiment_data import eval_rows
 from posttrain_jax.export_model import write_model_folder
-from posttrain_jax.load_model import Source, is_reward_model, load_config, load_model, resolve
+from posttrain_jax.load_model import Source, has_adapter, is_reward_model, load_config, load_model, resolve
 from posttrain_jax.metrics import Accumulator, to_host
 from posttrain_jax.models.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.config import LoraConfig, ModelConfig
@@ -79,6 +79,12 @@ class Policy:
                 f"model.init={self.source.name} has a LoRA adapter; merge it first "
                 "(python -m launch.export), or set model.lora.rank to train an adapter."
             )
+        if loaded.lora.rank and _in_order(loaded.lora) != _in_order(self.model.lora):
+            raise InputError(
+                f"model.init={self.source.name} has a LoRA adapter of {_lora_text(loaded.lora)}, and the config says "
+                f"{_lora_text(self.model.lora)}; set model.lora to the adapter's, or merge it first (python -m "
+                "launch.export)."
+            )
         if not self.model.lora.rank or loaded.lora.rank:
             return loaded.params
 
@@ -88,6 +94,18 @@ class Policy:
         places = partition(shardings, lambda path: path.endswith(("lora_a", "lora_b")))[0]
         with jax.set_mesh(mesh):
             return combine(loaded.params, jax.jit(adapters, out_shardings=places)(key))
+
+    def require_new_adapter(self, what: str) -> None:
+        """For what takes the parameters without their adapter to be those that training starts from.
+
+        Raises:
+          InputError: `model.init` has an adapter already.
+        """
+        if self.source is not None and has_adapter(self.source):
+            raise InputError(
+                f"{what} needs an adapter that starts at zero, and model.init={self.source.name} has one that was "
+                "trained; merge it first (python -m launch.export)."
+            )
 
     def describe(self, folder: Path, *, reward: bool = False) -> None:
         """Writes config.json, tokenizer, chat template and generation config: what export and chat need.
@@ -103,6 +121,14 @@ class Policy:
             generation=self.generation,
             reward=reward,
         )
+
+
+def _in_order(lora: LoraConfig) -> LoraConfig:
+    return dataclasses.replace(lora, targets=tuple(sorted(lora.targets)))
+
+
+def _lora_text(lora: LoraConfig) -> str:
+    return f"rank {lora.rank}, alpha {lora.alpha:g}, rslora {lora.rslora}, targets {' '.join(sorted(lora.targets))}"
 
 
 def policy_from_config(config: Config, *, reward: bool = False) -> Policy:

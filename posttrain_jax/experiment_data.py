@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def rows_from_config(config: Config, tokenizer: PreTrainedTokenizerBase, workdir
         if amount is not None:
             train, held_out = hold_out(train, amount, seed=config.seed)
         else:
-            held_out = build(data_spec(config.data.eval), tokenizer, options)
+            rejected = workdir / "rejected-eval.jsonl"
+            held_out = build(data_spec(config.data.eval), tokenizer, options, rejected_path=rejected)
             say(held_out.text())
     rows = pack(train, config.data.max_length, packed=config.data.pack)
     evaluation = [] if held_out is None else pack(held_out, config.data.max_length, packed=config.data.pack)
@@ -113,7 +115,10 @@ def preferences_from_config(
         if amount is not None:
             train, held_out = hold_out(train, amount, seed=config.seed)
         else:
-            held_out = build_preferences(data_spec(config.data.eval), tokenizer, options)
+            rejected = workdir / "rejected-eval.jsonl"
+            held_out = build_preferences(
+                data_spec(config.data.eval), tokenizer, options, rejected_path=rejected
+            )
             say(held_out.text())
     train, held_out = change(train), None if held_out is None else change(held_out)
     parts = [train] if held_out is None else [train, held_out]
@@ -150,7 +155,21 @@ def share_prompt(wanted: str, attention: str) -> bool:
 
 
 def data_spec(value: Any) -> Any:
-    """A data spec as `data.tokenized.build` takes it: a string, or (source, weight) pairs; `asset:NAME` is fetched."""
+    """A data spec as `data.tokenized.build` takes it: a string, or (source, weight) pairs; `asset:NAME` is fetched.
+
+    A mixture is written as JSON, `[["a.jsonl", 3], ["asset:NAME", 1]]`.
+
+    Raises:
+      InputError: a mixture that is no such list; an asset that cannot be fetched.
+    """
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            value = [(str(source), float(weight)) for source, weight in json.loads(value)]
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                f'{value} is no mixture of data; write [["SOURCE", weight], ...], such as [["a.jsonl", 3], '
+                '["b.jsonl", 1]].'
+            ) from error
     if not isinstance(value, str):
-        return [(data_spec(str(source)), float(weight)) for source, weight in value]
+        return [(data_spec(source), weight) for source, weight in value]
     return str(fetch(value.removeprefix("asset:"))) if value.startswith("asset:") else value

@@ -376,6 +376,11 @@ def _workdir_lora(workdir: pathlib.Path) -> LoraConfig:
     return LoraConfig(fields["rank"], float(fields["alpha"]), tuple(fields["targets"]), fields["rslora"])
 
 
+def has_adapter(source: Source) -> bool:
+    """Whether a model comes with a LoRA adapter that was trained."""
+    return source.kind == "adapter" or (source.kind == "workdir" and _workdir_lora(source.path).rank > 0)
+
+
 def _base_of(source: Source) -> Source:
     base = read_json(source.path / "adapter_config.json").get("base_model_name_or_path")
     if not base:

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from posttrain_jax.errors import InputError
 from posttrain_jax.types import Metric, Metrics
 
 
@@ -130,8 +131,12 @@ class MetricsWriter:
         if tensorboard:
             self._board = _Board(workdir / "tensorboard", last_kept=last_kept)
         if wandb_project:
-            import wandb
-
+            try:
+                import wandb
+            except ImportError as error:
+                raise InputError(
+                    'log.wandb_project needs the package wandb: pip install -e ".[wandb]", or leave it "".'
+                ) from error
             run_id = f"{workdir.name}-{zlib.crc32(str(workdir.absolute()).encode()):08x}"
             self._wandb = wandb.init(
                 project=wandb_project, name=workdir.name, id=run_id, resume="allow", config=config

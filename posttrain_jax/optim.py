@@ -93,7 +93,10 @@ def make_optimizer(
     clip_norm: float = 1.0,
     momentum: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clipping by global norm (0 = off), then the named optimiser; decay is decoupled and masked.
+    """Clipping by global norm (0 = off), then the named optimiser.
+
+    Decay is masked and decoupled: lr x decay x parameter in every step (but SGD's goes through its momentum, as in
+    PyTorch).
 
     AdamW (arXiv:1711.05101), Lion (arXiv:2302.06675), Adafactor (arXiv:1804.04235; no parameter scaling, so
     that `lr` means the same everywhere), RMSprop as PyTorch has it (its alpha is `beta2`; eps outside the root), SGD
@@ -108,12 +111,10 @@ def make_optimizer(
     elif name == "lion":
         rule = optax.lion(schedule, beta1, beta2, weight_decay=weight_decay, mask=decay_mask)
     elif name == "adafactor":
-        rule = optax.adafactor(
-            schedule,
-            multiply_by_parameter_scale=False,
-            weight_decay_rate=weight_decay or None,
-            weight_decay_mask=decay_mask,
-        )
+        # optax's own decay is not multiplied by the learning rate; what it returns here is already a descent.
+        factored = optax.adafactor(None, multiply_by_parameter_scale=False)
+        decay = optax.add_decayed_weights(weight_decay, decay_mask)
+        rule = optax.chain(factored, optax.scale(-1.0), decay, optax.scale_by_learning_rate(schedule))
     elif name == "rmsprop":
         decay = optax.add_decayed_weights(weight_decay, decay_mask)
         rule = optax.chain(
@@ -297,10 +298,11 @@ def apply_gradients(
       gradients: sums; the step uses gradients / count.
       loss: anything that is finite exactly when the loss is.
       optimizer: from `make_optimizer`.
-      count: what the sums are divided by, the global count of trained tokens; 0 counts as 1.
+      count: what the sums are divided by, the global count (of trained tokens, or of weights); 0 counts as 1.
       ema_decay: of the moving average of the parameters; 0 = off.
     """
-    count = jnp.maximum(jnp.asarray(count, jnp.float32), 1.0)
+    count = jnp.asarray(count, jnp.float32)
+    count = jnp.where(count > 0, count, 1.0)
     norm = global_norm(gradients) / count
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 

@@ -51,6 +51,7 @@ class LoopOptions:
       checkpoint_every: 0 = only at the end (and on SIGTERM).
       keep: the latest checkpoints kept.
       best_metric: its best checkpoint is kept too; "" = off.
+      best_is_high: whether the best is the highest.
       max_skipped: this many skipped updates in a row stop the run.
       profile: "FIRST:LAST" steps traced into `profile/`; "" = off.
       tensorboard, wandb_project: where metrics go besides JSON Lines.
@@ -62,6 +63,7 @@ class LoopOptions:
     checkpoint_every: int
     keep: int
     best_metric: str
+    best_is_high: bool
     max_skipped: int
     profile: str
     tensorboard: bool
@@ -127,10 +129,16 @@ class _Run:
         )
         if self.writer.active:
             truncate_after(workdir / "samples.jsonl", last_kept)
+        # Every process has rows of its own.
+        self.skipped_file = (
+            workdir / f"skipped{f'-{jax.process_index()}' if jax.process_index() else ''}.jsonl"
+        )
+        truncate_after(self.skipped_file, last_kept)
         self.accumulator = Accumulator(meta.get("accumulator"))
         self.last: dict[str, float] = dict(meta.get("last", {}))
         self.best: dict[str, float] = dict(meta.get("best", {}))
         self.stopped: str = meta.get("stopped", "")
+        self.skipped: float = self.last.get("train/skipped", 0.0)
         self.pending: collections.deque[_Pending] = collections.deque()
         self.started = time.time()
         self.start_step = start
@@ -162,7 +170,10 @@ class _Run:
         metrics = to_host(item.metrics)
         self._guard(item, metrics)
         self.window_tokens += float(metrics["train/tokens"].sum)
-        if not float(metrics["train/skipped_in_row"].sum):
+        # Of a skipped step nothing is averaged; an iteration of several updates is, for its skipped ones count nothing.
+        if not float(metrics["train/skipped_in_row"].sum) or all(
+            _finite(float(metric.sum)) for metric in metrics.values()
+        ):
             self.accumulator.add({name: m for name, m in metrics.items() if name not in EXACT_METRICS})
         if item.step % self.options.log_every and item.step != self.task.steps:
             return
@@ -197,23 +208,34 @@ class _Run:
             "train/seconds_per_step": seconds / max(step - self.window_first + 1, 1),
         }
         peak = peak_flops(jax.devices()[0].device_kind)
-        if peak is not None:
+        if peak is not None and self.task.flops_per_token:
             speed["train/mfu"] = tokens_per_second * self.task.flops_per_token / (peak * jax.device_count())
         return speed
 
     def _guard(self, item: _Pending, metrics: dict[str, Metric]) -> None:
         in_row = int(metrics["train/skipped_in_row"].sum)
+        skipped = float(metrics["train/skipped"].sum)
+        more, self.skipped = skipped - self.skipped, skipped
         if in_row == 0:
+            if more > 0:
+                say(f"step {item.step}: {more:.0f} of its updates were not finite, and were skipped.")
             return
         loss = float(metrics["train/loss"].sum)
         norm = float(metrics["train/grad_norm"].sum)
         name, value = ("train/loss", loss) if not _finite(loss) else ("train/grad_norm", norm)
         rows = "; ".join(item.row_ids[:8]) + (" ..." if len(item.row_ids) > 8 else "")
-        say(f"step {item.step}: {name} is {value}; this update was skipped ({in_row} in a row). Rows: {rows}")
+        what = (
+            f"{name} is {value}"
+            if not _finite(value)
+            else "the loss or gradient of its last update is not finite"
+        )
+        say(f"step {item.step}: {what}; this update was skipped ({in_row} in a row). Rows: {rows}")
+        append_line(self.skipped_file, {"step": item.step, "what": what, "rows": item.row_ids})
         if in_row >= self.options.max_skipped:
             raise InputError(
-                f"At step {item.step} {name} is {value}, and {in_row} updates in a row were not finite (the limit "
-                f"is train.max_skipped); the rows of this batch are: {rows}. Lower optim.lr, or look at these rows."
+                f"At step {item.step} {what}, and {in_row} updates in a row were not finite (the limit "
+                f"is train.max_skipped); the rows of this batch are: {rows} (all of them in {self.skipped_file.name}). "
+                "Lower optim.lr, or look at these rows."
             )
 
     def drain(self) -> None:
@@ -265,7 +287,9 @@ def train(task: Task, options: LoopOptions, workdir: Path) -> Summary:
       InputError: too many non-finite updates in a row, a full disk, a checkpoint that does not fit.
     """
     preemption = _Preemption()
-    checkpoints = Checkpoints(workdir, keep=options.keep, best_metric=options.best_metric)
+    checkpoints = Checkpoints(
+        workdir, keep=options.keep, best_metric=options.best_metric, best_is_high=options.best_is_high
+    )
     try:
         return _train(task, options, workdir, checkpoints, preemption)
     except OSError as error:

@@ -225,7 +225,7 @@ class Task:
       train_step: jitted (state, batch) -> (state, metrics), state donated.
       evaluate: state -> named numbers, at every evaluation; or None.
       sample: state -> rows for `samples.jsonl`, at every evaluation; or None.
-      flops_per_token: model FLOPs of one step per token, for MFU.
+      flops_per_token: model FLOPs of one step per token, for MFU; 0 = not told.
       finish: what is done to the state once, after the last step and before it is evaluated and saved; or None.
       stop: (what was just logged, the highest value so far of each metric of an evaluation) -> why the run should end
         here, or ""; None = it has all its steps.

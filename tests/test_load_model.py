@@ -13,10 +13,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import posttrain_jax
+from configs.base import base_config
 from posttrain_jax.checkpoint import Checkpoints
 from posttrain_jax.errors import InputError
+from posttrain_jax.experiment import policy_from_config
 from posttrain_jax.export_model import export_hf, write_model_folder
-from posttrain_jax.load_model import load_config, load_model, resolve
+from posttrain_jax.load_model import has_adapter, load_config, load_model, resolve
 from posttrain_jax.models.config import LoraConfig, ModelConfig
 from posttrain_jax.models.peft import save_adapter
 from posttrain_jax.models.transformer import make_model
@@ -146,6 +148,12 @@ def test_an_adapter_is_a_model(exported: pathlib.Path, tmp_path: pathlib.Path) -
     assert loaded.lora == lora
     assert loaded.tokenizer is not None
     assert "lora_a" in loaded.params["layers"]["attn"]["q"]
+    assert has_adapter(resolve(str(tmp_path / "adapter"))) and not has_adapter(resolve(str(exported)))
+    config = base_config()
+    config.model.init, config.model.lora.rank = str(tmp_path / "adapter"), 4
+    config.model.tokenizer = str(exported)
+    with pytest.raises(InputError, match=r"adapter of rank 2, alpha 4, .* the config says rank 4, alpha 16"):
+        policy_from_config(config).init_params(make_mesh(), jax.random.key(0))
     save_adapter(adapted, lora, CONFIG, tmp_path / "adapter")
     with pytest.raises(InputError, match="base_model_name_or_path"):
         load_model(str(tmp_path / "adapter"))

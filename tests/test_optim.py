@@ -64,14 +64,26 @@ def test_decay_leaves_norms_and_biases_alone():
     }
 
 
-def test_weight_decay_by_hand():
-    """With zero gradients AdamW moves a kernel by -lr * decay * w = -0.1 * 0.5 * 2 = -0.1, and a bias not at all."""
-    optimizer = make_optimizer("adamw", lambda step: 0.1, weight_decay=0.5)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weight_decay_by_hand(name):
+    """With zero gradients a kernel moves by -lr * decay * w = -0.1 * 0.5 * 2 = -0.1, and a bias not at all."""
+    optimizer = make_optimizer(name, lambda step: 0.1, weight_decay=0.5)
     params = {"kernel": jnp.array([2.0]), "bias": jnp.array([2.0])}
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     np.testing.assert_allclose(updates["kernel"], [-0.1], rtol=1e-6)
     np.testing.assert_allclose(updates["bias"], [0.0])
+
+
+def test_weights_below_one_still_give_the_mean():
+    """A gradient sum of 1 over weights of 0.25: the mean is 4, and SGD at rate 0.1 subtracts 0.4."""
+    optimizer = make_optimizer("sgd", lambda step: 0.1, clip_norm=0.0)
+    state = new_state({"kernel": jnp.zeros(1)}, {}, jax.random.key(0), optimizer, ema=False)
+    state, metrics = apply_gradients(
+        state, {"kernel": jnp.ones(1)}, jnp.float32(1), optimizer=optimizer, count=jnp.float32(0.25)
+    )
+    np.testing.assert_allclose(state.params["kernel"], [-0.4], rtol=1e-6)
+    np.testing.assert_allclose(metrics["train/grad_norm"].sum, 4.0, rtol=1e-6)
 
 
 def test_clipping_by_hand():

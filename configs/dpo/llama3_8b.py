@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs.base import preference_config, tiny_preferences
+from configs.base import PROMPTS, preference_config, tiny_preferences
 from configs.sft.smollm2_135m import TINY_MODEL
 
 
@@ -36,6 +36,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optim.warmup = 0.1  # not printed
     config.mesh.data, config.mesh.fsdp = 1, -1
     config.eval.every = 500
+    config.eval.prompts = PROMPTS
     config.checkpoint.every = 500
     if variant == "tiny":
         tiny_preferences(config).model.config = ConfigDict(TINY_MODEL)

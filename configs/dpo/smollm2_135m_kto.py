@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs.base import preference_config, tiny_preferences
-from configs.sft.smollm2_135m import PROMPTS, TINY_MODEL
+from configs.base import PROMPTS, preference_config, tiny_preferences
+from configs.sft.smollm2_135m import TINY_MODEL
 
 
 def get_config(variant: str = "") -> ConfigDict:

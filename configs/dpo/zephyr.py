@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs.base import preference_config, tiny_preferences
+from configs.base import PROMPTS, preference_config, tiny_preferences
 from configs.sft.smollm2_135m import TINY_MODEL
 
 
@@ -31,6 +31,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optim.warmup = 0.1  # share of the steps
     config.mesh.data, config.mesh.fsdp = 1, -1
     config.eval.every = 500
+    config.eval.prompts = PROMPTS
     config.checkpoint.every = 500
     if variant == "tiny":
         tiny_preferences(config).model.config = ConfigDict(TINY_MODEL)

@@ -8,7 +8,8 @@ policy) at 9e-6; 8 pretraining examples for each answer, their gradient times 27
 256,000 answers.
 Not printed, and so ours: the learning rate (scanned between 2.55e-6 and 2.55e-5; without pretraining text all above
 8.05e-6 diverged), GAE's lambda, the value's coefficient and clip, whitening, what an answer without an end scores, the
-clipping of the gradient norm. Departs: a pretraining example is a packed row of `ppo.ptx_length` tokens.
+clipping of the gradient norm, Adam's epsilon, weight decay (none).
+Departs: a pretraining example is a packed row of `ppo.ptx_length` tokens.
 Make the policy (`configs/sft/`) and the reward model (`configs/reward_model/`, bias by demonstrations) first and name
 them,
   --config.model.init=SFT_MODEL --config.score.models="('REWARD_MODEL',)" --config.ppo.value=REWARD_MODEL

@@ -1,7 +1,7 @@
 """PPO on a task whose optimum is known: a tiny model from scratch learns to write nothing but "e".
 
 The reward is the share of "e" in an answer, so 1 is the optimum; a new model begins near 1/256. It is the check that
-the loop learns at all (`tests/algorithms/test_online.py`).
+the loop learns at all (`experiments/ppo_letters`, 5 seeds).
 Command: python -m launch.train --config=configs/ppo/letters.py --workdir=runs/letters
 Variants: `:rloo` (the same by RLOO), `:tiny` (seconds, to see that it runs).
 """
@@ -20,6 +20,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.config = ConfigDict(TINY_MODEL)
     config.rollout.max_new_tokens = 12
     config.rollout.samples = 4
+    config.rollout.max_logp_difference = 0.01  # all is float32
     config.ppo.kl_coefficient = 0.0
     config.ppo.epochs = 4
     config.ppo.minibatches = 2

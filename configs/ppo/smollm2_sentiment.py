@@ -27,6 +27,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.long_prompts = "drop"
     config.rollout.max_new_tokens = 24
     config.rollout.temperature = 0.7
+    config.rollout.max_logp_difference = 0.01  # all is float32
     config.score.functions = ("posttrain_jax.rewards.sentiment:log_odds",)
     config.ppo.kl_coefficient = 0.15
     config.ppo.kl_target = 6.0

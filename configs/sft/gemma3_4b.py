@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs.base import base_config, tiny
+from configs.base import PROMPTS, base_config, tiny
 
 TINY_MODEL = {
     "model_type": "gemma3_text",
@@ -48,6 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optim.weight_decay = 0.0
     config.mesh.data, config.mesh.fsdp = 1, -1
     config.eval.every = 500
+    config.eval.prompts = PROMPTS
     config.checkpoint.every = 500
     config.checkpoint.best_metric = "eval/loss"
     if variant == "tiny":

@@ -10,13 +10,8 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs.base import base_config, tiny
+from configs.base import PROMPTS, base_config, tiny
 
-PROMPTS = (
-    "What is the capital of France?",
-    "Give three tips for staying healthy.",
-    "Rewrite this sentence in the passive voice: The cat chased the mouse.",
-)
 TINY_MODEL = {
     "model_type": "llama",
     "vocab_size": 260,

@@ -8,6 +8,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from contracts.conftest import ROOT, environment
 from contracts.tiny import LLAMA, make_mesh, make_trainer, random_rows
 from launch.train import run
 from posttrain_jax import checkpoint
-from posttrain_jax.checkpoint import Checkpoints, completed_steps, damage, restore_params
+from posttrain_jax.checkpoint import MANIFEST, Checkpoints, completed_steps, damage, restore_params
 from posttrain_jax.errors import InputError
 from posttrain_jax.experiment import policy_from_config
 from posttrain_jax.models.transformer import make_model
@@ -156,6 +157,25 @@ def test_when_all_are_damaged_the_run_says_so(workdir: Path, like):
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="no checkpoint that can be read"):
         restore_params(workdir, shapes_of(tiny_config()))
+
+
+def test_a_whole_checkpoint_that_cannot_be_read_is_not_set_aside(workdir: Path, like):
+    """What the files hold is nonsense, but it is what the manifest says was written: the run stops, all stays."""
+    folder = workdir / "checkpoints/6"
+    victim = biggest(folder / "params")
+    victim.write_bytes(bytes(victim.stat().st_size))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    name = str(victim.relative_to(folder))
+    manifest[name] = [victim.stat().st_size, zlib.crc32(victim.read_bytes())]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert damage(folder) is None
+    with pytest.raises(InputError, match="cannot be read, although its files are what was written"):
+        Checkpoints(workdir).restore(like)
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()) == [
+        "2",
+        "4",
+        "6",
+    ]
 
 
 def test_restore_params_skips_damage_and_names_absent_steps(workdir: Path, caplog):

@@ -147,6 +147,18 @@ def test_sigterm_while_the_first_step_compiles(processes, tmp_path: Path):
     assert completed_steps(workdir) == [summary["final_step"]]
 
 
+def test_sigterm_while_the_model_is_made(processes, tmp_path: Path):
+    """Before there is anything to save: it ends in order, and the same command starts the run."""
+    workdir = tmp_path / "run"
+    ended = processes.run_until(
+        lambda: (workdir / "config.json").is_file(), signal.SIGTERM, *COMMAND, f"--workdir={workdir}"
+    )
+    assert ended.code == 0, ended.err
+    assert ended.err == ""
+    summary = workdir / "summary.json"
+    assert not summary.exists() or json.loads(summary.read_text())["status"] == "preempted"
+
+
 PREFERENCES = {
     "dpo": ("--config=configs/dpo/smollm2_135m.py:tiny",),
     "an ensemble of reward models": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import jax
@@ -45,6 +46,7 @@ def options(config: ConfigDict) -> LoopOptions:
         checkpoint_every=config.checkpoint.every,
         keep=config.checkpoint.keep,
         best_metric=config.checkpoint.best_metric,
+        best_is_high=config.checkpoint.best_is_high,
         max_skipped=config.train.max_skipped,
         profile=config.log.profile,
         tensorboard=config.log.tensorboard,
@@ -274,6 +276,13 @@ def test_non_finite_steps_stop_the_run_and_name_the_rows(tmp_path: Path, capsys)
     assert completed_steps(tmp_path) == [2, 4]
     said = capsys.readouterr().out
     assert "step 4: train/loss is nan; this update was skipped (1 in a row)" in said
+    skipped = lines(tmp_path, "skipped.jsonl")
+    assert [row["step"] for row in skipped] == [4, 5, 6]
+    assert all(row["what"] == "train/loss is nan" for row in skipped)
+    assert "; ".join(skipped[-1]["rows"][:8]) in message
+    shutil.rmtree(tmp_path / "checkpoints/4")
+    train(make_task(config, tmp_path), options(config), tmp_path)
+    assert lines(tmp_path, "skipped.jsonl") == []
 
 
 def test_the_last_and_the_best_checkpoints_stay(tmp_path: Path):

@@ -77,6 +77,7 @@ VALUES = {
     "on_bad_row": ("data.on_bad_row=ignore", ["data.on_bad_row", "'ignore'", "skip"]),
     "train_on": ("data.train_on=all", ["data.train_on", "'all'", "all_turns"]),
     "data_missing": ("data.train=rows/none.jsonl", ["rows/none.jsonl"]),
+    "mixture": ('data.train=[["a.jsonl"]]', ["no mixture of data", '[["SOURCE", weight], ...]']),
     "split": ("data.eval=split:0", ["data.eval", "split:"]),
     "model_missing": ("model.init=models/none", ["models/none"]),
     "model_empty": ("model.init=", ["model.init is not set"]),
@@ -117,12 +118,21 @@ LABELS, PAIRS = "data.train=configs/tiny/labels.jsonl", "data.train=configs/tiny
 # Preferences: what a value or a file of another kind gets.
 PREFERENCES = {
     "loss": (DPO, "dpo.loss=dop", ["dpo.loss is 'dop'", "simpo"]),
+    "needed": (DPO, "dpo.loss=orpo", ["dpo.loss=orpo needs dpo.alpha"]),
+    "unused": (DPO, "dpo.alpha=0.1", ["dpo.loss=dpo does not look at it", "rdpo, dpop"]),
+    "no_soft_labels": (REWARD, "reward.loss=soft_label", ["needs probabilities below 1"]),
+    "no_smoothing": (REWARD, "reward.loss=smoothed_label", ["reward.label_smoothing=0 is bradley_terry"]),
+    "unused_smoothing": (
+        REWARD,
+        "reward.label_smoothing=0.1",
+        ["reward.loss=bradley_terry does not look at it"],
+    ),
     "reference": (DPO, "dpo.reference=frozen", ["dpo.reference is 'frozen'", "cached, memory"]),
     "no_reference": (DPO, "dpo.reference=none", ["dpo.loss=dpo", "slic, simpo, orpo, cpo"]),
     "no_adapter": (DPO, "dpo.reference=adapter", ["model.lora.rank is 0"]),
     "beta": (DPO, "dpo.beta=0.0", ["dpo.beta is 0"]),
     "smoothing": (DPO, "dpo.label_smoothing=0.5", ["dpo.label_smoothing is 0.5", "below 0.5"]),
-    "exo": (DPO, "dpo.loss=exo", ["dpo.label_smoothing", "1e-3"]),
+    "exo": (DPO, "dpo.loss=exo", ["dpo.label_smoothing", "dpo.loss=exo needs dpo.label_smoothing"]),
     "share": (DPO, "data.share_prompt=maybe", ["data.share_prompt is 'maybe'", "auto, yes or no"]),
     "row_length": (DPO, "data.row_length=64", ["configs/tiny/pairs.jsonl:", "data.row_length=64"]),
     "labels_for_dpo": (DPO, LABELS, ["configs/tiny/labels.jsonl", "no comparison", "algorithm=kto"]),
@@ -183,12 +193,16 @@ def test_an_unknown_flag_is_named(processes, tmp_path: Path):
 
 def test_overrides_reach_the_run(processes, tmp_path: Path):
     """Also written apart from their flag; and what was done is what config.json says."""
+    more = tmp_path / "more.jsonl"
+    more.write_text((ROOT / "configs/tiny/chats.jsonl").read_text())
     ended = processes.run(
         "launch.train", "--config", "configs/sft/smollm2_135m.py:tiny", "--workdir", str(tmp_path / "run"),
         "--config.train.steps", "1", "--config.optim.lr=5e-4", "--noconfig.data.pack", "--config.eval.prompts=('Hi',)",
+        "--config.data.train", json.dumps([["configs/tiny/chats.jsonl", 3], [str(more), 1]]),
     )  # fmt: skip
     assert ended.code == 0, ended.err
     assert ended.err == ""
+    assert "configs/tiny/chats.jsonl: " in ended.out and f"{more}: " in ended.out
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert (config["train"]["steps"], config["optim"]["lr"], config["data"]["pack"]) == (1, 5e-4, False)
     samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]

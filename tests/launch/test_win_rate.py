@@ -313,7 +313,7 @@ def test_a_model_of_ours_as_the_judge_of_what_launch_generate_wrote(judge_folder
 
 
 def test_a_reward_model_as_the_judge(tmp_path, capsys):
-    """The preference is for the higher score at the last token; two equal answers are a tie."""
+    """The preference is for the higher score at the end of the turn; two equal answers are a tie."""
     config = dataclasses.replace(CONFIG, max_length=64)
     tokenizer, model = byte_tokenizer(), make_model(config)
     params = model.init(jax.random.key(0))
@@ -332,7 +332,8 @@ def test_a_reward_model_as_the_judge(tmp_path, capsys):
         turns = [*chat, {"role": "assistant", "content": text}]
         ids = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
         padded = jnp.asarray([ids + [0] * (64 - len(ids))])  # no token sees those that follow
-        return float(hidden_of(padded)[len(ids) - 1] @ head["kernel"][:, 0])
+        end = max(place for place, token in enumerate(ids) if token == tokenizer.eos_token_id)
+        return float(hidden_of(padded)[end] @ head["kernel"][:, 0])
 
     rows = read(tmp_path / "out" / "judgments.jsonl")
     for row, one, two in zip(rows, texts["a"], texts["b"], strict=True):
@@ -344,7 +345,7 @@ def test_a_reward_model_as_the_judge(tmp_path, capsys):
     with pytest.raises(InputError, match="--judge_model is for a judge behind a URL"):
         compare(options(tmp_path, str(folder), a=a, b=b, judge_model="m"))
     long = answers(tmp_path, "long.jsonl", ["x" * 80, *texts["b"][1:]], messages=chat, prompt=None)
-    with pytest.raises(InputError, match=r"scored_answers\.jsonl, line 2, .*103 tokens"):
+    with pytest.raises(InputError, match=r"scored_answers\.jsonl, line 2, .*102 tokens"):
         compare(options(tmp_path, str(folder), a=a, b=long))
 
 

@@ -83,6 +83,7 @@ def assert_close(ours: np.ndarray, reference: np.ndarray) -> None:
     assert np.abs(ours - reference).max() <= 1e-4 * np.abs(reference).max()
 
 
+@pytest.mark.slow
 def test_smollm2_answers_as_in_transformers(smollm2: Real) -> None:
     tokenizer = smollm2.ours.tokenizer
     assert tokenizer is not None
