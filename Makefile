@@ -39,6 +39,8 @@ DEV := $(VENV)/.installed-$(subst $() ,,$(subst $(strip ,),-,$(EXTRAS)))
 # worksteal gives an idle process the rest of the other's tests. Slow tests run alone: they start and kill processes, wait
 # for signals, and would time each other out.
 PARALLEL := -n $(JOBS) --dist worksteal
+# Fast tests compile much and compute little: LLVM's optimisations would take longer than they save.
+FAST := XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(PY) -m pytest $(PARALLEL) -m "not slow" $(PYTEST_ARGS)
 CHECKED := posttrain_jax launch configs experiments tests setup.py
 
 # pip is silent unless something fails: the resolver has nothing to decide, every version is pinned.
@@ -66,13 +68,13 @@ assets: $(PRODUCT)  ## Fetch the demo models and data into the cache (about 400 
 test: $(DEV)  ## The whole suite on 8 virtual CPU devices, fast tests first
 	@$(MAKE) assets
 	@status=0; \
-	  $(PY) -m pytest $(PARALLEL) -m "not slow" $(PYTEST_ARGS) || status=1; \
+	  $(FAST) || status=1; \
 	  $(PY) -m pytest -m slow $(PYTEST_ARGS) || status=1; \
 	  exit $$status
 
 test-fast: $(DEV)  ## Without the tests marked slow
 	@$(MAKE) assets
-	@$(PY) -m pytest $(PARALLEL) -m "not slow" $(PYTEST_ARGS)
+	@$(FAST)
 
 test-slow: $(DEV)  ## Only the tests marked slow
 	@$(MAKE) assets
