@@ -144,6 +144,7 @@ def online_config() -> ConfigDict:
     del config.data["pack"], config.data["train_on"], config.data["truncate"]
     # An evaluation answers the held-out prompts as an iteration does, the first 16 of them into samples.jsonl.
     del config.eval["batch_rows"], config.eval["prompts"], config.eval["max_new_tokens"]
+    config.eval.temperature = -1.0  # of its answers, 0 = the likeliest token; -1 = rollout.temperature
     config.data.long_prompts = "error"  # error, drop
     config.data.prompt_tokens = 0  # a `text` row's first so many tokens are its prompt
     config.rollout = ConfigDict()

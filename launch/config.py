@@ -171,6 +171,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "eval.every": (0, math.inf),
     "eval.batch_rows": (1, math.inf),
     "eval.max_new_tokens": (1, math.inf),
+    "eval.temperature": (-1, math.inf),
     "checkpoint.every": (0, math.inf),
     "checkpoint.keep": (1, math.inf),
 }

@@ -164,6 +164,13 @@ def _row_id(row: dict[str, Any], number: int) -> str | int:
     return name
 
 
+def noise_id(name: str | int) -> int:
+    """The number below 2^31 by which a prompt's random numbers are drawn: its id, hashed where it is not one."""
+    if isinstance(name, int) and 0 <= name < 1 << 31:
+        return name
+    return int.from_bytes(hashlib.sha256(json.dumps(name).encode()).digest()[:4]) >> 1
+
+
 def _checked(row: dict[str, Any]) -> dict[str, Any]:
     """The row, if exactly one of SOURCES is in it and is what it should be. Raises RowError."""
     from posttrain_jax.data.formats import ROLES
@@ -227,6 +234,7 @@ def generate(options: Options) -> None:
         asked,
         tokenizer=loaded.tokenizer,
         names=[prompt.where for prompt in prompts],
+        ids=[noise_id(prompt.id) for prompt in prompts],
     )
     answers()  # checks every prompt before anything is written
     out = Path(options.out).expanduser()

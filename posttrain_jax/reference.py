@@ -2,7 +2,8 @@
 
 DPO and its family compare the policy with the model it started from. That model does not change, so what it says of
 every completion is computed before the first step, in the rows that training uses, and found again by the next run on
-the same model and data: no second model in memory, no second forward pass in a step.
+the same model and data: no second model in memory, no second forward pass in a step. A run keeps its own copy, so that
+it resumes with the same bits when the cache was emptied, or JAX or the device is another one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from posttrain_jax.models.transformer import Model
 from posttrain_jax.trees import fingerprint
 from posttrain_jax.types import PyTree
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def reference_logps(
@@ -40,6 +41,7 @@ def reference_logps(
     *,
     groups: int,
     micro_batches: int,
+    workdir: Path,
     folder: Path | None = None,
 ) -> list[np.ndarray]:
     """What the reference says of every completion of some sources, from the cache where it is there.
@@ -51,6 +53,7 @@ def reference_logps(
       mesh: where `params` lie.
       groups: prompts at once, over all processes.
       micro_batches: how these rows are cut.
+      workdir: of the run; its copy lies in `reference_logps/` and is read first.
       folder: the cache; by default `$POSTTRAIN_CACHE` or `~/.cache/posttrain_jax`, in `reference_logps/`.
 
     Returns:
@@ -62,21 +65,28 @@ def reference_logps(
     results = []
     for source in sources:
         index = hashlib.sha256(np.ascontiguousarray(source.index, np.int64).tobytes()).hexdigest()
-        parts = (FORMAT_VERSION, jax.__version__, jax.default_backend(), model, identity, index, shape)
-        digest = hashlib.sha256(f"{parts} {source.store.meta['sha256']}".encode()).hexdigest()[:32]
-        path = root / f"{digest}.npy"
-        found = _read(path, len(source.store.lines))
+        name = _digest(FORMAT_VERSION, model, identity, index, shape, source.store.meta["sha256"])
+        own = workdir / "reference_logps" / f"{name}.npy"
+        shared = root / f"{_digest(name, jax.__version__, jax.default_backend())}.npy"
+        found = _read(own, len(source.store.lines))
+        if found is None:
+            found = _read(shared, len(source.store.lines))
         if not _everywhere(found is not None) or found is None:
             say(
-                f"Reference log-probabilities of {len(source):,} prompts are computed once and kept in {path}."
+                f"Reference log-probabilities of {len(source):,} prompts are computed once and kept in {shared}."
             )
             logps = functools.partial(policy_logps, model=model, share_prompt=shape.share_prompt)
             found = map_completions(
                 logps, params, source, shape, mesh, groups=groups, micro_batches=micro_batches
             )
-            _write(path, found)
+            _write(shared, found)
+        _write(own, found)
         results.append(found)
     return results
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:32]
 
 
 def _everywhere(found: bool) -> bool:

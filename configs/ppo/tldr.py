@@ -4,9 +4,9 @@ Paper: The N+ Implementation Details of RLHF with PPO: A Case Study on TL;DR Sum
 prompts an iteration of at most 512 tokens, 53 tokens at temperature 0.7, one minibatch, 4 epochs, AdamW with eps 1e-5,
 3e-6 falling to 0, beta 0.05, gamma 1, lambda 0.95, clips 0.2, value coefficient 0.1; -1 for a summary without an end
 (detail 23), the value network from the reward model (22), rewards not whitened (24), advantages whitened (25); a
-million answers. Their policies are Pythia models, whose family is not among ours, fine-tuned on the summaries for an
-epoch (AdamW, 3e-6, cosine, batch 128), their reward models these for an epoch (batch 64): make both first and name
-them,
+million answers; evaluated at temperature 0.01. Their policies are Pythia models, whose family is not among ours,
+fine-tuned on the summaries for an epoch (AdamW, 3e-6, cosine, batch 128), their reward models these for an epoch
+(batch 64): make both first and name them,
   --config.model.init=SFT_MODEL --config.score.models="('REWARD_MODEL',)" --config.ppo.value=REWARD_MODEL
 Command: python -m launch.train --config=configs/ppo/tldr.py --workdir=runs/tldr (and the above)
 Variant: `:tiny` (seconds, no download, another reward). Not run at its own size by us.
@@ -47,6 +47,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.mesh.data, config.mesh.fsdp = 1, -1
     config.log.every = 1
     config.eval.every = 100
+    config.eval.temperature = 0.01
     config.checkpoint.every = 100
     if variant == "tiny":
         tiny_prompts(config).model.config = ConfigDict(TINY_MODEL)

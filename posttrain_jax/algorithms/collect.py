@@ -64,6 +64,12 @@ class Collector:
     experience: Callable[..., tuple[Experience, Metrics]]
     max_logp_difference: float
 
+    def at_temperature(self, temperature: float) -> Collector:
+        """The same with answers drawn at `temperature` (0 = the likeliest token); as it is where that is below 0."""
+        if temperature < 0:
+            return self
+        return dataclasses.replace(self, options=dataclasses.replace(self.options, temperature=temperature))
+
     def roll_out(self, params: PyTree, prompts: Sequence[Prompt], seed: int) -> Rollouts:
         """Answers.
 

@@ -310,7 +310,7 @@ def from_config(config: Config, workdir: Path) -> Task:
     model = policy.model
     data = preferences_from_config(config, policy.tokenizer, workdir, attention=model.module.implementation)
     _check_pairs(data, options)
-    reference = _reference_from_config(config, policy, data, options, mesh)
+    reference = _reference_from_config(config, workdir, policy, data, options, mesh)
     share = data.shape.share_prompt
     algorithm = Offline(
         make_state=functools.partial(init_state, model=model),
@@ -404,7 +404,7 @@ class _ReferenceSource:
 
 
 def _reference_from_config(
-    config: Config, policy: Policy, data: Preferences, options: Options, mesh: Mesh
+    config: Config, workdir: Path, policy: Policy, data: Preferences, options: Options, mesh: Mesh
 ) -> _ReferenceSource:
     kind = config.dpo.reference
     key = seed_key(config.seed)
@@ -429,6 +429,7 @@ def _reference_from_config(
                 mesh,
                 groups=config.train.rows_per_step,
                 micro_batches=micro_batches(config, mesh),
+                workdir=workdir,
             )
         return _ReferenceSource(
             logps=_stored,

@@ -165,6 +165,7 @@ def from_config(config: Config, workdir: Path) -> Task:
             mesh,
             groups=config.train.rows_per_step,
             micro_batches=micro_batches(config, mesh),
+            workdir=workdir,
         )
         return [PreferenceRows(s, shape, logps[:, 0]) for s, logps in zip(part.sources, known, strict=True)]
 

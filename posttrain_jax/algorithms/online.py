@@ -335,7 +335,8 @@ def online_task(config: Config, workdir: Path, policy: Policy, mesh: Mesh, onlin
         return state, {**{f"train/{name}": metric for name, metric in metrics.items()}, **learnt}
 
     loader = Loader(prompts.sources, rows_per_step=config.train.rows_per_step, seed=config.seed)
-    evaluation = Evaluation(collector, held_out or prompts.all()[:SAMPLED_PROMPTS], gold)
+    shown = held_out or prompts.all()[:SAMPLED_PROMPTS]
+    evaluation = Evaluation(collector.at_temperature(config.eval.temperature), shown, gold)
     return Task(
         steps=steps,
         init_state=first_state,

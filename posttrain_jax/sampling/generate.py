@@ -109,9 +109,10 @@ def generate(
     *,
     tokenizer: Decoder | None = None,
     names: Sequence[str] = (),
+    ids: Sequence[int] = (),
 ) -> list[Sample]:
     """All answers, in order of prompt and sample; everything else as `generate_as_finished`."""
-    samples = generate_as_finished(model, params, prompts, options, tokenizer=tokenizer, names=names)
+    samples = generate_as_finished(model, params, prompts, options, tokenizer=tokenizer, names=names, ids=ids)
     return sorted(samples, key=lambda sample: (sample.prompt, sample.sample))
 
 
@@ -123,11 +124,12 @@ def generate_as_finished(
     *,
     tokenizer: Decoder | None = None,
     names: Sequence[str] = (),
+    ids: Sequence[int] = (),
     done: Collection[tuple[int, int]] = (),
 ) -> Iterator[Sample]:
     """Every answer as soon as it is finished, in whatever order that is.
 
-    What is drawn for a prompt depends on `seed`, the prompt's place, the sample's number and the place in the
+    What is drawn for a prompt depends on `seed`, the prompt's id, the sample's number and the place in the
     answer alone: not on `batch_size`, the other prompts or what is `done`.
 
     Args:
@@ -137,6 +139,7 @@ def generate_as_finished(
       options: see there.
       tokenizer: for stop strings.
       names: what to call each prompt in an error; default "prompt 0", "prompt 1" ...
+      ids: each prompt's number below 2^31, by which its random numbers are drawn; default its place in the list.
       done: (prompt, sample) pairs that are not wanted any more.
 
     Raises:
@@ -156,7 +159,10 @@ def generate_as_finished(
         check_prompt(model, row, name, limit)
         rows.append(row.astype(np.int32))
         cuts.append(cut)
-    return _answers(model, params, rows, cuts, limits, options, tokenizer, frozenset(done))
+    ids = list(ids) if len(ids) else list(range(len(prompts)))
+    if len(ids) != len(prompts):
+        raise InputError(f"There are {len(ids)} ids for {len(prompts)} prompts.")
+    return _answers(model, params, rows, ids, cuts, limits, options, tokenizer, frozenset(done))
 
 
 def _shorten(
@@ -191,6 +197,7 @@ def _answers(
     model: Model,
     params: PyTree,
     prompts: list[np.ndarray],
+    ids: list[int],
     cuts: list[int],
     limits: list[int],
     options: GenerateOptions,
@@ -233,7 +240,7 @@ def _answers(
             stop_strings=strings,
             sampling=options.sampling,
             seed=options.seed or 0,
-            prompt=prompt,
+            prompt=ids[prompt],
             sample=sample,
         )
         tickets[engine.submit(request)] = prompt, sample

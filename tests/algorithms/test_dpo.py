@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +153,7 @@ def test_the_first_loss_is_log_2(data, tmp_path):
     model, params = tiny_model("llama"), tiny_params("llama")
     shape = row_shape([data], groups=4, length=256)
     (known,) = reference_logps(
-        model, params, data.sources, shape, mesh, groups=4, micro_batches=2, folder=tmp_path
+        model, params, data.sources, shape, mesh, groups=4, micro_batches=2, workdir=tmp_path, folder=tmp_path
     )
     source = PreferenceRows(data.sources[0], shape, known[:, 0])
     batch = put_batch(source.collate([source[i] for i in range(4)]), mesh, 1, PreferenceBatch)
@@ -164,19 +165,34 @@ def test_the_first_loss_is_log_2(data, tmp_path):
 
 
 def test_the_reference_is_computed_once(data, tmp_path, capsys):
-    """A second call reads the file; other parameters make another one."""
+    """A second run reads the file; other parameters make another one; a run whose cache is lost has its own."""
     mesh = make_mesh(1, 1, 1)
     model, params = tiny_model("llama"), tiny_params("llama")
     shape = row_shape([data], groups=4)
+    cache = tmp_path / "cache"
 
-    def ask(params):
+    def ask(params, run):
         return reference_logps(
-            model, params, data.sources, shape, mesh, groups=4, micro_batches=1, folder=tmp_path
+            model,
+            params,
+            data.sources,
+            shape,
+            mesh,
+            groups=4,
+            micro_batches=1,
+            workdir=tmp_path / run,
+            folder=cache,
         )[0]
 
-    first = ask(params)
+    first = ask(params, "first")
     assert "computed once" in capsys.readouterr().out
-    np.testing.assert_array_equal(ask(params), first)
+    np.testing.assert_array_equal(ask(params, "second"), first)
     assert "computed once" not in capsys.readouterr().out
-    assert np.abs(ask(jax.tree.map(lambda leaf: 1.1 * leaf, params)) - first).max() > 1e-3
-    assert len(list(tmp_path.iterdir())) == 2
+    assert np.abs(ask(jax.tree.map(lambda leaf: 1.1 * leaf, params), "first") - first).max() > 1e-3
+    assert len(list(cache.iterdir())) == 2
+    capsys.readouterr()
+    shutil.rmtree(cache)
+    np.testing.assert_array_equal(ask(params, "second"), first)
+    assert "computed once" not in capsys.readouterr().out
+    ask(params, "third")
+    assert "computed once" in capsys.readouterr().out

@@ -22,13 +22,20 @@ from configs.ppo.instructgpt import get_config as instructgpt
 from configs.ppo.letters import get_config
 from launch.config import check_values
 from launch.train import algorithms, run
+from posttrain_jax.algorithms import ppo
 from posttrain_jax.errors import InputError
+from posttrain_jax.experiment import policy_from_config
 from posttrain_jax.export_model import export_hf
 from posttrain_jax.load_model import load_model
 from posttrain_jax.models.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.reward_head import score_head_params
+from posttrain_jax.models.tokenizer import stop_token_ids
 from posttrain_jax.models.transformer import make_model
+from posttrain_jax.rollouts.experience import policy_params
+from posttrain_jax.sampling.generate import GenerateOptions, generate
+from posttrain_jax.sampling.prompts import encode_text
+from posttrain_jax.trees import combine
 
 WORDS = ("<end>", "a", "b", "c", "d")
 LONGEST = 3
@@ -245,6 +252,24 @@ def test_other_networks(kind, tmp_path):
     assert last["train/value_loss"] > 0
     loaded = load_model(str(tmp_path / "run"), ema=kind == "shared")
     assert "value" not in loaded.params and loaded.lora.rank == (2 if kind == "adapter" else 0)
+
+
+def test_an_evaluation_may_draw_at_a_temperature_of_its_own(tmp_path):
+    """At 0 its answers are the engine's greedy ones, while an iteration's are drawn at 1."""
+    config = short(data__eval="split:3", eval__temperature=0.0, rollout__samples=2)
+    policy = policy_from_config(config)
+    task = ppo.from_config(config, tmp_path)
+    state = task.init_state()
+    rows = task.sample(state)
+    task.rows.close()
+    asked = GenerateOptions(
+        config.rollout.max_new_tokens, stop_token_ids=stop_token_ids(policy.model.config, policy.tokenizer)
+    )
+    prompts = [encode_text(policy.tokenizer, row["prompt"]) for row in rows]
+    whole = policy_params(combine(state.params, state.frozen))
+    greedy = generate(policy.model, whole, prompts, asked)
+    assert len(rows) == 3 * 2
+    assert [row["answer"] for row in rows] == [policy.tokenizer.decode(one.tokens) for one in greedy]
 
 
 @pytest.mark.slow

@@ -206,36 +206,47 @@ def test_learning_from_preferences_goes_on(processes, name: str, tmp_path: Path)
         jax.tree.map(np.testing.assert_array_equal, got.params, want.params)
 
 
-ONLINE = (
-    "launch.train",
-    "--config=configs/ppo/letters.py:tiny",
-    "--config.train.steps=5",
-    "--config.checkpoint.every=2",
-    "--config.log.tensorboard=false",
-    "--config.ppo.kl_coefficient=0.05",
-    "--config.ppo.kl_target=6.0",
-)
+ONLINE = {
+    "ppo": ("--config.ppo.kl_coefficient=0.05", "--config.ppo.kl_target=6.0"),
+    "ppo with pretraining text and a moving reference": (
+        "--config.ppo.ptx_coefficient=27.8",
+        "--config.ppo.ptx_data=configs/tiny/chats.jsonl",
+        "--config.ppo.ptx_rows=8",
+        "--config.optim.ema=0.9",
+        "--config.rollout.reference=ema",
+    ),
+    "rloo": ("--config.algorithm=rloo", "--config.rollout.samples=2"),
+}
 
 
-def test_ppo_writes_the_same_answers_again(processes, tmp_path: Path):
+@pytest.mark.parametrize("name", ONLINE)
+def test_online_learning_writes_the_same_answers_again(processes, name: str, tmp_path: Path):
     """Killed while step 4 (or 5) is being drawn, scored or learnt from, which no checkpoint has: the same trajectories,
     and so the same metrics, samples, parameters and price of the KL."""
+    command = (
+        "launch.train",
+        "--config=configs/ppo/letters.py:tiny",
+        "--config.train.steps=5",
+        "--config.checkpoint.every=2",
+        "--config.log.tensorboard=false",
+        *ONLINE[name],
+    )
     whole, workdir = tmp_path / "whole", tmp_path / "run"
-    ended = processes.run(*ONLINE, f"--workdir={whole}")
+    ended = processes.run(*command, f"--workdir={whole}")
     assert ended.code == 0, ended.err
     ended = processes.run_until(
         lambda: any(row["step"] == 3 for row in rows_so_far(workdir)),
         signal.SIGKILL,
-        *ONLINE,
+        *command,
         f"--workdir={workdir}",
     )
     assert ended.code == -signal.SIGKILL, ended
     assert not (workdir / "checkpoints" / "5").exists()
-    ended = processes.run(*ONLINE, f"--workdir={workdir}")
+    ended = processes.run(*command, f"--workdir={workdir}")
     assert ended.code == 0, ended.err
     assert "Resuming from step" in ended.out
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        assert rows(workdir, name) == rows(whole, name), name
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        assert rows(workdir, file) == rows(whole, file), file
     got, want = (load_model(str(path)) for path in (workdir, whole))
     assert got.source.step == 5
     jax.tree.map(np.testing.assert_array_equal, got.params, want.params)

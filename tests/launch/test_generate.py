@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tiny_model import ROOT, environment, launch, save_tiny_model
 
-from launch.generate import Options, generate
+from launch.generate import Options, generate, noise_id
 from posttrain_jax.errors import InputError
 from posttrain_jax.load_model import load_model
 from posttrain_jax.models.tokenizer import stop_token_ids
@@ -78,6 +78,7 @@ def test_rows_come_out_in_input_order_as_the_contract_says(model, tmp_path):
             seed=3,
             stop_token_ids=stop_token_ids(loaded.config, loaded.tokenizer),
         ),
+        ids=[noise_id("a"), 1, 7, 3],
     )
     for row, sample in zip(rows, samples, strict=True):
         assert list(row) == ["id", "sample", "text", "token_ids", "logprobs", "finish_reason"]
@@ -85,6 +86,19 @@ def test_rows_come_out_in_input_order_as_the_contract_says(model, tmp_path):
         assert row["finish_reason"] == sample.finish_reason
         np.testing.assert_allclose(row["logprobs"], sample.logprobs, atol=1e-4)
         assert row["text"] == loaded.tokenizer.decode(sample.tokens, skip_special_tokens=True)
+
+
+def test_what_is_drawn_follows_a_prompts_id_not_its_place(model, tmp_path):
+    rows = [{"id": f"row {i}", "prompt": "Once"} for i in range(3)]
+    asked = Options(model=str(model), prompts="", out="", max_new_tokens=8, temperature=1.0, seed=3)
+    found = []
+    for name, these in (("all", rows), ("turned", rows[::-1]), ("one", rows[1:2])):
+        prompts, out = write(tmp_path / f"{name}.jsonl", these), str(tmp_path / f"{name}-out.jsonl")
+        generate(dataclasses.replace(asked, prompts=prompts, out=out))
+        found.append({row["id"]: row["token_ids"] for row in read(out)})
+    assert found[0] == found[1]
+    assert found[2] == {"row 1": found[0]["row 1"]}
+    assert found[0]["row 0"] != found[0]["row 1"], "one prompt under two ids is drawn twice"
 
 
 def test_a_run_goes_on_where_it_was_cut_off(model, tmp_path, capsys):
