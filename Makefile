@@ -39,8 +39,7 @@ DEV := $(VENV)/.installed-$(subst $() ,,$(subst $(strip ,),-,$(EXTRAS)))
 # worksteal gives an idle process the rest of the other's tests. Slow tests run alone: they start and kill processes, wait
 # for signals, and would time each other out.
 PARALLEL := -n $(JOBS) --dist worksteal
-# Fast tests compile much and compute little: LLVM's optimisations would take longer than they save.
-FAST := XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(PY) -m pytest $(PARALLEL) -m "not slow" $(PYTEST_ARGS)
+FAST := COMPILE=fast $(PY) -m pytest $(PARALLEL) -m "not slow" $(PYTEST_ARGS)
 CHECKED := posttrain_jax launch configs experiments tests setup.py
 
 # pip is silent unless something fails: the resolver has nothing to decide, every version is pinned.

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import pathlib
 from collections.abc import Iterator
 
 # These are read when jax, transformers or a BLAS is first imported, so they come before the imports below.
 _FLAGS = os.environ.get("XLA_FLAGS", "")
+if os.environ.get("COMPILE") == "fast":
+    # Most tests compile much and compute little: what the compiler does for speed takes longer than it saves.
+    _FLAGS += " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    if importlib.metadata.version("jax").startswith("0.10."):  # later ones have no other emitters
+        _FLAGS += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = _FLAGS.strip()
 if "xla_force_host_platform_device_count" not in _FLAGS:
     # On a busy machine eight devices on two cores may wait for each other longer than XLA's 40 seconds; then it aborts.
     _PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=300"

@@ -10,6 +10,7 @@ import pytest
 from answers import answers
 
 from posttrain_jax.errors import InputError
+from posttrain_jax.models import attention as attention_module
 from posttrain_jax.models.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.transformer import make_model
@@ -101,9 +102,16 @@ def test_a_mesh_gives_the_same_samples(model, params, shape):
 
 
 @pytest.mark.parametrize("attention", ["blocks", "splash"])
-def test_any_number_of_prompts_of_any_length_is_read_on_a_mesh(attention):
+def test_any_number_of_prompts_of_any_length_is_read_on_a_mesh(attention, monkeypatch):
     """Training's kernels want rows of 128 tokens, as many as the mesh divides: a short prompt, and a single one of 128
-    tokens on 8 devices, are read all the same, with the same answers."""
+    tokens on 8 devices, are read all the same, with the same answers. Splash runs in Pallas' interpreter here."""
+    splash, widths = attention_module._attend_splash, []
+
+    def interpreted(q_BTHK, *rest):
+        widths.append(q_BTHK.shape[1])
+        return splash(q_BTHK, *rest, interpret=True)
+
+    monkeypatch.setattr(attention_module, "_attend_splash", interpreted)
     config = dataclasses.replace(CONFIG, max_length=256)
     mesh = make_mesh(data=8, fsdp=1, tensor=1)
     plain = make_model(config)
@@ -114,6 +122,7 @@ def test_any_number_of_prompts_of_any_length_is_read_on_a_mesh(attention):
         want = answers(plain, params, prompts, max_new_tokens=3)
         got = answers(make_model(config, attention=attention), sharded, prompts, max_new_tokens=3)
         assert_same(got, want)
+    assert set(widths) == ({128} if attention == "splash" else set())
 
 
 def test_noise_is_never_used_twice(model, params):
