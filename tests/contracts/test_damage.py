@@ -160,10 +160,10 @@ def test_when_all_are_damaged_the_run_says_so(workdir: Path, like):
 
 
 def test_a_whole_checkpoint_that_cannot_be_read_is_not_set_aside(workdir: Path, like):
-    """What the files hold is nonsense, but it is what the manifest says was written: the run stops, all stays."""
+    """What a file holds is nonsense, but it is what the manifest says was written: the run stops, all stays."""
     folder = workdir / "checkpoints/6"
-    victim = biggest(folder / "params")
-    victim.write_bytes(bytes(victim.stat().st_size))
+    victim = folder / "params/_METADATA"
+    victim.write_text("{")
     manifest = json.loads((folder / MANIFEST).read_text())
     name = str(victim.relative_to(folder))
     manifest[name] = [victim.stat().st_size, zlib.crc32(victim.read_bytes())]
