@@ -36,8 +36,8 @@ PY := $(BIN)/python
 INPUTS := setup.py $(wildcard constraints/*.txt)
 PRODUCT := $(VENV)/.installed
 DEV := $(VENV)/.installed-$(subst $() ,,$(subst $(strip ,),-,$(EXTRAS)))
-# worksteal gives an idle process the rest of the other's tests. Slow tests run alone: they start and kill processes, wait
-# for signals, and would time each other out.
+# worksteal gives an idle process the rest of the other's tests. Heavy tests (marked slow) run alone: they start and kill
+# processes, wait for signals, and would time each other out.
 PARALLEL := -n $(JOBS) --dist worksteal
 FAST := COMPILE=fast $(PY) -m pytest $(PARALLEL) -m "not slow" $(PYTEST_ARGS)
 CHECKED := posttrain_jax launch configs experiments tests setup.py
@@ -49,7 +49,7 @@ define PIP_INSTALL
 	  $(PY) -m pip install -qq --disable-pip-version-check -c constraints/py$$version.txt -e '$(1)' </dev/null
 endef
 
-.PHONY: help quickstart install install-dev assets test test-fast test-slow lint format types bench pins python clean
+.PHONY: help quickstart install install-dev assets test test-slow lint format types bench pins python clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -64,18 +64,11 @@ install-dev: $(DEV)  ## The same, with tests, ruff, mypy and PyTorch (to compare
 assets: $(PRODUCT)  ## Fetch the demo models and data into the cache (about 400 MB, once)
 	@$(PY) -m launch.fetch $(ASSETS) >/dev/null
 
-test: $(DEV)  ## The whole suite on 8 virtual CPU devices, fast tests first
-	@$(MAKE) assets
-	@status=0; \
-	  $(FAST) || status=1; \
-	  $(PY) -m pytest -m slow $(PYTEST_ARGS) || status=1; \
-	  exit $$status
-
-test-fast: $(DEV)  ## Without the tests marked slow
+test: $(DEV)  ## All tests but the heavy ones, on 8 virtual CPU devices (2 cores: a quarter of an hour)
 	@$(MAKE) assets
 	@$(FAST)
 
-test-slow: $(DEV)  ## Only the tests marked slow
+test-slow: $(DEV)  ## The heavy ones: real models, several processes, kills (2 cores: 22 minutes)
 	@$(MAKE) assets
 	@$(PY) -m pytest -m slow $(PYTEST_ARGS)
 

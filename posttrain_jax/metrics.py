@@ -138,9 +138,20 @@ class MetricsWriter:
                     'log.wandb_project needs the package wandb: pip install -e ".[wandb]", or leave it "".'
                 ) from error
             run_id = f"{workdir.name}-{zlib.crc32(str(workdir.absolute()).encode()):08x}"
-            self._wandb = wandb.init(
-                project=wandb_project, name=workdir.name, id=run_id, resume="allow", config=config
-            )
+            try:
+                self._wandb = wandb.init(
+                    project=wandb_project,
+                    name=workdir.name,
+                    id=run_id,
+                    resume="allow",
+                    config=config,
+                    dir=workdir,
+                )
+            except wandb.Error as error:
+                raise InputError(
+                    f"log.wandb_project is {wandb_project!r}, and W&B says: {error} WANDB_MODE=offline writes into the "
+                    "workdir alone."
+                ) from error
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One logged step."""

@@ -90,8 +90,8 @@ class Rates:
 def roofline_share(setting: str, rate: float, machine: dict[str, float]) -> tuple[float, str]:
     """Which share of the machine's limit a rate is, and which limit binds.
 
-    A step of B rows reads every weight and the rows' caches once and spends 2 FLOPs a weight and row; the faster of
-    neither is possible. Prefill counts as if it were free.
+    A step of B rows reads every weight and the rows' caches once and spends 2 FLOPs a weight and row; it takes as long
+    as the longer of the two. Prefill counts as if it were free.
     """
     work, prompts = WORKS[setting], load_prompts(ROWS)
     lengths = work.lengths()
