@@ -221,7 +221,7 @@ ONLINE = {
 
 @pytest.mark.parametrize("name", ONLINE)
 def test_online_learning_writes_the_same_answers_again(processes, name: str, tmp_path: Path):
-    """Killed while an iteration after the third is being drawn, scored or learnt from: the same trajectories, and so the
+    """Killed while an iteration after the fourth is being drawn, scored or learnt from: the same trajectories, and so the
     same metrics, samples, parameters and price of the KL."""
     command = (
         "launch.train",
@@ -235,7 +235,7 @@ def test_online_learning_writes_the_same_answers_again(processes, name: str, tmp
     ended = processes.run(*command, f"--workdir={whole}")
     assert ended.code == 0, ended.err
     ended = processes.run_until(
-        lambda: any(row["step"] == 3 for row in rows_so_far(workdir)),
+        lambda: (workdir / "checkpoints" / "4").is_dir(),
         signal.SIGKILL,
         *command,
         f"--workdir={workdir}",
