@@ -95,6 +95,7 @@ def reference(
         mesh,
         groups=settings.pairs_per_step,
         micro_batches=layout.micro_batches,
+        workdir=settings.rows,
         folder=settings.rows / "reference",
     )
     return known[0][:, 0]

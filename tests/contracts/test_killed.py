@@ -221,7 +221,7 @@ ONLINE = {
 
 @pytest.mark.parametrize("name", ONLINE)
 def test_online_learning_writes_the_same_answers_again(processes, name: str, tmp_path: Path):
-    """Killed while an iteration after the fourth is being drawn, scored or learnt from: the same trajectories, and so the
+    """Killed while an iteration after the fourth is drawn, scored or learnt from: the same trajectories, and so the
     same metrics, samples, parameters and price of the KL."""
     command = (
         "launch.train",
