@@ -68,7 +68,7 @@ test: $(DEV)  ## All tests but the heavy ones, on 8 virtual CPU devices (2 cores
 	@$(MAKE) assets
 	@$(FAST)
 
-test-slow: $(DEV)  ## The heavy ones: real models, several processes, kills (2 cores: 22 minutes)
+test-slow: $(DEV)  ## The heavy ones: real models, several processes, kills (2 cores: half an hour)
 	@$(MAKE) assets
 	@$(PY) -m pytest -m slow $(PYTEST_ARGS)
 

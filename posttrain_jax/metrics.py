@@ -148,8 +148,9 @@ class MetricsWriter:
                     dir=workdir,
                 )
             except wandb.Error as error:
+                said = " ".join(str(error).split())
                 raise InputError(
-                    f"log.wandb_project is {wandb_project!r}, and W&B says: {error} WANDB_MODE=offline writes into the "
+                    f"log.wandb_project is {wandb_project!r}, and W&B says: {said} WANDB_MODE=offline writes into the "
                     "workdir alone."
                 ) from error
 

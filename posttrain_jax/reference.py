@@ -3,7 +3,7 @@
 DPO and its family compare the policy with the model it started from. That model does not change, so what it says of
 every completion is computed before the first step, in the rows that training uses, and found again by the next run on
 the same model and data: no second model in memory, no second forward pass in a step. A run keeps its own copy, so that
-it resumes with the same bits when the cache was emptied, or JAX or the device is another one.
+it resumes with the same bits when the cache was emptied or JAX is another version.
 """
 
 from __future__ import annotations
@@ -68,9 +68,8 @@ def reference_logps(
         name = _digest(FORMAT_VERSION, model, identity, index, shape, source.store.meta["sha256"])
         own = workdir / "reference_logps" / f"{name}.npy"
         shared = root / f"{_digest(name, jax.__version__, jax.default_backend())}.npy"
-        found = _read(own, len(source.store.lines))
-        if found is None:
-            found = _read(shared, len(source.store.lines))
+        kept = _read(own, len(source.store.lines))
+        found = _read(shared, len(source.store.lines)) if kept is None else kept
         if not _everywhere(found is not None) or found is None:
             say(
                 f"Reference log-probabilities of {len(source):,} prompts are computed once and kept in {shared}."
@@ -80,7 +79,8 @@ def reference_logps(
                 logps, params, source, shape, mesh, groups=groups, micro_batches=micro_batches
             )
             _write(shared, found)
-        _write(own, found)
+        if found is not kept:
+            _write(own, found)
         results.append(found)
     return results
 

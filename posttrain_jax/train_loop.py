@@ -129,10 +129,8 @@ class _Run:
         )
         if self.writer.active:
             truncate_after(workdir / "samples.jsonl", last_kept)
-        # Every process has rows of its own.
-        self.skipped_file = (
-            workdir / f"skipped{f'-{jax.process_index()}' if jax.process_index() else ''}.jsonl"
-        )
+        number = jax.process_index()  # every process has rows of its own
+        self.skipped_file = workdir / (f"skipped-{number}.jsonl" if number else "skipped.jsonl")
         truncate_after(self.skipped_file, last_kept)
         self.accumulator = Accumulator(meta.get("accumulator"))
         self.last: dict[str, float] = dict(meta.get("last", {}))
@@ -218,7 +216,9 @@ class _Run:
         more, self.skipped = skipped - self.skipped, skipped
         if in_row == 0:
             if more > 0:
-                say(f"step {item.step}: {more:.0f} of its updates were not finite, and were skipped.")
+                what = f"{more:.0f} of its updates were not finite, and were skipped"
+                say(f"step {item.step}: {what}.")
+                append_line(self.skipped_file, {"step": item.step, "what": what, "rows": item.row_ids})
             return
         loss = float(metrics["train/loss"].sum)
         norm = float(metrics["train/grad_norm"].sum)
