@@ -15,7 +15,7 @@ ASSETS ?= smollm2-135m-instruct gemma-3-270m alpaca_en_demo identity dpo_en_demo
           glaive_toolcall_en_demo reason_tool_use_demo_50 wiki_demo c4_demo \
           ifeval nltk_punkt_tab gsm8k_100 openbookqa commonsenseqa \
           kto_en_demo factual_summary_pairs vader_movie_reviews vader_movie_pairs movie_openings imdb_sentiment
-# The fast tests run in so many processes; "0" = in one, where a debugger works.
+# Tests run in so many processes; "0" = in one, where a debugger works.
 JOBS ?= 2
 PYTEST_ARGS ?=
 
@@ -36,10 +36,9 @@ PY := $(BIN)/python
 INPUTS := setup.py $(wildcard constraints/*.txt)
 PRODUCT := $(VENV)/.installed
 DEV := $(VENV)/.installed-$(subst $() ,,$(subst $(strip ,),-,$(EXTRAS)))
-# worksteal gives an idle process the rest of the other's tests. Heavy tests (marked slow) run alone: they start and kill
+# worksteal gives an idle process the rest of the other's tests. Tests marked alone run one at a time: they start and kill
 # processes, wait for signals, and would time each other out.
-PARALLEL := -n $(JOBS) --dist worksteal
-FAST := COMPILE=fast $(PY) -m pytest $(PARALLEL) -m "not slow" $(PYTEST_ARGS)
+PARALLEL := COMPILE=fast $(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 CHECKED := posttrain_jax launch configs experiments tests setup.py
 
 # pip is silent unless something fails: the resolver has nothing to decide, every version is pinned.
@@ -66,11 +65,12 @@ assets: $(PRODUCT)  ## Fetch the demo models and data into the cache (about 400 
 
 test: $(DEV)  ## All tests but the heavy ones, on 8 virtual CPU devices (2 cores: a quarter of an hour)
 	@$(MAKE) assets
-	@$(FAST)
+	@$(PARALLEL) -m "not slow"
 
 test-slow: $(DEV)  ## The heavy ones: real models, several processes, kills (2 cores: half an hour)
 	@$(MAKE) assets
-	@$(PY) -m pytest -m slow $(PYTEST_ARGS)
+	@$(PARALLEL) -m "slow and not alone"
+	@$(PY) -m pytest -m "slow and alone" $(PYTEST_ARGS)
 
 lint: $(DEV)  ## ruff: rules and format, nothing is changed
 	@$(BIN)/ruff check $(CHECKED)

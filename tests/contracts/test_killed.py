@@ -16,7 +16,7 @@ from posttrain_jax.checkpoint import completed_steps, restore_params
 from posttrain_jax.experiment import policy_from_config
 from posttrain_jax.load_model import load_members, load_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 STEPS = 20
 COMMAND = (

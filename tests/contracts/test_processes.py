@@ -19,7 +19,7 @@ from contracts.conftest import ROOT, Together, environment
 from posttrain_jax.checkpoint import completed_steps, restore_params
 from posttrain_jax.experiment import policy_from_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 COMMAND = (
     "launch.train",

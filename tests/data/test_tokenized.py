@@ -229,6 +229,7 @@ def _build_in_child(path, gguf, cache, barrier, results):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_two_processes_at_once(smollm2_gguf, alpaca_path, smollm2, tmp_path):
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(2), context.Queue()

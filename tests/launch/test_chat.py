@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -144,6 +145,15 @@ class Terminal:
         before, _, self.seen = self.seen.partition(text)
         return before
 
+    def press_until(self, text: str) -> None:
+        """Presses Ctrl-C until `text` is there: between its prompt and its wait, `input` does not notice one."""
+        for _ in range(60):
+            self.process.send_signal(signal.SIGINT)
+            with contextlib.suppress(AssertionError):
+                self.until(text, seconds=2)
+                return
+        raise AssertionError(f"no {text!r} in {self.seen!r}")
+
     def type(self, line: str) -> None:
         """Types a line."""
         os.write(self._fd, f"{line}\n".encode())
@@ -156,12 +166,12 @@ class Terminal:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_real_model_answers_and_ctrl_c_stops_the_answer_but_not_the_program(smollm2_gguf):
     terminal = Terminal(f"--model={smollm2_gguf}", "--temperature=0", "--max_new_tokens=2000")
     try:
         terminal.until("> ")
-        terminal.process.send_signal(signal.SIGINT)  # at the prompt: a hint
-        terminal.until("leaves)")
+        terminal.press_until("leaves)")  # at the prompt: a hint
         terminal.type("Write a very long story about a cat, in twenty chapters.")
         terminal.until("cat, in twenty chapters.")
         terminal.until(" the ")  # the answer has begun
@@ -180,6 +190,7 @@ def test_the_real_model_answers_and_ctrl_c_stops_the_answer_but_not_the_program(
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_real_model_through_pipe_and_file_says_paris_and_stops(smollm2_gguf, tmp_path):
     question = "What is the capital of France?"
     done = launch("chat", f"--model={smollm2_gguf}", "--temperature=0", stdin=f"{question}\n")

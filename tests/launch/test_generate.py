@@ -229,6 +229,7 @@ def test_mistakes_on_the_command_line_end_with_code_2_and_one_line(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_killed_run_ends_with_the_same_bytes_as_one_never_killed(model, tmp_path):
     prompts = write(tmp_path / "p.jsonl", [{"prompt": "y" * (1 + n % 12)} for n in range(150)])
     flags = [

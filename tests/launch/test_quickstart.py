@@ -28,6 +28,7 @@ def quickstart(folder: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_both_stages_and_a_second_start(tmp_path: Path):
     first = quickstart(tmp_path / "q")
     assert "held-out loss (nats per token)" in first and "held-out pairs ranked right" in first

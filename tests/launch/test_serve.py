@@ -361,6 +361,7 @@ def test_a_body_that_is_too_large_is_refused_announced_or_not(base_url):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_many_clients_at_once_get_the_answers_that_each_gets_alone(base_url):
     def ask(number):
         body = {
@@ -437,6 +438,7 @@ def hang_up_in_the_middle_of_the_body(base_url):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "hang_up",
     [hang_up_in_stream, hang_up_while_waiting_for_the_whole, hang_up_in_the_middle_of_the_body],
@@ -451,6 +453,7 @@ def test_a_client_that_hangs_up_gives_its_slot_back(small_url, hang_up):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_full_queue_is_429_and_the_next_one_is_served(small_url):
     headers = {"Authorization": f"Bearer {KEY}"}
     with contextlib.ExitStack() as stack:
@@ -471,6 +474,7 @@ def test_a_full_queue_is_429_and_the_next_one_is_served(small_url):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("stop_with", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_answers_end_and_cuts_those_that_take_too_long(long_folder, stop_with):
     flags = (f"--model={long_folder}", "--served_model_name=long", "--shutdown_seconds=3")
@@ -527,6 +531,7 @@ def test_bad_flags_exit_with_2(base_url):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_base_model_completes_but_does_not_chat_and_an_open_address_is_warned_of(tmp_path):
     base = save_tiny_model(tmp_path / "base", chat=False)
     with serving(f"--model={base}", "--host=0.0.0.0") as (process, url):

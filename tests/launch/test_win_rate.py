@@ -140,6 +140,7 @@ def test_a_judge_over_http_from_the_command_line(judge_url, files, tmp_path, mon
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_random_model_says_nothing_that_can_be_read(tmp_path, files):
     folder = save_tiny_model(tmp_path / "random", max_length=PLACES)
     with serving(f"--model={folder}", "--served_model_name=random", "--slots=2") as (_, url):
@@ -150,6 +151,7 @@ def test_a_random_model_says_nothing_that_can_be_read(tmp_path, files):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_killed_run_goes_on_where_it_was(judge_url, tmp_path, monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     a = answers(tmp_path, "a.jsonl", [f"a{n}" for n in range(60)])
@@ -194,6 +196,7 @@ def free_port():
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_what_was_judged_before_the_server_went_away_is_kept(flags, files, tmp_path):
     port = free_port()
     asked = options(tmp_path, f"http://127.0.0.1:{port}/v1", a=files[0], b=files[1], judge_model="judge")
@@ -212,6 +215,7 @@ def test_what_was_judged_before_the_server_went_away_is_kept(flags, files, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_server_that_is_full_is_asked_again(flags, tmp_path):
     """One slot, and room for one question to wait: of six at a time, four are told to come back in a second."""
     a, b = (answers(tmp_path, f"{name}.jsonl", [name] * 3) for name in ("a", "b"))

@@ -127,6 +127,7 @@ def test_what_is_no_list_of_as_many_numbers(function, failure, words):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_call_that_fails_as_a_whole_is_repeated_answer_by_answer():
     found = score(
         "wrong_when_many",
