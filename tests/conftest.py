@@ -19,7 +19,9 @@ if "xla_force_host_platform_device_count" not in _FLAGS:
     # On a busy machine eight devices on two cores may wait for each other longer than XLA's 40 seconds; then it aborts.
     _PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=300"
     os.environ["XLA_FLAGS"] = f"{_FLAGS} --xla_force_host_platform_device_count=8 {_PATIENCE}".strip()
-    os.environ["NPROC"] = "32"  # threads of XLA's pools; with 8, two all-reduces at once may wait for ever
+    # Threads of XLA's pools: each device's part of each all-reduce that is under way holds one, and with too few the
+    # last part of one may wait for ever. They cost nothing.
+    os.environ["NPROC"] = "128"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"

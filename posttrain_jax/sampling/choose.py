@@ -127,6 +127,11 @@ class Needs:
     min_tokens: bool = False
     alternatives: int = 0
 
+    @property
+    def words_width(self) -> int:
+        """How many tokens before the next one decide whether that would complete a bad word."""
+        return max((len(word) - 1 for word in self.bad_words), default=0)
+
     @staticmethod
     def of(sampling: Sampling, *, min_tokens: int = 0, alternatives: int = 0) -> Needs:
         """What this way of sampling needs."""

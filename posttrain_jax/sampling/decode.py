@@ -1,8 +1,9 @@
-"""What the engine runs on the device: prompts into slots (`admit`), and tokens for all slots (`decode`).
+"""What the engine runs on the device: prompts into slots (`admit`, `share`), and tokens for all slots (`decode`).
 
-A slot is a row of the cache with the state of the answer that is being written in it. Both functions take the slots
+A slot is a row of the cache with the state of the answer that is being written in it. The functions take the slots
 and give them back with the same buffers (donated). The cache is one pair of arrays a layer, written in place; every
-row's tokens lie at its places 0, 1, 2 ..., so an answer is the same in every slot.
+row's tokens lie at its places 0, 1, 2 ..., so an answer is the same in every slot, and a prompt stays readable in its
+slot until the next one comes.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Orders:
       limit_B: int32, most new tokens.
       min_tokens_B: int32, no stop token before so many.
       stop_BW: int32 token ids that end the answer, -1 where there are fewer.
+      prompt_end_BW: the prompt's last tokens, for bad words, -1 where there are fewer; W = 0 without them.
       sampling: how tokens are drawn.
     """
 
@@ -37,6 +39,7 @@ class Orders:
     limit_B: Array
     min_tokens_B: Array
     stop_BW: Array
+    prompt_end_BW: Array
     sampling: SamplingRows
 
 
@@ -47,6 +50,7 @@ class Slots:
 
     Attributes:
       cache: see `init_cache`.
+      hidden_BD: the hidden state of the prompt's last token, from which an answer's first token is drawn.
       orders: how each slot's prompt is to be answered.
       keys_B: typed PRNG keys, one a sample.
       token_B: the latest token, which the cache does not hold yet.
@@ -60,6 +64,7 @@ class Slots:
     """
 
     cache: PyTree
+    hidden_BD: Array
     orders: Orders
     keys_B: Array
     token_B: Array
@@ -82,7 +87,7 @@ def empty_slots(
 ) -> Slots:
     """Slots with nothing in them."""
     vocab = model.config.vocab_size if needs.penalties else 0
-    width = max((len(word) - 1 for word in needs.bad_words), default=0)
+    width = needs.words_width
 
     def zeros(*shape: int, dtype: str = "int32") -> Array:
         return jnp.zeros((rows, *shape), dtype)
@@ -95,11 +100,13 @@ def empty_slots(
     )
     slots = Slots(
         cache=init_cache(model.config, rows, places, model.dtype),
+        hidden_BD=zeros(model.config.d_model, dtype=model.dtype),
         orders=Orders(
             ids_B3=zeros(3, dtype="uint32"),
             limit_B=zeros(),
             min_tokens_B=zeros(),
             stop_BW=zeros(stop_width),
+            prompt_end_BW=zeros(width),
             sampling=sampling,
         ),
         keys_B=sample_keys(0, zeros(), zeros()),
@@ -154,16 +161,11 @@ def admit(
       slot_R: which slot; one out of range = nowhere, so that R can be padded.
       orders_R: how they are answered.
     """
-    rows, places = slots.cache["positions"].shape
+    places = slots.cache["positions"].shape[1]
     real_PT = (jnp.arange(tokens_PT.shape[1])[None] < lengths_P[:, None]).astype(jnp.int32)
     output = model.apply(params, tokens_PT, segment_ids_BT=real_PT, keep_kv=True, logits=False)
     last_P11 = jnp.maximum(lengths_P - 1, 0)[:, None, None]
     hidden_PD = jnp.take_along_axis(output.hidden_BTD, last_P11, axis=1)[:, 0]
-    logits_RV = model.logits(params, hidden_PD)[source_R]
-
-    def put(old_B: Array, new_R: Array) -> Array:
-        return old_B.at[slot_R].set(new_R.astype(old_B.dtype), mode="drop")
-
     layers = []
     for number, layer in enumerate(slots.cache["layers"]):
         k_RGKT = output.cache["k"][number].transpose(0, 2, 3, 1)[source_R].astype(layer["k"].dtype)
@@ -175,10 +177,69 @@ def admit(
                 "v": layer["v"].at[slot_R, :, :time].set(v_RGTK[:, :, :time], mode="drop"),
             }
         )
-    length_R = lengths_P[source_R]
+    prompt_BV = slots.prompt_BV
+    if needs.penalties:
+        prompt_RT = jnp.where(real_PT == 1, tokens_PT, model.config.vocab_size)[source_R]
+        rows_R1 = jnp.arange(slot_R.shape[0])[:, None]
+        seen_RV = jnp.zeros((slot_R.shape[0], model.config.vocab_size), bool)
+        seen_RV = seen_RV.at[rows_R1, prompt_RT].set(True, mode="drop")
+        prompt_BV = prompt_BV.at[slot_R].set(seen_RV, mode="drop")
+    slots = dataclasses.replace(
+        slots,
+        cache={**slots.cache, "layers": layers},
+        hidden_BD=slots.hidden_BD.at[slot_R].set(hidden_PD[source_R], mode="drop"),
+        prompt_BV=prompt_BV,
+    )
+    logits_RV = model.logits(params, hidden_PD)[source_R]
+    return _constrain(_start(slots, slot_R, lengths_P[source_R], orders_R, logits_RV, needs), model)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "needs"), donate_argnames="slots")
+def share(
+    params: PyTree,
+    slots: Slots,
+    source_R: Array,
+    length_R: Array,
+    slot_R: Array,
+    orders_R: Orders,
+    *,
+    model: Model,
+    needs: Needs,
+) -> Slots:
+    """As `admit`, of prompts that other slots hold already, so that nothing is read.
+
+    Args:
+      params: for the vocabulary projection.
+      source_R: which slot holds the prompt; whatever it holds behind it is not used.
+      length_R: the prompt's tokens.
+      slot_R, orders_R: see `admit`.
+    """
+
+    def copy(values: Array) -> Array:
+        return values.at[slot_R].set(values[source_R], mode="drop")
+
+    logits_RV = model.logits(params, slots.hidden_BD[source_R])
+    slots = dataclasses.replace(
+        slots,
+        cache={**slots.cache, "layers": jax.tree.map(copy, slots.cache["layers"])},
+        hidden_BD=copy(slots.hidden_BD),
+        prompt_BV=copy(slots.prompt_BV),
+    )
+    return _constrain(_start(slots, slot_R, length_R, orders_R, logits_RV, needs), model)
+
+
+def _start(
+    slots: Slots, slot_R: Array, length_R: Array, orders_R: Orders, logits_RV: Array, needs: Needs
+) -> Slots:
+    """Draws the first token of the answers to R prompts that the slots hold."""
+    rows, places = slots.cache["positions"].shape
+
+    def put(old_B: Array, new_R: Array) -> Array:
+        return old_B.at[slot_R].set(new_R.astype(old_B.dtype), mode="drop")
+
     place_1S = jnp.arange(places, dtype=jnp.int32)[None]
     cache = {
-        "layers": layers,
+        **slots.cache,
         "positions": put(slots.cache["positions"], jnp.where(place_1S < length_R[:, None], place_1S, -1)),
         "length": put(slots.cache["length"], length_R),
     }
@@ -191,28 +252,12 @@ def admit(
         keys_B=slots.keys_B.at[slot_R].set(key_R, mode="drop"),
         count_B=put(slots.count_B, zero_R),
         stopped_B=put(slots.stopped_B, zero_R),
+        counts_BV=slots.counts_BV.at[slot_R].set(0, mode="drop"),
+        recent_BW=put(slots.recent_BW, orders_R.prompt_end_BW),
     )
-    if needs.penalties:
-        vocab = model.config.vocab_size
-        real_RT = real_PT[source_R] == 1
-        prompt_RT = jnp.where(real_RT, tokens_PT[source_R], vocab)
-        rows_R1 = jnp.arange(slot_R.shape[0])[:, None]
-        seen_RV = jnp.zeros((slot_R.shape[0], vocab), bool).at[rows_R1, prompt_RT].set(True, mode="drop")
-        slots = dataclasses.replace(
-            slots,
-            prompt_BV=put(slots.prompt_BV, seen_RV),
-            counts_BV=put(slots.counts_BV, jnp.zeros_like(seen_RV)),
-        )
-    if needs.bad_words:
-        width = slots.recent_BW.shape[1]
-        place_RW = length_R[:, None] - width + jnp.arange(width)[None]
-        recent_RW = jnp.take_along_axis(tokens_PT[source_R], jnp.maximum(place_RW, 0), axis=1)
-        slots = dataclasses.replace(
-            slots, recent_BW=put(slots.recent_BW, jnp.where(place_RW >= 0, recent_RW, -1))
-        )
     logits_BV = jnp.zeros((rows, logits_RV.shape[1]), jnp.float32).at[slot_R].set(logits_RV, mode="drop")
     new_B = jnp.zeros(rows, bool).at[slot_R].set(True, mode="drop")
-    return _constrain(_record(slots, logits_BV, new_B, needs, keep=slots.live_B), model)
+    return _record(slots, logits_BV, new_B, needs, keep=slots.live_B)
 
 
 def _record(slots: Slots, logits_BV: Array, active_B: Array, needs: Needs, keep: Array) -> Slots:

@@ -2,9 +2,10 @@
 
 A finished answer gives its slot to the next prompt at once (continuous batching, as in Orca, OSDI 2022), so long
 answers do not hold up short ones. Prompts are padded to a few lengths (`bucket`) and read 1, 4, 16 ... at a time;
-samples of one prompt share one reading. So the number of compiled programs is small: one decode loop, and for every
-bucket of prompt lengths one reader for each power of 4 up to GROUP_TOKENS tokens (times the powers of 2 of samples,
-where prompts have several); `compiled_programs` counts those that were needed.
+samples of one prompt share one reading, also those that start later, for as long as a slot holds the prompt. So the
+number of compiled programs is small: one decode loop, for every bucket of prompt lengths one reader for each power of 4
+up to GROUP_TOKENS tokens (times the powers of 2 of samples, where prompts have several), and one program that shares for
+each power of 2 of slots; `compiled_programs` counts those that were needed.
 
 What is drawn for a sample depends on its request's (seed, prompt, sample) alone: not on the number of slots, the slot,
 the other requests or their order (but for ties in floating point that a program for other shapes may break
@@ -27,7 +28,7 @@ from posttrain_jax.errors import InputError
 from posttrain_jax.models import transformer
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.choose import GREEDY, Needs, Sampling, SamplingRows
-from posttrain_jax.sampling.decode import Orders, admit, decode, empty_slots, release, resize
+from posttrain_jax.sampling.decode import Orders, admit, decode, empty_slots, release, resize, share
 from posttrain_jax.sharding import shard_multiple
 from posttrain_jax.types import PyTree
 
@@ -161,6 +162,7 @@ class Engine:
         self._rows = shard_multiple(slots, self._mesh)
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._running: list[_Running | None] = [None] * self._rows
+        self._held: list[np.ndarray | None] = [None] * self._rows  # the prompt that each slot's cache begins with
         self._tickets = 0
         self._shapes: set[tuple[int, ...]] = set()  # of the programs that were needed
         self.set_params(params)
@@ -177,6 +179,7 @@ class Engine:
     def set_params(self, params: PyTree) -> None:
         """Goes on with other parameters of the same shapes (after a training step)."""
         self._params = params
+        self._held = [None] * self._rows
         with self._on_mesh():
             self._decode_params = decode_params(self._model, params)
 
@@ -193,7 +196,7 @@ class Engine:
     @property
     def compiled_programs(self) -> int:
         """How many programs this engine's requests have needed so far: a decode loop for every size of the cache, and
-        one for every shape in which prompts were read."""
+        one for every shape in which prompts were read or shared."""
         return len(self._shapes)
 
     def submit(self, request: Request, name: str = "the prompt") -> int:
@@ -274,47 +277,74 @@ class Engine:
             size *= 2
         size = min(size, self._places)
         if size != self._cached:
+            self._held = [prompt if prompt is not None and len(prompt) < size else None for prompt in self._held]
             self._slots = resize(self._slots, model=self._model, places=size)
             self._cached = size
 
     def _admit(self) -> None:
-        """Fills the free slots in the order of the requests, one program run for each group of like length."""
+        """Fills the free slots in the order of the requests: those whose prompt a slot holds by one program run, the
+        others by one for each group of like length."""
         free = [row for row, running in enumerate(self._running) if running is None]
         taken = [self._waiting.popleft() for _ in range(min(len(free), len(self._waiting)))]
-        if taken:
-            self._fit(max(len(request.tokens) for _, request in taken) + FEWEST_STEPS)
-        groups: dict[int, list[tuple[int, int, Request]]] = {}
+        if not taken:
+            return
+        self._fit(max(len(request.tokens) for _, request in taken) + FEWEST_STEPS)
+        held = {prompt.tobytes(): row for row, prompt in enumerate(self._held) if prompt is not None}
+        shared: list[tuple[int, int]] = []  # slots: from, to
+        groups: dict[int, dict[bytes, list[int]]] = {}  # by length and prompt: the slots it goes to
         for row, (ticket, request) in zip(free, taken, strict=False):
-            groups.setdefault(bucket(len(request.tokens)), []).append((row, ticket, request))
-        for length, members in sorted(groups.items()):
-            prompts: dict[bytes, list[tuple[int, int, Request]]] = {}
-            for member in members:
-                prompts.setdefault(member[2].tokens.tobytes(), []).append(member)
+            self._running[row] = _Running(ticket, request)
+            self._held[row] = request.tokens
+            prompt = request.tokens.tobytes()
+            if prompt in held:
+                shared.append((held[prompt], row))
+            else:
+                groups.setdefault(bucket(len(request.tokens)), {}).setdefault(prompt, []).append(row)
+        if shared:  # first, as the others may be written over what is shared
+            self._share(*(list(side) for side in zip(*shared, strict=True)))
+        for length, prompts in sorted(groups.items()):
             alike = list(prompts.values())
             while alike:
                 size = _group_size(len(alike), length)
                 self._read(alike[:size], length)
                 alike = alike[size:]
 
-    def _read(self, group: list[list[tuple[int, int, Request]]], length: int) -> None:
-        """Reads each of the group's prompts once and puts it into the slots of all its samples.
+    def _share(self, sources: list[int], slots: list[int]) -> None:
+        """Puts prompts that slots hold into other slots too."""
+        requests, slot_R = self._taken(slots)
+        rows = len(slot_R)
+        source_R, length_R = np.zeros(rows, np.int32), np.ones(rows, np.int32)
+        source_R[: len(sources)] = sources
+        length_R[: len(sources)] = [len(request.tokens) for request in requests]
+        self._shapes.add((rows, self._cached))
+        self._slots = share(
+            self._params,
+            self._slots,
+            source_R,
+            length_R,
+            slot_R,
+            self._orders(requests, rows),
+            model=self._model,
+            needs=self._needs,
+        )
+
+    def _read(self, group: list[list[int]], length: int) -> None:
+        """Reads each of the group's prompts once and puts it into all its slots.
 
         As many rows are read as the mesh divides; those beyond the prompts are empty.
         """
-        members = [(source, *member) for source, alike in enumerate(group) for member in alike]
-        prompts, rows = shard_multiple(len(group), self._mesh), 1 << (len(members) - 1).bit_length()
+        prompts = shard_multiple(len(group), self._mesh)
         tokens_PT = np.zeros((prompts, length), np.int32)
         lengths_P = np.ones(prompts, np.int32)
         for source, alike in enumerate(group):
-            tokens = alike[0][2].tokens
+            tokens = self._held[alike[0]]
+            assert tokens is not None  # `_admit` put it there
             tokens_PT[source, : len(tokens)] = tokens
             lengths_P[source] = len(tokens)
+        requests, slot_R = self._taken([row for alike in group for row in alike])
+        rows = len(slot_R)
         source_R = np.zeros(rows, np.int32)
-        slot_R = np.full(rows, self._rows, np.int32)
-        for index, (source, row, ticket, request) in enumerate(members):
-            source_R[index], slot_R[index] = source, row
-            self._running[row] = _Running(ticket, request)
-        requests = [request for *_, request in members]
+        source_R[: len(requests)] = [source for source, alike in enumerate(group) for _ in alike]
         self._shapes.add((prompts, length, rows, self._cached))
         self._slots = admit(
             self._params,
@@ -328,6 +358,13 @@ class Engine:
             needs=self._needs,
         )
 
+    def _taken(self, slots: list[int]) -> tuple[list[Request], np.ndarray]:
+        """The requests that were given these slots, and the slots, filled up to a power of 2 with one out of range."""
+        slot_R = np.full(1 << (len(slots) - 1).bit_length(), self._rows, np.int32)
+        slot_R[: len(slots)] = slots
+        running = [self._running[slot] for slot in slots]
+        return [one.request for one in running if one is not None], slot_R
+
     def _orders(self, requests: list[Request], rows: int) -> Orders:
         requests = requests + [requests[0]] * (rows - len(requests))  # the rest goes nowhere
         stop_RW: Any = np.full((rows, self._stop_width), -1, np.int32)
@@ -337,6 +374,11 @@ class Engine:
         def host_array(values: Any, dtype: type) -> Any:
             return np.asarray(values, dtype)
 
+        width = self._needs.words_width
+        end_RW: Any = np.full((rows, width), -1, np.int32)
+        for row, request in enumerate(requests):
+            end = request.tokens[-width:] if width else request.tokens[:0]
+            end_RW[row, width - len(end) :] = end
         ids = [(request.seed % 2**32, request.prompt, request.sample) for request in requests]
         room = [self._places - len(request.tokens) for request in requests]
         limits = [min(request.max_new_tokens, left) for request, left in zip(requests, room, strict=True)]
@@ -345,6 +387,7 @@ class Engine:
             limit_B=host_array(limits, np.int32),
             min_tokens_B=host_array([request.min_new_tokens for request in requests], np.int32),
             stop_BW=stop_RW,
+            prompt_end_BW=end_RW,
             sampling=SamplingRows.of([request.sampling for request in requests]),
         )
 

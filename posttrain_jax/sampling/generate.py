@@ -55,7 +55,7 @@ class GenerateOptions:
       stop_strings: an answer ends where its text first holds one of these (needs the tokenizer), or with the token
         that one of these is, if it is a special token, which no text shows.
       sampling: how tokens are drawn.
-      num_samples: answers per prompt; those that start together share one reading of it.
+      num_samples: answers per prompt, which share one reading of it.
       seed: of the random numbers; needed with a temperature, for two calls with one seed draw the same numbers.
       ignore_eos: stop tokens do not end an answer.
       batch_size: answers written side by side.

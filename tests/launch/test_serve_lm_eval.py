@@ -18,6 +18,7 @@ from posttrain_jax.serving.prompt_scores import score_prompts
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.alone,
     pytest.mark.skipif(
         importlib.util.find_spec("lm_eval") is None,
         reason="lm_eval is not installed (the extra harness: make test EXTRAS=dev,parity,harness)",

@@ -97,7 +97,7 @@ def place(sample: Sample) -> tuple[int, int]:
 def test_a_mesh_gives_the_same_samples(model, params, shape):
     mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), shape, strict=True)))
     sharded = jax.device_put(params, tree_shardings(params, mesh))
-    options = {"max_new_tokens": [8, 3, 5, 8, 1, 6, 8], "batch_size": 4, **DRAWN}
+    options = {"max_new_tokens": [8, 3, 5, 8, 1, 6, 8], "batch_size": 8, "num_samples": 2, **DRAWN}
     assert_same(answers(model, sharded, PROMPTS, **options), answers(model, params, PROMPTS, **options))
 
 
@@ -137,14 +137,39 @@ def test_noise_is_never_used_twice(model, params):
         GenerateOptions(8, sampling=Sampling(1.5))
 
 
-def test_samples_of_a_prompt_share_one_reading(model, params):
+@pytest.mark.parametrize("slots", [1, 2, 3, 15])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"repetition_penalty": 1.3, "presence_penalty": 0.5, "bad_words": ((4, 5), (7,))}],
+    ids=["plain", "penalties"],
+)
+def test_samples_of_a_prompt_share_one_reading(model, params, slots, more, monkeypatch):
+    """Also those that wait for a slot: every prompt is read once, and its answers are those of samples that start
+    together. Answers of unlike length, so that slots come free one by one."""
+    lengths_read = []
+
+    def counted(params, slots, tokens_PT, lengths_P, *rest, **options):
+        lengths_read.extend(lengths_P.tolist())
+        return read(params, slots, tokens_PT, lengths_P, *rest, **options)
+
+    options = {"max_new_tokens": 12, "num_samples": 5, "stop_token_ids": tuple(range(8, 16)), "seed": 4, **more}
+    options |= {"temperature": 1.1, "top_k": 50}  # no top_p: at its edge a tie may fall the other way
+    together = answers(model, params, PROMPTS[:3], batch_size=15, **options)
+    assert len({len(sample.tokens) for sample in together}) > 2
+    read = engine_module.admit
+    monkeypatch.setattr(engine_module, "admit", counted)
+    assert_same(answers(model, params, PROMPTS[:3], batch_size=slots, **options), together)
+    assert sorted(lengths_read) == sorted(len(prompt) for prompt in PROMPTS[:3])
+
+
+def test_few_programs_for_samples(model, params):
     engine = Engine(model, params, slots=8, places=64, new_tokens=4, needs=Needs(draw=True))
     for prompt in range(2):
-        for sample in range(4):
+        for sample in range(8):
             engine.submit(Request(PROMPTS[prompt], 4, sampling=Sampling(1.0), prompt=prompt, sample=sample))
     while engine.busy:
         engine.step()
-    # Both prompts lie in the bucket of 16: read one after the other, each for its 4 slots.
+    # Both prompts lie in the bucket of 16: read one after the other, each for its 8 slots.
     assert engine.compiled_programs == 2
 
 
@@ -167,7 +192,7 @@ def decode_programs() -> int:
     """How many programs of the engine this process has compiled."""
     from posttrain_jax.sampling import decode
 
-    return decode.decode._cache_size() + decode.admit._cache_size()
+    return sum(program._cache_size() for program in (decode.decode, decode.admit, decode.share))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
