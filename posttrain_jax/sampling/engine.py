@@ -4,8 +4,8 @@ A finished answer gives its slot to the next prompt at once (continuous batching
 answers do not hold up short ones. Prompts are padded to a few lengths (`bucket`) and read 1, 4, 16 ... at a time;
 samples of one prompt share one reading, also those that start later, for as long as a slot holds the prompt. So the
 number of compiled programs is small: one decode loop, for every bucket of prompt lengths one reader for each power of 4
-up to GROUP_TOKENS tokens (times the powers of 2 of samples, where prompts have several), and one program that shares for
-each power of 2 of slots; `compiled_programs` counts those that were needed.
+up to GROUP_TOKENS tokens (times the powers of 2 of samples, where prompts have several), and one that shares for each
+power of 2 of slots; `compiled_programs` counts those that were needed.
 
 What is drawn for a sample depends on its request's (seed, prompt, sample) alone: not on the number of slots, the slot,
 the other requests or their order (but for ties in floating point that a program for other shapes may break
@@ -162,7 +162,9 @@ class Engine:
         self._rows = shard_multiple(slots, self._mesh)
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._running: list[_Running | None] = [None] * self._rows
-        self._held: list[np.ndarray | None] = [None] * self._rows  # the prompt that each slot's cache begins with
+        self._held: list[np.ndarray | None] = [
+            None
+        ] * self._rows  # the prompt that each slot's cache begins with
         self._tickets = 0
         self._shapes: set[tuple[int, ...]] = set()  # of the programs that were needed
         self.set_params(params)
@@ -277,7 +279,9 @@ class Engine:
             size *= 2
         size = min(size, self._places)
         if size != self._cached:
-            self._held = [prompt if prompt is not None and len(prompt) < size else None for prompt in self._held]
+            self._held = [
+                prompt if prompt is not None and len(prompt) < size else None for prompt in self._held
+            ]
             self._slots = resize(self._slots, model=self._model, places=size)
             self._cached = size
 

@@ -152,7 +152,13 @@ def test_samples_of_a_prompt_share_one_reading(model, params, slots, more, monke
         lengths_read.extend(lengths_P.tolist())
         return read(params, slots, tokens_PT, lengths_P, *rest, **options)
 
-    options = {"max_new_tokens": 12, "num_samples": 5, "stop_token_ids": tuple(range(8, 16)), "seed": 4, **more}
+    options = {
+        "max_new_tokens": 12,
+        "num_samples": 5,
+        "stop_token_ids": tuple(range(8, 16)),
+        "seed": 4,
+        **more,
+    }
     options |= {"temperature": 1.1, "top_k": 50}  # no top_p: at its edge a tie may fall the other way
     together = answers(model, params, PROMPTS[:3], batch_size=15, **options)
     assert len({len(sample.tokens) for sample in together}) > 2
