@@ -33,9 +33,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval.prompts = PROMPTS
     config.checkpoint.every = 10
     if variant == "quickstart":
-        config.data.max_length = 384  # 41 of the pairs: the reference reads all of them, the 8 steps need 32
+        config.data.max_length = 384  # 41 of the pairs: the reference reads all of them, the 6 steps need 24
         config.data.eval = "split:20"
-        config.train.epochs, config.train.steps = 0.0, 8
+        config.train.epochs, config.train.steps = 0.0, 6
         config.train.rows_per_step = 4
         config.eval.prompts = ()
         config.checkpoint.every = 4
