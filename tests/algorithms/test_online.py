@@ -59,6 +59,14 @@ def five_words(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def one_device(monkeypatch) -> None:
+    """The learning of so small a model: on 8 virtual devices it would mostly wait for their all-reduces."""
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: first)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
 def answers() -> list[tuple[int, ...]]:
     """All that can be written: ended by token 0, or cut at LONGEST tokens."""
     every = []
@@ -118,6 +126,7 @@ def enumerable(model: Path, algorithm: str, seed: int, folder: Path) -> ConfigDi
     return config
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
 def test_the_regularised_optimum_is_reached(algorithm, five_words, tmp_path):
@@ -142,6 +151,7 @@ def short_answers() -> list[tuple[int, ...]]:
     return [(word, 0) for word in words] + [(*pair, 0) for pair in itertools.product(words, repeat=2)]
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.slow
 def test_dpo_reaches_the_same_optimum(five_words, tmp_path):
     """Pairs of all 20 short answers, labelled by Bradley-Terry with the same reward: each pair 20 times, in
@@ -185,6 +195,7 @@ def test_dpo_reaches_the_same_optimum(five_words, tmp_path):
     assert max(found) < 0.1, found
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.slow
 def test_a_dearer_kl_is_a_smaller_kl(five_words, tmp_path):
     """With beta as the only change, KL(pi || pi_ref) over all answers falls in order."""
