@@ -185,7 +185,7 @@ def test_dpo_reaches_the_same_optimum(five_words, tmp_path):
         config.model.init, config.model.tokenizer, config.model.config = str(five_words), "", ConfigDict()
         config.data.train, config.data.eval, config.data.max_length = str(pairs), "", 8
         config.data.chat_template = ""
-        config.train.rows_per_step, config.train.micro_rows, config.train.steps = 256, 8, 300
+        config.train.rows_per_step, config.train.micro_rows, config.train.steps = 256, 32, 300
         config.dpo.beta, config.dpo.reference = BETA, "memory"
         config.optim.name, config.optim.lr, config.optim.schedule = "adamw", 1e-2, "linear"
         config.log.tensorboard, config.log.every = False, 50
