@@ -162,9 +162,7 @@ class Engine:
         self._rows = shard_multiple(slots, self._mesh)
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._running: list[_Running | None] = [None] * self._rows
-        self._held: list[np.ndarray | None] = [
-            None
-        ] * self._rows  # the prompt that each slot's cache begins with
+        self._held: list[np.ndarray | None] = []  # the prompt that each slot's cache begins with
         self._tickets = 0
         self._shapes: set[tuple[int, ...]] = set()  # of the programs that were needed
         self.set_params(params)
@@ -279,9 +277,8 @@ class Engine:
             size *= 2
         size = min(size, self._places)
         if size != self._cached:
-            self._held = [
-                prompt if prompt is not None and len(prompt) < size else None for prompt in self._held
-            ]
+            fits = [prompt is not None and len(prompt) < size for prompt in self._held]
+            self._held = [prompt if fit else None for prompt, fit in zip(self._held, fits, strict=True)]
             self._slots = resize(self._slots, model=self._model, places=size)
             self._cached = size
 
@@ -293,13 +290,13 @@ class Engine:
         if not taken:
             return
         self._fit(max(len(request.tokens) for _, request in taken) + FEWEST_STEPS)
-        held = {prompt.tobytes(): row for row, prompt in enumerate(self._held) if prompt is not None}
+        held = {_key(prompt): row for row, prompt in enumerate(self._held) if prompt is not None}
         shared: list[tuple[int, int]] = []  # slots: from, to
         groups: dict[int, dict[bytes, list[int]]] = {}  # by length and prompt: the slots it goes to
         for row, (ticket, request) in zip(free, taken, strict=False):
             self._running[row] = _Running(ticket, request)
             self._held[row] = request.tokens
-            prompt = request.tokens.tobytes()
+            prompt = _key(request.tokens)
             if prompt in held:
                 shared.append((held[prompt], row))
             else:
@@ -478,6 +475,11 @@ def decode_params(model: Model, params: PyTree) -> PyTree:
         return params
     layers = _turned(params["layers"], lora_scale=model.lora.scale if model.lora.rank else 0.0)
     return {**params, "layers": layers}
+
+
+def _key(prompt: np.ndarray) -> bytes:
+    """The same for the same token ids, whatever their type."""
+    return prompt.astype(np.int32).tobytes()
 
 
 def _group_size(prompts: int, length: int) -> int:
