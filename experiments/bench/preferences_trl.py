@@ -128,6 +128,9 @@ def make_trainer(settings: Settings, folder: str) -> Any:
         "logging_strategy": "no",
     }
     tokenizer = transformers.AutoTokenizer.from_pretrained(settings.rows / "model")
+    if settings.setting == "reward_model":
+        # transformers reads a score at the last token that is not padding; SmolLM2 pads with its end of turn.
+        tokenizer.pad_token = "<|endoftext|>"
     dataset = load_dataset(settings)
     if settings.setting == "dpo":
         model = transformers.AutoModelForCausalLM.from_pretrained(
