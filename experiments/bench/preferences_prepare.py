@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -79,6 +80,8 @@ def main() -> None:
     if (flags.out / "info.json").is_file():
         return
     flags.out.mkdir(parents=True, exist_ok=True)
+    for made_of_other_pairs in flags.out.glob("trl_*"):
+        shutil.rmtree(made_of_other_pairs)
 
     loaded = load_model(str(assets.fetch("smollm2-135m-instruct")))
     if loaded.tokenizer is None:
