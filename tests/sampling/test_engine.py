@@ -168,6 +168,37 @@ def test_samples_of_a_prompt_share_one_reading(model, params, slots, more, monke
     assert sorted(lengths_read) == sorted(len(prompt) for prompt in PROMPTS[:3])
 
 
+def test_shared_prompts_survive_cancels_growth_and_what_is_written_behind_them(model, params, monkeypatch):
+    """Few prompts, one of them as long as the context allows, asked for at random times and cancelled at random, in a
+    cache that starts with 16 places: every answer is that of the prompt alone."""
+    monkeypatch.setattr(engine_module, "FIRST_PLACES", 16)
+    monkeypatch.setattr(engine_module, "FEWEST_STEPS", 3)
+    prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[4], np.arange(95) % 97]
+    alone = [sample.tokens for sample in answers(model, params, prompts, max_new_tokens=25, batch_size=1)]
+    engine = Engine(model, params, slots=3, places=96, new_tokens=25, needs=Needs())
+    rng = np.random.default_rng(0)
+    asked: dict[int, tuple[int, int]] = {}
+    got: dict[int, list[int]] = {}
+    finished = 0
+    for _ in range(60):
+        for _ in range(rng.integers(0, 3)):
+            prompt, limit = int(rng.integers(len(prompts))), int(rng.integers(1, 26))
+            ids = prompts[prompt].astype(rng.choice([np.int32, np.int64]))
+            asked[engine.submit(Request(ids, limit))] = prompt, limit
+        if asked and rng.random() < 0.2:
+            cancelled = int(rng.choice(list(asked)))
+            engine.cancel(cancelled)
+            del asked[cancelled]
+        for update in engine.step(int(rng.integers(1, 12))):
+            tokens = got.setdefault(update.ticket, [])
+            tokens += update.tokens.tolist()
+            if update.finish_reason is not None:
+                prompt, limit = asked.pop(update.ticket)
+                assert tokens == alone[prompt][:limit].tolist(), (prompt, limit)
+                finished += 1
+    assert finished > 20
+
+
 def test_few_programs_for_samples(model, params):
     engine = Engine(model, params, slots=8, places=64, new_tokens=4, needs=Needs(draw=True))
     for prompt in range(2):
