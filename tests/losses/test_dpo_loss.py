@@ -20,6 +20,7 @@ from posttrain_jax.losses import anchored, dpo
 HERE = pathlib.Path(__file__).parent
 TRL = json.loads((HERE / "trl_values.json").read_text(encoding="utf-8"))
 PAPER = json.loads((HERE / "paper_values.json").read_text(encoding="utf-8"))
+AUTHORS = json.loads((HERE / "author_values.json").read_text(encoding="utf-8"))
 
 PAIR = (jnp.array([-1.0]), jnp.array([-3.0]), jnp.array([-2.0]), jnp.array([-2.0]))
 
@@ -345,3 +346,40 @@ def test_equals_the_papers_equation_in_float64(name):
     want = PAPER["pairs"][name]
     loss = PAPER_CASES[name](stored_pairs(), want)
     np.testing.assert_allclose(loss.loss_B, want["loss"], rtol=5e-6, atol=1e-6)
+
+
+# As the authors' code is called in make_author_values.py; `kls` are those of the chosen and of the rejected answers.
+AUTHOR_CASES = {
+    "cdpo_loss": lambda a, kls: dpo.cdpo_loss(*a, beta=0.125, label_smoothing=0.25),
+    "ipo_loss": lambda a, kls: dpo.ipo_loss(*a, beta=0.25),
+    "tdpo1_loss": lambda a, kls: dpo.tdpo1_loss(*a, *kls, beta=0.125),
+    "tdpo2_loss": lambda a, kls: dpo.tdpo2_loss(*a, *kls, beta=0.125, alpha=0.5),
+    "rpo_loss": lambda a, kls: dpo.rpo_loss(
+        *a, *extra("chosen_ratings", "rejected_ratings"), beta=0.125, eta=0.5
+    ),
+    "sppo_loss": lambda a, kls: anchored.sppo_loss(
+        *a, *extra("chosen_win_rates", "rejected_win_rates"), beta=0.03125
+    ),
+    "bco_loss": lambda a, kls: anchored.bco_loss(*a, beta=0.125, delta=AUTHORS["bco_delta"]),
+}
+
+
+@pytest.mark.parametrize("name", sorted(AUTHOR_CASES))
+def test_loss_and_gradients_equal_those_of_the_authors_code(name):
+    """In float64 there. The authors of SPPO take half of their paper's equation."""
+    want = AUTHORS["losses"][name]
+    factor = 2.0 if name == "sppo_loss" else 1.0
+    chosen, rejected, *reference = stored_pairs()
+
+    def total(chosen, rejected, *kls):
+        loss = AUTHOR_CASES[name]((chosen, rejected, *reference), kls)
+        return loss.loss_B.sum(), loss.loss_B
+
+    gradients, loss_B = jax.grad(total, argnums=(0, 1, 2, 3), has_aux=True)(
+        chosen, rejected, *extra("chosen_kls", "rejected_kls")
+    )
+    np.testing.assert_allclose(loss_B, factor * np.array(want["loss"]), rtol=5e-6, atol=1e-6)
+    names = ("policy_chosen_logps", "policy_rejected_logps", "chosen_kls", "rejected_kls")
+    for key, gradient in zip(names, gradients, strict=True):
+        expected = factor * np.array(want["gradients"].get(key, np.zeros(6)))
+        np.testing.assert_allclose(gradient, expected, rtol=5e-6, atol=1e-7, err_msg=key)
