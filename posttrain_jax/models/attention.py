@@ -138,28 +138,34 @@ def _split_evenly(rows: int) -> bool:
 
 
 def attend_cache(
-    q_BTHK: Array, k_BGKS: Array, v_BGSK: Array, *, mask: AttentionMask, is_local: Array, config: ModelConfig
+    q_BTHK: Array, k_BGCKJ: Array, v_BGSK: Array, *, mask: AttentionMask, is_local: Array, config: ModelConfig
 ) -> Array:
-    """The same function over a layer's cache, `[B, T, H, K]`: few queries, many keys.
+    """The same function over a layer's cache (`kv_cache.py`), `[B, T, H, K]`: few queries, many keys.
 
-    Keys lie with their places last and values with their width last, so that both products read the cache in
+    Keys lie in blocks with their places last and values with their width last, so that both products read the cache in
     order and nothing is transposed. Heads that share a key head are rows of one product.
     """
     batch, time, heads, width = q_BTHK.shape
-    groups = k_BGKS.shape[1]
+    groups, blocks = k_BGCKJ.shape[1:3]
+    places = v_BGSK.shape[2]
     q_BGNK = q_BTHK.reshape(batch, time, groups, -1, width).transpose(0, 2, 3, 1, 4)
     q_BGNK = q_BGNK.reshape(batch, groups, -1, width)
-    scores = jnp.einsum("bgnk,bgks->bgns", q_BGNK, k_BGKS, preferred_element_type=jnp.float32)
+    if time == 1:  # one small product a block; for more queries their copies would cost more
+        q_BGCNK = jnp.broadcast_to(q_BGNK[:, :, None], (batch, groups, blocks, *q_BGNK.shape[2:]))
+        scores = jnp.einsum("bgcnk,bgckj->bgcnj", q_BGCNK, k_BGCKJ, preferred_element_type=jnp.float32)
+        scores = scores.transpose(0, 1, 3, 2, 4)
+    else:
+        scores = jnp.einsum("bgnk,bgckj->bgncj", q_BGNK, k_BGCKJ, preferred_element_type=jnp.float32)
     scores = scores * config.query_scale
     if config.attn_softcap:
         scores = config.attn_softcap * jnp.tanh(scores / config.attn_softcap)
     local = is_local if config.any_local else None
     allowed_BTS = mask.allowed(slice(None), slice(None), local, config.sliding_window)
-    scores = scores.reshape(batch, groups, -1, time, k_BGKS.shape[3])
+    scores = scores.reshape(batch, groups, -1, time, places)
     scores = jnp.where(allowed_BTS[:, None, None], scores, MASKED_SCORE)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights.reshape(batch, groups, -1, k_BGKS.shape[3]).astype(q_BTHK.dtype)
+    weights = weights.reshape(batch, groups, -1, places).astype(q_BTHK.dtype)
     out = jnp.einsum("bgns,bgsk->bgnk", weights, v_BGSK, preferred_element_type=jnp.float32)
     out = (out.reshape(batch, groups, -1, time, width) / total).astype(q_BTHK.dtype)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, width)

@@ -25,13 +25,15 @@ from posttrain_jax.models.attention import (
     default_implementation,
 )
 from posttrain_jax.models.config import LoraConfig, ModelConfig
+from posttrain_jax.models.kv_cache import append
 from posttrain_jax.models.rope import apply_rope, rope_tables
 from posttrain_jax.sharding import constrain_activations
 from posttrain_jax.types import Array, ModelOutput, PyTree
 
 ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": lambda x: nn.gelu(x, approximate=True)}
 
-# From so many rows on, adding an adapter to its kernel costs less than adding its product to every row.
+# From so many rows on, adding an adapter to its kernel costs less than adding its product to every row, and the
+# weights of a product are read as they lie.
 MANY_ROWS = 512
 
 # What the backward pass finds saved; everything else of a layer it computes again.
@@ -120,14 +122,15 @@ def _lora_matmul_bwd(scale, residuals, d_y):
 lora_matmul.defvjp(_lora_matmul_fwd, _lora_matmul_bwd)
 
 
-def few_rows_matmul(x: Array, kernel_out_in: Array) -> Array:
-    """x `[..., in]` times the kernel `[out, in]`, transposed.
+def few_rows_matmul(x: Array, kernel_out_in: Array, out_dtype: Any = None) -> Array:
+    """x `[..., in]` times the kernel `[out, in]`, transposed; `out_dtype` None = that of the arguments.
 
     For a few rows XLA's CPU backend is fastest with the weights on the left (8 rows: 22 against 32 ms for the MLPs of
     SmolLM2-135M, experiments/LOG.md); without the barriers it would turn the product around.
     """
     rows_IN = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
-    return jax.lax.optimization_barrier(kernel_out_in @ rows_IN).T.reshape(*x.shape[:-1], -1)
+    product = jnp.matmul(kernel_out_in, rows_IN, preferred_element_type=out_dtype)
+    return jax.lax.optimization_barrier(product).T.reshape(*x.shape[:-1], -1)
 
 
 class Linear(nn.Module):
@@ -230,10 +233,7 @@ class Attention(nn.Module):
 
         if cache is not None:
             assert shared.cache_index_BT is not None  # `extend` gives both
-            cache = {
-                "k": _write_keys(cache["k"], k_BTGK, shared.cache_index_BT),
-                "v": _write_values(cache["v"], v_BTGK, shared.cache_index_BT),
-            }
+            cache = append(cache, k_BTGK, v_BTGK, shared.cache_index_BT)
             out_BTHK = attend_cache(
                 q_BTHK,
                 cache["k"].astype(self.dtype),
@@ -397,8 +397,8 @@ def extend(
     positions_BS = cache["positions"].at[rows, index_BT].set(positions_BT, mode="drop")
     shared = Shared(
         mask=AttentionMask.cached(positions_BT, positions_BS),
-        rope_global=rope_tables(positions_BT, config.head_dim, config.rope),
-        rope_local=rope_tables(positions_BT, config.head_dim, config.rope_local),
+        rope_global=_written(rope_tables(positions_BT, config.head_dim, config.rope)),
+        rope_local=_written(rope_tables(positions_BT, config.head_dim, config.rope_local)),
         cache_index_BT=index_BT,
     )
     block = Block(config, module.lora, module.dtype, module.implementation, keep_kv=True)
@@ -414,6 +414,15 @@ def extend(
     x_BTD = norm.apply({"params": params["final_norm"]}, x_BTD)
     length_B = cache["length"] + jnp.sum(real_BT, axis=1)
     return x_BTD, {"layers": layers, "positions": positions_BS, "length": length_B}
+
+
+def _written(tables: tuple[Array, Array]) -> tuple[Array, Array]:
+    """The same tables, as XLA's CPU backend computes them once: it would fuse their cosines into whatever reads them in
+    every layer, but a product, here with the identity, it fuses into nothing (experiments/LOG.md)."""
+    if jax.default_backend() != "cpu":
+        return tables
+    cos, sin = (table @ jnp.eye(table.shape[-1], dtype=table.dtype) for table in tables)
+    return cos, sin
 
 
 def _local_layers(config: ModelConfig) -> tuple[bool, ...]:
@@ -457,42 +466,6 @@ def decode_layers(layers: PyTree, lora_scale: float) -> list[PyTree]:
     return [decode_layer(_layer(layers, number)) for number in range(count)]
 
 
-def init_cache(config: ModelConfig, batch: int, length: int, dtype: str = "float32") -> PyTree:
-    """An empty KV cache of `length` = S places a row.
-
-    `layers`: for each layer `k` `[B, G, K, S]` and `v` `[B, G, S, K]`; `positions` `[B, S]` (-1 = empty); `length`
-    `[B]`, how many places of a row are taken.
-    """
-    groups, width = config.n_kv_heads, config.head_dim
-    return {
-        "layers": [
-            {
-                "k": jnp.zeros((batch, groups, width, length), dtype),
-                "v": jnp.zeros((batch, groups, length, width), dtype),
-            }
-            for _ in range(config.n_layers)
-        ],
-        "positions": jnp.full((batch, length), -1, jnp.int32),
-        "length": jnp.zeros((batch,), jnp.int32),
-    }
-
-
-def _write_keys(k_BGKS: Array, k_BTGK: Array, index_BT: Array) -> Array:
-    def row(k_GKS: Array, new_TGK: Array, index_T: Array) -> Array:
-        new_GKT = new_TGK.transpose(1, 2, 0).astype(k_GKS.dtype)
-        return k_GKS.at[:, :, index_T].set(new_GKT, mode="drop", unique_indices=True)
-
-    return jax.vmap(row)(k_BGKS, k_BTGK, index_BT)
-
-
-def _write_values(v_BGSK: Array, v_BTGK: Array, index_BT: Array) -> Array:
-    def row(v_GSK: Array, new_TGK: Array, index_T: Array) -> Array:
-        new_GTK = new_TGK.transpose(1, 0, 2).astype(v_GSK.dtype)
-        return v_GSK.at[:, index_T].set(new_GTK, mode="drop", unique_indices=True)
-
-    return jax.vmap(row)(v_BGSK, v_BTGK, index_BT)
-
-
 @dataclasses.dataclass(frozen=True)
 class Model:
     """The transformer as pure functions of its parameters (plain nested dicts). Made by `make_model`."""
@@ -533,7 +506,8 @@ class Model:
             cache already holds). Packed rows must say.
           branches_BT: completions that share their segment's prompt (branch 0): a token of branch b sees the prompt
             and b alone. Positions go on after the prompt in every branch. Not with a cache.
-          cache: from `init_cache`; the real tokens are appended to each row. Segments cannot be packed in a cache.
+          cache: from `kv_cache.init_cache`; the real tokens are appended to each row. Segments cannot be packed in
+            a cache.
           keep_kv: without a cache: return every layer's keys and values `k`, `v` `[L, B, T, G, K]` as `cache`.
           logits: also project all positions on the vocabulary, `[B, T, V]` float32. For notebooks, parity
             and decoding; train steps use `heads.token_logps`, which never holds such an array.
@@ -560,7 +534,10 @@ class Model:
     def logits(self, params: PyTree, hidden_BTD: Array) -> Array:
         """Float32 logits `[..., V]` of hidden states `[..., D]`, soft-capped where the family does."""
         head = head_VD(params).astype(hidden_BTD.dtype)
-        logits = jnp.einsum("...d,vd->...v", hidden_BTD, head, preferred_element_type=jnp.float32)
+        if jax.default_backend() == "cpu" and hidden_BTD.size // hidden_BTD.shape[-1] < MANY_ROWS:
+            logits = few_rows_matmul(hidden_BTD, head, jnp.float32)
+        else:
+            logits = jnp.einsum("...d,vd->...v", hidden_BTD, head, preferred_element_type=jnp.float32)
         cap = self.config.logits_softcap
         return cap * jnp.tanh(logits / cap) if cap else logits
 

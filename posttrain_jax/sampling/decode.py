@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from posttrain_jax.models.transformer import Model, init_cache
+from posttrain_jax.models import kv_cache
+from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.choose import Needs, SamplingRows, ban_words, choose, penalise, sample_keys
 from posttrain_jax.sharding import BATCH_AXES, ambient_mesh
 from posttrain_jax.types import Array, PyTree
@@ -49,7 +50,7 @@ class Slots:
     """The state of B slots with S places in the cache each and room for N new tokens.
 
     Attributes:
-      cache: see `init_cache`.
+      cache: see `kv_cache.init_cache`.
       hidden_BD: the hidden state of the prompt's last token, from which an answer's first token is drawn.
       orders: how each slot's prompt is to be answered.
       keys_B: typed PRNG keys, one a sample.
@@ -99,7 +100,7 @@ def empty_slots(
         }
     )
     slots = Slots(
-        cache=init_cache(model.config, rows, places, model.dtype),
+        cache=kv_cache.init_cache(model.config, rows, places, model.dtype),
         hidden_BD=zeros(model.config.d_model, dtype=model.dtype),
         orders=Orders(
             ids_B3=zeros(3, dtype="uint32"),
@@ -132,7 +133,7 @@ def _constrain(slots: Slots, model: Model) -> Slots:
     if mesh is None:
         return slots
     heads = "tensor" if model.config.n_kv_heads % mesh.shape["tensor"] == 0 else None
-    heads_spec = P(BATCH_AXES, heads, None, None)
+    heads_spec = P(BATCH_AXES, heads)
     layers = jax.tree.map(
         lambda leaf: jax.lax.with_sharding_constraint(leaf, heads_spec), slots.cache["layers"]
     )
@@ -161,22 +162,16 @@ def admit(
       slot_R: which slot; one out of range = nowhere, so that R can be padded.
       orders_R: how they are answered.
     """
-    places = slots.cache["positions"].shape[1]
     real_PT = (jnp.arange(tokens_PT.shape[1])[None] < lengths_P[:, None]).astype(jnp.int32)
     output = model.apply(params, tokens_PT, segment_ids_BT=real_PT, keep_kv=True, logits=False)
     last_P11 = jnp.maximum(lengths_P - 1, 0)[:, None, None]
     hidden_PD = jnp.take_along_axis(output.hidden_BTD, last_P11, axis=1)[:, 0]
-    layers = []
-    for number, layer in enumerate(slots.cache["layers"]):
-        k_RGKT = output.cache["k"][number].transpose(0, 2, 3, 1)[source_R].astype(layer["k"].dtype)
-        v_RGTK = output.cache["v"][number].transpose(0, 2, 1, 3)[source_R].astype(layer["v"].dtype)
-        time = min(tokens_PT.shape[1], places)
-        layers.append(
-            {
-                "k": layer["k"].at[slot_R, :, :, :time].set(k_RGKT[..., :time], mode="drop"),
-                "v": layer["v"].at[slot_R, :, :time].set(v_RGTK[:, :, :time], mode="drop"),
-            }
+    layers = [
+        kv_cache.put_rows(
+            layer, output.cache["k"][number][source_R], output.cache["v"][number][source_R], slot_R
         )
+        for number, layer in enumerate(slots.cache["layers"])
+    ]
     prompt_BV = slots.prompt_BV
     if needs.penalties:
         prompt_RT = jnp.where(real_PT == 1, tokens_PT, model.config.vocab_size)[source_R]
@@ -340,19 +335,7 @@ def decode(
 @functools.partial(jax.jit, static_argnames=("model", "places"))
 def resize(slots: Slots, *, model: Model, places: int) -> Slots:
     """The same slots with more places in the cache (or fewer, if no more are taken)."""
-    more = places - slots.cache["positions"].shape[1]
-
-    def fit(values: Array, axis: int, empty: int = 0) -> Array:
-        if more < 0:
-            return jax.lax.slice_in_dim(values, 0, places, axis=axis)
-        widths = [(0, more if place == axis else 0) for place in range(values.ndim)]
-        return jnp.pad(values, widths, constant_values=empty)
-
-    cache = {
-        "layers": [{"k": fit(layer["k"], 3), "v": fit(layer["v"], 2)} for layer in slots.cache["layers"]],
-        "positions": fit(slots.cache["positions"], 1, -1),
-        "length": slots.cache["length"],
-    }
+    cache = kv_cache.resize(slots.cache, model.config, places)
     return _constrain(dataclasses.replace(slots, cache=cache), model)
 
 

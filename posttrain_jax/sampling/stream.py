@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posttrain_jax.models.transformer import Model, init_cache
+from posttrain_jax.models.kv_cache import init_cache
+from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.choose import Needs, Sampling, SamplingRows, choose, sample_keys
 from posttrain_jax.sampling.engine import bucket, check_prompt, decode_params
 from posttrain_jax.types import Array, PyTree

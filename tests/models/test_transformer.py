@@ -14,10 +14,10 @@ from posttrain_jax.models import attention
 from posttrain_jax.models.attention import AttentionMask, attend
 from posttrain_jax.models.block_attention import BLOCK, RowPlaces, first_key_blocks
 from posttrain_jax.models.config import LoraConfig, ModelConfig
+from posttrain_jax.models.kv_cache import init_cache
 from posttrain_jax.models.transformer import (
     MANY_ROWS,
     REMAT_POLICIES,
-    init_cache,
     lora_matmul,
     make_model,
 )

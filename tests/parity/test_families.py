@@ -18,7 +18,7 @@ from parity.torch_families import FAMILIES, make_config, make_model
 from posttrain_jax.export_model import export_hf
 from posttrain_jax.load_model import LoadedModel, load_model
 from posttrain_jax.models.config import ModelConfig
-from posttrain_jax.models.transformer import init_cache
+from posttrain_jax.models.kv_cache import init_cache
 from posttrain_jax.models.transformer import make_model as make_ours
 
 LENGTH = 24  # longer than every sliding window in FAMILIES

@@ -346,22 +346,23 @@ def test_a_request_that_the_engine_was_not_made_for_is_refused(model, params, re
     assert not engine.busy
 
 
-def test_the_cache_grows_with_the_answers_and_shrinks_after_them(model, params, monkeypatch):
-    """From 16 places on, doubling: the same answers as with all places from the start."""
-    limits = [3, 60, 20, 40]
+def test_the_cache_grows_with_the_answers_and_shrinks_after_them(params, monkeypatch):
+    """From 64 places on, doubling: the same answers as with all places from the start."""
+    model = make_model(dataclasses.replace(CONFIG, max_length=256))
+    limits = [3, 150, 20, 90]
     whole = answers(model, params, PROMPTS[:4], max_new_tokens=limits, batch_size=2, **DRAWN)
-    monkeypatch.setattr(engine_module, "FIRST_PLACES", 16)
+    monkeypatch.setattr(engine_module, "FIRST_PLACES", 64)
     monkeypatch.setattr(engine_module, "FEWEST_STEPS", 3)
     assert_same(answers(model, params, PROMPTS[:4], max_new_tokens=limits, batch_size=2, **DRAWN), whole)
 
-    engine = Engine(model, params, slots=2, places=96, new_tokens=60, needs=Needs())
+    engine = Engine(model, params, slots=2, places=256, new_tokens=150, needs=Needs())
     sizes = []
-    for prompt, limit in zip(PROMPTS, [3, 60, 2], strict=False):
+    for prompt, limit in zip(PROMPTS, [3, 150, 2], strict=False):
         engine.submit(Request(prompt, limit))
         while engine.busy:
             engine.step()
             sizes.append(engine._slots.cache["positions"].shape[1])
-    assert sizes == [16, 16, 32, 64, 32]
+    assert sizes == [64, 64, 128, 256, 64]
 
 
 def test_a_cancelled_request_gives_its_slot_back(model, params):

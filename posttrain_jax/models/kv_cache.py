@@ -1,0 +1,99 @@
+"""The KV cache: every layer's keys and values of the tokens that were read, at places 0, 1, 2 ... of each row.
+
+Values lie as `[B, G, S, K]`. Keys lie in C = S / J blocks of J places, `[B, G, C, K, J]`, so that the product with a
+query reads them in order: within a block the places are side by side, and on a CPU a block of 64 x 64 is in cache while
+it is read (one block of all places takes twice as long, experiments/LOG.md). Elsewhere all places are one block.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.types import Array, PyTree
+
+CPU_BLOCK = 64
+
+
+def init_cache(config: ModelConfig, batch: int, length: int, dtype: str = "float32") -> PyTree:
+    """An empty cache of at least `length` places a row.
+
+    `layers`: for each layer `k` `[B, G, C, K, J]` and `v` `[B, G, S, K]`; `positions` `[B, S]` (-1 = empty); `length`
+    `[B]`, how many places of a row are taken. S is the next multiple of the blocks' width J.
+    """
+    groups, width = config.n_kv_heads, config.head_dim
+    block = CPU_BLOCK if jax.default_backend() == "cpu" else length
+    blocks = -(-length // block)
+    return {
+        "layers": [
+            {
+                "k": jnp.zeros((batch, groups, blocks, width, block), dtype),
+                "v": jnp.zeros((batch, groups, blocks * block, width), dtype),
+            }
+            for _ in range(config.n_layers)
+        ],
+        "positions": jnp.full((batch, blocks * block), -1, jnp.int32),
+        "length": jnp.zeros((batch,), jnp.int32),
+    }
+
+
+def append(layer: PyTree, k_BTGK: Array, v_BTGK: Array, index_BT: Array) -> PyTree:
+    """A layer with the keys and values of T tokens written, each at its place in the row (out of range = nowhere)."""
+    block = layer["k"].shape[-1]
+
+    def keys(k_GCKJ: Array, new_TGK: Array, index_T: Array) -> Array:
+        new_TGK = new_TGK.astype(k_GCKJ.dtype)
+        at = k_GCKJ.at[:, index_T // block, :, index_T % block]
+        return at.set(new_TGK, mode="drop", unique_indices=True)
+
+    def values(v_GSK: Array, new_TGK: Array, index_T: Array) -> Array:
+        new_GTK = new_TGK.transpose(1, 0, 2).astype(v_GSK.dtype)
+        return v_GSK.at[:, index_T].set(new_GTK, mode="drop", unique_indices=True)
+
+    return {
+        "k": jax.vmap(keys)(layer["k"], k_BTGK, index_BT),
+        "v": jax.vmap(values)(layer["v"], v_BTGK, index_BT),
+    }
+
+
+def put_rows(layer: PyTree, k_RTGK: Array, v_RTGK: Array, row_R: Array) -> PyTree:
+    """A layer in which some rows (out of range = nowhere) begin with R sequences; what lies behind them is undefined.
+
+    Of sequences longer than the cache the first places are kept.
+    """
+    blocks, block = layer["k"].shape[2], layer["k"].shape[-1]
+    time = min(k_RTGK.shape[1], blocks * block)
+    v_RGTK = v_RTGK[:, :time].transpose(0, 2, 1, 3).astype(layer["v"].dtype)
+    k_RTGK = jnp.pad(k_RTGK[:, :time], [(0, 0), (0, -time % block), (0, 0), (0, 0)])
+    k_RCJGK = k_RTGK.reshape(k_RTGK.shape[0], -1, block, *k_RTGK.shape[2:])
+    k_RGCKJ = k_RCJGK.transpose(0, 3, 1, 4, 2).astype(layer["k"].dtype)
+    return {
+        "k": layer["k"].at[row_R, :, : k_RGCKJ.shape[2]].set(k_RGCKJ, mode="drop"),
+        "v": layer["v"].at[row_R, :, :time].set(v_RGTK, mode="drop"),
+    }
+
+
+def resize(cache: PyTree, config: ModelConfig, length: int) -> PyTree:
+    """The same cache with at least `length` places a row; fewer than before only if no more are taken."""
+    batch = cache["length"].shape[0]
+    empty = init_cache(config, batch, length, cache["layers"][0]["v"].dtype)
+
+    def fit(old: Array, new: Array) -> Array:
+        if old.shape[-1] != new.shape[-1]:  # keys that are one block
+            return _fit(old, new, new.ndim - 1)
+        return _fit(old, new, 2)
+
+    return {
+        "layers": jax.tree.map(fit, cache["layers"], empty["layers"]),
+        "positions": _fit(cache["positions"], empty["positions"], 1),
+        "length": cache["length"],
+    }
+
+
+def _fit(old: Array, new: Array, axis: int) -> Array:
+    """`old` cut or continued with `new` along an axis, to the shape of `new`."""
+    size, have = new.shape[axis], old.shape[axis]
+    if size <= have:
+        return jax.lax.slice_in_dim(old, 0, size, axis=axis)
+    return jnp.concatenate([old, jax.lax.slice_in_dim(new, have, size, axis=axis)], axis=axis)
