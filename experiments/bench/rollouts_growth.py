@@ -65,7 +65,7 @@ def report(runs: dict[Point, list[Run]], about: dict[str, Any]) -> str:
     """The Markdown text."""
     lines = [
         "PPO on SmolLM2-135M-Instruct, float32, seconds of an iteration; other depths are its layers, cut or repeated. "
-        f"Medians of {about['rounds']} runs of {about['iterations']} iterations, the first not counted.",
+        f"Medians over {about['rounds']} round(s) of {about['iterations']} iterations, the first not counted.",
         "",
         f"`{about['command']}` on {about['date']}, commit {about['commit']}, {about['cpu']}.",
         "",
