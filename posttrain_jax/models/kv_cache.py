@@ -79,21 +79,18 @@ def resize(cache: PyTree, config: ModelConfig, length: int) -> PyTree:
     batch = cache["length"].shape[0]
     empty = init_cache(config, batch, length, cache["layers"][0]["v"].dtype)
 
-    def fit(old: Array, new: Array) -> Array:
-        if old.shape[-1] != new.shape[-1]:  # keys that are one block
-            return _fit(old, new, new.ndim - 1)
-        return _fit(old, new, 2)
-
     return {
-        "layers": jax.tree.map(fit, cache["layers"], empty["layers"]),
-        "positions": _fit(cache["positions"], empty["positions"], 1),
+        "layers": jax.tree.map(_fit, cache["layers"], empty["layers"]),
+        "positions": _fit(cache["positions"], empty["positions"]),
         "length": cache["length"],
     }
 
 
-def _fit(old: Array, new: Array, axis: int) -> Array:
-    """`old` cut or continued with `new` along an axis, to the shape of `new`."""
-    size, have = new.shape[axis], old.shape[axis]
-    if size <= have:
-        return jax.lax.slice_in_dim(old, 0, size, axis=axis)
-    return jnp.concatenate([old, jax.lax.slice_in_dim(new, have, size, axis=axis)], axis=axis)
+def _fit(old: Array, new: Array) -> Array:
+    """`old`, cut or continued with `new` along the axis in which their shapes differ, if they do."""
+    for axis, (have, size) in enumerate(zip(old.shape, new.shape, strict=True)):
+        if size < have:
+            return jax.lax.slice_in_dim(old, 0, size, axis=axis)
+        if size > have:
+            return jnp.concatenate([old, jax.lax.slice_in_dim(new, have, size, axis=axis)], axis=axis)
+    return old
