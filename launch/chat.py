@@ -130,7 +130,11 @@ class Chat:
 
 
 def talk(chat: Chat) -> None:
-    """Reads lines until the input ends or /quit; with a terminal, shows a prompt and keeps a history."""
+    """Reads lines until the input ends or /quit; with a terminal, shows a prompt and keeps a history.
+
+    Raises:
+      InputError: the input is not UTF-8.
+    """
     terminal = sys.stdin.isatty()
     if terminal:
         import readline  # noqa: F401 - gives input() a history and line editing
@@ -139,6 +143,9 @@ def talk(chat: Chat) -> None:
     while True:
         try:
             line = input("> ") if terminal else sys.stdin.readline()
+            line.encode()  # in some locales Python reads a wrong byte as half a character
+        except UnicodeError:
+            raise InputError("the input is not UTF-8 text; convert it first (iconv -t UTF-8).") from None
         except EOFError:
             print()
             return

@@ -88,6 +88,9 @@ def set_up_jax() -> None:
 
     A program's independent all-reduces each hold a thread of XLA's pool in every device until all devices have come.
     With as many threads as devices two of them can wait for each other for ever.
+
+    Raises:
+      InputError: the cache's folder is a file.
     """
     import jax
 
@@ -97,6 +100,12 @@ def set_up_jax() -> None:
     if virtual:
         os.environ.setdefault("NPROC", str(max(4 * int(virtual[1]), os.cpu_count() or 1)))
     folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", cache_root() / "compiled"))
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(
+            f"The cache {folder} cannot be made ({error.strerror}); set POSTTRAIN_CACHE, or JAX_COMPILATION_CACHE_DIR, "
+            "to a folder."
+        ) from error
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

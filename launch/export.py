@@ -7,7 +7,6 @@ member is exported at a time.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,8 +83,6 @@ def export(
         raise InputError(f"--dtype={dtype} is not a type that can be exported; use float32 or bfloat16.")
     source = resolve(name)
     _refuse(out, overwrite, source.path)
-    if ema and source.kind != "workdir":
-        raise InputError(f"--ema: {name} is no workdir, so it has no moving average of its weights.")
     if member is None:
         loaded = load_model(source, ema=ema)
     else:
@@ -126,7 +123,8 @@ def _refuse(out: Path, overwrite: bool, source: Path) -> None:
 
 def _export_adapter(loaded: LoadedModel, out: Path) -> None:
     """A PEFT folder, written beside `out` and renamed when whole."""
-    from posttrain_jax.models.hf_config import read_json
+    from posttrain_jax.export_model import put_in_place
+    from posttrain_jax.load_model import base_name
     from posttrain_jax.models.peft import save_adapter
     from posttrain_jax.models.tokenizer import save_tokenizer
 
@@ -137,21 +135,14 @@ def _export_adapter(loaded: LoadedModel, out: Path) -> None:
             f"--adapter_only: {loaded.source.name} is a reward model, and its score head is no part of an adapter; "
             "leave the flag out."
         )
-    base = ""
-    if loaded.source.kind == "workdir":
-        base = read_json(loaded.source.path / "config.json")["model"]["init"]
-    elif loaded.source.kind == "adapter":
-        base = read_json(loaded.source.path / "adapter_config.json").get("base_model_name_or_path") or ""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
             made = Path(scratch) / "adapter"
-            save_adapter(loaded.params, loaded.lora, loaded.config, made, base_model=base)
+            save_adapter(loaded.params, loaded.lora, loaded.config, made, base_model=base_name(loaded.source))
             if loaded.tokenizer is not None:
                 save_tokenizer(loaded.tokenizer, made)
-            if out.exists():
-                os.replace(out, Path(scratch) / "replaced")
-            os.replace(made, out)
+            put_in_place(made, out)
     except OSError as error:
         raise InputError(f"--out={out} cannot be written: {error.strerror}.") from error
 

@@ -77,7 +77,7 @@ def define_flags() -> None:
     flags.DEFINE_string("prompts", None, "JSON Lines (or .json, .parquet) with the prompts.")
     flags.DEFINE_string("out", None, "JSON Lines file to write; one that is not complete is gone on with.")
     flags.DEFINE_integer("max_new_tokens", Options.max_new_tokens, "Most tokens of an answer.")
-    flags.DEFINE_integer("min_new_tokens", Options.min_new_tokens, "No stop token before this many tokens.")
+    flags.DEFINE_integer("min_new_tokens", Options.min_new_tokens, "No stop before this many tokens.")
     flags.DEFINE_float("temperature", Options.temperature, "0 = always the likeliest token.")
     flags.DEFINE_float("top_p", Options.top_p, "Nucleus sampling; 1 = off.")
     flags.DEFINE_integer("top_k", Options.top_k, "Only the k likeliest tokens; 0 = off.")
@@ -86,7 +86,9 @@ def define_flags() -> None:
     flags.DEFINE_float("presence_penalty", Options.presence_penalty, "On tokens of the answer; 0 = off.")
     flags.DEFINE_float("frequency_penalty", Options.frequency_penalty, "The same for every time; 0 = off.")
     flags.DEFINE_multi_string("stop", [], "A text that ends an answer; may be given more than once.")
-    flags.DEFINE_multi_string("bad_words", [], "A text that no answer may hold; may be given more than once.")
+    flags.DEFINE_multi_string(
+        "bad_words", [], "A text whose tokens no answer holds in a row; may be repeated."
+    )
     flags.DEFINE_integer(
         "max_prompt_tokens", Options.max_prompt_tokens, "0 = what the model's context allows."
     )
@@ -221,7 +223,8 @@ def generate(options: Options) -> None:
 
     _asked(options, stop_token_ids=(), bad_words=())  # refuses bad options before the model is read
     prompts = read_prompts(options.prompts)
-    mesh = make_mesh(data=-1, fsdp=options.fsdp, tensor=options.tensor) if jax.device_count() > 1 else None
+    alone = (jax.device_count(), options.fsdp, options.tensor) == (1, 1, 1)
+    mesh = None if alone else make_mesh(data=-1, fsdp=options.fsdp, tensor=options.tensor)
     loaded = load_model(options.model, dtype=options.dtype, param_dtype=options.dtype, mesh=mesh)
     require_language_model(loaded)
     asked = _asked_of(loaded, options)
@@ -470,8 +473,7 @@ def answer_row(sample: Sample, prompt: Prompt, loaded: LoadedModel) -> dict[str,
     text = None
     if loaded.tokenizer is not None:
         text = loaded.tokenizer.decode(sample.tokens, skip_special_tokens=True)
-        if sample.stop_string is not None:
-            text = text[: text.index(sample.stop_string)]
+        text = text[: sample.stop_at]
     row = {
         "id": prompt.id,
         "sample": sample.sample,

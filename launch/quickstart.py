@@ -47,8 +47,10 @@ def main(argv: Sequence[str]) -> int:
     folder = workdir / "hf"
     if not _complete(workdir):
         print(f"Training SmolLM2-135M-Instruct with {CONFIG}:{variant}; a few minutes on two cores.")
+        shutil.rmtree(folder, ignore_errors=True)
         train.run(config.lock(), workdir)
         _require_complete(workdir)
+    if not folder.is_dir():
         _export(workdir, folder)
     print(f"Going on from {workdir} with preferences, {DPO_CONFIG}:{variant}.")
     dpo_config.model.init = str(workdir)

@@ -175,7 +175,7 @@ def run(loaded: LoadedModel, options: Options, listener: socket.socket) -> int:
     )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _ignore)  # uvicorn has its own, and raises the signal again when it is done
-    listener.listen()
+    start(listener, options)
     print(f"serving {options.served_model_name} at {url(listener)}/v1", flush=True)
     server.run(sockets=[listener])
     return 1 if worker.failed else 0
@@ -201,7 +201,8 @@ def load(options: Options) -> LoadedModel:
     from posttrain_jax.load_model import load_model, require_language_model
     from posttrain_jax.sharding import make_mesh
 
-    mesh = make_mesh(data=-1, fsdp=options.fsdp, tensor=options.tensor) if jax.device_count() > 1 else None
+    alone = (jax.device_count(), options.fsdp, options.tensor) == (1, 1, 1)
+    mesh = None if alone else make_mesh(data=-1, fsdp=options.fsdp, tensor=options.tensor)
     loaded = load_model(options.model, dtype=options.dtype, param_dtype=options.dtype, mesh=mesh)
     require_language_model(loaded)
     if loaded.tokenizer is None:
@@ -281,11 +282,28 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
-        raise InputError(
-            f"cannot listen on --host={host} --port={port} ({error.strerror or error}); use another one "
-            "(--port=0 takes any that is free)."
-        ) from error
+        raise cannot_listen(host, port, error) from error
     return listener
+
+
+def start(listener: socket.socket, options: Options) -> None:
+    """Lets clients in.
+
+    Raises:
+      InputError: another server took the address while the model was read.
+    """
+    try:
+        listener.listen()
+    except OSError as error:
+        raise cannot_listen(options.host, options.port, error) from error
+
+
+def cannot_listen(host: str, port: int, error: OSError) -> InputError:
+    """What to say where an address cannot be had."""
+    return InputError(
+        f"cannot listen on --host={host} --port={port} ({error.strerror or error}); use another one "
+        "(--port=0 takes any that is free)."
+    )
 
 
 def is_loopback(host: str) -> bool:

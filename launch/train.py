@@ -59,9 +59,18 @@ def _leave(signum: int, frame: Any) -> None:
 
 
 def connect() -> None:
-    """Joins the other processes of the run, if there are any."""
+    """Joins the other processes of the run, if there are any.
+
+    Raises:
+      InputError: a number of processes, or which one this is, without where process 0 is.
+    """
     import jax
 
+    if not COORDINATOR.value and (PROCESSES.value, PROCESS.value) != (1, 0):
+        raise InputError(
+            f"--processes={PROCESSES.value} and --process={PROCESS.value} need --coordinator=HOST:PORT: without it "
+            "each process would train alone in the same workdir."
+        )
     if COORDINATOR.value == "auto":
         jax.distributed.initialize()
     elif COORDINATOR.value:

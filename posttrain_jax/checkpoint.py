@@ -173,6 +173,13 @@ class Checkpoints:
             (unnamed,) = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
             write_manifest(unnamed)
 
+    def start_anew(self) -> None:
+        """Before a run's first step: removes the `frozen/` of a start that ended before its first checkpoint, which may
+        be of another model."""
+        if jax.process_index() == 0 and (self.workdir / "frozen").is_dir():
+            shutil.rmtree(self.workdir / "frozen")
+        multihost_utils.sync_global_devices("started anew")
+
     def save_frozen(self, frozen: PyTree) -> None:
         """Saves the parameters that are not trained, once per workdir; nothing if there are none."""
         target = self.workdir / "frozen"
@@ -407,10 +414,10 @@ def restore_params(
       abstract_params: the whole tree's shapes (LoRA leaves included), as `Model.abstract_params` gives them.
       step: which checkpoint; None = the newest that is not damaged.
       shardings: where each leaf goes (same tree); None = the default device.
-      ema: the moving average instead of the last parameters, where the run kept one.
+      ema: the moving average instead of the last parameters.
 
     Raises:
-      InputError: no such checkpoint, or it is damaged.
+      InputError: no such checkpoint, or it is damaged; a run that kept no average.
     """
     steps = completed_steps(workdir)
     if step is not None and step not in steps:
@@ -461,11 +468,12 @@ def _read_params(
         raise InputError(f"{frozen_dir} is damaged: {problem}; run the training command again to mend it.")
     with ocp.StandardCheckpointer() as reader:
         if ema:
-            whole = reader.restore((step_dir / "optimizer").absolute())
-            kept = subset(whole["ema"], set(leaf_paths(trained_like)))
-            trained = jax.tree.map(
-                lambda leaf, place: jax.device_put(leaf, place.sharding), kept, trained_like
-            )
+            averaged = _saved_shapes(step_dir / "optimizer") or {}
+            if not all(f"ema/{path}" in averaged for path in leaf_paths(trained_like)):
+                raise InputError(
+                    f"{step_dir} holds no moving average of the weights (optim.ema was 0, off); take the last weights."
+                )
+            trained = _restore_some((step_dir / "optimizer").absolute(), {"ema": trained_like})["ema"]
         else:
             trained = _restore_some((step_dir / "params").absolute(), trained_like)
         if not frozen_dir.is_dir():
@@ -476,7 +484,8 @@ def _read_params(
 
 
 def _restore_some(folder: Path, like: PyTree) -> PyTree:
-    """The leaves of `like`; what else is saved (PPO's value network, beside its policy) is not read."""
+    """The leaves of `like`; what else is saved (PPO's value network beside its policy, or the
+    optimiser's moments beside the average) is not read."""
     arguments = ocp.args.PyTreeRestore(
         item=like,
         restore_args=ocp.checkpoint_utils.construct_restore_args(like),
@@ -494,7 +503,8 @@ def _saved_shapes(item_dir: Path) -> dict[str, tuple[int, ...]] | None:
         return None
     paths = leaf_paths(jax.tree.map(lambda leaf: np.zeros(()), tree, is_leaf=_is_array_metadata))
     leaves = jax.tree.leaves(tree, is_leaf=_is_array_metadata)
-    return {path: tuple(leaf.shape) for path, leaf in zip(paths, leaves, strict=True)}
+    # An optimiser without moments has None in their place.
+    return {path: tuple(leaf.shape) for path, leaf in zip(paths, leaves, strict=True) if leaf is not None}
 
 
 def _is_array_metadata(node: Any) -> bool:

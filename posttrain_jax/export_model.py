@@ -85,13 +85,24 @@ def export_hf(
                 score_bias=bias,
             )
             save_safetensors(params, config, made, max_shard_bytes, jnp.dtype(stored))
-            if folder.exists():
-                os.replace(folder, pathlib.Path(scratch) / "replaced")
-            os.replace(made, folder)
+            put_in_place(made, folder)
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{folder}: the export cannot be written ({error}); nothing was left there."
+            f"{folder}: the export cannot be written ({error}); what was there before is still there."
         ) from error
+
+
+def put_in_place(made: pathlib.Path, folder: pathlib.Path) -> None:
+    """Renames `made` to `folder`; what is there already goes beside `made`, and comes back if that fails."""
+    replaced = made.with_name("replaced")
+    if folder.exists():
+        os.replace(folder, replaced)
+    try:
+        os.replace(made, folder)
+    except OSError:
+        if replaced.exists():
+            os.replace(replaced, folder)
+        raise
 
 
 def write_model_folder(

@@ -238,6 +238,8 @@ def load_model(
       InputError: anything wrong with the model, said in one sentence; an ensemble, for which there is `load_members`.
     """
     source = model if isinstance(model, Source) else resolve(model)
+    if ema and source.kind != "workdir":
+        raise InputError(f"{source.name} is no workdir, so it has no moving average of its weights.")
     if source.kind == "adapter":
         return _load_adapter(source, dtype=dtype, param_dtype=param_dtype, mesh=mesh, attention=attention)
     count = member_count(source)
@@ -379,6 +381,21 @@ def _workdir_lora(workdir: pathlib.Path) -> LoraConfig:
 def has_adapter(source: Source) -> bool:
     """Whether a model comes with a LoRA adapter that was trained."""
     return source.kind == "adapter" or (source.kind == "workdir" and _workdir_lora(source.path).rank > 0)
+
+
+def base_name(source: Source) -> str:
+    """The MODEL without an adapter on which a model's adapter was trained; "" where nothing says it.
+
+    A run can go on with the adapter of another run or folder, so those on this machine are followed to the first.
+    """
+    if source.kind == "workdir":
+        name = str(read_json(source.path / "config.json")["model"]["init"])
+    else:
+        name = read_json(source.path / "adapter_config.json").get("base_model_name_or_path") or ""
+    if not name or not pathlib.Path(re.sub(r"@\d+$", "", name)).expanduser().is_dir():
+        return name
+    before = resolve(name)
+    return base_name(before) if has_adapter(before) else name
 
 
 def _base_of(source: Source) -> Source:

@@ -23,7 +23,7 @@ def write_page(samples: Path, page: Path) -> None:
       samples: rows with `step`, `prompt`, `answer`, `finish_reason`, `tokens`, and `score` where there is one.
       page: replaced at once, or not at all.
     """
-    rows = [json.loads(line) for line in samples.read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for line in samples.read_bytes().split(b"\n") if line]
     prompts: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         prompts.setdefault(_shown(row["prompt"]), []).append(row)

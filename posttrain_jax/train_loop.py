@@ -114,7 +114,16 @@ class _Pending:
 class _Run:
     """The moving parts of one run: what was dispatched, what was counted, where it is written."""
 
-    def __init__(self, task: Task, options: LoopOptions, workdir: Path, start: int, meta: dict[str, Any]):
+    def __init__(
+        self,
+        task: Task,
+        options: LoopOptions,
+        workdir: Path,
+        start: int,
+        meta: dict[str, Any],
+        *,
+        skipped: float,
+    ):
         self.task = task
         self.options = options
         self.workdir = workdir
@@ -136,7 +145,7 @@ class _Run:
         self.last: dict[str, float] = dict(meta.get("last", {}))
         self.best: dict[str, float] = dict(meta.get("best", {}))
         self.stopped: str = meta.get("stopped", "")
-        self.skipped: float = self.last.get("train/skipped", 0.0)
+        self.skipped = skipped
         self.pending: collections.deque[_Pending] = collections.deque()
         self.started = time.time()
         self.start_step = start
@@ -308,6 +317,7 @@ def _train(
     restored = checkpoints.restore(task.abstract_state)
     if restored is None:
         state, start, meta = task.init_state(), 0, {}
+        checkpoints.start_anew()
         checkpoints.save_frozen(state.frozen)
     else:
         state, start, meta = restored.state, restored.step, restored.meta
@@ -315,7 +325,7 @@ def _train(
         say(f"Resuming from step {start} ({checkpoints.folder / str(start)}).")
 
     git_hash = _git_hash()
-    run = _Run(task, options, workdir, start, meta)
+    run = _Run(task, options, workdir, start, meta, skipped=float(state.skipped))
     status = "complete"
     if start == 0:
         run.evaluate(state, 0)

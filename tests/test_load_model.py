@@ -17,7 +17,7 @@ from configs.base import base_config
 from posttrain_jax.checkpoint import Checkpoints
 from posttrain_jax.errors import InputError
 from posttrain_jax.experiment import policy_from_config
-from posttrain_jax.export_model import export_hf, write_model_folder
+from posttrain_jax.export_model import export_hf, put_in_place, write_model_folder
 from posttrain_jax.load_model import has_adapter, load_config, load_model, resolve
 from posttrain_jax.models.config import LoraConfig, ModelConfig
 from posttrain_jax.models.peft import save_adapter
@@ -126,6 +126,15 @@ def test_export_is_all_or_nothing(exported: pathlib.Path, params: PyTree, tmp_pa
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         export_hf(tmp_path / "file" / "below", config=CONFIG, params=params, tokenizer=None)
+
+
+def test_what_was_there_comes_back_when_it_cannot_be_replaced(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/weights").write_text("old")
+    (tmp_path / "scratch").mkdir()
+    with pytest.raises(FileNotFoundError):
+        put_in_place(tmp_path / "scratch/never made", tmp_path / "model")
+    assert (tmp_path / "model/weights").read_text() == "old"
 
 
 def test_model_folder_of_a_run_has_no_weights(

@@ -30,6 +30,14 @@ class Cells(HTMLParser):
             self.found[-1] = tag, text + data
 
 
+def test_line_separators_in_a_text_do_not_cut_its_row(tmp_path: Path):
+    """U+2028, U+2029 and U+0085 stand in JSON as they are."""
+    row = {"step": 0, "prompt": "a\u2028b\x85c", "answer": "d\u2029e", "finish_reason": "stop"}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", "utf-8")
+    write_page(tmp_path / "samples.jsonl", tmp_path / "samples.html")
+    assert "a\u2028b\x85c" in (tmp_path / "samples.html").read_text("utf-8")
+
+
 def test_a_section_for_each_prompt_and_a_line_for_each_answer(tmp_path: Path):
     rows = [
         {

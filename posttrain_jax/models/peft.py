@@ -51,13 +51,19 @@ def load_adapter(folder: str | pathlib.Path, config: ModelConfig) -> tuple[LoraC
     if fields.get("peft_type") != "LORA":
         raise InputError(f"{where}: peft_type {fields.get('peft_type')!r} is not supported; only LORA is.")
     for key, value in _PLAIN.items():
-        if (fields.get(key) or None) != (value or None):
+        if (fields.get(key, value) or None) != (value or None):
             raise InputError(f"{where}: {key} = {fields[key]!r} is not supported; only plain LoRA is.")
     if fields.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal"):
         raise InputError(
             f"{where}: init_lora_weights = {fields['init_lora_weights']!r} changes the base model, which is not "
             "supported; convert the adapter to plain LoRA with PEFT first."
         )
+    for key, kind in (("r", int), ("lora_alpha", int | float)):
+        if isinstance(fields.get(key), bool) or not isinstance(fields.get(key), kind) or fields[key] <= 0:
+            raise InputError(
+                f"{where}: {key} is {fields.get(key, 'absent')!r}, but must be a positive number; without it nothing "
+                "says how strong the adapter is."
+            )
     tensors = _read_tensors(folder)
     grouped: dict[tuple[str, str], dict[int, np.ndarray]] = {}
     for key, value in tensors.items():

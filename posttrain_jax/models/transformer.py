@@ -437,13 +437,15 @@ def _layer(layers: PyTree, number: int) -> PyTree:
 def decode_layers(layers: PyTree, lora_scale: float) -> list[PyTree]:
     """A copy of the layers' parameters as XLA's CPU backend reads them fastest for a few rows: one tree a layer
     instead of one of stacked leaves; kernels as `kernel_out_in` (see `few_rows_matmul`) with their adapters added
-    (`lora_scale` times A B); q, k, v joined as `qkv`, gate and up as `gate_up`. `extend` takes it in place of
+    (`lora_scale` times A B, in float32: for a model that computes in float32, as bfloat16 would round small adapters
+    away); q, k, v joined as `qkv`, gate and up as `gate_up`. `extend` takes it in place of
     `params["layers"]`."""
 
     def turned(linear: PyTree) -> PyTree:
         kernel = linear["kernel"]
         if "lora_a" in linear:
-            kernel = kernel + lora_scale * (linear["lora_a"] @ linear["lora_b"]).astype(kernel.dtype)
+            a, b = (linear[name].astype(jnp.float32) for name in ("lora_a", "lora_b"))
+            kernel = kernel.astype(jnp.float32) + lora_scale * (a @ b)
         return {"kernel_out_in": kernel.T, **({"bias": linear["bias"]} if "bias" in linear else {})}
 
     def joined(part: PyTree, names: tuple[str, ...]) -> PyTree:

@@ -7,7 +7,6 @@ row uses is left out of the compiled program (`Needs`).
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -18,6 +17,8 @@ from posttrain_jax.errors import InputError
 from posttrain_jax.types import Array
 
 DRAW_BLOCK = 128
+SMALLEST = float(np.finfo(np.float32).tiny)
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,23 +51,28 @@ class Sampling:
     bad_words: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
+        if not 0.0 <= self.temperature <= LARGEST:
             raise InputError(
-                f"temperature is {self.temperature:g}; it must be 0 (greedy) or a positive number."
+                f"temperature is {self.temperature:g}; it must be 0 (greedy) or a positive number that float32 holds."
             )
-        if self.top_k < 0:
-            raise InputError(f"top_k is {self.top_k}; it must be 0 (off) or a positive number of tokens.")
+        if not 0 <= self.top_k < 2**31:
+            raise InputError(
+                f"top_k is {self.top_k}; it must be 0 (off) or a positive number of tokens below 2^31."
+            )
         if not 0.0 < self.top_p <= 1.0:
             raise InputError(f"top_p is {self.top_p:g}; it must lie above 0 and at most at 1 (off).")
         if not 0.0 <= self.min_p <= 1.0:
             raise InputError(f"min_p is {self.min_p:g}; it must lie between 0 (off) and 1.")
-        if not 0.0 < self.repetition_penalty < float("inf"):
+        if not SMALLEST <= self.repetition_penalty <= LARGEST:
             raise InputError(
-                f"repetition_penalty is {self.repetition_penalty:g}; it must be a positive number (1 = off)."
+                f"repetition_penalty is {self.repetition_penalty:g}; it must be a positive number that float32 holds "
+                "(1 = off)."
             )
         for name in ("presence_penalty", "frequency_penalty"):
-            if not math.isfinite(getattr(self, name)):
-                raise InputError(f"{name} is {getattr(self, name):g}; it must be a finite number (0 = off).")
+            if not abs(getattr(self, name)) <= LARGEST:
+                raise InputError(
+                    f"{name} is {getattr(self, name):g}; it must be a number that float32 holds (0 = off)."
+                )
         if any(len(word) == 0 for word in self.bad_words):
             raise InputError("bad_words holds an empty sequence, which every answer would hold.")
 

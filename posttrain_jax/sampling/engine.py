@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -29,6 +30,7 @@ from posttrain_jax.models import transformer
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.choose import GREEDY, Needs, Sampling, SamplingRows
 from posttrain_jax.sampling.decode import Orders, admit, decode, empty_slots, release, resize, share
+from posttrain_jax.sampling.prompts import REPLACEMENT
 from posttrain_jax.sharding import shard_multiple
 from posttrain_jax.types import PyTree
 
@@ -54,7 +56,8 @@ class Request:
       max_new_tokens: most tokens of the answer, the stop token included.
       min_new_tokens: no stop token before so many.
       stop_token_ids: an answer ends with one of these.
-      stop_strings: an answer ends with the token that completes one of these in its text.
+      stop_strings: an answer ends with the token that completes one of these in its text, where the text of the
+        first `min_new_tokens` does not count.
       sampling: how tokens are drawn.
       seed, prompt, sample: what the random numbers depend on.
     """
@@ -79,7 +82,8 @@ class Update:
       tokens, logprobs, sample_logprobs: the new tokens; see `Sample`.
       alternatives: for each new token the likeliest ones as (id, log-probability) pairs, the likeliest first.
       finish_reason: None while there is more to come, else "stop" or "length".
-      stop_string: the stop string that ended it, if one did.
+      stop_string: the stop string that ended it, if one did, and
+      stop_at: where that begins in the answer's text, in characters.
     """
 
     ticket: int
@@ -89,6 +93,7 @@ class Update:
     alternatives: list[list[tuple[int, float]]]
     finish_reason: str | None
     stop_string: str | None = None
+    stop_at: int | None = None
 
 
 def bucket(size: int, smallest: int = SMALLEST_BUCKET) -> int:
@@ -129,7 +134,7 @@ class Engine:
     Args:
       model, params: as `load_model` or a train state holds them, sharded or not. The engine does not copy them, but on
         a CPU it keeps the layers' weights a second time, as decoding reads them fastest (XLA's CPU backend would copy
-        each layer's part of the stack for every token).
+        each layer's part of the stack for every token), but not with an adapter in bfloat16.
       slots: answers written side by side.
       places: prompt and answer together have to fit in so many tokens; at most the model's context. The cache starts
         with FIRST_PLACES and doubles as answers grow, for a step costs what the cache has, not what is in it.
@@ -171,7 +176,7 @@ class Engine:
                 model=model,
                 rows=self._rows,
                 places=self._cached,
-                new_tokens=new_tokens,
+                new_tokens=min(new_tokens, self._places),
                 needs=needs,
                 stop_width=self._stop_width,
             )
@@ -232,6 +237,12 @@ class Engine:
         needs = Needs.of(request.sampling, min_tokens=request.min_new_tokens)
         if self._needs.union(needs) != self._needs:
             raise InputError(f"{name} asks for sampling options that this engine was not made for: {needs}.")
+        try:
+            self._orders([request], 1)
+        except OverflowError as error:
+            raise InputError(
+                f"{name} comes with a number that is too large for the engine: {error}."
+            ) from error
 
     def cancel(self, ticket: int) -> None:
         """Forgets a request; nothing more is said of it."""
@@ -409,13 +420,13 @@ class Engine:
         for row, running in enumerate(self._running):
             if running is None:
                 continue
-            count, reason, stop_string = int(counts[row]), None, None
+            count, reason, stop_string, stop_at = int(counts[row]), None, None, None
             if not live[row]:
                 reason = "stop" if stopped[row] else "length"
             if running.request.stop_strings:
                 found = self._find_stop(tokens[row, :count], running)
                 if found is not None:
-                    count, stop_string = found
+                    count, stop_at, stop_string = found
                     reason, cut_B[row] = "stop", True
             new = slice(running.seen, count)
             alternatives: list[list[tuple[int, float]]] = []
@@ -433,6 +444,7 @@ class Engine:
                     alternatives,
                     reason,
                     stop_string,
+                    stop_at,
                 )
             )
             running.seen = count
@@ -442,25 +454,29 @@ class Engine:
             self._slots = release(self._slots, cut_B)
         return updates
 
-    def _find_stop(self, tokens: np.ndarray, running: _Running) -> tuple[int, str] | None:
-        """The number of tokens at which a stop string is first complete, and the string."""
+    def _find_stop(self, tokens: np.ndarray, running: _Running) -> tuple[int, int, str] | None:
+        """The number of tokens at which a stop string is first complete, where that begins in the text, and it."""
         tokenizer, stops = self._tokenizer, running.request.stop_strings
+        least = running.request.min_new_tokens
         assert tokenizer is not None  # submit checked it
 
-        def found(count: int) -> str | None:
-            text = tokenizer.decode(tokens[:count].tolist(), skip_special_tokens=True)
-            places = [(text.find(stop), stop) for stop in stops if stop in text]
-            return min(places)[1] if places else None
+        def decoded(count: int) -> str:
+            return tokenizer.decode(tokens[:count].tolist(), skip_special_tokens=True)
 
-        if found(len(tokens)) is None:
+        start = len(decoded(least).rstrip(REPLACEMENT)) if least else 0
+
+        def found(count: int) -> tuple[int, str] | None:
+            text = decoded(count)
+            places = [(text.find(stop, start), stop) for stop in stops if stop in text[start:]]
+            return min(places) if places else None
+
+        if len(tokens) < least or found(len(tokens)) is None:
             return None
-        first = max(running.seen, running.request.min_new_tokens, 1)
-        count = next((n for n in range(first, len(tokens) + 1) if found(n) is not None), None)
-        if count is None:
-            return None
-        stop = found(count)
-        assert stop is not None
-        return count, stop
+        for count in range(max(running.seen, least, 1), len(tokens) + 1):
+            first = found(count)
+            if first is not None:
+                return count, *first
+        return None
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         return jax.set_mesh(self._mesh) if self._mesh is not None else contextlib.nullcontext()
@@ -470,8 +486,10 @@ _turned = jax.jit(transformer.decode_layers, static_argnames="lora_scale")
 
 
 def decode_params(model: Model, params: PyTree) -> PyTree:
-    """The parameters as decoding reads them: themselves, but a copy in another layout on a CPU; see `Engine`."""
-    if jax.default_backend() != "cpu":
+    """The parameters as decoding reads them: themselves, but a copy in another layout on a CPU; see `Engine`. That copy
+    has its adapters in the kernels, which bfloat16 is too coarse for (`transformer.lora_matmul`)."""
+    coarse = model.lora.rank > 0 and jnp.dtype(model.dtype) != jnp.float32
+    if jax.default_backend() != "cpu" or coarse:
         return params
     layers = _turned(params["layers"], lora_scale=model.lora.scale if model.lora.rank else 0.0)
     return {**params, "layers": layers}

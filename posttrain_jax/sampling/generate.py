@@ -29,7 +29,8 @@ class Sample:
         temperature, filters, penalties and bans do not enter.
       sample_logprobs: float32 `[n]`, nats: that under the distribution it was drawn from; 0 when greedy.
       finish_reason: "stop" (a stop token or string) or "length" (`max_new_tokens`, or the context is full).
-      stop_string: the stop string that its text holds, if one ended it; the text ends before it.
+      stop_string: the stop string that its text holds, if one ended it, and
+      stop_at: where that begins in the text, in characters; the text ends before it.
       cut: how many tokens of the prompt were left out at its start (`long_prompts="cut"`).
     """
 
@@ -40,6 +41,7 @@ class Sample:
     sample_logprobs: np.ndarray
     finish_reason: str
     stop_string: str | None = None
+    stop_at: int | None = None
     cut: int = 0
 
 
@@ -52,8 +54,8 @@ class GenerateOptions:
         for each prompt.
       min_new_tokens: stop tokens cannot be drawn before this many tokens.
       stop_token_ids: an answer ends with one of these (`models.tokenizer.stop_token_ids`).
-      stop_strings: an answer ends where its text first holds one of these (needs the tokenizer), or with the token
-        that one of these is, if it is a special token, which no text shows.
+      stop_strings: an answer ends where its text after the first `min_new_tokens` first holds one of these (needs the
+        tokenizer), or with the token that one of these is, if it is a special token, which no text shows.
       sampling: how tokens are drawn.
       num_samples: answers per prompt, which share one reading of it.
       seed: of the random numbers; needed with a temperature, for two calls with one seed draw the same numbers.
@@ -264,5 +266,6 @@ def _whole(parts: list[Update], prompt: int, sample: int, cut: int) -> Sample:
         sample_logprobs=np.concatenate([part.sample_logprobs for part in parts]),
         finish_reason=last.finish_reason,
         stop_string=last.stop_string,
+        stop_at=last.stop_at,
         cut=cut,
     )

@@ -42,7 +42,7 @@ class Service:
 
     Attributes:
       name: the model's, as clients must call it.
-      tokenizer: the event loop's own; the engine's thread has another one.
+      tokenizer: for reading prompts, in threads, and writing answers; the engine has another one.
       limits: what is possible.
       worker: the engine's thread; started and stopped with the application.
       api_key: clients must send it as a bearer token; "" = anyone may ask.
@@ -288,7 +288,7 @@ class Writing:
         self.order = order
         self._service = service
         self._vocabulary = vocabulary
-        self._generated = [i for i, request in enumerate(order.requests) if order.is_generated(request)]
+        self._generated = order.generated
         work = [order.requests[index] for index in self._generated]
         scorings = []
         if order.scores_prompts:

@@ -24,7 +24,7 @@ class Limits:
       places: prompt and answer together have to fit in so many tokens.
       vocabulary: token ids lie below it.
       alternatives: most log-probabilities beside each token.
-      answers: most answers of one request.
+      answers: most answers of one request, scored prompts included.
       stop_token_ids: what ends an answer of this model.
     """
 
@@ -70,6 +70,16 @@ class Order:
         """Whether log-probabilities of the prompts' own tokens are wanted."""
         return self.echo and self.alternatives is not None
 
+    @property
+    def scorings(self) -> int:
+        """How many prompts are scored."""
+        return len(self.prompts) if self.scores_prompts else 0
+
+    @property
+    def generated(self) -> list[int]:
+        """Which of the requests the engine has to answer."""
+        return [number for number, request in enumerate(self.requests) if self.is_generated(request)]
+
     def is_scored(self, request: Request) -> bool:
         """Whether the scores of its prompt say the whole answer: at most one token, the likeliest one."""
         one = request.max_new_tokens == 1 and not request.stop_strings
@@ -85,7 +95,7 @@ def order_of(body: Body, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabul
     """The work that a body asks for.
 
     Raises:
-      InputError: a prompt, a number of tokens or of log-probabilities that this server or model cannot do.
+      InputError: a prompt, a number of answers, tokens or log-probabilities that this server or model cannot do.
     """
     n, alternatives = body.n or 1, body.alternatives
     if alternatives is not None and alternatives > limits.alternatives:
@@ -107,7 +117,14 @@ def order_of(body: Body, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabul
         # Asked for with a seed, an answer does not depend on its prompt's place in the list.
         seed = secrets.randbits(32) if body.seed is None else body.seed
         requests += [_request(body, prompt, limit, vocabulary, limits, seed, sample) for sample in range(n)]
-    return Order(prompts, requests, n, echo, alternatives)
+    order = Order(prompts, requests, n, echo, alternatives)
+    jobs = len(order.generated) + order.scorings
+    if jobs > limits.answers:
+        raise InputError(
+            f"the request asks for {len(order.generated)} answers and the scores of {order.scorings} prompts, together "
+            f"{jobs}; this server takes at most {limits.answers} at a time (--slots and --max_waiting)."
+        )
+    return order
 
 
 def _prompts(body: Body, tokenizer: PreTrainedTokenizerBase, echo: bool) -> list[Prompt]:

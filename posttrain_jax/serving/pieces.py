@@ -86,6 +86,7 @@ class Writer:
         self._offset = offset
         self._detokenizer = Detokenizer(tokenizer)
         self._held = ""
+        self._given = 0
 
     def piece(self, update: Update) -> Piece:
         """What the update adds."""
@@ -97,8 +98,9 @@ class Writer:
             text, self._held = text[:keep], text[keep:]
         else:
             text += self._detokenizer.rest()
-            cut = text.find(update.stop_string) if update.stop_string is not None else -1
-            text = text[:cut] if cut >= 0 else text
+            if update.stop_at is not None:
+                text = text[: max(update.stop_at - self._given, 0)]
+        self._given += len(text)
         scores = [] if self._alternatives is None else self._scores(update, self._alternatives)
         return Piece(text, scores, len(ids), update.finish_reason)
 

@@ -25,6 +25,7 @@ from posttrain_jax import checkpoint
 from posttrain_jax.checkpoint import MANIFEST, Checkpoints, completed_steps, damage, restore_params
 from posttrain_jax.errors import InputError
 from posttrain_jax.experiment import policy_from_config
+from posttrain_jax.load_model import load_model
 from posttrain_jax.models.transformer import make_model
 from posttrain_jax.trees import leaf_paths
 from posttrain_jax.types import TrainState
@@ -346,6 +347,16 @@ def test_a_checkpoint_of_eight_devices_is_read_by_a_process_with_one(
     shutil.rmtree(workdir / "checkpoints/4")
     run(tiny_config(checkpoint__every=2, checkpoint__keep=3), workdir)
     assert completed_steps(workdir)[-1] == 6
+
+
+@pytest.mark.slow
+def test_the_average_of_eight_devices_is_exported_by_a_process_with_one(processes, tmp_path: Path):
+    run(tiny_config(train__steps=1, optim__ema=0.9), tmp_path / "run")
+    ended = processes.run("launch.export", f"--workdir={tmp_path}/run", f"--out={tmp_path}/hf", "--ema")
+    assert ended.code == 0, ended.err
+    average, _ = restore_params(tmp_path / "run", shapes_of(tiny_config()), ema=True)
+    got = load_model(str(tmp_path / "hf")).params
+    jax.tree.map(np.testing.assert_array_equal, got, average)
 
 
 def test_frozen_parameters_of_lora_survive_and_their_damage_is_named(tmp_path: Path, caplog):

@@ -249,6 +249,43 @@ def test_a_crashed_run_ends_as_one_that_never_crashed(tmp_path: Path, name: str)
         assert any(np.asarray(want["layers"]["attn"]["q"]["lora_b"]).ravel())
 
 
+def test_a_new_start_forgets_the_frozen_parameters_of_one_without_checkpoints(tmp_path: Path):
+    """A LoRA run dies before its first checkpoint, and is started again on another base model."""
+    config = tiny_config(train__steps=1, eval__every=0)
+    config.data.eval = ""
+    config.model.lora.rank = 2
+    task = make_task(config, tmp_path)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(dataclasses.replace(task, rows=CrashingRows(task.rows, after=0)), options(config), tmp_path)
+    config.seed += 1
+    task = make_task(config, tmp_path)
+    train(task, options(config), tmp_path)
+    frozen = task.init_state().frozen
+    whole = sft.combine(task.abstract_state.params, task.abstract_state.frozen)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), whole)
+    params, _ = restore_params(tmp_path, shapes)
+    np.testing.assert_array_equal(params["embed"]["embedding"], frozen["embed"]["embedding"])
+
+
+def test_a_resumed_run_does_not_name_rows_of_updates_skipped_before_its_checkpoint(tmp_path: Path):
+    """An update was skipped, no line was logged since, and the run went on from a checkpoint."""
+    config = tiny_config(train__steps=4, checkpoint__every=2, eval__every=0, log__every=100)
+    task = make_task(config, tmp_path)
+
+    def skipping_step(state, batch):
+        first = int(state.step) == 0
+        state, metrics = task.train_step(state, batch)
+        skipped = jax.device_put(state.skipped + 1, state.skipped.sharding) if first else state.skipped
+        return dataclasses.replace(state, skipped=skipped), metrics
+
+    broken = dataclasses.replace(task, train_step=skipping_step, rows=CrashingRows(task.rows, after=3))
+    with pytest.raises(RuntimeError, match="crash"):
+        train(broken, options(config), tmp_path)
+    assert [row["step"] for row in lines(tmp_path, "skipped.jsonl")] == [2]
+    train(make_task(config, tmp_path), options(config), tmp_path)
+    assert [row["step"] for row in lines(tmp_path, "skipped.jsonl")] == [2]
+
+
 def test_non_finite_steps_stop_the_run_and_name_the_rows(tmp_path: Path, capsys):
     config = tiny_config(train__steps=20, train__max_skipped=3, eval__every=0, checkpoint__every=2)
     task = make_task(config, tmp_path)

@@ -115,6 +115,20 @@ def test_a_pipe_gives_the_answers_and_nothing_else(folder, loaded):
         assert words in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
+def test_a_pipe_that_is_not_utf8_is_refused(folder, locale):
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.chat", f"--model={folder}"],
+        cwd=ROOT,
+        env={**environment(), "LC_ALL": locale},
+        input="Grüße\n".encode("latin-1"),
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, b""), done.stderr
+    assert done.stderr.decode() == "error: the input is not UTF-8 text; convert it first (iconv -t UTF-8).\n"
+
+
 class Terminal:
     """launch.chat with a terminal, as far as it can tell."""
 

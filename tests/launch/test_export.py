@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +135,20 @@ def test_an_adapter_is_merged_or_exported_alone(lora_run, tmp_path):
     np.testing.assert_allclose(logits_of(tmp_path / "adapter"), expected, atol=1e-5)
 
 
+def test_an_adapter_that_was_trained_on_belongs_to_the_first_base(lora_run, tmp_path):
+    """A run on the adapter of a run on an adapter folder."""
+    export(str(lora_run[0]), tmp_path / "adapter", adapter_only=True)
+    shutil.copytree(lora_run[0], tmp_path / "second")
+    shutil.copytree(lora_run[0], tmp_path / "third")
+    for name, init in (("second", tmp_path / "adapter"), ("third", f"{tmp_path}/second@2")):
+        path = tmp_path / name / "config.json"
+        fields = json.loads(path.read_text())
+        path.write_text(json.dumps({"model": {**fields["model"], "init": str(init)}}))
+    export(str(tmp_path / "third"), tmp_path / "out", adapter_only=True)
+    fields = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert fields["base_model_name_or_path"] == "base/folder"
+
+
 def test_a_run_without_adapter_has_none_to_export(full_run, tmp_path):
     with pytest.raises(InputError, match="no LoRA adapter"):
         export(str(full_run[0]), tmp_path / "adapter", adapter_only=True)
@@ -164,6 +179,13 @@ def test_any_model_can_be_exported_but_only_a_run_has_an_average(tmp_path):
     np.testing.assert_array_equal(logits_of(tmp_path / "copy"), logits_of(folder))
     with pytest.raises(InputError, match="is no workdir"):
         export(str(folder), tmp_path / "average", ema=True)
+    with pytest.raises(InputError, match="is no workdir"):
+        load_model(str(folder), ema=True)
+
+
+def test_a_run_without_an_average_has_none_to_export(lora_run, tmp_path):
+    with pytest.raises(InputError, match="holds no moving average of the weights"):
+        export(str(lora_run[0]), tmp_path / "average", ema=True)
 
 
 def test_a_reward_model_says_its_bias_and_cannot_chat(tmp_path):

@@ -216,11 +216,14 @@ def test_bad_options_are_refused(model, tmp_path, options, words):
 
 
 def test_mistakes_on_the_command_line_end_with_code_2_and_one_line(tmp_path):
+    prompts = write(tmp_path / "p.jsonl", ROWS)
     for arguments, words in (
         ((), "--model, --prompts and --out are needed"),
         (("--modle=x",), "modle"),
         (("--max_new_tokens=many",), "max_new_tokens"),
         (("--model=x", f"--prompts={tmp_path}/none.jsonl", "--out=y"), "there is no such file"),
+        (("--model=x", f"--prompts={prompts}", "--out=y", "--top_k=3000000000"), "top_k is 3000000000"),
+        (("--model=x", f"--prompts={prompts}", "--out=y", "--tensor=2"), "does not equal the 1 device(s)"),
     ):
         done = launch("generate", *arguments)
         assert done.returncode == 2, done.stderr

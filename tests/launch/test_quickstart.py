@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,5 +37,7 @@ def test_both_stages_and_a_second_start(tmp_path: Path):
     assert config["model"]["init"] == str(tmp_path / "q")
     assert (tmp_path / "q/hf/config.json").is_file()
     (tmp_path / "q-dpo/summary.json").unlink()  # as if it had been killed in its second stage
+    shutil.rmtree(tmp_path / "q/hf")  # and even before the export of its first
     assert "Training SmolLM2" not in quickstart(tmp_path / "q")
+    assert (tmp_path / "q/hf/config.json").is_file()
     assert "Training SmolLM2" in quickstart(tmp_path / "q")

@@ -18,7 +18,7 @@ import openai
 import pytest
 from tiny_model import ROOT, environment, launch, save_tiny_model
 
-from launch.serve import Options, check, serve
+from launch.serve import Options, check, listen, serve, start
 from posttrain_jax.errors import InputError
 from posttrain_jax.load_model import load_model
 from posttrain_jax.models.tokenizer import stop_token_ids
@@ -271,9 +271,12 @@ def test_an_echo_scores_the_prompt(client, loaded, max_tokens):
         ("completions", {"temperature": -1}, 400, "temperature:"),
         ("completions", {"temperature": "hot"}, 400, "temperature:"),
         ("completions", {"top_p": 0}, 400, "top_p:"),
+        ("completions", {"top_k": 3_000_000_000}, 400, "top_k:"),
+        ("completions", {"min_tokens": 3_000_000_000}, 400, "min_tokens is 3000000000"),
         ("completions", {"max_tokens": 1.5}, 400, "max_tokens:"),
         ("completions", {"n": 0}, 400, "n:"),
         ("completions", {"n": 100, "prompt": ["a"] * 3}, 400, "300 answers"),
+        ("completions", {"n": 2, "prompt": ["a"] * 100, "echo": True, "logprobs": 1}, 400, "together 300"),
         ("completions", {"logprobs": 21}, 400, "at most 20"),
         ("completions", {"stop": ["a"] * 16 + ["b"]}, 400, "at most 16"),
         ("completions", {"stop": [""]}, 400, "empty text"),
@@ -520,12 +523,25 @@ BAD = [
 
 @pytest.mark.parametrize(("values", "words"), BAD)
 def test_bad_flags_are_one_sentence(folder, values, words):
-    def start(options):
+    def begin(options):
         check(options)
         serve(options)
 
     with pytest.raises(InputError, match=re.escape(words)):
-        start(Options(**{"model": str(folder), "port": 0, **values}))
+        begin(Options(**{"model": str(folder), "port": 0, **values}))
+
+
+def test_of_two_servers_that_start_at_once_on_a_port_the_later_one_is_refused():
+    """Both bind it; only one can listen."""
+    with listen("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        options = Options("never/read", port=port)
+        with listen("127.0.0.1", port) as second:
+            start(first, options)
+            with pytest.raises(
+                InputError, match=rf"cannot listen on .* --port={port} \(Address already in use"
+            ):
+                start(second, options)
 
 
 def test_bad_flags_exit_with_2(base_url):
@@ -533,6 +549,7 @@ def test_bad_flags_exit_with_2(base_url):
     for arguments, words in (
         ((), "--model is needed"),
         (("--model=never/read", f"--port={port}"), f"--port={port} (Address already in use)"),
+        (("--model=never/read", "--port=0", "--fsdp=2"), "x 2 x 1 does not equal the 1 device(s)"),
     ):
         done = launch("serve", *arguments)
         assert (done.returncode, done.stdout) == (2, "")

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 from contracts.conftest import ROOT, Processes
 
+from launch.config import load_file
+from launch.entry import set_up_jax
+from posttrain_jax.errors import InputError
+
 TINY = "--config=configs/sft/smollm2_135m.py:tiny"
 
 
@@ -46,6 +50,7 @@ FLAGS = {
     ),
     "config_apart_missing": (["--config", "nowhere.py"], ["no config file nowhere.py"]),
     "variant": (["--config=configs/sft/smollm2_135m.py:huge"], ["'huge'", "tiny"]),
+    "no_coordinator": ([TINY, "--processes=2", "--process=1"], ["--process=1 need --coordinator=HOST:PORT"]),
     "not_a_flag": (
         [TINY, "optim.lr=1"],
         ["'optim.lr=1' is not a flag", "an example: python -m launch.train"],
@@ -158,6 +163,31 @@ def test_bad_preferences(processes, name: str, tmp_path: Path):
     line = refused(processes, config, f"--workdir={tmp_path}/run", f"--config.{override}")
     for part in parts:
         assert part in line, line
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("def get_config(:", "SyntaxError: invalid syntax"),
+        ("def get_config():\n    return missing", "NameError: name 'missing' is not defined"),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("", "has no attribute 'get_config'"),
+    ],
+)
+def test_a_config_file_that_fails(code: str, words: str, tmp_path: Path):
+    (tmp_path / "config.py").write_text(code)
+    with pytest.raises(InputError, match=words) as caught:
+        load_file(str(tmp_path / "config.py"))
+    assert f"The config {tmp_path}/config.py fails: " in str(caught.value)
+
+
+def test_a_cache_that_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="The cache .*/file/compiled cannot be made .* set POSTTRAIN_CACHE"):
+        set_up_jax()
 
 
 def test_a_workdir_that_cannot_be_made(processes, tmp_path: Path):

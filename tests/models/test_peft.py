@@ -93,12 +93,25 @@ def test_merged_equals_unmerged(rslora: bool) -> None:
         ({"bias": "all"}, "bias"),
         ({"layers_to_transform": [0]}, "layers_to_transform"),
         ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"r": None}, "r is None, but must be a positive number"),
+        ({"lora_alpha": "16"}, "lora_alpha is '16', but must be"),
         ({"r": 3}, r"has shape \(2, 16\), but the model needs \(3, 16\)"),
     ],
 )
 def test_more_than_plain_lora_is_refused(adapter: pathlib.Path, fields: dict, message: str) -> None:
     change_config(adapter, **fields)
     with pytest.raises(InputError, match=message):
+        load_adapter(adapter, CONFIG)
+
+
+def test_what_an_older_peft_did_not_write_is_taken_as_plain(adapter: pathlib.Path) -> None:
+    path = adapter / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    kept = ("peft_type", "r", "lora_alpha", "use_rslora")
+    path.write_text(json.dumps({key: fields[key] for key in kept}))
+    assert load_adapter(adapter, CONFIG)[0] == LORA
+    path.write_text(json.dumps({"peft_type": "LORA", "r": 2}))
+    with pytest.raises(InputError, match="lora_alpha is 'absent'"):
         load_adapter(adapter, CONFIG)
 
 

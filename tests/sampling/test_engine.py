@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from answers import answers
@@ -12,12 +13,14 @@ from answers import answers
 from posttrain_jax.errors import InputError
 from posttrain_jax.models import attention as attention_module
 from posttrain_jax.models.byte_tokenizer import byte_tokenizer
-from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.models.config import LoraConfig, ModelConfig
 from posttrain_jax.models.transformer import make_model
 from posttrain_jax.sampling import engine as engine_module
 from posttrain_jax.sampling.choose import Needs, Sampling
-from posttrain_jax.sampling.engine import Engine, Request
+from posttrain_jax.sampling.engine import Engine, Request, decode_params
 from posttrain_jax.sampling.generate import GenerateOptions, Sample, generate_as_finished
+from posttrain_jax.serving.pieces import Writer, join
+from posttrain_jax.serving.token_text import Vocabulary
 from posttrain_jax.sharding import make_mesh, tree_shardings
 
 CONFIG = ModelConfig(
@@ -257,6 +260,35 @@ def test_stop_strings_end_an_answer_where_its_text_first_holds_them(batch_size):
     assert stopped[1].stop_string == stop
 
 
+def test_a_stop_string_within_the_least_tokens_does_not_count():
+    """The answer goes on to where the string comes again after them, alone, in a batch and token by token."""
+    tokenizer = byte_tokenizer()
+    model = make_model(dataclasses.replace(CONFIG, vocab_size=len(tokenizer)))
+    params = sharp(model.init(jax.random.key(0)))
+    options = {"max_new_tokens": 60, "temperature": 0.5, "top_k": 4, "tokenizer": tokenizer}
+    (free,) = answers(model, params, PROMPTS[:1], min_new_tokens=1, **options)
+    text = tokenizer.decode(free.tokens, skip_special_tokens=True)
+    stop = next(char for char in text[:10] if char in text[20:40] and char.isascii())
+    least = next(n for n in range(60) if stop in tokenizer.decode(free.tokens[:n])) + 2
+    start = len(tokenizer.decode(free.tokens[:least]))
+    (sample,) = answers(model, params, PROMPTS[:1], min_new_tokens=least, stop_strings=(stop,), **options)
+    assert (sample.finish_reason, sample.stop_at) == ("stop", text.index(stop, start))
+    kept = tokenizer.decode(sample.tokens, skip_special_tokens=True)
+    assert stop in kept[start:] and stop not in tokenizer.decode(sample.tokens[:-1])[start:]
+
+    request = Request(
+        PROMPTS[0], 60, least, stop_strings=(stop,), sampling=Sampling(0.5, 4), prompt=0, seed=0
+    )
+    writer = Writer(tokenizer, Vocabulary(tokenizer), request, alternatives=None)
+    needs = Needs.of(request.sampling, min_tokens=least)
+    engine = Engine(model, params, slots=1, places=96, new_tokens=60, needs=needs, tokenizer=tokenizer)
+    engine.submit(request)
+    pieces = []
+    while engine.busy:
+        pieces += [writer.piece(update) for update in engine.step(1)]
+    assert len(pieces) > 3 and join(pieces).text == text[: sample.stop_at]
+
+
 def test_a_stop_string_that_is_a_special_token_stops_as_that_token():
     """No text shows it. Here it is a token that the model is known to draw, which the tokenizer then calls special."""
     tokenizer = byte_tokenizer()
@@ -337,6 +369,8 @@ def test_long_prompts_are_refused_or_cut_and_counted(model, params):
         (Request(np.ones(3, np.int32), 8, stop_strings=("a",)), "stop strings need"),
         (Request(np.ones(3, np.int32), 8, sampling=Sampling(1.0)), "was not made for"),
         (Request(np.asarray([97]), 8), "token id 97"),
+        (Request(np.ones(3, np.int32), 8, stop_token_ids=(2**31,)), "a number that is too large"),
+        (Request(np.ones(3, np.int32), 8, prompt=2**32), "a number that is too large"),
     ],
 )
 def test_a_request_that_the_engine_was_not_made_for_is_refused(model, params, request_, words):
@@ -395,6 +429,21 @@ def test_tokens_come_as_they_are_drawn(model, params):
     for token, logprob, alternatives in zip(tokens, logprobs, pairs, strict=True):
         assert len(alternatives) == 2 and alternatives[0][0] == token
         assert alternatives[0][1] == pytest.approx(logprob, abs=1e-5) and alternatives[1][1] <= logprob
+
+
+def test_a_small_adapter_is_not_rounded_away_in_bfloat16():
+    """Less than half of the last place of the kernel that it would be added to on a CPU: it stays apart where the model
+    computes in bfloat16, and is added in float32 where only its parameters are stored so."""
+    lora = LoraConfig(1, 1.0, ("down",))
+    low, high = (make_model(CONFIG, dtype=dtype, lora=lora) for dtype in ("bfloat16", "float32"))
+    params = low.init(jax.random.key(3))
+    down = params["layers"]["mlp"]["down"]
+    down |= {"kernel": jnp.ones_like(down["kernel"]), "lora_a": jnp.ones_like(down["lora_a"])}
+    down["lora_b"] = jnp.full_like(down["lora_b"], 2.0**-10)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    assert decode_params(low, params) is params
+    added = decode_params(high, params)["layers"][0]["mlp"]["down"]["kernel_out_in"]
+    np.testing.assert_array_equal(added, np.float32(1.0 + 2.0**-10))
 
 
 def test_other_parameters_can_be_put_in(model, params):
