@@ -52,7 +52,7 @@ def base_config() -> ConfigDict:
     config.optim.name = "adamw"  # adamw, adafactor, lion, rmsprop, sgd, adam_tf
     config.optim.lr = 1e-5
     config.optim.schedule = "cosine"  # constant, linear, cosine, wsd
-    config.optim.warmup = 0.0  # < 1: share of the steps; else steps
+    config.optim.warmup = 0.0  # < 1: share of the updates; else updates (PPO, RLOO: several a step)
     config.optim.warmup_start = 0.0  # where the warm-up begins, as a share of lr
     config.optim.min_lr_ratio = 0.0
     config.optim.decay_share = 0.1  # wsd
@@ -125,9 +125,7 @@ def preference_config() -> ConfigDict:
     config.reward.label_smoothing = 0.0  # smoothed_label: share of wrong labels
     config.reward.centre = 0.0  # coefficient of (r_w + r_l)^2
     config.reward.margin_scale = 1.0  # margin: the data's margins times this
-    config.reward.normalise = (
-        "demonstrations"  # none, demonstrations (preferred ones score 0), unit (mean 0, variance 1)
-    )
+    config.reward.normalise = "demonstrations"  # none, demonstrations (score 0), unit (mean 0, variance 1)
     config.reward.members = 1  # models in the ensemble
     config.reward.bootstrap = True  # each member has its own draw of the prompts
     return config
@@ -189,6 +187,7 @@ def online_config() -> ConfigDict:
     config.ppo.epochs = 4
     config.ppo.minibatches = 1
     config.ppo.clip = 0.2
+    config.ppo.clip_high = 0.0  # how far the ratio may rise, where not clip (DAPO: 0.28); 0 = clip
     config.ppo.dual_clip = 0.0  # 0 = off
     config.ppo.value = (
         "policy"  # policy (a copy of it), shared (a head on its trunk), or a MODEL with a score head

@@ -103,8 +103,10 @@ def load_file(spec: str) -> ConfigDict:
         return module.get_config(variant) if variant else module.get_config()
     except ValueError as error:
         raise InputError(f"The config {spec} cannot be made: {error}.") from error
-    except AttributeError as error:
-        raise InputError(f"The config {name} fails: {error}.") from error
+    except InputError:
+        raise
+    except Exception as error:  # whatever the code in the file does
+        raise InputError(f"The config {name} fails: {type(error).__name__}: {error}.") from error
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -127,6 +129,10 @@ FREE_KEYS = (
     "train.micro_rows",
     "train.remat",
     "train.max_skipped",
+    "rollout.batch_size",
+    "rollout.max_logp_difference",
+    "score.workers",
+    "score.seconds",
 )
 
 

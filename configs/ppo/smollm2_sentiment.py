@@ -43,6 +43,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint.every = 10
     if variant == "rloo":
         config.algorithm = "rloo"
+        config.ppo.kl_target = 0.0  # of PPO alone
         config.rollout.samples = 4
         config.train.rows_per_step = 8
     elif variant == "tiny":

@@ -186,7 +186,9 @@ def minibatch_updates(
         loss = metrics["loss"]
         if mixed is not None:
             gradients, more = add_mixed(state, mixed, number, gradients, loss.count)
-            metrics |= more
+            mean = more[mixed.name].sum / jnp.maximum(more[mixed.name].count, 1.0)
+            loss = Metric(loss.sum + mixed.coefficient * mean * loss.count, loss.count)
+            metrics |= more | {"loss": loss}
         before = state.skipped
         state, update_metrics = apply_gradients(
             state, gradients, loss.sum, optimizer=optimizer, count=loss.count, ema_decay=ema_decay
@@ -201,7 +203,9 @@ def minibatch_updates(
     inner, stacked = jax.lax.scan(update, inner, turns)
     metrics = {name: metric.over_leading_axis() for name, metric in stacked.items()}
     metrics |= {
-        "train/lr": Metric.of(schedule(updates)),
+        "train/lr": Metric.of(
+            schedule(updates - state.skipped)
+        ),  # the optimiser does not count skipped updates
         "train/skipped": Metric.of(inner.skipped),
         "train/skipped_in_row": Metric.of(inner.skipped_in_row),
     }
@@ -218,7 +222,11 @@ class _Rows:
 
 
 class _Stream:
-    """The prompts' loader and, where text is mixed in, the text's; closing it ends the reward workers too."""
+    """The prompts' loader and, where text is mixed in, the text's; closing it ends the reward workers too.
+
+    The scores' normalisation is part of the state: found again, on another mesh or with a reward that failed at an
+    answer this time, it would be another one in the middle of a run.
+    """
 
     def __init__(self, prompts: Loader, text: Loader | None, scorers: Sequence[Scorer]) -> None:
         self._loaders = {"prompts": prompts} if text is None else {"prompts": prompts, "text": text}
@@ -230,11 +238,13 @@ class _Stream:
         return _Rows(arrays, rows["prompts"].row_ids)
 
     def get_state(self) -> dict[str, Any]:
-        return {name: loader.get_state() for name, loader in self._loaders.items()}
+        loaders = {name: loader.get_state() for name, loader in self._loaders.items()}
+        return {**loaders, "normalisation": list(self._scorers[0].normalisation)}
 
     def set_state(self, state: dict[str, Any]) -> None:
         for name, loader in self._loaders.items():
             loader.set_state(state[name])
+        self._scorers[0].normalisation = state["normalisation"]
 
     def close(self) -> None:
         for loader in self._loaders.values():

@@ -101,6 +101,7 @@ class ValueNetwork:
             loaded = load()
             require_score_head(loaded)
             check_tokenizer(loaded, policy.tokenizer)
+            check_context("ppo.value", kind, loaded.config, config.data.max_length)
             # The parameters are read again by `join`, so that they do not lie beside the state for the whole run.
             self._load = lambda: load().params
             self._shapes = jax.eval_shape(lambda: loaded.params)
@@ -127,6 +128,25 @@ class ValueNetwork:
         own = {name: part for name, part in params.items() if name != "head"}
         own = partition(own, lambda path: path.endswith(("lora_a", "lora_b")))[1]
         return {**params, "value": {**own, "score_head": head}}
+
+
+def check_context(key: str, name: str, model: ModelConfig, length: int) -> None:
+    """Refuses rows that are longer than a model was made for: positions beyond mean nothing to it.
+
+    Args:
+      key: of the config, where the model is named.
+      name: of the model.
+      model: its numbers.
+      length: tokens of a row.
+
+    Raises:
+      InputError: names both lengths.
+    """
+    if length > model.max_length:
+        raise InputError(
+            f"{key}: {name} was made for {model.max_length} tokens, and rows have up to {length}; lower "
+            "data.max_length."
+        )
 
 
 def without_adapter(config: Config, policy: Policy) -> Model:
@@ -223,7 +243,10 @@ def prompts_from_config(config: Config, policy: Policy, workdir: Path) -> tuple[
         return read_prompts(
             data_spec(spec),
             functools.partial(
-                encode_prompt, tokenizer=policy.tokenizer, text_tokens=config.data.prompt_tokens
+                encode_prompt,
+                tokenizer=policy.tokenizer,
+                vocab_size=policy.model.config.vocab_size,
+                text_tokens=config.data.prompt_tokens,
             ),
             max_tokens=config.data.max_length - config.rollout.max_new_tokens,
             long_prompts=config.data.long_prompts,
@@ -317,6 +340,8 @@ def check_gold(config: Config) -> None:
         raise InputError(
             "stop.gold_errors watches the gold score; set score.gold_function or score.gold_model."
         )
+    if config.stop.gold_errors and not config.eval.every:
+        raise InputError("stop.gold_errors watches evaluations, and eval.every is 0 (none); set eval.every.")
 
 
 def gold_from_config(config: Config, policy: Policy, mesh: Mesh, cut: Cut) -> Scorer | None:
@@ -344,6 +369,19 @@ def _scorer(
     options: ScoreOptions,
 ) -> Scorer:
     score, arguments = config.score, _arguments(config)
+    loaded = {
+        name: load_reward_model(
+            name,
+            combination=score.combine,
+            coefficient=score.coefficient,
+            mesh=mesh,
+            dtype=config.model.dtype,
+            attention=config.model.attention,
+        )
+        for name in models
+    }
+    for name, reward in loaded.items():
+        check_context("score", name, reward.members[0].config, config.data.max_length)
     return Scorer(
         policy.tokenizer,
         functions={
@@ -356,16 +394,7 @@ def _scorer(
             )
             for name in functions
         },
-        models={
-            name: load_reward_model(
-                name,
-                combination=score.combine,
-                coefficient=score.coefficient,
-                mesh=mesh,
-                dtype=config.model.dtype,
-            )
-            for name in models
-        },
+        models=loaded,
         options=options,
         mesh=mesh,
         rows=cut.rows,

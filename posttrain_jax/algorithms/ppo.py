@@ -16,7 +16,7 @@ What "The N Implementation Details of RLHF with PPO" (Huang, Liu, von Werra 2023
      6  logits / temperature wherever log-probabilities are        `Projection.temperature`
      7  the value head starts at 0                                 `ValueNetwork`
      8  no dropout                                                 the transformer has none
-     9  truncation at a token; a missing end token has its score   `ppo.truncate_token`, `ppo.missing_end`
+     9  truncation at a token; a missing end token has its score   `rollout.truncate_token`, `score.missing_end`
     10  no discount (gamma 1)                                      `ppo.gamma`
     11  every epoch shuffles anew; minibatches of micro-batches    `train_step`
     12  the KL is charged per token, the score at the last one     `losses/advantages.py`
@@ -72,12 +72,14 @@ class Options:
 
     Attributes:
       epochs, minibatches: passes over an iteration's answers, and into how many parts each is cut.
-      clip: of the ratio, 1 +- clip; `dual_clip` above 1 bounds the loss of negative advantages (0 = off).
+      clip, clip_high: the ratio is held between 1 - clip and 1 + clip_high (0 = clip).
+      dual_clip: above 1 it bounds the loss of negative advantages (0 = off).
       value_clip: how far a value may move from the one that was acted on (0 = off).
       value_coefficient: of the value's loss.
       gamma, lam: discount, and GAE's lambda.
       kl_coefficient: beta at the start; adapted where `kl_target` (nats per answer) is more than 0, over
         `kl_horizon` answers.
+      value_warmup: iterations in which the value network alone is trained, and beta is not adapted.
       whiten_rewards, whiten_advantages: per minibatch.
       ptx_coefficient: gamma of the pretraining text's mean loss (0 = none).
     """
@@ -85,6 +87,7 @@ class Options:
     epochs: int
     minibatches: int
     clip: float
+    clip_high: float
     dual_clip: float
     value_clip: float
     value_coefficient: float
@@ -93,6 +96,7 @@ class Options:
     kl_coefficient: float
     kl_target: float
     kl_horizon: float
+    value_warmup: int
     whiten_rewards: bool
     whiten_advantages: bool
     ptx_coefficient: float
@@ -132,6 +136,7 @@ def token_losses(
         targets.advantages,
         rows.actions,
         clip=options.clip,
+        clip_high=options.clip_high or None,
         dual_clip=options.dual_clip or None,
     )
     value = clipped_value_loss(values_BT, rows.values, targets.returns, rows.actions, clip=options.value_clip)
@@ -196,13 +201,15 @@ def train_step(
     }
     metrics = {name: metric for name, metric in metrics.items() if not name.endswith("_squared")}
     if options.kl_target:
+        before = state.opt_state["kl_coefficient"]
         coefficient = adapted_kl_coefficient(
-            state.opt_state["kl_coefficient"],
+            before,
             kl,
             target=options.kl_target,
             horizon=options.kl_horizon,
             episodes=experience.tokens.shape[0] * experience.tokens.shape[1],
         )
+        coefficient = jnp.where(state.step > options.value_warmup, coefficient, before)
         state = dataclasses.replace(state, opt_state={**state.opt_state, "kl_coefficient": coefficient})
     return state, metrics
 
@@ -259,6 +266,7 @@ def options_from_config(config: Config) -> Options:
     not_negative = {
         "kl_coefficient": ppo.kl_coefficient,
         "kl_target": ppo.kl_target,
+        "clip_high": ppo.clip_high,
         "value_clip": ppo.value_clip,
         "value_coefficient": ppo.value_coefficient,
         "value_lr": ppo.value_lr,
@@ -287,6 +295,7 @@ def options_from_config(config: Config) -> Options:
         epochs=ppo.epochs,
         minibatches=ppo.minibatches,
         clip=ppo.clip,
+        clip_high=ppo.clip_high,
         dual_clip=ppo.dual_clip,
         value_clip=ppo.value_clip,
         value_coefficient=ppo.value_coefficient,
@@ -295,6 +304,7 @@ def options_from_config(config: Config) -> Options:
         kl_target=ppo.kl_target,
         kl_horizon=ppo.kl_horizon,
         kl_coefficient=ppo.kl_coefficient,
+        value_warmup=ppo.value_warmup,
         whiten_rewards=ppo.whiten_rewards,
         whiten_advantages=ppo.whiten_advantages,
         ptx_coefficient=ppo.ptx_coefficient,

@@ -65,6 +65,11 @@ def pretraining_from_config(
             f"mesh.data x mesh.fsdp = {shards}: make it a multiple of {minibatches * shards}."
         )
     length = ppo.ptx_length or config.data.max_length
+    if length > policy.model.config.max_length:
+        raise InputError(
+            f"ppo.ptx_length is {length}, and the policy was made for {policy.model.config.max_length} tokens; lower "
+            "it."
+        )
     options = TokenizeOptions(
         max_length=length,
         truncate="right",
@@ -72,7 +77,9 @@ def pretraining_from_config(
         chat_template=config.data.chat_template,
         on_bad_row=config.data.on_bad_row,
     )
-    data = build(data_spec(ppo.ptx_data), policy.tokenizer, options, rejected_path=workdir / "rejected.jsonl")
+    data = build(
+        data_spec(ppo.ptx_data), policy.tokenizer, options, rejected_path=workdir / "rejected-ptx.jsonl"
+    )
     say(data.text())
     part = ppo.ptx_rows // minibatches
     most = config.train.micro_rows or part

@@ -133,6 +133,11 @@ def options_from_config(config: Config) -> Options:
       InputError: a number out of its range.
     """
     rloo, samples = config.rloo, config.rollout.samples
+    for name in ("kl_target", "ptx_coefficient", "value_lr", "value_warmup"):
+        if config.ppo[name]:
+            raise InputError(
+                f"ppo.{name} is {config.ppo[name]:g}, but algorithm=rloo does not look at it; leave it 0."
+            )
     if samples < 2:
         raise InputError(
             f"rollout.samples is {samples}; RLOO compares the answers to a prompt, so it needs 2 or more."

@@ -15,10 +15,10 @@ from posttrain_jax.rewards import math_answers
 from posttrain_jax.rewards.answer import Answer
 
 _NUMBER = re.compile(
-    r"(?:(?<![\w.)])-\s?)?"  # a minus, but not that of "10-5"
+    r"(?:(?<![\w.)])-)?"  # a minus, but not that of "10-5", "10 - 5" or of a list
     r"[$€£¥]?"
     r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?"
-    r"|(?:(?<![\w.)])-\s?)?(?<![\d.])\.\d+"
+    r"|(?:(?<![\w.)])-)?(?<![\d.])\.\d+"
 )
 _THINK_ANSWER = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")

@@ -7,6 +7,8 @@ one to the left of the token: there the hidden state is the state, and the token
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +24,7 @@ from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.choose import Sampling
 from posttrain_jax.sampling.generate import GenerateOptions, Sample, generate
 from posttrain_jax.sampling.prompts import encode_chat, encode_text
-from posttrain_jax.sharding import batch_sharding, host_data_shards
+from posttrain_jax.sharding import batch_sharding
 from posttrain_jax.types import Array, PyTree
 
 
@@ -108,14 +110,15 @@ PROMPT_COLUMNS = ("prompt", "messages", "prompt_ids")
 
 
 def encode_prompt(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, text_tokens: int = 0
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, text_tokens: int = 0
 ) -> np.ndarray:
-    """int32 ids of a row's `prompt_ids`, `messages` (by the chat template), `prompt` (plain text), or of the beginning
-    of its `text`, which is to be gone on from.
+    """int32 ids of a row's `prompt_ids`, `messages` (by the chat template, with the row's `tools`), `prompt` (plain
+    text), or of the beginning of its `text`, which is to be gone on from.
 
     Args:
       row: its columns.
       tokenizer: the policy's.
+      vocab_size: of the policy: ids are below it.
       text_tokens: how many tokens of a `text` are the prompt (0 = such rows are refused).
 
     Raises:
@@ -144,9 +147,15 @@ def encode_prompt(
     if have[0] == "messages":
         if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
             raise RowError("messages", "is no list of messages")
-        return encode_chat(tokenizer, value)
+        tools = row.get("tools")
+        if tools is not None and not isinstance(tools, list):
+            raise RowError("tools", "is no list of tools")
+        return encode_chat(tokenizer, value, tools=tools)
     if not isinstance(value, list) or not all(type(token) is int for token in value):
         raise RowError("prompt_ids", "is no list of whole numbers")
+    unknown = [token for token in value if not 0 <= token < vocab_size]
+    if unknown:
+        raise RowError("prompt_ids", f"has the token {unknown[0]}, and the policy has {vocab_size:,}")
     return np.asarray(value, np.int32)
 
 
@@ -187,7 +196,17 @@ def roll_out(
         ),
         names=[prompt.row_id for prompt in prompts],
     )
+    _give_back_memory()
     return as_rows([prompts[sample.prompt] for sample in samples], samples, options, row_length)
+
+
+def _give_back_memory() -> None:
+    """Gives the heap's free memory back to the system. Arrays of a few megabytes, such as the engine's copy of the
+    weights on a CPU, lie in glibc's heap, which keeps what they leave; what learning needs then comes on top."""
+    with contextlib.suppress(
+        AttributeError, OSError, TypeError
+    ):  # another C library than glibc, another system
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def as_rows(
@@ -234,7 +253,8 @@ def truncate(tokens: np.ndarray, ended: bool, *, token: int | None, after: int) 
 
 
 def put_rollouts(rollouts: Rollouts, scores: np.ndarray, mesh: Mesh, micro_batches: int) -> RolloutBatch:
-    """The rows on the devices. Every process has all of them and gives its own share.
+    """The rows on the devices, in their order over the whole mesh, wherever it has a process's devices (on a TPU slice
+    they are not neighbours). Every process has all of them and gives what its devices hold.
 
     Args:
       rollouts: N rows; `micro_batches` times the devices that split rows divides N.
@@ -243,12 +263,11 @@ def put_rollouts(rollouts: Rollouts, scores: np.ndarray, mesh: Mesh, micro_batch
       micro_batches: M.
     """
     sharding = batch_sharding(mesh)
-    host, hosts = host_data_shards(mesh)
 
     def put(rows: np.ndarray) -> Array:
         rows = rows[:, None] if rows.ndim == 1 else rows
-        split = rows.reshape(micro_batches, hosts, -1, rows.shape[-1])[:, host]
-        return jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(split))
+        whole = rows.reshape(micro_batches, -1, rows.shape[-1])
+        return jax.make_array_from_callback(whole.shape, sharding, lambda place: whole[place])
 
     return RolloutBatch(
         tokens=put(rollouts.tokens),

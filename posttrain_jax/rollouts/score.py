@@ -7,8 +7,10 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
@@ -75,6 +77,8 @@ class ScoreOptions:
         for name, value in self.weights.items():
             if not math.isfinite(value):
                 raise InputError(f"score.weights gives {name} the weight {value}; write a finite number.")
+        if not math.isfinite(self.missing_end_value):
+            raise InputError(f"score.missing_end_value is {self.missing_end_value}; write a finite number.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +140,7 @@ class Scorer:
         for model in models.values():
             check_tokenizer(model.members[0], tokenizer)
         self._tokenizer = tokenizer
+        self._functions = list(functions)
         self._models = dict(models)
         self._options = options
         self._mesh = mesh
@@ -162,6 +167,15 @@ class Scorer:
         self._bias = float(-joined.mean() / joined.std())
         return self._gain, self._bias
 
+    @property
+    def normalisation(self) -> tuple[float, float]:
+        """Gain and bias, 1 and 0 until `normalise` finds them; set again where a run goes on."""
+        return self._gain, self._bias
+
+    @normalisation.setter
+    def normalisation(self, gain_and_bias: Sequence[float]) -> None:
+        self._gain, self._bias = gain_and_bias
+
     def __call__(self, rollouts: Rollouts, *, training: bool) -> Scored:
         """Every answer's score; what is relative to the other answers (whitening) is done for `training` alone."""
         components, failures, error = self._components(rollouts)
@@ -176,14 +190,42 @@ class Scorer:
         failures: dict[str, int] = {}
         error = ""
         if self._workers is not None:
-            for name, found in self._workers.score(self._answers(rollouts)).items():
-                components[name] = found.scores_N
-                failures[name] = sum(found.counts.values())
-                error = error or next(iter(found.errors.values()), "")
+            components, failures, error = self._by_functions(self._workers, rollouts)
         for name, reward in self._models.items():
             found_EN = np.stack([self._by_model(member, rollouts) for member in reward.members])
-            components[name] = np.asarray(reward.combine_scores(jnp.asarray(found_EN)), np.float32)
+            found_N = np.asarray(reward.combine_scores(jnp.asarray(found_EN)), np.float32)
+            lost = int(np.sum(~np.isfinite(found_N)))
+            if lost:
+                raise InputError(
+                    f"The reward model {name} gave {lost} of {found_N.size} answers a score that is not finite; was it "
+                    "trained well?"
+                )
+            components[name] = found_N
         return components, failures, error
+
+    def _by_functions(
+        self, workers: RewardWorkers, rollouts: Rollouts
+    ) -> tuple[dict[str, np.ndarray], dict[str, int], str]:
+        """Scores and failures by name, and (in process 0) the first error. Process 0 alone asks the functions and tells
+        the others: asked twice, one that is short of time or that draws need not say the same, and processes that
+        learn from unlike scores, or of which one stops, wait for each other for ever."""
+        names = self._functions
+        scores_FN = np.zeros((len(names), len(rollouts.answers)), np.float32)
+        failures_F = np.zeros(len(names), np.int32)
+        error = ""
+        if jax.process_index() == 0:
+            found = workers.score(self._answers(rollouts))
+            for place, name in enumerate(names):
+                scores_FN[place] = found[name].scores_N
+                failures_F[place] = sum(found[name].counts.values())
+                error = error or next(iter(found[name].errors.values()), "")
+        if jax.process_count() > 1:
+            scores_FN, failures_F = multihost_utils.broadcast_one_to_all((scores_FN, failures_F))
+        return (
+            {name: np.asarray(scores_N) for name, scores_N in zip(names, scores_FN, strict=True)},
+            {name: int(count) for name, count in zip(names, failures_F, strict=True)},
+            error,
+        )
 
     def _by_model(self, member: LoadedModel, rollouts: Rollouts) -> np.ndarray:
         """Its score of every answer, `[N]`; the last rows are filled up, so that one program does them all."""
@@ -247,7 +289,7 @@ class Scorer:
 
 
 def load_reward_model(
-    name: str, *, combination: str, coefficient: float, mesh: Mesh, dtype: str
+    name: str, *, combination: str, coefficient: float, mesh: Mesh, dtype: str, attention: str = "auto"
 ) -> RewardModel:
     """A reward model or an ensemble from a MODEL.
 
@@ -257,6 +299,7 @@ def load_reward_model(
       coefficient: of "uncertainty".
       mesh: where the parameters go.
       dtype: compute dtype.
+      attention: as of `make_model`.
 
     Raises:
       InputError: no such model, one without a score head, an unknown combination.
@@ -268,7 +311,9 @@ def load_reward_model(
     }
     if combination not in combinations:
         raise InputError(f"score.combine is {combination!r}; use one of {', '.join(combinations)}.")
-    return RewardModel(load_members(name, dtype=dtype, mesh=mesh), combinations[combination])
+    return RewardModel(
+        load_members(name, dtype=dtype, mesh=mesh, attention=attention), combinations[combination]
+    )
 
 
 def check_tokenizer(reward: LoadedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -65,18 +65,27 @@ def text_loss(params: dict, part: Array) -> tuple[Array, Metrics]:
     return total, {"text": Metric(total, jnp.float32(part.size))}
 
 
-def updated(optimizer, *, minibatches: int, epochs: int = 1, mixed: Mixed | None = None, last: float = 4.0):
+def updated(
+    optimizer,
+    *,
+    minibatches: int,
+    epochs: int = 1,
+    mixed: Mixed | None = None,
+    last: float = 4.0,
+    state: TrainState | None = None,
+    schedule=lambda step: jnp.float32(LR),
+):
     """Answers 1, 2, 3, 4 in two micro-batches."""
     answers = jnp.asarray([[[1.0], [2.0]], [[3.0], [last]]])
     return minibatch_updates(
-        state_of(optimizer),
+        state or state_of(optimizer),
         answers,
         epochs=epochs,
         minibatches=minibatches,
         targets=lambda rows: rows,
         losses=linear,
         optimizer=optimizer,
-        schedule=lambda step: jnp.float32(LR),
+        schedule=schedule,
         ema_decay=0.0,
         mixed=mixed,
     )
@@ -93,6 +102,28 @@ def test_a_second_loss_is_added_to_the_first():
     np.testing.assert_allclose(state.params["w"], -83.65, rtol=1e-6)
     np.testing.assert_allclose(state.params["value"]["v"], -0.25, rtol=1e-6)
     assert metrics["train/text"].count == 3 and metrics["train/loss"].count == 4
+
+
+def test_the_loss_that_is_told_is_the_one_that_is_minimised():
+    """The second update starts at w = -0.1 (2.5 + 2 x 30) = -6.25 and v = -0.25, the first at 0: its loss is
+    2.5 x -6.5 + 2 x 30 x -6.25 = -391.25, and the mean of both is half of that."""
+    mixed = Mixed(jnp.asarray([[[10.0], [20.0], [60.0]]]), text_loss, "text", 2.0)
+    _, metrics = updated(sgd(), minibatches=1, epochs=2, mixed=mixed)
+    loss = metrics["train/loss"]
+    np.testing.assert_allclose(loss.sum / loss.count, -391.25 / 2, rtol=1e-6)
+
+
+def test_the_learning_rate_that_is_told_is_the_optimisers():
+    """Of two updates of the first iteration one is skipped; the second iteration begins with the rate of update 1."""
+
+    def schedule(step: Array) -> Array:
+        return jnp.float32(LR) * (step + 1)
+
+    optimizer = optax.chain(divide_and_clip(0.0), optax.sgd(schedule))
+    state, metrics = updated(optimizer, minibatches=2, last=np.nan, schedule=schedule)
+    assert metrics["train/lr"].sum == pytest.approx(LR)
+    _, metrics = updated(optimizer, minibatches=2, state=state, schedule=schedule)
+    assert metrics["train/lr"].sum == pytest.approx(2 * LR)
 
 
 def test_each_minibatch_has_its_own_share():

@@ -286,9 +286,11 @@ def test_an_evaluation_may_draw_at_a_temperature_of_its_own(tmp_path):
 @pytest.mark.slow
 def test_all_that_instructgpt_adds(tmp_path):
     """Pretraining text, an average as the reference, a value network with a rate of its own that starts alone, scores
-    normalised at the start, a gold score: in one run. While the values learn alone, the policy stays as it was."""
+    normalised at the start, a gold score: in one run. While the values learn alone, the policy and the KL's price stay
+    as they were."""
     config = instructgpt("tiny")
     config.ppo.value_warmup, config.rollout.reference, config.optim.ema = 2, "ema", 0.5
+    config.ppo.kl_target = 6.0
     config.ppo.epochs = 2
     config.score.functions, config.score.normalise = ("tests.algorithms.letter_rewards:mean_token",), 64
     config.score.missing_end = "keep"
@@ -300,6 +302,8 @@ def test_all_that_instructgpt_adds(tmp_path):
     steps = [row for row in rows if "train/kl" in row]
     evaluations = [row for row in rows if "eval/gold" in row]
     assert [abs(row["train/kl"]) < 1e-4 for row in steps] == [True, True, True, False]
+    price = [row["train/kl_coefficient"] for row in steps]
+    assert price[0] == price[1] == price[2] == pytest.approx(0.02) and price[3] < 0.02
     assert steps[0]["train/pretraining_loss"] == pytest.approx(math.log(260), abs=0.3)
     assert steps[3]["train/pretraining_loss"] < steps[2]["train/pretraining_loss"]
     assert steps[1]["train/values"] != steps[0]["train/values"]
@@ -307,6 +311,28 @@ def test_all_that_instructgpt_adds(tmp_path):
     # The first evaluation is of other prompts than the 8 answers whose mean score is 0, but of the same policy.
     assert [row["step"] for row in evaluations] == [0, 2, 4] and abs(evaluations[0]["eval/score"]) < 1.5
     assert "<h2>" in (tmp_path / "run" / "samples.html").read_text("utf-8")
+
+
+def test_the_normalisation_of_scores_is_part_of_what_is_saved(tmp_path):
+    """Gain 0 and bias 7, set as from a checkpoint: every score is 7, whatever was found at this start."""
+    config = short(data__eval="split:3", score__normalise=16)
+    config.score.functions = ("tests.algorithms.letter_rewards:mean_token",)
+    task = ppo.from_config(config, tmp_path)
+    saved = json.loads(json.dumps(task.rows.get_state()))
+    assert saved["normalisation"] != [1.0, 0.0]
+    task.rows.set_state({**saved, "normalisation": [0.0, 7.0]})
+    scores = task.evaluate(task.init_state())
+    task.rows.close()
+    assert task.rows.get_state()["normalisation"] == [0.0, 7.0]
+    assert (scores["eval/score"], scores["eval/score_standard_error"]) == (7.0, 0.0)
+
+
+@pytest.mark.parametrize("key", ["ppo__value", "score__models"])
+def test_a_network_for_shorter_rows_is_refused(key, tmp_path):
+    model = save_reward_model(tmp_path / "reward")
+    config = short(**{key: model if key == "ppo__value" else (model,)}, data__max_length=80)
+    with pytest.raises(InputError, match=f"{model} was made for 64 tokens, and rows have up to 80"):
+        start(config, tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -394,6 +420,18 @@ def start(config: ConfigDict, workdir: Path) -> None:
         ({"optim.lr": 0.0, "ppo.value_warmup": 1}, "ppo.value_lr and ppo.value_warmup need optim.lr above 0"),
         ({"stop.kl": -1.0}, "stop.kl is -1.0; it must be at least 0"),
         ({"stop.gold_errors": 1.0}, "stop.gold_errors watches the gold score; set score.gold_function"),
+        ({"stop.gold_errors": 1.0, "score.gold_model": "x", "eval.every": 0}, "eval.every is 0"),
+        ({"ppo.clip_high": -0.1}, "ppo.clip_high is -0.1; it must be 0 or more"),
+        (
+            {
+                "ppo.ptx_coefficient": 1.0,
+                "ppo.ptx_data": "configs/tiny/chats.jsonl",
+                "ppo.ptx_rows": 16,
+                "ppo.ptx_length": 1000,
+            },
+            "ppo.ptx_length is 1000, and the policy was made for 512 tokens",
+        ),
+        ({"algorithm": "rloo", "ppo.kl_target": 6.0}, "ppo.kl_target is 6, but algorithm=rloo does not"),
         ({"score.gold_model": "x", "data.eval": ""}, "score held-out answers; set data.eval"),
         ({"score.gold_model": "x", "score.gold_function": "y"}, "the gold score is one of them"),
         ({"score.normalise": -1}, "score.normalise is -1; it must be at least 0"),

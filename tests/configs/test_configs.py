@@ -13,7 +13,8 @@ from contracts.conftest import Processes
 from write_golden import GOLDEN, ROOT, golden_path, render, specs
 
 from configs.base import base_config, online_config, preference_config
-from launch.config import check_values, flatten, load_file
+from configs.ppo.letters import get_config as letters
+from launch.config import check_values, flatten, load_file, save_or_check
 from posttrain_jax.errors import InputError
 
 SPECS = specs()
@@ -85,3 +86,15 @@ def test_two_tiny_steps_are_finite(processes: Processes, spec: str, tmp_path: Pa
     assert all(map(math.isfinite, losses))
     assert "/ppo/" in spec or min(losses) > 0  # PPO's is a ratio times an advantage
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "complete"
+
+
+def test_what_a_resume_may_change(tmp_path):
+    """How a run is carried out, such as how many answers are written side by side, and not what it is."""
+    config = letters("tiny")
+    save_or_check(config, tmp_path, resumes=False, write=True)
+    config.rollout.batch_size, config.rollout.max_logp_difference = 4, 0.5
+    config.score.workers, config.score.seconds, config.mesh.fsdp = 3, 99.0, 2
+    save_or_check(config, tmp_path, resumes=True, write=False)
+    config.rollout.temperature = 0.5
+    with pytest.raises(InputError, match=r"another config: rollout.temperature \(1.0 then, 0.5 now\)\. Use"):
+        save_or_check(config, tmp_path, resumes=True, write=False)

@@ -132,6 +132,20 @@ def test_ppo_in_two_processes_follows_one(processes, together: Together, tmp_pat
                 assert mine[name] == pytest.approx(yours[name], rel=2e-3, abs=1e-5), name
 
 
+def test_rollouts_of_processes_whose_devices_take_turns(together: Together):
+    """Rows stand in their order over the mesh, and both have the scores that the first process's reward drew."""
+    commands = [command[:-3] for command in pair("tests.contracts.rollouts_apart")]
+    address = pair("")[0][1].removeprefix("--coordinator=")
+    ended = together.run(
+        [(*command, address, str(index)) for index, command in enumerate(commands)], devices=2
+    )
+    assert [one.code for one in ended] == [0, 0], [one.err for one in ended]
+    first, second = (json.loads(one.out.splitlines()[-1]) for one in ended)
+    assert first == second
+    assert first["tokens"] == first["scores"] == list(range(8))
+    assert first["failures"] == 1 and len(set(first["drawn"])) == 8
+
+
 def cut_back(finished: Path, tmp_path: Path) -> Path:
     """A copy of a run as if it had been killed after step 3."""
     import shutil

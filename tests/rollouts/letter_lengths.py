@@ -1,6 +1,8 @@
-"""A reward function of the tests of scores; it runs in worker processes."""
+"""Reward functions of the tests of scores; they run in worker processes."""
 
 from __future__ import annotations
+
+import random
 
 from posttrain_jax.rewards.answer import Answer
 
@@ -8,3 +10,10 @@ from posttrain_jax.rewards.answer import Answer
 def negative_length(answers: list[Answer]) -> list[float]:
     """Minus the number of tokens."""
     return [-float(len(answer.token_ids)) for answer in answers]
+
+
+def drawn(answers: list[Answer]) -> list[float]:
+    """A number that is another one at every call; the answer of token 0 fails."""
+    if any(answer.token_ids == (0,) for answer in answers):
+        raise ValueError("no")
+    return [random.random() for _ in answers]

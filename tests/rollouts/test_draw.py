@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import platform
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -9,7 +13,14 @@ import pytest
 from posttrain_jax.data.prompts import Prompt
 from posttrain_jax.data.sources import RowError
 from posttrain_jax.models.byte_tokenizer import byte_tokenizer
-from posttrain_jax.rollouts.draw import RolloutOptions, as_rows, encode_prompt, put_rollouts, truncate
+from posttrain_jax.rollouts.draw import (
+    RolloutOptions,
+    _give_back_memory,
+    as_rows,
+    encode_prompt,
+    put_rollouts,
+    truncate,
+)
 from posttrain_jax.sampling.generate import Sample
 from posttrain_jax.sharding import make_mesh
 
@@ -69,6 +80,23 @@ def test_rows_are_cut_into_micro_batches_in_order():
     assert batch.scores.dtype == np.float32 and len(batch.tokens.sharding.device_set) == jax.device_count()
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this C library is not glibc")
+def test_free_memory_is_given_back():
+    """100 arrays of 4 MB in the heap, below one that stays: free, they still belong to the process, then no more."""
+
+    def resident() -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in line)
+        return int(line.split()[1]) * 1024
+
+    np.ones(4_000_000)  # freed at once: from now on glibc has arrays below 32 MB in its heap
+    arrays = [np.ones(500_000) for _ in range(100)]
+    above = np.ones(500_000)
+    del arrays
+    before = resident()
+    _give_back_memory()
+    assert resident() < before - 300e6 and above[0] == 1
+
+
 def test_some_rows():
     rows = as_rows([prompt(5), prompt(6)], [sample([1], "stop"), sample([2], "stop")], OPTIONS, row_length=3)
     picked = rows.select(np.asarray([1, 1, 0]))
@@ -80,11 +108,21 @@ def test_a_prompt_is_text_messages_or_ids():
     tokenizer = byte_tokenizer()
     chat = [{"role": "user", "content": "Hi"}]
     written = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    assert tokenizer.decode(encode_prompt({"messages": chat}, tokenizer)) == written
-    assert tokenizer.decode(encode_prompt({"prompt": "Hi"}, tokenizer)) == "Hi"
-    assert encode_prompt({"prompt_ids": [3, 4]}, tokenizer).tolist() == [3, 4]
-    assert tokenizer.decode(encode_prompt({"text": "Hi there"}, tokenizer, text_tokens=3)) == "Hi "
-    assert tokenizer.decode(encode_prompt({"prompt": "Hi", "text": "there"}, tokenizer)) == "Hi"
+    encode = functools.partial(encode_prompt, tokenizer=tokenizer, vocab_size=260)
+    assert tokenizer.decode(encode({"messages": chat})) == written
+    assert tokenizer.decode(encode({"prompt": "Hi"})) == "Hi"
+    assert encode({"prompt_ids": [3, 259]}).tolist() == [3, 259]
+    assert tokenizer.decode(encode({"text": "Hi there"}, text_tokens=3)) == "Hi "
+    assert tokenizer.decode(encode({"prompt": "Hi", "text": "there"})) == "Hi"
+
+
+def test_a_prompt_of_messages_has_its_tools():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for tool in tools or [] %}[{{ tool.name }}]{% endfor %}{{ messages[0].content }}"
+    )
+    row = {"messages": [{"role": "user", "content": "Hi"}], "tools": [{"name": "add"}]}
+    assert tokenizer.decode(encode_prompt(row, tokenizer, vocab_size=260)) == "[add]Hi"
 
 
 @pytest.mark.parametrize(
@@ -96,8 +134,12 @@ def test_a_prompt_is_text_messages_or_ids():
         ({"text": "a"}, "after its first data.prompt_tokens tokens, and that is not set"),
         ({"messages": "Hi"}, "is no list of messages"),
         ({"prompt_ids": [1.5]}, "is no list of whole numbers"),
+        ({"prompt_ids": [1, 260]}, "has the token 260, and the policy has 260"),
+        ({"prompt_ids": [3_000_000_000]}, "has the token 3000000000"),
+        ({"prompt_ids": [-1]}, "has the token -1"),
+        ({"messages": [], "tools": "add"}, "tools: is no list of tools"),
     ],
 )
 def test_rows_without_a_prompt(row, words):
     with pytest.raises(RowError, match=words):
-        encode_prompt(row, byte_tokenizer())
+        encode_prompt(row, byte_tokenizer(), vocab_size=260)

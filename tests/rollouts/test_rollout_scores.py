@@ -160,3 +160,5 @@ def test_bad_options():
         ScoreOptions({"a": 1.0, "b": 1.0}, join="piecewise", safety_threshold=1.5)
     with pytest.raises(InputError, match="score.weights gives .* the weight inf"):
         dataclasses.replace(KEEP, weights={LENGTH: float("inf")})
+    with pytest.raises(InputError, match="score.missing_end_value is nan; write a finite number"):
+        dataclasses.replace(KEEP, missing_end_value=float("nan"))
