@@ -51,6 +51,8 @@ def compare(a: Path, b: Path, out: Path, *, resamples: int, seed: int) -> dict[s
 
     if resamples < 1:
         raise InputError(f"--resamples is {resamples}; it must be at least 1.")
+    if seed < 0:
+        raise InputError(f"--seed is {seed}; it must be 0 or more.")
     found = compare_rows(read_rows_of(a), read_rows_of(b), resamples=resamples, seed=seed)
     record = {
         "a": str(a),

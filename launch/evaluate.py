@@ -68,6 +68,10 @@ def evaluate(name: str, config: ConfigDict, out: Path) -> dict[str, Any]:
         raise InputError(f"eval.task is {task!r}; it must be one of {', '.join(TASKS)}.")
     if config.eval.bootstrap < 0:
         raise InputError(f"eval.bootstrap is {config.eval.bootstrap}; it must be 0 (off) or more.")
+    if not 0 <= config.seed < 2**31:
+        raise InputError(f"seed is {config.seed}; it must be between 0 and 2147483647.")
+    if "max_length" in config.data and config.data.max_length < 2:
+        raise InputError(f"data.max_length is {config.data.max_length}; it must be at least 2.")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -10,13 +10,14 @@ elsewhere its prompt is left out, and counted.
 An ensemble's scores are combined for each completion: their mean, their lowest, or (uncertainty) their mean less
 --coefficient times their variance. Prints a table; writes report.json, report.md, plots, and rows.jsonl with the
 scores of every pair and how far an ensemble's members are apart. Rows with a `subset` are also counted by it, and
---sections joins subsets to sections.
+--sections joins subsets to sections, in splits that hold all of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +79,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "sections",
         Options.sections,
-        'A JSON file {"section": ["subset", ...]}: scores of sections and their mean, as RewardBench has them.',
+        'A JSON file {"section": ["subset", ...]}: scores of sections and their mean, as RewardBench has them; '
+        '{"section": {"subset": count}} gives subsets other weights than their numbers of pairs.',
     )
 
 
@@ -114,7 +116,9 @@ def report(options: Options) -> dict[str, Any]:
     if options.resamples < 0:
         raise InputError(f"--resamples is {options.resamples}; it must be 0 (no intervals) or more.")
     further = read_names(options.out_of_distribution)
-    sections = read_sections(options.sections)
+    if options.seed is not None and options.seed < 0:
+        raise InputError(f"--seed is {options.seed}; it must be 0 or more.")
+    sections, section_counts = read_sections(options.sections)
     mesh = make_mesh()
     members = load_members(options.model, dtype=options.dtype, param_dtype=options.dtype, mesh=mesh)
     run = run_config(members[0])
@@ -136,8 +140,17 @@ def report(options: Options) -> dict[str, Any]:
         weight = f" ({options.coefficient:g} times the variance)" if options.coefficient else ""
         about["ensemble"] = f"{len(members)} members, combined by {options.combine}{weight}"
     about |= {IN_DISTRIBUTION: first.text(), **further}
+    if scored[0].gain != 1:
+        about["scale"] = (
+            f"loss and calibration are of margins divided by the scores' gain, {scored[0].gain:.4g}"
+        )
     result = reward_report(
-        scored, sections=sections, resamples=options.resamples, seed=first.seed, about=about
+        scored,
+        sections=sections,
+        section_counts=section_counts,
+        resamples=options.resamples,
+        seed=first.seed,
+        about=about,
     )
     out = Path(options.out).expanduser()
     try:
@@ -220,24 +233,43 @@ def read_names(given: Sequence[str]) -> dict[str, str]:
     return named
 
 
-def read_sections(path: str) -> dict[str, list[str]]:
-    """--sections: section -> its subsets; {} without the flag.
+def read_sections(path: str) -> tuple[dict[str, list[str]], dict[str, float]]:
+    """--sections: section -> its subsets, and subset -> the count that the file gives it; empty without the flag.
 
     Raises:
-      InputError: the file cannot be read, or holds something else.
+      InputError: the file cannot be read or holds something else, a section without subsets, two counts of a subset.
     """
     if not path:
-        return {}
+        return {}, {}
     try:
         sections = json.loads(Path(path).expanduser().read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"--sections={path} cannot be read: {error}.") from error
-    if not isinstance(sections, dict) or not all(
-        isinstance(subsets, list) and all(isinstance(name, str) for name in subsets)
-        for subsets in sections.values()
-    ):
-        raise InputError(f'--sections={path} holds something else than {{"section": ["subset", ...]}}.')
-    return sections
+    if not isinstance(sections, dict) or not sections:
+        raise InputError(f'--sections={path} holds something else than {{"section": ["subset", ...], ...}}.')
+    counts: dict[str, float] = {}
+    for section, subsets in sections.items():
+        named = isinstance(subsets, list) and all(isinstance(name, str) for name in subsets)
+        if not subsets or not (named or _are_counts(subsets)):
+            raise InputError(
+                f"--sections={path}: the section {section!r} is no list of subsets and no object of subsets with their "
+                'counts; write ["subset", ...] or {"subset": 10, ...}, at least one.'
+            )
+        for name, count in subsets.items() if isinstance(subsets, dict) else ():
+            if counts.setdefault(name, count) != count:
+                raise InputError(
+                    f"--sections={path}: the subset {name!r} has two counts, {counts[name]:g} and {count:g}; give it "
+                    "one."
+                )
+    return {section: list(subsets) for section, subsets in sections.items()}, counts
+
+
+def _are_counts(value: Any) -> bool:
+    """Whether it is {subset: a number above 0}."""
+    return isinstance(value, dict) and all(
+        isinstance(count, int | float) and not isinstance(count, bool) and math.isfinite(count) and count > 0
+        for count in value.values()
+    )
 
 
 def read_splits(

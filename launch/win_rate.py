@@ -110,6 +110,8 @@ def compare(options: Options) -> dict[str, Any]:
 
     if options.resamples < 1:
         raise InputError(f"--resamples is {options.resamples}; it must be at least 1.")
+    if options.seed < 0:
+        raise InputError(f"--seed is {options.seed}; it must be 0 or more.")
     pairs = read_pairs(options)
     out = Path(options.out).expanduser()
     try:

@@ -55,6 +55,18 @@ def reward_scores(params: PyTree, batch: PreferenceBatch, *, model: Model, share
     return scores(params["score_head"], hidden_BTD, batch.ends)
 
 
+@functools.lru_cache(maxsize=4)
+def policy_logps_of(model: Model, share_prompt: bool) -> OfRows:
+    """`policy_logps` for `map_completions`: the same object for the same model."""
+    return functools.partial(policy_logps, model=model, share_prompt=share_prompt)
+
+
+@functools.lru_cache(maxsize=4)
+def reward_scores_of(model: Model, share_prompt: bool) -> OfRows:
+    """`reward_scores` for `map_completions`: the same object for the same model."""
+    return functools.partial(reward_scores, model=model, share_prompt=share_prompt)
+
+
 def map_completions(
     of_rows: OfRows,
     params: PyTree,

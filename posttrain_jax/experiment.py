@@ -354,11 +354,13 @@ class Offline(Generic[RowBatch]):
     Attributes:
       make_state: (parameters, key, *, optimizer, ema_decay) -> the first state.
       train_step: (state, batch `[M, B, ...]`, *constants, *, optimizer, schedule, ema_decay) -> (state, metrics).
-      eval_step: (whole parameters, batch `[M, B, ...]`, *constants) -> metrics named "eval/...".
+      eval_step: (whole parameters, batch `[M, B, ...]`, *constants) -> metrics named "eval/..."; with `eval_first` its
+        means follow the constants.
       train, held_out: the rows.
       batch: what a step's rows become.
       row_tokens: T, for the count of FLOPs.
       constants: trees on the mesh that every step is handed and none changes.
+      eval_first: as eval_step, for numbers that it needs of all held-out rows: a pass over them that comes before.
       after_eval: what is said of, or added to, the values of an evaluation.
       is_reward: it trains a reward model: checkpoints hold a `score_head`, and there are no answers to sample.
       finish: as in `Task`.
@@ -372,6 +374,7 @@ class Offline(Generic[RowBatch]):
     batch: type[RowBatch]
     row_tokens: int
     constants: tuple[PyTree, ...] = ()
+    eval_first: Callable[..., Metrics] | None = None
     after_eval: Callable[[dict[str, float]], dict[str, float]] = lambda values: values
     is_reward: bool = False
     finish: Callable[[TrainState], TrainState] | None = None
@@ -444,19 +447,29 @@ def task_from_config(
 def _evaluation(
     config: Config, algorithm: Offline[RowBatch], mesh: Mesh
 ) -> Callable[[TrainState], dict[str, float]]:
-    """One pass over the held-out rows."""
+    """One pass over the held-out rows; two with `eval_first`."""
     at_once, count = eval_rows(config)
     host, hosts = host_data_shards(mesh)
-    step = jit_step(algorithm.eval_step, mesh, in_shardings=None, out_shardings=replicated(mesh))
+    jitted = functools.partial(jit_step, mesh=mesh, in_shardings=None, out_shardings=replicated(mesh))
+    step = jitted(algorithm.eval_step)
+    first_step = jitted(algorithm.eval_first) if algorithm.eval_first is not None else None
 
-    def evaluate(state: TrainState) -> dict[str, float]:
-        params = combine(state.params, state.frozen)
+    def means(step: Callable[..., Metrics], *arguments: PyTree) -> dict[str, float]:
+        params, *others = arguments
         sums = Accumulator()
         for rows in eval_batches(
             algorithm.held_out, rows_per_step=at_once, host_index=host, host_count=hosts
         ):
             batch = put_batch(rows.arrays, mesh, count, algorithm.batch)
-            sums.add(to_host(step(params, batch, *algorithm.constants)))
-        return algorithm.after_eval(sums.flush())
+            sums.add(to_host(step(params, batch, *others)))
+        return sums.flush()
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        params = combine(state.params, state.frozen)
+        known: tuple[PyTree, ...] = algorithm.constants
+        if first_step is not None:
+            first = means(first_step, params, *known)
+            known = (*known, {name: np.float32(value) for name, value in first.items()})
+        return algorithm.after_eval(means(step, params, *known))
 
     return evaluate

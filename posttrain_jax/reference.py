@@ -8,7 +8,6 @@ it resumes with the same bits when the cache was emptied or JAX is another versi
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import tempfile
@@ -21,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from posttrain_jax.assets import cache_root
-from posttrain_jax.completions import map_completions, policy_logps
+from posttrain_jax.completions import map_completions, policy_logps_of
 from posttrain_jax.data.preference_rows import RowShape
 from posttrain_jax.data.tokenized_preferences import PreferenceSource
 from posttrain_jax.metrics import say
@@ -74,7 +73,7 @@ def reference_logps(
             say(
                 f"Reference log-probabilities of {len(source):,} prompts are computed once and kept in {shared}."
             )
-            logps = functools.partial(policy_logps, model=model, share_prompt=shape.share_prompt)
+            logps = policy_logps_of(model, shape.share_prompt)
             found = map_completions(
                 logps, params, source, shape, mesh, groups=groups, micro_batches=micro_batches
             )

@@ -11,7 +11,7 @@ The reference is the model that training starts from. By `dpo.reference` its log
     cached    computed before the first step and kept on disk (posttrain_jax/reference.py); the default
     memory    computed in every step by a second copy of the parameters
     adapter   computed in every step by the same parameters with the LoRA adapter left out
-    none      not there, for losses that need no reference
+    none      not there, as for all losses that need no reference
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
+from transformers import PreTrainedTokenizerBase
 
 from posttrain_jax.completions import decided_weights, policy_logps
 from posttrain_jax.data.preference_rows import PreferenceRows, RowShape
-from posttrain_jax.data.tokenized_preferences import PreferenceData
+from posttrain_jax.data.spans import ChatTemplate
+from posttrain_jax.data.tokenized_preferences import PreferenceData, PreferenceSource
 from posttrain_jax.errors import InputError
 from posttrain_jax.experiment import (
     Offline,
@@ -51,7 +53,7 @@ from posttrain_jax.metrics import say
 from posttrain_jax.models.transformer import Model, make_model
 from posttrain_jax.optim import apply_gradients, gradient_sums, map_micro_batches, used_micro_batches
 from posttrain_jax.reference import reference_logps
-from posttrain_jax.trees import combine, partition
+from posttrain_jax.trees import combine, fingerprint, partition
 from posttrain_jax.types import Array, LossOutput, Metric, Metrics, PreferenceBatch, PyTree, Task, TrainState
 
 REFERENCES = ("cached", "memory", "adapter", "none")
@@ -71,6 +73,7 @@ class Options:
       eta: rpo's scale of the data's margins.
       nll_weight: of the chosen completion's mean negative log-likelihood, added to any loss (Llama 3: 0.2).
       skip_end: leaves the end-of-turn token out of the comparison (Llama 3's masking of termination tokens).
+      end_ids: the tokens that end a turn; a completion that was cut ends with another one, which stays.
     """
 
     loss: str
@@ -81,6 +84,7 @@ class Options:
     eta: float
     nll_weight: float
     skip_end: bool
+    end_ids: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,12 +166,27 @@ USED_BY = {
     "label_smoothing": ("cdpo", "robust", "exo"),
     "alpha": ("rdpo", "dpop", "cpo", "orpo", "slic"),
     "gamma": ("simpo", "slic"),
+    "eta": ("rpo",),
+    "beta": tuple(loss for loss in LOSSES if loss not in ("slic", "orpo")),
 }
-"""The losses that look at a number of `Options`; the others refuse it."""
+"""The losses that look at a number of `Options`; the others refuse another value than the default."""
+DEFAULTS = {
+    "loss": "dpo",
+    "beta": 0.1,
+    "label_smoothing": 0.0,
+    "gamma": 0.0,
+    "alpha": 0.0,
+    "eta": 1.0,
+    "nll_weight": 0.0,
+    "skip_end": False,
+    "reference": "cached",
+}
+"""Of `config.dpo`, as configs/base.py has them."""
 NEEDED_BY = {
     "label_smoothing": ("cdpo", "robust", "exo"),
     "alpha": ("rdpo", "dpop", "cpo", "orpo"),
     "gamma": ("slic",),
+    "eta": ("rpo",),
 }
 """The losses that are not what they are called where it is 0."""
 
@@ -183,8 +202,9 @@ def pairs_of(logps_BN2: Array, batch: PreferenceBatch, reference_BN: Array, opti
 
     sums_BN = logps_BN2[..., 0]
     lengths_BN = batch.lengths.astype(jnp.float32)
-    compared_BN = _compared(logps_BN2, options)
-    compared_lengths_BN = jnp.maximum(lengths_BN - 1, 1) if options.skip_end else lengths_BN
+    skipped_BN = _skipped(batch, options)
+    compared_BN = _compared(logps_BN2, skipped_BN)
+    compared_lengths_BN = jnp.maximum(lengths_BN - skipped_BN, 1)
     chosen, rejected = two(compared_BN)
     reference_chosen, reference_rejected = two(reference_BN)
     chosen_lengths, rejected_lengths = two(compared_lengths_BN)
@@ -308,6 +328,8 @@ def from_config(config: Config, workdir: Path) -> Task:
     mesh = mesh_from_config(config)
     policy = policy_from_config(config)
     model = policy.model
+    if options.skip_end:
+        options = dataclasses.replace(options, end_ids=end_token_ids(policy.tokenizer))
     data = preferences_from_config(config, policy.tokenizer, workdir, attention=model.module.implementation)
     _check_pairs(data, options)
     reference = _reference_from_config(config, workdir, policy, data, options, mesh)
@@ -351,11 +373,11 @@ def options_from_config(config: Config) -> Options:
     if not 0 <= dpo.label_smoothing < 0.5:
         raise InputError(f"dpo.label_smoothing is {dpo.label_smoothing}; it must be from 0 to below 0.5.")
     for name, losses_of_it in USED_BY.items():
-        if dpo.loss in NEEDED_BY[name] and not dpo[name]:
+        if dpo.loss in NEEDED_BY.get(name, ()) and not dpo[name]:
             raise InputError(
                 f"dpo.loss={dpo.loss} needs dpo.{name} (configs/base.py says what it is), which is 0; set it."
             )
-        if dpo.loss not in losses_of_it and dpo[name]:
+        if dpo.loss not in losses_of_it and dpo[name] != DEFAULTS[name]:
             raise InputError(
                 f"dpo.{name} is {dpo[name]}, and dpo.loss={dpo.loss} does not look at it; these do: "
                 f"{', '.join(losses_of_it)}."
@@ -406,16 +428,23 @@ class _ReferenceSource:
 def _reference_from_config(
     config: Config, workdir: Path, policy: Policy, data: Preferences, options: Options, mesh: Mesh
 ) -> _ReferenceSource:
-    kind = config.dpo.reference
+    kind = "none" if options.loss in REFERENCE_FREE else config.dpo.reference
     key = seed_key(config.seed)
 
     def rows(
-        part: PreferenceData | None, shape: RowShape, known: Sequence[np.ndarray] | None
+        part: PreferenceData | None,
+        shape: RowShape,
+        known: Sequence[np.ndarray] | None,
+        reference: str = "",
     ) -> list[PreferenceRows]:
         if part is None:
             return []
-        logps = [None] * len(part.sources) if known is None else [_compared(k, options) for k in known]
-        return [PreferenceRows(s, shape, one) for s, one in zip(part.sources, logps, strict=True)]
+        logps: list[np.ndarray | None] = [None] * len(part.sources)
+        if known is not None:
+            logps = [
+                _compared(k, _skipped_of_store(s, options)) for s, k in zip(part.sources, known, strict=True)
+            ]
+        return [PreferenceRows(s, shape, one, reference) for s, one in zip(part.sources, logps, strict=True)]
 
     if kind == "cached":
         params = policy.init_params(mesh, key)
@@ -437,7 +466,10 @@ def _reference_from_config(
             train=rows(data.train, data.shape, known["train"]),
             held_out=rows(data.held_out, data.eval_shape, known["held_out"]),
         )
-    train, held_out = rows(data.train, data.shape, None), rows(data.held_out, data.eval_shape, None)
+    params = policy.init_params(mesh, key) if kind == "memory" else {}
+    identity = fingerprint(params) if kind == "memory" else ""
+    train = rows(data.train, data.shape, None, identity)
+    held_out = rows(data.held_out, data.eval_shape, None, identity)
     if kind == "none":
         return _ReferenceSource(_stored, {}, train, held_out)
     if kind == "adapter":
@@ -457,9 +489,9 @@ def _reference_from_config(
     def computed(whole: PyTree, reference_params: PyTree, micro: PreferenceBatch) -> Array:
         without_adapter = partition(whole, lambda path: path.endswith(("lora_a", "lora_b")))[1]
         weights = without_adapter if kind == "adapter" else reference_params
-        return _compared(policy_logps(weights, micro, model=base, share_prompt=share), options)
+        logps_BN2 = policy_logps(weights, micro, model=base, share_prompt=share)
+        return _compared(logps_BN2, _skipped(micro, options))
 
-    params = policy.init_params(mesh, key) if kind == "memory" else {}
     return _ReferenceSource(computed, params, train, held_out)
 
 
@@ -471,9 +503,36 @@ def _stored(whole: PyTree, reference_params: PyTree, micro: PreferenceBatch) -> 
 Values = TypeVar("Values", Array, np.ndarray)
 
 
-def _compared(logps: Values, options: Options) -> Values:
-    """Of `[..., 2]` (all trained tokens, the last one): what is compared."""
-    return logps[..., 0] - logps[..., 1] if options.skip_end else logps[..., 0]
+def _compared(logps: Values, skipped: Values) -> Values:
+    """Of `[..., 2]` (all trained tokens, the last one): what is compared, without the last one where it is skipped."""
+    return logps[..., 0] - skipped * logps[..., 1]
+
+
+def _skipped(batch: PreferenceBatch, options: Options) -> Array:
+    """1 where a completion's last token is left out of the comparison, else 0, float32 `[B, N]`."""
+    if not options.skip_end:
+        return jnp.zeros(batch.ends.shape, jnp.float32)
+    last_BN = jnp.take_along_axis(batch.tokens, batch.ends, axis=1)
+    return jnp.isin(last_BN, jnp.asarray(options.end_ids, jnp.int32)).astype(jnp.float32)
+
+
+def _skipped_of_store(source: PreferenceSource, options: Options) -> np.ndarray:
+    """The same of all sequences of a source's store, float32 `[S]`."""
+    store = source.store
+    last_S = np.asarray(store.tokens)[store.offsets[1:] - 1]
+    return np.isin(last_S, options.end_ids).astype(np.float32) * np.float32(options.skip_end)
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The last tokens of completions that are whole: of a text EOS, of a turn what the chat template ends it with."""
+    ids = {tokenizer.eos_token_id}
+    if tokenizer.chat_template:
+        try:
+            shape = ChatTemplate(tokenizer).shape
+        except InputError:  # then no row is a chat
+            return tuple(sorted(ids))
+        ids |= {shape.end.token_ids[-1], shape.tool_end.token_ids[-1]}
+    return tuple(sorted(ids))
 
 
 def _warn_of_displacement(values: dict[str, float]) -> dict[str, float]:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict as Config
 
+from posttrain_jax.algorithms.dpo import DEFAULTS
 from posttrain_jax.completions import policy_logps
 from posttrain_jax.data.mismatched import with_mismatched
 from posttrain_jax.data.preference_rows import PreferenceRows, RowShape
@@ -124,11 +125,26 @@ def train_step(
     return state, {**named, **update_metrics, "train/lr": Metric.of(lr)}
 
 
+def eval_first(params: PyTree, batch: PreferenceBatch, *, model: Model, share_prompt: bool) -> Metrics:
+    """What z0 of all held-out rows is made of: the log-ratios of the mismatched completions of rows `[M, B, ...]`."""
+    score = functools.partial(policy_logps, params, model=model, share_prompt=share_prompt)
+    logps = map_micro_batches(score, batch, used_micro_batches(batch.segment_ids))[..., 0]
+    mismatched = (batch.labels < 0) & (batch.sequence_ids != 0)
+    ratios = jnp.where(mismatched, logps - batch.reference_logps, 0.0)
+    return {"log_ratio": Metric(jnp.sum(ratios), jnp.sum(mismatched, dtype=jnp.float32))}
+
+
 def eval_step(
-    params: PyTree, batch: PreferenceBatch, *, model: Model, options: Options, share_prompt: bool
+    params: PyTree,
+    batch: PreferenceBatch,
+    first: dict[str, Array],
+    *,
+    model: Model,
+    options: Options,
+    share_prompt: bool,
 ) -> Metrics:
-    """Held-out metrics on rows `[M, B, ...]`, per labelled completion; z0 is that of these rows."""
-    z0 = baseline(params, batch, model=model, share_prompt=share_prompt)
+    """Held-out metrics on rows `[M, B, ...]`, per labelled completion; z0 is that of all held-out rows (`first`)."""
+    z0 = jnp.maximum(first["log_ratio"], 0.0)
 
     def micro_metrics(micro: PreferenceBatch) -> Metrics:
         return label_losses(params, micro, z0, model=model, options=options, share_prompt=share_prompt)[1]
@@ -176,6 +192,7 @@ def from_config(config: Config, workdir: Path) -> Task:
     algorithm = Offline(
         make_state=functools.partial(init_state, model=model),
         train_step=functools.partial(train_step, model=model, options=options, share_prompt=share),
+        eval_first=functools.partial(eval_first, model=model, share_prompt=share),
         eval_step=functools.partial(eval_step, model=model, options=options, share_prompt=share),
         train=train,
         held_out=held_out,
@@ -189,9 +206,15 @@ def options_from_config(config: Config) -> Options:
     """KTO's numbers.
 
     Raises:
-      InputError: a number out of its range.
+      InputError: a number out of its range; a key of DPO is set.
     """
     kto = config.kto
+    for name, default in DEFAULTS.items():
+        if config.dpo[name] != default:
+            raise InputError(
+                f"dpo.{name} is {config.dpo[name]}, and algorithm=kto does not look at it; its keys are kto.beta, "
+                "kto.desirable_weight and kto.undesirable_weight."
+            )
     if not kto.beta > 0:
         raise InputError(f"kto.beta is {kto.beta}; it must be more than 0.")
     if not (kto.desirable_weight >= 0 and kto.undesirable_weight >= 0):

@@ -7,7 +7,8 @@ gradient sums over the micro-batches that are not empty -> one division by the g
 A comparison loss does not see a constant added to all scores, so after the last step the head's gain and bias are set
 by `reward.normalise` and stored with the model: "demonstrations" = the preferred completions score 0 on average
 (InstructGPT, arXiv:2203.02155, section 3.5), "unit" = all completions have mean 0 and variance 1 (Ziegler et al. 2019,
-arXiv:1909.08593), "none".
+arXiv:1909.08593), "none". Held-out losses stay on the scale that was trained. A regression predicts the ratings
+themselves, so its scores are left as they are.
 
 An ensemble (`reward.members` above 1) trains k models in one run, vmapped over their parameters: each has a head of
 its own draw (and, with LoRA, adapters of its own on one trunk) and its own bootstrap of the prompts (Christiano et al.
@@ -42,6 +43,7 @@ from posttrain_jax.experiment import (
     task_from_config,
 )
 from posttrain_jax.experiment_data import Preferences, preferences_from_config
+from posttrain_jax.load_model import is_reward_model
 from posttrain_jax.losses import reward as losses
 from posttrain_jax.metrics import say
 from posttrain_jax.models.reward_head import score_head_params
@@ -270,11 +272,12 @@ def init_state(
     """Puts a score head on the transformer (or keeps the one there is), splits trained from frozen, and copies what
     is trained for every member; a member's head, and its adapters, are drawn with a key of its own."""
     body = {name: part for name, part in params.items() if name not in ("head", "score_head")}
+    given = _unscaled(params["score_head"], options) if "score_head" in params else None
 
     def trained_of(member: int) -> PyTree:
         own = jax.random.fold_in(key, member)
         drawn = score_head_params(own, model.config.d_model, init=head_init)
-        head = params.get("score_head", drawn)
+        head = drawn if given is None else given
         trained = partition(body, lambda path: is_trained(path, model))[0]
         if model.lora.rank and options.members > 1:
             trained = partition(model.init(own), lambda path: is_trained(path, model))[0]
@@ -287,6 +290,14 @@ def init_state(
         members = [trained_of(member) for member in range(options.members)]
         trained = {"members": jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)}
     return new_state(trained, frozen, key, optimizer, ema=ema_decay > 0)
+
+
+def _unscaled(head: PyTree, options: Options) -> PyTree:
+    """A head that has a normalisation already, on the scale that is trained: its gain becomes part of the kernel, and
+    only a regression keeps its bias, which comparisons do not see."""
+    kernel = (head["gain"] * head["kernel"]).astype(head["kernel"].dtype)
+    bias = head["bias"] if options.loss == "regression" else jnp.zeros_like(head["bias"])
+    return {"kernel": kernel, "gain": jnp.ones_like(head["gain"]), "bias": bias}
 
 
 def train_step(
@@ -336,12 +347,21 @@ def member_scores(
 def eval_step(
     params: PyTree, batch: PreferenceBatch, *, model: Model, options: Options, share_prompt: bool
 ) -> Metrics:
-    """Held-out metrics on rows `[M, B, ...]`, per comparison; an ensemble is judged by its mean score."""
+    """Held-out metrics on rows `[M, B, ...]`, per comparison; an ensemble is judged by its mean score.
+
+    The loss and its metrics are of the scores as they were trained, without the normalisation.
+    """
+    head = (params if options.members == 1 else params["members"])["score_head"]
+    gain_11E, bias_11E = (jnp.reshape(head[name], (1, 1, -1)) for name in ("gain", "bias"))
 
     def micro_metrics(micro: PreferenceBatch) -> Metrics:
         scores_BNE = member_scores(params, micro, model=model, options=options, share_prompt=share_prompt)
         scores_BN = jnp.mean(scores_BNE, axis=-1)
-        metrics = score_losses(scores_BN, micro, jnp.ones_like(scores_BN), options)[1]
+        trained_BNE = scores_BNE
+        if options.loss != "regression":
+            trained_BNE = (scores_BNE - bias_11E) / gain_11E
+        trained_BN = jnp.mean(trained_BNE, axis=-1)
+        metrics = score_losses(trained_BN, micro, jnp.ones_like(trained_BN), options)[1]
         metrics.pop("accuracy", None)  # of a comparison loss it is `reward_accuracy`
         better = jnp.take_along_axis(scores_BN, micro.better, axis=1)
         worse = jnp.take_along_axis(scores_BN, micro.worse, axis=1)
@@ -369,6 +389,11 @@ def from_config(config: Config, workdir: Path) -> Task:
     mesh = mesh_from_config(config)
     policy = policy_from_config(config, reward=True)
     model = policy.model
+    if options.members > 1 and policy.source is not None and is_reward_model(policy.source):
+        raise InputError(
+            f"model.init={policy.source.name} is a reward model, whose head every member would start with, and "
+            "reward.members above 1 needs heads that differ; start from a language model."
+        )
     data = preferences_from_config(config, policy.tokenizer, workdir, attention=model.module.implementation)
     _check_data(data, options)
     if options.members > 1:
@@ -387,7 +412,7 @@ def from_config(config: Config, workdir: Path) -> Task:
         row_tokens=data.shape.length,
         is_reward=True,
         finish=_normalisation(config, policy, data, options, mesh)
-        if config.reward.normalise != "none"
+        if config.reward.normalise != "none" and options.loss != "regression"
         else None,
     )
     return task_from_config(config, workdir, policy, mesh, algorithm)
@@ -432,9 +457,18 @@ def _check_use(reward: Config) -> None:
         raise InputError(
             f"reward.label_smoothing is set, and reward.loss={reward.loss} does not look at it; use smoothed_label."
         )
+    if reward.loss != "margin" and reward.margin_scale != 1:
+        raise InputError(
+            f"reward.margin_scale is {reward.margin_scale}, and reward.loss={reward.loss} does not look at it; use "
+            "margin."
+        )
     if reward.loss == "regression" and reward.centre:
         raise InputError(
             "reward.centre keeps pairs of scores near 0, and reward.loss=regression has no pairs."
+        )
+    if reward.loss == "regression" and reward.normalise == "unit":
+        raise InputError(
+            "reward.normalise=unit would change the ratings that reward.loss=regression predicts; set it to none."
         )
 
 

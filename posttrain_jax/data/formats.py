@@ -83,11 +83,7 @@ def to_conversation(row: dict[str, Any]) -> Conversation:
 
 
 def _chat(messages: list[Message], row: dict[str, Any], column: str = "messages") -> Conversation:
-    system = row.get("system")
-    if system is not None and not isinstance(system, str):
-        raise RowError("system", f"is {describe_kind(system)}, not text")
-    if system and messages[0][0]["role"] != "system":
-        messages = [({"role": "system", "content": system}, False), *messages]
+    messages = with_system(messages, row)
     if not any(message["role"] == "assistant" for message, _ in messages):
         raise RowError(column, "has no assistant turn, so there is nothing to train on")
     if not any(trained for _, trained in messages):
@@ -95,8 +91,18 @@ def _chat(messages: list[Message], row: dict[str, Any], column: str = "messages"
     return Conversation(
         messages=tuple(message for message, _ in messages),
         trained=tuple(trained for _, trained in messages),
-        tools=_tools(row.get("tools")),
+        tools=read_tools(row.get("tools")),
     )
+
+
+def with_system(messages: list[Message], row: dict[str, Any]) -> list[Message]:
+    """The messages after the row's `system` prompt, unless they have one. Raises RowError."""
+    system = row.get("system")
+    if system is not None and not isinstance(system, str):
+        raise RowError("system", f"is {describe_kind(system)}, not text")
+    if system and messages[0][0]["role"] != "system":
+        return [({"role": "system", "content": system}, False), *messages]
+    return messages
 
 
 def read_messages(value: Any, column: str) -> list[Message]:
@@ -275,8 +281,8 @@ def _alpaca(row: dict[str, Any]) -> Conversation:
     return _chat(messages, row)
 
 
-def _tools(value: Any) -> list[dict[str, Any]] | None:
-    """Tool descriptions as [{"type": "function", "function": {...}}], from a list or its JSON text."""
+def read_tools(value: Any) -> list[dict[str, Any]] | None:
+    """Tool descriptions as [{"type": "function", "function": {...}}], from a list or its JSON text. Raises RowError."""
     if isinstance(value, str):
         value = _parse_json(value, "tools") if value.strip() else None
     if not value:

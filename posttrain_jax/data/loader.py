@@ -129,8 +129,8 @@ class Loader:
             )
         if state["data"] != self._fingerprint:
             raise InputError(
-                "the training data (or the tokenizer, template, max_length, packing or weights) is not what the "
-                "checkpoint was trained on; restore the data, or start in a new workdir"
+                "the training data (or the tokenizer, template, max_length, packing, weights or reference model) is "
+                "not what the checkpoint was trained on; restore the data, or start in a new workdir"
             )
         step, rest = divmod(state["rows"], self._rows_per_step)
         if rest:

@@ -61,11 +61,13 @@ class PreferenceRows:
       source: the groups.
       shape: of the rows they are packed into.
       reference_logps: float32 `[S]` for all sequences of the source's store, or None.
+      reference: what says which model the steps compare with, where they compute its log-probabilities; or "".
     """
 
     source: PreferenceSource
     shape: RowShape
     reference_logps: np.ndarray | None = None
+    reference: str = ""
 
     def __len__(self) -> int:
         return len(self.source)
@@ -98,6 +100,7 @@ class PreferenceRows:
         digest.update(np.ascontiguousarray(self.source.index, np.int64).tobytes())
         if self.reference_logps is not None:
             digest.update(np.ascontiguousarray(self.reference_logps, np.float32).tobytes())
+        digest.update(self.reference.encode())
         return digest.digest()
 
 

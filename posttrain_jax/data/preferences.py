@@ -14,7 +14,8 @@ the first that matches:
 A pair may say how much better: `margin`, a number or one of MARGINS; or `chosen_score` and `rejected_score`
 (`score_chosen`, `score_rejected`), whose difference is the margin; `probability` that chosen is the better one (a soft
 label; below 1/2 the comparison is turned round, margin and all), and `weight`. `subset` names a
-part of a benchmark, for reports. Other columns are ignored.
+part of a benchmark, for reports. Chats may have `system` and `tools` columns, as in `formats.py`. Other columns are
+ignored.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from posttrain_jax.data.formats import (
     prompt_completion,
     read_messages,
     read_sharegpt,
+    read_tools,
+    with_system,
 )
 from posttrain_jax.data.sources import RowError
 
@@ -164,9 +167,6 @@ def _prompt(row: dict[str, Any]) -> Prompt:
     else:
         column = next(name for name in ("prompt", "conversations", "messages") if name in row)
         raise RowError(column, "is null")
-    system = row.get("system")
-    if isinstance(system, str) and system and messages[0][0]["role"] != "system":
-        messages = [({"role": "system", "content": system}, False), *messages]
     return [(message, False) for message, _ in messages]
 
 
@@ -179,11 +179,11 @@ def _completion(prompt: Prompt, value: Any, column: str, row: dict[str, Any]) ->
     messages = _completion_messages(value, column)
     if not any(trained for _, trained in messages):
         raise RowError(column, "has no assistant turn")
-    whole = [*prompt, *messages]
+    whole = [*with_system(prompt, row), *messages]
     return Conversation(
         messages=tuple(message for message, _ in whole),
         trained=tuple(trained for _, trained in whole),
-        tools=row.get("tools") if isinstance(row.get("tools"), list) else None,
+        tools=read_tools(row.get("tools")),
     )
 
 
@@ -272,6 +272,8 @@ def _ranked(row: dict[str, Any]) -> Preference:
         raise RowError("ranks", "is missing (the row has completions); give ranks, scores or ratings")
     ranks = _numbers(row["ranks"], "ranks", len(sides))
     comparisons, ties = _order([-rank for rank in ranks], margins=False)
+    if not comparisons:
+        raise RowError("completions", "are all tied, so there is nothing to prefer")
     return Preference(sides, comparisons, ties=ties)
 
 
@@ -286,8 +288,6 @@ def _order(values: Sequence[float], *, margins: bool) -> tuple[tuple[Comparison,
         better, worse = (i, j) if values[i] > values[j] else (j, i)
         margin = abs(values[i] - values[j]) if margins else 0.0
         comparisons.append(Comparison(better, worse, margin=margin))
-    if not comparisons:
-        raise RowError("completions", "are all tied, so there is nothing to prefer")
     return tuple(comparisons), ties
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from posttrain_jax.data.cache_key import canonical
 from posttrain_jax.data.sources import Row, RowError, Spec, read_rows, weighted_sources
 from posttrain_jax.data.tokenized import rejection
 from posttrain_jax.errors import InputError
@@ -84,10 +85,10 @@ class PromptRows:
         return dataclasses.replace(self, prompts=[self.prompts[row] for row in rows.tolist()])
 
     def fingerprint(self) -> bytes:
-        """Changes when a prompt does."""
+        """Changes when a prompt does, or a column that travels with it."""
         digest = hashlib.sha256()
-        for row in range(len(self)):
-            digest.update(self.identity(row) + b"|")
+        for row, prompt in enumerate(self.prompts):
+            digest.update(self.identity(row) + b"|" + canonical(prompt.row).encode() + b"|")
         return digest.digest()
 
     def collate(self, rows: Sequence[tuple[int, int] | None]) -> dict[str, np.ndarray]:

@@ -231,21 +231,22 @@ def _skip_space(text: str, at: int) -> int:
 
 def _txt(path: pathlib.Path) -> Iterator[Row]:
     block: list[str] = []
+    broken: Row | None = None
     start = offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(itertools.chain(file, [b""]), 1):
+            text: str | None = None
             try:
                 text = _decode(line, offset, first=number == 1)
-            except RowError as error:
-                yield Row({}, str(path), number, error)
-                text = ""
+            except RowError as error:  # the lines around it are no documents of their own
+                broken = broken or Row({}, str(path), number, error)
             offset += len(line)
-            if text.strip():
+            if text is None or text.strip():
                 start = start if block else number
-                block.append(text)
+                block.append(text or "")
             elif block:
-                yield Row({"text": "".join(block).rstrip("\r\n")}, str(path), start)
-                block = []
+                yield broken or Row({"text": "".join(block).rstrip("\r\n")}, str(path), start)
+                block, broken = [], None
 
 
 def _parquet(path: pathlib.Path) -> Iterator[Row]:

@@ -22,7 +22,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -151,13 +151,16 @@ def _holds_data(path: pathlib.Path) -> bool:
 
 
 @contextlib.contextmanager
-def publish(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a new folder to write into and renames it to `folder`; one that another process made first is kept."""
+def publish(
+    folder: pathlib.Path, *, read: Callable[[pathlib.Path], object] = read_store
+) -> Iterator[pathlib.Path]:
+    """Gives a new folder to write into and renames it to `folder`; one that another process made first is kept, if
+    `read` does not say None of it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield scratch
-        if folder.exists() and read_store(folder) is None:
+        if folder.exists() and read(folder) is None:
             broken = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-broken-", dir=folder.parent))
             with contextlib.suppress(OSError):  # another process may have moved it away first
                 os.rename(folder, broken / "was")
@@ -165,7 +168,7 @@ def publish(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         try:
             os.rename(scratch, folder)
         except OSError:
-            if read_store(folder) is None:
+            if read(folder) is None:
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -10,7 +10,10 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import pathlib
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -32,7 +35,7 @@ from posttrain_jax.data.tokenized import (
 )
 from posttrain_jax.errors import InputError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Raise it when the same rows become other groups, or `groups.npz` another layout."""
 
 NO_LABEL = -1
@@ -263,7 +266,7 @@ def build_preferences(
             rows, tokenizer_key, ["preferences", FORMAT_VERSION, options.max_length, options.truncate]
         )
         if _read(root / key) is None:
-            with publish(root / key) as scratch:
+            with publish(root / key, read=_read) as scratch:
                 _write(scratch, rows, tokenizer, options)
         found = _read(root / key)
         if found is None:
@@ -290,11 +293,11 @@ def _read(folder: pathlib.Path) -> tuple[StoredSequences, GroupArrays] | None:
     if store is None:
         return None
     try:
-        with np.load(folder / "groups.npz", allow_pickle=False) as file:
+        with (folder / "groups.npz").open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = GroupArrays(
                 **{field.name: file[field.name] for field in dataclasses.fields(GroupArrays)}
             )
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
     return (store, arrays) if arrays.starts[-1] == len(store.lines) else None
 
@@ -341,7 +344,10 @@ def _write(
     raters = sorted({name for summary in kept for name in summary.raters})
     subsets = sorted({summary.subset for summary in kept})
     arrays = _arrays(kept, raters, subsets)
-    np.savez(folder / "groups.npz", **vars(arrays))
+    with (folder / "groups.npz").open("wb") as file:
+        np.savez(file, **vars(arrays))
+        file.flush()
+        os.fsync(file.fileno())
     digest = hashlib.sha256(writer.sha256().encode())
     for array in vars(arrays).values():
         digest.update(np.ascontiguousarray(array).tobytes())

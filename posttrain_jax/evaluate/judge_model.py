@@ -6,17 +6,20 @@ after the question, so nothing is sampled and nothing has to be read. There are 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 
 from jax.sharding import Mesh
 
+from posttrain_jax.data.cache_key import tokenizer_fingerprint
 from posttrain_jax.errors import InputError
 from posttrain_jax.evaluate import judge
 from posttrain_jax.evaluate.judge import Reply
 from posttrain_jax.evaluate.multiple_choice import Question, choice_logps, encode_question
-from posttrain_jax.evaluate.tasks import is_chat
+from posttrain_jax.evaluate.tasks import is_chat, need_tokenizer
 from posttrain_jax.load_model import LoadedModel
+from posttrain_jax.trees import fingerprint
 
 CHOICES = ("A", "B")
 AT_ONCE = 64
@@ -44,13 +47,16 @@ class ModelJudge:
         self._batch_rows = batch_rows
         self._mesh = mesh
         self._chat = is_chat(loaded, render)
+        parts = f"{fingerprint(loaded.params)} {tokenizer_fingerprint(need_tokenizer(loaded))}"
+        self._identity = hashlib.sha256(parts.encode()).hexdigest()[:24]
 
     @property
     def name(self) -> str:
-        """The model as it was given, its checkpoint, dtype, and how the question is rendered."""
+        """The model as it was given, its checkpoint, dtype, how the question is rendered, and a hash of its parameters,
+        tokenizer and template."""
         source = self._loaded.source
         step = "" if source.step is None else f"@{source.step}"
-        return f"{source.name}{step} {self._loaded.model.dtype} {'chat' if self._chat else 'text'}"
+        return f"{source.name}{step} {self._loaded.model.dtype} {'chat' if self._chat else 'text'} {self._identity}"
 
     def ask(self, questions: Sequence[judge.Question]) -> Iterator[tuple[int, Reply]]:
         """See `Judge.ask`.

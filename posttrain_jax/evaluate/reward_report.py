@@ -4,12 +4,16 @@ Everything is computed from arrays on the host. The margin of a pair is score(ch
 
 - Accuracy: the share of pairs with a margin above 0. A tie counts as wrong, as in RewardBench (arXiv:2403.13787), and
   ties are counted besides.
-- Calibration: a reward model trained on -log sigma(margin) says that the chosen answer is preferred with probability
-  p = sigma(margin). Which of the two answers stands first is arbitrary, so every pair enters in both orders with half
-  its weight: (p, chosen first, 1) and (1 - p, rejected first, 0). The curve is therefore symmetric about (1/2, 1/2) and
-  no random order is needed. The bins are of equal width, an even number of them, so that no bin holds a pair in both
-  orders. Expected calibration error (arXiv:1706.04599, eq. 3): sum over bins of the bin's share of the weight times
-  |mean outcome - mean p|.
+- Loss and calibration: a reward model trained on -log sigma(margin) says that the chosen answer is preferred with
+  probability p = sigma(margin), with the margin on the scale of training: where scores were rescaled after it, the
+  margin is divided by the gain (`ScoredPairs.gain`). Which of the two answers stands first is arbitrary, so every pair
+  enters in both orders with half its weight: (p, chosen first, 1) and (1 - p, rejected first, 0). The curve is
+  therefore symmetric about (1/2, 1/2) and no random order is needed. The bins are of equal width, an even number of
+  them, so that no bin holds a pair in both orders. Expected calibration error (arXiv:1706.04599, eq. 3): sum over bins
+  of the bin's share of the weight times |mean outcome - mean p|.
+- Agreement with a person, where labels are soft: a label says that a person drawn at random prefers the chosen answer
+  with probability p, so that person agrees with the model with probability p where the margin is above 0, 1 - p where
+  it is below, 1/2 at a tie. Nobody who does not know the person can agree more often than max(p, 1 - p).
 - Intervals are 95 % percentile bootstraps over groups (the prompts, which were drawn independently), not over pairs.
 """
 
@@ -38,8 +42,10 @@ class ScoredPairs:
       split: the split's name, such as "in_distribution".
       chosen_scores_N, rejected_scores_N: the scores.
       chosen_lengths_N, rejected_lengths_N: lengths of the completions.
+      gain: what the scores were multiplied by after training; loss and calibration are of margins without it.
       length_unit: what lengths are counted in, "tokens" or "characters".
       margins_N: how much better the label says that the chosen one is, on the label's own scale; or None.
+      probabilities_N: with what probability a person prefers the chosen one, between 0 and 1 (soft labels); or None.
       weights_N: how much each pair counts, above 0; None = 1 each.
       groups_N: what was drawn independently: the prompt's id of each pair; None = every pair for itself.
       subsets_N: the name of each pair's subset, for section scores; or None.
@@ -53,8 +59,10 @@ class ScoredPairs:
     rejected_scores_N: np.ndarray
     chosen_lengths_N: np.ndarray
     rejected_lengths_N: np.ndarray
+    gain: float = 1.0
     length_unit: str = "tokens"
     margins_N: np.ndarray | None = None
+    probabilities_N: np.ndarray | None = None
     weights_N: np.ndarray | None = None
     groups_N: np.ndarray | None = None
     subsets_N: Sequence[str] | None = None
@@ -67,6 +75,10 @@ class ScoredPairs:
         count = len(self.chosen_scores_N)
         if count == 0:
             raise InputError(f"There is nothing to report on: the split {self.split!r} holds no pairs.")
+        if not (math.isfinite(self.gain) and self.gain > 0):
+            raise InputError(
+                f"The split {self.split!r}: the scores' gain is {self.gain}; it must be above 0."
+            )
         if self.length_unit not in LENGTH_UNITS:
             raise InputError(f"length_unit is {self.length_unit!r}; use {' or '.join(LENGTH_UNITS)}.")
         given = {
@@ -74,6 +86,7 @@ class ScoredPairs:
             "chosen_lengths_N": self.chosen_lengths_N,
             "rejected_lengths_N": self.rejected_lengths_N,
             "margins_N": self.margins_N,
+            "probabilities_N": self.probabilities_N,
             "weights_N": self.weights_N,
             "groups_N": self.groups_N,
             "subsets_N": self.subsets_N,
@@ -135,7 +148,7 @@ def reward_report(
     splits: Sequence[ScoredPairs],
     *,
     sections: Mapping[str, Sequence[str]] | None = None,
-    section_counts: Mapping[str, int] | None = None,
+    section_counts: Mapping[str, float] | None = None,
     calibration_bins: int = 10,
     margin_bins: int = 4,
     resamples: int = 2000,
@@ -146,7 +159,7 @@ def reward_report(
 
     Args:
       splits: each with a name of its own.
-      sections: section -> its subsets, for splits that name subsets. Score of a section: sum over its subsets of
+      sections: section -> its subsets, for splits that hold all of them. Score of a section: sum over its subsets of
         accuracy * count / sum of counts; overall: the mean of the sections (RewardBench).
       section_counts: subset -> the count that it enters its section with, where that is not its number of pairs
         (RewardBench gives math-prm the weight of all code subsets).
@@ -156,7 +169,8 @@ def reward_report(
       about: what was scored by what, in words, for the head of the report.
 
     Raises:
-      InputError: no splits, two of one name, an odd number of bins, or a subset that no split holds.
+      InputError: no splits, two of one name, an odd number of bins, a section without subsets or with the weight 0, or
+        sections of which no split holds all subsets.
     """
     names = [pairs.split for pairs in splits]
     if not names:
@@ -167,7 +181,7 @@ def reward_report(
         raise InputError(f"calibration_bins is {calibration_bins}; it must be even and 2 or more.")
     if margin_bins < 1:
         raise InputError(f"margin_bins is {margin_bins}; it must be 1 or more.")
-    _check_sections(splits, sections or {})
+    _check_sections(splits, sections or {}, section_counts or {})
     return {
         "about": dict(about or {}),
         "settings": {
@@ -191,20 +205,30 @@ def reward_report(
     }
 
 
-def _check_sections(splits: Sequence[ScoredPairs], sections: Mapping[str, Sequence[str]]) -> None:
-    wanted = [subset for subsets in sections.values() for subset in subsets]
-    for pairs in splits:
-        lost = sorted(set(wanted) - set(pairs.subsets_N)) if pairs.subsets_N is not None else []
-        if lost:
+def _check_sections(
+    splits: Sequence[ScoredPairs], sections: Mapping[str, Sequence[str]], section_counts: Mapping[str, float]
+) -> None:
+    for section, subsets in sections.items():
+        if not subsets or not any(section_counts.get(subset, 1) for subset in subsets):
             raise InputError(
-                f"The split {pairs.split!r} has no pairs of the subset {lost[0]!r}, which a section needs."
+                f"The section {section!r} has no subset that counts; name at least one, or leave the section out."
             )
+    wanted = {subset for subsets in sections.values() for subset in subsets}
+    split, lost = min(
+        ((pairs.split, sorted(wanted.difference(pairs.subsets_N or ()))) for pairs in splits),
+        key=lambda found: len(found[1]),
+    )
+    if lost:
+        raise InputError(
+            f"No split has all the subsets of the sections: {split!r} comes nearest, with no pairs of the subset "
+            f"{lost[0]!r}; correct the name, or leave the subset out."
+        )
 
 
 def _split_report(
     pairs: ScoredPairs,
     sections: Mapping[str, Sequence[str]],
-    section_counts: Mapping[str, int],
+    section_counts: Mapping[str, float],
     *,
     calibration_bins: int,
     margin_bins: int,
@@ -214,6 +238,7 @@ def _split_report(
     chosen_N = np.asarray(pairs.chosen_scores_N, np.float64)
     rejected_N = np.asarray(pairs.rejected_scores_N, np.float64)
     margin_N = chosen_N - rejected_N
+    trained_N = margin_N / pairs.gain
     count = len(margin_N)
     weights_N = np.ones(count) if pairs.weights_N is None else np.asarray(pairs.weights_N, np.float64)
     groups_N = np.arange(count) if pairs.groups_N is None else np.asarray(pairs.groups_N)
@@ -225,18 +250,20 @@ def _split_report(
         "weight": float(weights_N.sum()),
         "ties": int(np.sum(margin_N == 0)),
         "accuracy": counted.accuracy(everywhere_N),
-        "loss": float(np.average(np.logaddexp(0.0, -margin_N), weights=weights_N)),
+        "loss": float(np.average(np.logaddexp(0.0, -trained_N), weights=weights_N)),
         "mean_margin": float(np.average(margin_N, weights=weights_N)),
         "mean_chosen_score": float(np.average(chosen_N, weights=weights_N)),
         "mean_rejected_score": float(np.average(rejected_N, weights=weights_N)),
         "by_predicted_margin": _accuracy_by(np.abs(margin_N), margin_bins, counted),
-        "calibration": calibration(margin_N, bins=calibration_bins, weights_N=weights_N),
+        "calibration": calibration(trained_N, bins=calibration_bins, weights_N=weights_N),
         "length": _length_report(pairs, chosen_N, rejected_N),
         "histogram": _histogram(chosen_N, rejected_N),
     }
     if pairs.margins_N is not None:
         label_N = np.asarray(pairs.margins_N, np.float64)
         report["by_label_margin"] = _accuracy_by(label_N, margin_bins, counted)
+    if pairs.probabilities_N is not None:
+        report["person"] = _person_report(np.asarray(pairs.probabilities_N, np.float64), margin_N, counted)
     if pairs.raters:
         report["raters"] = {
             name: _rater_report(np.asarray(preference_N, np.float64), margin_N, counted)
@@ -252,7 +279,7 @@ def _split_report(
             }
             for name in np.unique(subsets_N)
         }
-        if sections:
+        if sections and {name for subsets in sections.values() for name in subsets} <= set(pairs.subsets_N):
             report["sections"] = _section_report(subsets_N, counted, sections, section_counts)
     if pairs.member_chosen_scores_EN is not None and pairs.member_rejected_scores_EN is not None:
         margins_EN = np.asarray(pairs.member_chosen_scores_EN, np.float64) - np.asarray(
@@ -381,6 +408,15 @@ def _ranks(values_N: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2)[place_N]
 
 
+def _person_report(probability_N: np.ndarray, margin_N: np.ndarray, counted: _Counted) -> dict[str, Any]:
+    """How often the model agrees with a person drawn at random, and how often the likelier answer does."""
+    agrees_N = np.where(margin_N > 0, probability_N, np.where(margin_N < 0, 1 - probability_N, 0.5))
+    return {
+        "agreement": counted.share(agrees_N, np.ones(len(agrees_N), bool)),
+        "most": float(np.average(np.maximum(probability_N, 1 - probability_N), weights=counted.weights_N)),
+    }
+
+
 def _rater_report(preference_N: np.ndarray, margin_N: np.ndarray, counted: _Counted) -> dict[str, Any]:
     """Over the pairs on which the rater has a preference: how often the model has the same."""
     has_N = np.isfinite(preference_N) & (preference_N != 0)
@@ -396,7 +432,7 @@ def _section_report(
     subsets_N: np.ndarray,
     counted: _Counted,
     sections: Mapping[str, Sequence[str]],
-    section_counts: Mapping[str, int],
+    section_counts: Mapping[str, float],
 ) -> dict[str, Any]:
     """Sections and their mean; each subset is resampled for itself, since its count is fixed."""
     names = sorted({subset for subsets in sections.values() for subset in subsets})

@@ -90,8 +90,9 @@ def report_text(report: dict[str, Any]) -> str:
     )
     lines += [
         f"Accuracy: share of pairs whose chosen answer scores higher; a tie is wrong. In brackets the 95 % bootstrap "
-        f"interval over groups ({settings['resamples']} resamples). Loss: mean -log sigma(margin). Calibration error: "
-        f"{settings['calibration_bins']} bins of equal width over [0, 1], every pair in both orders.",
+        f"interval over groups ({settings['resamples']} resamples). Loss: mean -log sigma(margin), "
+        f"with margins on the scale of training. Calibration error: {settings['calibration_bins']} bins of equal width "
+        "over [0, 1], every pair in both orders.",
         "",
     ]
     for name, part in splits.items():
@@ -134,6 +135,13 @@ def _split_text(name: str, part: dict[str, Any]) -> list[str]:
         f"higher in {length['longer_scores_higher']:.1%}.",
         "",
     ]
+    if "person" in part:
+        person = part["person"]
+        lines += [
+            f"A person drawn at random prefers what the model prefers in {_percent(person['agreement'])} of the pairs, "
+            f"and what most people prefer in {person['most']:.1%}.",
+            "",
+        ]
     for title, column in (("raters", "agreement"), ("subsets", "accuracy")):
         if title in part:
             found = part[title]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from posttrain_jax.completions import map_completions, reward_scores
+from posttrain_jax.completions import map_completions, reward_scores_of
 from posttrain_jax.data.preference_rows import RowShape, row_shape
 from posttrain_jax.data.tokenized_preferences import PreferenceData, PreferenceSource
 from posttrain_jax.errors import InputError
@@ -68,7 +67,7 @@ def score_pairs(
     """Scores every comparison of every split; all splits are packed into rows of one shape, so one program is compiled.
 
     A comparison whose soft label is 1/2, or of weight 0, says nothing and is left out. Where the data name raters, a
-    rater's preference is the sign of the difference of that rater's own ratings.
+    rater's preference is the sign of the difference of that rater's own ratings. The gain is the mean of the members'.
 
     Args:
       members: of an ensemble, or a single model.
@@ -82,6 +81,7 @@ def score_pairs(
       InputError: a split holds no comparison.
     """
     compared = {name: _compared(name, data) for name, data in splits.items()}
+    gain = float(np.mean([np.asarray(member.params["score_head"]["gain"]) for member in members]))
     shape = row_shape(list(compared.values()), groups=groups, share_prompt=share_prompt)
     scored = []
     for name, data in compared.items():
@@ -89,7 +89,7 @@ def score_pairs(
         for source in data.sources:
             scores_SE = member_scores(members, source, shape, mesh, groups=groups)
             parts.append(_part(source, scores_SE, combination(scores_SE)))
-        scored.append(_joined(name, data, parts, members=len(members)))
+        scored.append(_joined(name, data, parts, members=len(members), gain=gain))
     return scored
 
 
@@ -97,7 +97,7 @@ def member_scores(
     members: Sequence[LoadedModel], source: PreferenceSource, shape: RowShape, mesh: Mesh, *, groups: int
 ) -> np.ndarray:
     """Every member's score of every completion of a source, float32 `[S, E]`, S as in the source's store."""
-    of_rows = functools.partial(reward_scores, model=members[0].model, share_prompt=shape.share_prompt)
+    of_rows = reward_scores_of(members[0].model, shape.share_prompt)
     micro_batches = groups // (mesh.shape["data"] * mesh.shape["fsdp"])
     scores = [
         map_completions(
@@ -137,6 +137,7 @@ class _Part:
     chosen_N: np.ndarray
     rejected_N: np.ndarray
     margins_N: np.ndarray
+    probabilities_N: np.ndarray
     weights_N: np.ndarray
     prompts_N: list[bytes]
     rows_N: list[str]
@@ -176,6 +177,7 @@ def _part(source: PreferenceSource, scores_SE: np.ndarray, combined_S: np.ndarra
         chosen_N=start_N + arrays.better[place_N],
         rejected_N=start_N + arrays.worse[place_N],
         margins_N=arrays.margin[place_N],
+        probabilities_N=arrays.probability[place_N],
         weights_N=arrays.weight[place_N],
         prompts_N=[prompts[i] for i in group_N],
         rows_N=[source.row_id(i) for i in group_N],
@@ -186,8 +188,11 @@ def _part(source: PreferenceSource, scores_SE: np.ndarray, combined_S: np.ndarra
     )
 
 
-def _joined(name: str, data: PreferenceData, parts: Sequence[_Part], *, members: int) -> ScoredPairs:
+def _joined(
+    name: str, data: PreferenceData, parts: Sequence[_Part], *, members: int, gain: float
+) -> ScoredPairs:
     margins_N = np.concatenate([part.margins_N for part in parts])
+    probabilities_N = np.concatenate([part.probabilities_N for part in parts])
     numbers: dict[bytes, int] = {}
     raters = sorted({rater for source in data.sources for rater in source.rater_names})
     subsets = [subset for part in parts for subset in part.subsets_N]
@@ -204,7 +209,9 @@ def _joined(name: str, data: PreferenceData, parts: Sequence[_Part], *, members:
         rejected_scores_N=np.concatenate([part.combined_S[part.rejected_N] for part in parts]),
         chosen_lengths_N=np.concatenate([part.lengths(part.chosen_N) for part in parts]),
         rejected_lengths_N=np.concatenate([part.lengths(part.rejected_N) for part in parts]),
+        gain=gain,
         margins_N=margins_N if np.any(margins_N) else None,
+        probabilities_N=probabilities_N if np.any(probabilities_N != 1) else None,
         weights_N=np.concatenate([part.weights_N for part in parts]),
         groups_N=np.asarray(
             [numbers.setdefault(prompt, len(numbers)) for part in parts for prompt in part.prompts_N]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import shutil
 
 import jax
@@ -11,13 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contracts.tiny import make_mesh
+from ml_collections import ConfigDict
 
 from algorithms import tiny
 from algorithms.tiny import assert_same, batch_of, ranked_data, tiny_model, tiny_params
+from configs.base import preference_config
+from configs.dpo.smollm2_135m import get_config
 from posttrain_jax.algorithms import dpo
 from posttrain_jax.completions import policy_logps
 from posttrain_jax.data.preference_rows import PreferenceRows, row_shape
-from posttrain_jax.data.tokenized_preferences import PreferenceData
+from posttrain_jax.data.tokenized import TokenizeOptions
+from posttrain_jax.data.tokenized_preferences import PreferenceData, build_preferences
+from posttrain_jax.errors import InputError
+from posttrain_jax.models.byte_tokenizer import byte_tokenizer
 from posttrain_jax.optim import used_micro_batches
 from posttrain_jax.reference import reference_logps
 from posttrain_jax.sharding import put_batch
@@ -110,7 +117,8 @@ def test_the_end_of_turn_can_be_left_out_and_the_likelihood_kept(data):
     """skip_end compares sums less the last token's; the mean negative log-likelihood of the better one is added."""
     mesh = make_mesh(1, 1, 1)
     batch = batch_of(data, mesh, share=True, micro_batches=1)
-    options = dataclasses.replace(OPTIONS, nll_weight=0.2, skip_end=True)
+    ends = dpo.end_token_ids(byte_tokenizer())
+    options = dataclasses.replace(OPTIONS, nll_weight=0.2, skip_end=True, end_ids=ends)
     value, gradients, count = mean_gradient("llama", batch, mesh, share=True, options=options)
     rows = jax.tree.map(lambda leaf: leaf[0], batch)
     score = jax.jit(functools.partial(policy_logps, model=tiny_model("llama"), share_prompt=True))
@@ -123,6 +131,29 @@ def test_the_end_of_turn_can_be_left_out_and_the_likelihood_kept(data):
     assert float(count) == len(want)
     np.testing.assert_allclose(float(value), np.mean(want), rtol=1e-5)
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(gradients))
+
+
+def test_a_completion_that_was_cut_keeps_its_last_token(tmp_path):
+    """Both completions have 3 tokens and their end; the longer prompt leaves room for the 3 alone. In memory and from
+    the cache the same is left out."""
+    rows = [{"prompt": prompt, "chosen": "abc", "rejected": "xyz"} for prompt in ("1", "22")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = byte_tokenizer()
+    whole = len(tokenizer("1")["input_ids"]) + 4
+    cut = build_preferences(
+        str(tmp_path / "rows.jsonl"), tokenizer, TokenizeOptions(max_length=whole), cache_dir=tmp_path
+    )
+    options = dataclasses.replace(OPTIONS, skip_end=True, end_ids=dpo.end_token_ids(tokenizer))
+    np.testing.assert_array_equal(dpo._skipped_of_store(cut.sources[0], options), [1, 1, 0, 0])
+    batch = batch_of(cut, make_mesh(1, 1, 1), share=True, micro_batches=1, rows=2)
+    rows = jax.tree.map(lambda leaf: leaf[0], batch)
+    skipped_BN, ids_BN = np.asarray(dpo._skipped(rows, options)), np.asarray(rows.sequence_ids)
+    assert [float(skipped_BN[ids_BN == number].item()) for number in (1, 2, 3, 4)] == [1, 1, 0, 0]
+    logps_BN2 = jnp.stack([jnp.full(ids_BN.shape, -5.0), jnp.full(ids_BN.shape, -2.0)], axis=-1)
+    pairs = dpo.pairs_of(logps_BN2, rows, jnp.zeros(ids_BN.shape), options)
+    weights_BP = np.asarray(rows.weights) != 0
+    for values_BP, want in ((pairs.chosen, [-5, -3]), (pairs.chosen_lengths, [3, 3])):
+        assert sorted(np.asarray(values_BP)[weights_BP].tolist()) == want
 
 
 def test_the_log_probability_is_that_of_the_sequence_alone(data):
@@ -162,6 +193,53 @@ def test_the_first_loss_is_log_2(data, tmp_path):
     total, metrics = compute(params, rows, rows.reference_logps)
     assert abs(float(total) / float(metrics["loss"].count) - np.log(2)) < 1e-6
     assert abs(float(metrics["rewards/margins"].sum)) < 1e-4
+
+
+def config_of(**dpo_keys) -> ConfigDict:
+    config = get_config("tiny")
+    config.mesh.data = config.train.rows_per_step = config.eval.batch_rows = 8
+    for name, value in dpo_keys.items():
+        config.dpo[name] = value
+    return config
+
+
+@pytest.mark.parametrize("reference", ["cached", "memory", "adapter"])
+def test_a_loss_without_a_reference_computes_none(reference, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    dpo.from_config(config_of(loss="orpo", alpha=0.1, reference=reference), tmp_path / "run").rows.close()
+    assert "computed once" not in capsys.readouterr().out
+    assert not (tmp_path / "cache" / "reference_logps").exists()
+
+
+def test_a_reference_in_memory_is_part_of_the_data(tmp_path, monkeypatch):
+    """A run does not go on against another model than it began with; here the seed draws the model."""
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    found = []
+    for seed in (1, 1, 2):
+        config = config_of(reference="memory")
+        config.seed, config.data.eval = seed, ""
+        rows = dpo.from_config(config, tmp_path / "run").rows
+        found.append(rows.get_state()["data"])
+        rows.close()
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"eta": 2.0}, "dpo.eta is 2.0, and dpo.loss=dpo does not look at it; these do: rpo"),
+        ({"loss": "rpo", "eta": 0.0}, "dpo.loss=rpo needs dpo.eta"),
+        ({"loss": "orpo", "alpha": 0.1, "beta": 0.2}, "dpo.beta is 0.2, and dpo.loss=orpo does not look"),
+        ({"loss": "slic", "alpha": 0.1, "gamma": 1.0, "beta": 0.2}, "dpo.loss=slic does not look at it"),
+    ],
+)
+def test_numbers_that_the_loss_ignores_are_refused(keys, message):
+    with pytest.raises(InputError, match=message):
+        dpo.options_from_config(config_of(**keys))
+
+
+def test_the_defaults_are_the_configs():
+    assert preference_config().dpo.to_dict() == dpo.DEFAULTS
 
 
 def test_the_reference_is_computed_once(data, tmp_path, capsys):

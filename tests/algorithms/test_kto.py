@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 
@@ -12,6 +13,7 @@ import pytest
 from contracts.tiny import make_mesh
 
 from algorithms.tiny import assert_same, tiny_model, tiny_params
+from configs.dpo.smollm2_135m_kto import get_config
 from posttrain_jax.algorithms import kto
 from posttrain_jax.completions import policy_logps
 from posttrain_jax.data.mismatched import with_mismatched
@@ -108,6 +110,34 @@ def test_micro_batches_and_meshes_do_not_change_the_step(data):
     assert all(float(jnp.linalg.norm(leaf)) > 0 for leaf in jax.tree.leaves(want[3]))
     assert_same(run((1, 1, 1), 8), want)
     assert_same(run((2, 1, 1), 4), want)
+
+
+@pytest.mark.parametrize(("name", "value"), [("beta", 0.5), ("loss", "ipo"), ("reference", "memory")])
+def test_keys_of_dpo_are_refused(name, value):
+    config = get_config("tiny")
+    assert kto.options_from_config(config).beta == 0.1
+    config.dpo[name] = value
+    with pytest.raises(InputError, match=f"dpo.{name} is {value}, and algorithm=kto does not look at it"):
+        kto.options_from_config(config)
+
+
+def test_the_batches_of_an_evaluation_do_not_change_it(tmp_path, monkeypatch):
+    """Sixteen held-out prompts, 8 or 16 at once, with parameters that are no longer the reference's."""
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    found = []
+    for rows in (8, 16):
+        config = get_config("tiny")
+        config.mesh.data = config.train.rows_per_step = 8
+        config.kto.beta = 3.0
+        config.data.eval, config.eval.batch_rows, config.eval.prompts = "split:16", rows, ()
+        task = kto.from_config(config, tmp_path)
+        state = task.init_state()
+        moved = dataclasses.replace(state, params=jax.tree.map(lambda leaf: 0.5 * leaf, state.params))
+        assert task.evaluate is not None
+        found.append(task.evaluate(moved))
+        task.rows.close()
+    assert found[0]["eval/kl"] > 0
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 def test_rows_without_labels_are_refused(tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from contracts.tiny import make_mesh
 from ml_collections import ConfigDict
@@ -332,6 +333,44 @@ def test_an_even_soft_label_prefers_neither(tmp_path):
     np.testing.assert_allclose(soft, 0.413262 + 0.813262, rtol=1e-5)
 
 
+def test_held_out_losses_do_not_see_the_normalisation(data):
+    """The head (gain 2, bias 0.5) has the losses of one without; a regression is one of the scores as they are."""
+    batch = batch_of(data, make_mesh(1, 1, 1), share=True, micro_batches=1, length=128)
+    scaled = reward_params("llama")
+    head = scaled["score_head"]
+    plain = {**scaled, "score_head": {**head, "gain": jnp.float32(1), "bias": jnp.float32(0)}}
+
+    def evaluated(params: PyTree, options: reward_model.Options) -> dict[str, float]:
+        step = functools.partial(
+            reward_model.eval_step, model=tiny_model("llama"), options=options, share_prompt=True
+        )
+        return {name: float(metric.sum) for name, metric in jax.jit(step)(params, batch).items()}
+
+    centred = dataclasses.replace(OPTIONS, centre=0.01)
+    assert evaluated(scaled, centred) == pytest.approx(evaluated(plain, centred), rel=1e-4)
+    regression = dataclasses.replace(OPTIONS, loss="regression")
+    found, without = evaluated(scaled, regression), evaluated(plain, regression)
+    assert found["eval/loss"] != pytest.approx(without["eval/loss"], rel=1e-2)
+
+
+def test_a_reward_model_to_start_from_loses_its_gain():
+    """Training sees the scores that it gives; of its bias only a regression does."""
+    params = reward_params("llama")
+    for loss, bias in (("bradley_terry", 0.0), ("regression", 0.5)):
+        state = reward_model.init_state(
+            params,
+            jax.random.key(0),
+            model=tiny_model("llama"),
+            optimizer=optax.with_extra_args_support(optax.sgd(0.1)),
+            ema_decay=0.0,
+            options=dataclasses.replace(OPTIONS, loss=loss),
+            head_init="normal",
+        )
+        head = state.params["score_head"]
+        assert (float(head["gain"]), float(head["bias"])) == (1, bias)
+        np.testing.assert_array_equal(head["kernel"], 2 * params["score_head"]["kernel"])
+
+
 # ---- ensembles
 
 
@@ -541,6 +580,11 @@ def test_transformers_gives_the_exported_scores(single, tmp_path):
         ({"normalise": "mean"}, "reward.normalise is 'mean'; use one of none"),
         ({"label_smoothing": 0.5}, "reward.label_smoothing is 0.5"),
         ({"members": 0}, "reward.members is 0"),
+        (
+            {"margin_scale": 2.0},
+            "reward.margin_scale is 2.0, and reward.loss=bradley_terry does not look at it",
+        ),
+        ({"loss": "regression", "normalise": "unit"}, "reward.normalise=unit would change the ratings"),
     ],
 )
 def test_bad_options_are_named(changes, message):
@@ -549,6 +593,26 @@ def test_bad_options_are_named(changes, message):
         config.reward[name] = value
     with pytest.raises(InputError, match=message):
         reward_model.options_from_config(config)
+
+
+def test_an_ensemble_does_not_start_from_one_head(tmp_path):
+    policy = policy_from_config(get_config("tiny"))
+    policy.describe(tmp_path / "model", reward=True)
+    config = config_of(members=2)
+    config.model.init = str(tmp_path / "model")
+    with pytest.raises(InputError, match="is a reward model, whose head every member would start with"):
+        reward_model.from_config(config, tmp_path)
+
+
+@pytest.mark.parametrize("normalise", ["demonstrations", "none"])
+def test_a_regression_is_left_as_it_predicts(normalise, tmp_path, monkeypatch):
+    """Equal ratings are ratings, too."""
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": "p", "completions": ["a", "b"], "scores": [2, 2]} for _ in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_of(loss="regression", normalise=normalise)
+    config.data.train, config.data.eval = str(tmp_path / "rows.jsonl"), ""
+    assert reward_model.from_config(config, tmp_path).finish is None
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,31 @@ def test_a_group_that_does_not_fit_names_its_row(write_jsonl, tokenizer, tmp_pat
         row_shape([data], groups=1, length=16)
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:100], lambda data: b"", lambda data: b"PK" + data[2:60]]
+)
+def test_a_torn_entry_is_built_again(write_jsonl, tokenizer, tmp_path, damage):
+    expected = built(write_jsonl, tokenizer, tmp_path, PAIR).sources[0].group(0)
+    (path,) = (tmp_path / "cache" / "preferences").glob("*/groups.npz")
+    path.write_bytes(damage(path.read_bytes()))
+    found = built(write_jsonl, tokenizer, tmp_path, PAIR).sources[0].group(0)
+    assert found.comparisons == expected.comparisons
+    assert found.sequences[1].tokens.tolist() == expected.sequences[1].tokens.tolist()
+
+
+def test_the_loader_does_not_resume_with_another_reference(write_jsonl, tokenizer, tmp_path):
+    data = built(write_jsonl, tokenizer, tmp_path, PAIR)
+    shape = row_shape([data], groups=1)
+    first, second = (
+        Loader([PreferenceRows(data.sources[0], shape, reference=name)], rows_per_step=1, seed=0)
+        for name in ("a", "b")
+    )
+    with pytest.raises(InputError, match="reference model.* is not what the checkpoint was trained on"):
+        second.set_state(first.get_state())
+    first.close()
+    second.close()
+
+
 def test_the_loader_deals_groups_and_resumes(write_jsonl, tokenizer, tmp_path):
     rows = [{"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(7)]
     data = built(write_jsonl, tokenizer, tmp_path, *rows)

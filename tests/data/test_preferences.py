@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from posttrain_jax.data.formats import Conversation
+from posttrain_jax.data.formats import Conversation, to_conversation
 from posttrain_jax.data.preferences import Comparison, to_preference
 from posttrain_jax.data.sources import RowError
 
@@ -49,15 +49,45 @@ def test_an_assistant_turn_of_the_prompt_is_not_trained():
     assert preference.completions[0].trained == (False, False, False, True)
 
 
-def test_sharegpt_keeps_its_system_prompt():
-    row = {
-        "system": "Be kind.",
+SYSTEM = {"role": "system", "content": "Be kind."}
+CHATS = [
+    {
         "conversations": [{"from": "human", "value": "Hi?"}],
         "chosen": {"from": "gpt", "value": "Hello!"},
         "rejected": {"from": "gpt", "value": "No."},
-    }
-    first = to_preference(row).completions[0].messages
-    assert first == ({"role": "system", "content": "Be kind."}, USER, GOOD)
+    },
+    {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+    {"prompt": "Hi?", "chosen": [GOOD], "rejected": [BAD]},
+    {"prompt": "Hi?", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    {"prompt": [USER], "completions": ["Hello!", "No."], "ranks": [1, 2]},
+    {"prompt": [USER], "completion": [GOOD], "label": True},
+    {"messages": [USER, GOOD], "label": True},
+    {
+        "conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Hello!"}],
+        "label": True,
+    },
+]
+
+
+@pytest.mark.parametrize("row", CHATS)
+def test_every_chat_keeps_its_system_prompt(row):
+    for completion in to_preference({**row, "system": "Be kind."}).completions:
+        assert completion.messages[:2] == (SYSTEM, USER)
+        assert completion.trained == (False, False, True)
+
+
+def test_a_chat_with_a_system_prompt_takes_no_second_one():
+    row = {"chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD], "system": "Be brief."}
+    assert to_preference(row).completions == (chat(SYSTEM, USER, GOOD), chat(SYSTEM, USER, BAD))
+
+
+@pytest.mark.parametrize("row", CHATS)
+@pytest.mark.parametrize("tools", [[{"name": "add"}], '[{"name": "add"}]'])
+def test_tools_are_read_as_those_of_sft(row, tools):
+    sft = to_conversation({"messages": [USER, GOOD], "tools": tools}).tools
+    assert sft == [{"type": "function", "function": {"name": "add"}}]
+    assert [c.tools for c in to_preference({**row, "tools": tools}).completions] in ([sft], [sft, sft])
 
 
 def test_texts_of_one_prompt_follow_it():
@@ -96,6 +126,13 @@ def test_scores_become_pairs_with_margins():
     preference = to_preference({"prompt": "x", "completions": ["a", "b"], "scores": [0.5, 2]})
     assert preference.comparisons == (Comparison(1, 0, margin=1.5),)
     assert preference.ratings == (0.5, 2.0)
+
+
+def test_equal_ratings_are_ratings_without_a_comparison():
+    """For a regression; a loss over comparisons has nothing to learn from such a row."""
+    for ratings in ({"scores": [2, 2]}, {"ratings": [{"r": 2}, {"s": 2}]}):
+        preference = to_preference({"prompt": "x", "completions": ["a", "b"], **ratings})
+        assert (preference.ratings, preference.comparisons, preference.ties) == ((2.0, 2.0), (), 1)
 
 
 def test_ratings_by_rater_keep_the_raters():
@@ -178,6 +215,8 @@ PAIR = {"prompt": "x", "chosen": "a", "rejected": "b"}
         ({"prompt": "x", "completion": "a", "ratings": [1, 2]}, "ratings", "without rater ids"),
         ({"prompt": "x", "completion": "a", "label": "good"}, "label", "not a boolean"),
         ({"messages": [USER], "label": True}, "messages", "must end with the assistant's turn"),
+        ({"chosen": [USER, GOOD], "rejected": [USER, BAD], "system": 1}, "system", "not text"),
+        ({"chosen": [USER, GOOD], "rejected": [USER, BAD], "tools": "[{"}, "tools", "should hold JSON"),
         ({"text": "x"}, "(row)", "a preference needs"),
     ],
 )

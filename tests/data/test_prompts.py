@@ -49,6 +49,19 @@ def test_the_loader_gives_every_prompt_once_an_epoch_and_resumes(tmp_path):
     again.close()
 
 
+def test_the_loader_does_not_resume_with_other_answers(tmp_path):
+    """The columns beside a prompt decide its rewards."""
+    states = []
+    for answer in (3, 4):
+        spec = write(tmp_path / "p.jsonl", [{"prompt": "ab", "answer": answer}])
+        loader = Loader(read_prompts(spec, encode, max_tokens=4).sources, rows_per_step=1, seed=1)
+        states.append(loader.get_state())
+        if answer == 4:
+            with pytest.raises(InputError, match="is not what the checkpoint was trained on"):
+                loader.set_state(states[0])
+        loader.close()
+
+
 def test_equal_prompts_are_held_out_together(tmp_path):
     spec = write(tmp_path / "p.jsonl", [{"prompt": letter} for letter in "aabbccddee"])
     train, held_out = hold_out(read_prompts(spec, encode, max_tokens=4), 4, seed=0)

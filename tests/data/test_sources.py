@@ -130,6 +130,18 @@ def test_text_blocks(tmp_path):
     assert rows_of(path) == [({"text": "first\nstill first"}, 1), ({"text": "second"}, 5)]
 
 
+def test_a_broken_line_takes_its_whole_text_block_along(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"first\n\nhalf\n\xff\nrest \xfe\nrest\n\nlast\n\n\xff alone")
+    assert [(row.value, row.line) for row in read_rows(str(path)) if row.error is None] == [
+        ({"text": "first"}, 1),
+        ({"text": "last"}, 8),
+    ]
+    found = errors_of(path)
+    assert [line for line, _ in found] == [4, 10]
+    assert "0xff at byte offset 12" in found[0][1]
+
+
 def test_parquet(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -205,6 +208,12 @@ def test_the_names_of_judges_tell_them_apart(loaded):
     question = Question("q", "here")
     assert cache_key(chat, question) != cache_key(text, question)
     assert cache_key(chat, question) == cache_key(ModelJudge(loaded), Question("q", "there"))
+    retrained = jax.tree.map(lambda leaf: 1.01 * leaf, loaded.params)
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    tokenizer.chat_template += "Go on: "
+    for change in ({"params": retrained}, {"tokenizer": tokenizer}):
+        other = ModelJudge(dataclasses.replace(loaded, **change), render="chat")
+        assert cache_key(other, question) != cache_key(chat, question)
 
 
 def test_preferences_at_the_ends():

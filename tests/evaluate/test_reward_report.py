@@ -181,6 +181,16 @@ def test_raters():
     assert found["c"] == {"pairs": 0, "ties": 1, "agreement": None}
 
 
+def test_agreement_with_a_person():
+    """p = 0.9, 0.6, 0.7, 0.2 and margins 1, -1, 0, -1: 0.9, 1 - 0.6, 1/2, 1 - 0.2; at most 0.9, 0.6, 0.7, 0.8."""
+    pairs = pairs_of([1, -1, 0, -1], probabilities_N=np.asarray([0.9, 0.6, 0.7, 0.2]))
+    person = part_of(pairs)["person"]
+    assert person["agreement"]["value"] == pytest.approx((0.9 + 0.4 + 0.5 + 0.8) / 4)
+    assert person["most"] == pytest.approx((0.9 + 0.6 + 0.7 + 0.8) / 4)
+    assert "prefers what the model prefers in 65.0% (" in report_text(reward_report([pairs], resamples=50))
+    assert "person" not in part_of(pairs_of([1.0]))
+
+
 def test_sections():
     """math 1/2 of 2 pairs, code 1 of 1 (a tie beside it: 1/2 of 2), chat 3/4 of 4. Reasoning = (2 * .5 + 2 * .5) / 4
     = .5; with the count 6 for math and code all right it would lean on math. Overall = (.5 + .75) / 2."""
@@ -202,6 +212,33 @@ def test_sections():
     heavy = part_of(pairs, sections=joined, section_counts={"math": 12})["sections"]["All"]
     assert heavy["value"] == pytest.approx(9 / 16)
     assert heavy["low"] <= heavy["value"] <= heavy["high"]
+
+
+def test_sections_are_of_the_splits_that_hold_them():
+    """A further split without subsets, or with others, has none."""
+    sections = {"All": ("easy", "hard")}
+    splits = [
+        pairs_of([1, -1], split="bench", subsets_N=["easy", "hard"]),
+        pairs_of([1.0, 1.0], split="others", subsets_N=["easy", "odd"]),
+        pairs_of([1.0], split="plain"),
+    ]
+    parts = reward_report(splits, sections=sections, resamples=10)["splits"]
+    assert parts["bench"]["sections"]["All"]["value"] == 0.5
+    assert "sections" not in parts["others"] and "sections" not in parts["plain"]
+    with pytest.raises(InputError, match="'others' comes nearest, with no pairs of the subset 'hard'"):
+        reward_report(splits[1:], sections=sections, resamples=10)
+
+
+def test_loss_and_calibration_are_of_the_scale_of_training():
+    """Scores that were multiplied by 3 and moved by 5 afterwards: the loss stays, the margins do not."""
+    margins = np.asarray([logit(0.75), logit(0.25), 2.0])
+    before = part_of(pairs_of(margins))
+    after = part_of(pairs_of(3 * margins, rejected=np.full(3, 5.0), gain=3.0))
+    for name in ("loss", "accuracy"):
+        assert after[name] == pytest.approx(before[name])
+    errors = [part["calibration"]["expected_calibration_error"] for part in (before, after)]
+    assert errors[0] == pytest.approx(errors[1])
+    assert after["mean_margin"] == pytest.approx(3 * before["mean_margin"])
 
 
 def test_disagreement():
@@ -282,6 +319,7 @@ def test_the_smallest_report(tmp_path):
         ({"chosen_scores_N": np.asarray([1.0, math.inf])}, "1 of chosen_scores_N are not finite"),
         ({"weights_N": np.asarray([1.0, 0.0])}, "every weight must be above 0"),
         ({"length_unit": "words"}, "use tokens or characters"),
+        ({"gain": 0.0}, "the scores' gain is 0.0; it must be above 0"),
         ({"member_chosen_scores_EN": np.zeros((3, 2))}, "give both member scores or none"),
         (
             {"member_chosen_scores_EN": np.zeros((2, 3)), "member_rejected_scores_EN": np.zeros((3, 2))},
@@ -301,6 +339,11 @@ def test_settings_that_make_no_sense():
         ({"calibration_bins": 5}, "must be even"),
         ({"margin_bins": 0}, "must be 1 or more"),
         ({"sections": {"S": ("a", "b")}}, "no pairs of the subset 'b'"),
+        ({"sections": {"S": ()}}, "The section 'S' has no subset that counts"),
+        (
+            {"sections": {"S": ("a",)}, "section_counts": {"a": 0}},
+            "The section 'S' has no subset that counts",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             reward_report([pairs], **settings)

@@ -13,6 +13,8 @@ import pytest
 from algorithms.tiny import data_of, tiny_model, tiny_params
 from contracts.tiny import make_mesh
 
+from posttrain_jax import completions
+from posttrain_jax.completions import reward_scores
 from posttrain_jax.errors import InputError
 from posttrain_jax.evaluate.score_pairs import Combination, score_pairs
 from posttrain_jax.load_model import LoadedModel, Source
@@ -94,11 +96,49 @@ def test_pairs_by_hand(data):
         np.testing.assert_allclose(by_member, want_EN, atol=2e-5)
         assert lengths_N.tolist() == [len(side[number]) + 1 for side in sides]
     np.testing.assert_array_equal(pairs.margins_N, [0.5, -1, 1, 1, 2])
+    np.testing.assert_array_equal(pairs.probabilities_N, [1, 0.75, 1, 1, 1])
     np.testing.assert_array_equal(pairs.weights_N, [2, 1, 1, 1, 1])
     assert pairs.groups_N.tolist() == [0, 1, 2, 2, 2]
     nan = np.nan
     np.testing.assert_array_equal(pairs.raters["ann"], [nan, nan, 1, nan, nan])
     np.testing.assert_array_equal(pairs.raters["bob"], [nan, nan, 0, 1, 1])
+
+
+def test_every_source_and_split_is_scored_by_one_program(data, monkeypatch):
+    traced = []
+
+    def counted(params, batch, *, model, share_prompt):
+        traced.append(share_prompt)
+        return reward_scores(params, batch, model=model, share_prompt=share_prompt)
+
+    def score(*splits: str) -> int:
+        score_pairs(
+            [member(0), member(1)],
+            dict.fromkeys(splits, data),
+            make_mesh(1, 1, 1),
+            combination=Combination(),
+            groups=4,
+            share_prompt=True,
+        )
+        return len(traced)
+
+    completions.reward_scores_of.cache_clear()
+    monkeypatch.setattr(completions, "reward_scores", counted)
+    try:
+        once = score("all")
+        assert once > 0
+        assert score("all", "again") == once
+    finally:
+        completions.reward_scores_of.cache_clear()
+
+
+def test_the_gain_is_the_mean_of_the_members(data):
+    members = [member(0), member(1)]
+    members[0].params["score_head"]["gain"] = jnp.float32(4)
+    (pairs,) = score_pairs(
+        members, {"all": data}, make_mesh(1, 1, 1), combination=Combination(), groups=4, share_prompt=True
+    )
+    assert pairs.gain == 2.5
 
 
 def test_combinations_by_hand():

@@ -76,6 +76,8 @@ def test_folders_without_a_finished_evaluation_are_refused(tmp_path):
         compare(good, torn, tmp_path / "c.json", resamples=100, seed=0)
     with pytest.raises(InputError, match="--resamples is 0"):
         compare(good, good, tmp_path / "c.json", resamples=0, seed=0)
+    with pytest.raises(InputError, match="--seed is -1; it must be 0 or more"):
+        compare(good, good, tmp_path / "c.json", resamples=100, seed=-1)
     with pytest.raises(InputError, match="a holds no rows"):
         compare_rows([], [])
 

@@ -101,6 +101,7 @@ def test_split_takes_the_same_rows_whatever_the_batch(model, tmp_path):
         ({"eval": "no/such/file.jsonl"}, "no/such/file.jsonl does not exist"),
         ({"eval": "split:4", "train": ""}, "part of data.train, which is empty"),
         ({"max_length": 4096}, "more than the model's context of 128"),
+        ({"max_length": 0}, "data.max_length is 0; it must be at least 2"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(model, tmp_path, data, words):
@@ -142,6 +143,7 @@ def test_every_task_writes_its_rows_and_numbers(model, tmp_path, monkeypatch, ca
     [
         ("ifeval", "eval.task", "bench", f"eval.task is 'bench'; it must be one of {', '.join(TASKS)}"),
         ("ifeval", "eval.bootstrap", -1, "eval.bootstrap is -1"),
+        ("ifeval", "seed", -1, "seed is -1; it must be between 0 and 2147483647"),
         ("ifeval", "data.eval", "", "data.eval is empty"),
         ("ifeval", "data.on_bad_row", "ask", "data.on_bad_row is 'ask'; use stop or skip"),
         ("math", "data.prompt", "What?", "must name columns"),
@@ -159,8 +161,8 @@ def test_every_task_writes_its_rows_and_numbers(model, tmp_path, monkeypatch, ca
 def test_a_task_that_cannot_be_done_is_refused(model, tmp_path, monkeypatch, name, key, value, words):
     monkeypatch.chdir(ROOT)
     config = load_file(f"configs/eval/{name}.py:tiny")
-    section, _, last = key.partition(".")
-    config[section][last] = value
+    section, _, last = key.rpartition(".")
+    (config[section] if section else config)[last] = value
     with pytest.raises(InputError, match=words):
         evaluate(str(model), config, tmp_path / "out")
     assert not (tmp_path / "out" / "results.json").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from tiny_model import launch, save_tiny_model
 
 from configs.reward_model.smollm2_135m import get_config
 from launch.export import export
-from launch.reward_report import IN_DISTRIBUTION, Options, report
+from launch.reward_report import IN_DISTRIBUTION, Options, read_sections, report
+from posttrain_jax.algorithms import reward_model
 from posttrain_jax.errors import InputError
 
 RATED = [
@@ -138,16 +140,19 @@ def test_subsets_and_their_sections(single, tmp_path):
         for i, name in enumerate("aaab" * 2 + "c")
     ]
     (tmp_path / "bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "sections.json").write_text(json.dumps({"first": ["a", "b"], "second": ["c"]}))
-    result = report(
-        Options(
-            str(single[0]),
-            str(tmp_path / "out"),
-            data=str(tmp_path / "bench.jsonl"),
-            sections=str(tmp_path / "sections.json"),
-            resamples=10,
-        )
-    )["splits"][IN_DISTRIBUTION]
+    sections = tmp_path / "sections.json"
+    sections.write_text(json.dumps({"first": ["a", "b"], "second": ["c"]}))
+    options = Options(
+        str(single[0]),
+        str(tmp_path / "out"),
+        data=str(tmp_path / "bench.jsonl"),
+        out_of_distribution=("pairs=configs/tiny/pairs.jsonl",),
+        sections=str(sections),
+        resamples=10,
+    )
+    whole = report(options)["splits"]
+    assert "sections" not in whole["pairs"]
+    result = whole[IN_DISTRIBUTION]
     found = {name: part["accuracy"]["value"] for name, part in result["subsets"].items()}
     assert [part["pairs"] for part in result["subsets"].values()] == [6, 2, 1]
     first = (6 * found["a"] + 2 * found["b"]) / 8
@@ -155,6 +160,40 @@ def test_subsets_and_their_sections(single, tmp_path):
     assert scores == pytest.approx(
         {"first": first, "second": found["c"], "overall": (first + found["c"]) / 2}
     )
+    sections.write_text(json.dumps({"first": {"a": 1, "b": 3}}))
+    weighted = report(dataclasses.replace(options, out_of_distribution=()))["splits"][IN_DISTRIBUTION]
+    assert weighted["sections"]["first"]["value"] == pytest.approx((found["a"] + 3 * found["b"]) / 4)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ([], "holds something else"),
+        ({"S": []}, "the section 'S' is no list of subsets"),
+        ({"S": {}}, "the section 'S' is no list of subsets"),
+        ({"S": {"a": 0}}, "the section 'S' is no list of subsets"),
+        ({"S": ["a", 1]}, "the section 'S' is no list of subsets"),
+        ({"S": {"a": 1}, "T": {"a": 2}}, "the subset 'a' has two counts, 1 and 2"),
+    ],
+)
+def test_sections_that_make_no_sense(sections, message, tmp_path):
+    (tmp_path / "sections.json").write_text(json.dumps(sections))
+    with pytest.raises(InputError, match=message):
+        read_sections(str(tmp_path / "sections.json"))
+
+
+def test_losses_of_scores_of_variance_1_are_of_the_scale_of_training(tmp_path):
+    """The run's own evaluation has the same loss, also before its scores were rescaled."""
+    config = config_of(normalise="unit")
+    metrics = untrained_reward_run(config, tmp_path / "run")
+    task = reward_model.from_config(config, tmp_path / "run")
+    assert task.evaluate is not None
+    assert metrics["eval/loss"] == pytest.approx(task.evaluate(task.init_state())["eval/loss"], rel=1e-4)
+    result = report(Options(str(tmp_path / "run"), str(tmp_path / "out"), resamples=0))
+    part = result["splits"][IN_DISTRIBUTION]
+    assert part["loss"] == pytest.approx(metrics["eval/loss"], rel=1e-4)
+    assert abs(part["mean_margin"] - metrics["eval/margins"]) > 1e-3
+    assert "margins divided by the scores' gain" in result["about"]["scale"]
 
 
 @pytest.mark.parametrize(
@@ -170,6 +209,7 @@ def test_subsets_and_their_sections(single, tmp_path):
         ({"combine": "max"}, "combine is 'max'"),
         ({"batch_rows": 0}, "--batch_rows is 0"),
         ({"resamples": -1}, "--resamples is -1"),
+        ({"seed": -1}, "--seed is -1; it must be 0 or more"),
         ({"data": "configs/tiny/chats.jsonl"}, "a preference needs chosen"),
     ],
 )

@@ -394,6 +394,7 @@ def test_prompts_that_no_judge_can_read_are_refused(tmp_path):
         ({"judge": "no/such/thing", "judge_model": "m"}, "--judge_model is for a judge behind a URL"),
         ({"judge": "no/such/thing"}, "no such file or folder"),
         ({"resamples": 0}, "--resamples is 0"),
+        ({"seed": -1}, "--seed is -1; it must be 0 or more"),
         ({"a": "missing.jsonl"}, "missing.jsonl: there is no such file"),
         ({"judge": "http://h", "judge_model": "m", "parallel": 0}, r"parallel \(0\)"),
     ],
