@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from posttrain_jax.data.formats import read_tools
 from posttrain_jax.data.prompts import Prompt
 from posttrain_jax.data.sources import RowError
 from posttrain_jax.models.transformer import Model
@@ -147,10 +148,7 @@ def encode_prompt(
     if have[0] == "messages":
         if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
             raise RowError("messages", "is no list of messages")
-        tools = row.get("tools")
-        if tools is not None and not isinstance(tools, list):
-            raise RowError("tools", "is no list of tools")
-        return encode_chat(tokenizer, value, tools=tools)
+        return encode_chat(tokenizer, value, tools=read_tools(row.get("tools")))
     if not isinstance(value, list) or not all(type(token) is int for token in value):
         raise RowError("prompt_ids", "is no list of whole numbers")
     unknown = [token for token in value if not 0 <= token < vocab_size]
