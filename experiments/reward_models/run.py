@@ -1,4 +1,4 @@
-"""A reward model and an ensemble of four on the same 68 pairs: trains both, reports on both, and records the numbers.
+"""A reward model and an ensemble of four on the same 69 pairs: trains both, reports on both, and records the numbers.
 
 python -m experiments.reward_models.run --workdir=runs/reward_models [--tiny]
 
