@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import pathlib
+import signal
 from collections.abc import Iterator
 
 # These are read when jax, transformers or a BLAS is first imported, so they come before the imports below.
@@ -41,7 +42,10 @@ os.environ.pop("NPROC", None)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compiled programs are kept between runs, in pytest's cache folder (keyed by program and flags)."""
+    """Compiled programs are kept between runs, in pytest's cache folder (keyed by program and flags). Ctrl-C works, in
+    the processes that tests start too: a shell's background job, such as CI may be, ignores it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = config.rootpath / ".pytest_cache" / "xla" / jax.__version__
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
