@@ -103,8 +103,7 @@ def answer_all(
 
 def _answer(tokenizer: PreTrainedTokenizerFast, sample: Sample) -> Answer:
     text = tokenizer.decode(sample.tokens, skip_special_tokens=True)
-    if sample.stop_string is not None:
-        text = text[: text.index(sample.stop_string)]
+    text = text[: sample.stop_at]
     return Answer(text, len(sample.tokens), sample.finish_reason)
 
 

@@ -200,10 +200,9 @@ def roll_out(
 
 def _give_back_memory() -> None:
     """Gives the heap's free memory back to the system. Arrays of a few megabytes, such as the engine's copy of the
-    weights on a CPU, lie in glibc's heap, which keeps what they leave; what learning needs then comes on top."""
-    with contextlib.suppress(
-        AttributeError, OSError, TypeError
-    ):  # another C library than glibc, another system
+    weights on a CPU, lie in glibc's heap, which keeps what they leave; what learning needs then comes on top. Does
+    nothing with another C library or system."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
