@@ -67,9 +67,9 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--settings", default=",".join(SETTINGS), help=f"any of {', '.join(SETTINGS)}")
     parser.add_argument("--rounds", type=int, default=5, help="each side runs once a round")
     parser.add_argument(
-        "--steps", type=int, default=3, help=f"the first {WARMUP} of each run is not in the rates"
+        "--steps", type=int, default=2, help=f"the first {WARMUP} of each run is not in the rates"
     )
-    parser.add_argument("--pairs_per_step", type=int, default=8)
+    parser.add_argument("--pairs_per_step", type=int, default=16)
     parser.add_argument("--pairs", type=int, default=100, help="rows of dpo_en_demo, if as many fit")
     parser.add_argument("--max_length", type=int, default=512, help="tokens of a prompt with an answer")
     parser.add_argument("--threads", type=int, default=2)

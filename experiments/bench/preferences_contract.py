@@ -61,7 +61,7 @@ def parse_settings(doc: str | None) -> Settings:
     parser.add_argument("--rows", type=pathlib.Path, required=True, help="folder of preferences_prepare.py")
     parser.add_argument("--setting", choices=SETTINGS, default=SETTINGS[0])
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--pairs_per_step", type=int, default=8)
+    parser.add_argument("--pairs_per_step", type=int, default=16)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--variant", default="")
