@@ -280,16 +280,11 @@ def online_task(config: Config, workdir: Path, policy: Policy, mesh: Mesh, onlin
     abstract = abstract_on_mesh(make_state, mesh, value.abstract(policy.model.abstract_params()), key)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
-    def first_state() -> TrainState:
-        build = jit_step(make_state, mesh, in_shardings=None, out_shardings=places, donate=(0,))
-        return build(value.join(policy.init_params(mesh, key)), key)
-
     if jax.process_index() == 0:
         policy.describe(workdir / "model")
     longest = max(prompt.tokens.size for prompt in [*prompts.all(), *held_out])
     row_length = min(-(-(longest + options.max_new_tokens) // 8) * 8, config.data.max_length)
-    needs_start = config.rollout.reference == "frozen" or config.score.normalise
-    start = policy.init_params(mesh, key) if needs_start else {}
+    start = policy.init_params(mesh, key) if config.rollout.reference == "frozen" else {}
     collector = Collector(
         policy=policy,
         options=options,
@@ -305,18 +300,20 @@ def online_task(config: Config, workdir: Path, policy: Policy, mesh: Mesh, onlin
         ),
         max_logp_difference=config.rollout.max_logp_difference,
     )
-    if config.score.normalise:
-        # Drawn, for files may be sorted (IMDb's training rows: first all the negative ones).
-        count = min(-(-config.score.normalise // options.samples), len(prompts))
-        drawn = np.random.default_rng(config.seed).choice(len(prompts), count, replace=False)
-        everything = prompts.all()
-        first = [everything[place] for place in np.sort(drawn).tolist()]
-        try:
-            gain, bias = scorer.normalise(collector.roll_out(start, first, NORMALISE_SEED))
-        except InputError:
-            scorer.close()
-            raise
-        say(f"Scores are {gain:.6g} x score + {bias:.6g}: mean 0, variance 1 over {len(first):,} prompts.")
+
+    def first_state() -> TrainState:
+        params = policy.init_params(mesh, key)
+        if config.score.normalise and not scorer.is_normalised:
+            # Drawn, for files may be sorted (IMDb's training rows: first all the negative ones).
+            count = min(-(-config.score.normalise // options.samples), len(prompts))
+            drawn = np.random.default_rng(config.seed).choice(len(prompts), count, replace=False)
+            everything = prompts.all()
+            first = [everything[place] for place in np.sort(drawn).tolist()]
+            gain, bias = scorer.normalise(collector.roll_out(params, first, NORMALISE_SEED))
+            say(f"Scores are {gain:.6g} x score + {bias:.6g}: mean 0, variance 1 over {count:,} prompts.")
+        build = jit_step(make_state, mesh, in_shardings=None, out_shardings=places, donate=(0,))
+        return build(value.join(params), key)
+
     learn = jit_step(
         functools.partial(
             online.train_step,

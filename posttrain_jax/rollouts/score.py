@@ -148,6 +148,7 @@ class Scorer:
         self._micro_batches = micro_batches
         self._workers = RewardWorkers(functions, workers=workers) if functions else None
         self._gain, self._bias = 1.0, 0.0
+        self.is_normalised = False
 
     def normalise(self, rollouts: Rollouts) -> tuple[float, float]:
         """From now on joined scores are gain * score + bias, so that these answers' have mean 0 and variance 1 (Ziegler
@@ -163,18 +164,18 @@ class Scorer:
                 f"score.normalise cannot be used: {joined.size} answers of the policy at the start all have the score "
                 f"{joined.mean():g}."
             )
-        self._gain = float(1.0 / joined.std())
-        self._bias = float(-joined.mean() / joined.std())
-        return self._gain, self._bias
+        self.normalisation = (float(1.0 / joined.std()), float(-joined.mean() / joined.std()))
+        return self.normalisation
 
     @property
     def normalisation(self) -> tuple[float, float]:
-        """Gain and bias, 1 and 0 until `normalise` finds them; set again where a run goes on."""
+        """Gain and bias, 1 and 0 until `normalise` finds them; set again where a run goes on (then `is_normalised`)."""
         return self._gain, self._bias
 
     @normalisation.setter
     def normalisation(self, gain_and_bias: Sequence[float]) -> None:
         self._gain, self._bias = gain_and_bias
+        self.is_normalised = True
 
     def __call__(self, rollouts: Rollouts, *, training: bool) -> Scored:
         """Every answer's score; what is relative to the other answers (whitening) is done for `training` alone."""

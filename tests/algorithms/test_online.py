@@ -313,18 +313,24 @@ def test_all_that_instructgpt_adds(tmp_path):
     assert "<h2>" in (tmp_path / "run" / "samples.html").read_text("utf-8")
 
 
-def test_the_normalisation_of_scores_is_part_of_what_is_saved(tmp_path):
-    """Gain 0 and bias 7, set as from a checkpoint: every score is 7, whatever was found at this start."""
+def test_the_normalisation_of_scores_is_part_of_what_is_saved(tmp_path, capsys):
+    """Found by a new run's first state. Gain 0 and bias 7, set as from a checkpoint: every score is 7, and no answers
+    are drawn to find others."""
     config = short(data__eval="split:3", score__normalise=16)
     config.score.functions = ("tests.algorithms.letter_rewards:mean_token",)
     task = ppo.from_config(config, tmp_path)
+    assert task.rows.get_state()["normalisation"] == [1.0, 0.0]
+    task.init_state()
     saved = json.loads(json.dumps(task.rows.get_state()))
-    assert saved["normalisation"] != [1.0, 0.0]
-    task.rows.set_state({**saved, "normalisation": [0.0, 7.0]})
-    scores = task.evaluate(task.init_state())
     task.rows.close()
-    assert task.rows.get_state()["normalisation"] == [0.0, 7.0]
+    assert saved["normalisation"] != [1.0, 0.0] and "Scores are" in capsys.readouterr().out
+    resumed = ppo.from_config(config, tmp_path)
+    resumed.rows.set_state({**saved, "normalisation": [0.0, 7.0]})
+    scores = resumed.evaluate(resumed.init_state())
+    resumed.rows.close()
+    assert resumed.rows.get_state()["normalisation"] == [0.0, 7.0]
     assert (scores["eval/score"], scores["eval/score_standard_error"]) == (7.0, 0.0)
+    assert "Scores are" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("key", ["ppo__value", "score__models"])

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from algorithms.tiny import untrained_reward_run
 
+from configs.reward_model.smollm2_135m import get_config
 from posttrain_jax.data.prompts import Prompt
 from posttrain_jax.errors import InputError
 from posttrain_jax.export_model import export_hf
@@ -18,7 +20,7 @@ from posttrain_jax.models.reward_head import score_head_params
 from posttrain_jax.models.transformer import make_model
 from posttrain_jax.rewards.workers import PythonReward
 from posttrain_jax.rollouts.draw import RolloutOptions, Rollouts, as_rows
-from posttrain_jax.rollouts.score import ScoreOptions, Scorer, load_reward_model
+from posttrain_jax.rollouts.score import RewardModel, ScoreOptions, Scorer, load_reward_model
 from posttrain_jax.sampling.generate import Sample
 from posttrain_jax.sharding import make_mesh
 
@@ -125,6 +127,37 @@ def test_a_reward_model_scores_the_last_token(tmp_path):
         tokens = jnp.asarray([byte_tokenizer()("Hi" + text)["input_ids"]])
         hidden = jax.jit(lambda t: member.model.apply(member.params, t, logits=False).hidden_BTD)(tokens)
         assert score == pytest.approx(float(np.asarray(hidden)[0, -1] @ kernel), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_an_ensemble_is_as_good_as_its_combination_says(tmp_path, monkeypatch):
+    """Three members of a workdir with LoRA on one trunk, each also asked alone: mean, worst case, mean less 2 variances
+    (arXiv:2310.02743)."""
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    config = get_config("tiny")
+    config.model.lora.rank, config.reward.members, config.data.eval = 2, 3, ""
+    config.mesh.data = config.train.rows_per_step = 8
+    untrained_reward_run(config, tmp_path / "run")
+    name, three = str(tmp_path / "run"), rollouts(["ab", "xyz", "q"], [True] * 3)
+    options = ScoreOptions({name: 1.0})
+
+    def scored(reward: RewardModel) -> np.ndarray:
+        return scorer(options, functions={}, models={name: reward})(three, training=True).scores
+
+    def ensemble(combination: str) -> RewardModel:
+        return load_reward_model(
+            name, combination=combination, coefficient=2.0, mesh=make_mesh(), dtype="float32"
+        )
+
+    mean = ensemble("mean")
+    apart_EN = np.stack([scored(RewardModel([member], lambda scores: scores[0])) for member in mean.members])
+    assert apart_EN.shape == (3, 3) and apart_EN.std(axis=0).min() > 1e-3
+    uncertain = apart_EN.mean(axis=0) - 2.0 * apart_EN.var(axis=0)
+    np.testing.assert_allclose(scored(mean), apart_EN.mean(axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(scored(ensemble("min")), apart_EN.min(axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(scored(ensemble("uncertainty")), uncertain, rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputError, match="score.combine is 'max'; use one of mean, min, uncertainty"):
+        ensemble("max")
 
 
 @pytest.mark.slow
