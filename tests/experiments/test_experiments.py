@@ -8,7 +8,11 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from ml_collections import ConfigDict
+
+from experiments.kto_smollm2 import run as kto_smollm2
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -51,6 +55,32 @@ def test_dpo_smollm2_runs_tiny_and_records_its_numbers(tmp_path):
     assert 0 <= low <= result["after"]["reward_accuracy"] <= high <= 1
 
 
+@pytest.mark.slow
+def test_kto_smollm2_runs_tiny_and_records_its_numbers(tmp_path):
+    """The area is of the same rewards whose means the run's last evaluation wrote."""
+    run_tiny("kto_smollm2", tmp_path, "--variant=tiny")
+    result = json.loads((tmp_path / "out" / "result.json").read_text("utf-8"))
+    assert result["steps"] == 4 and result["held_out"] == {"good": 3, "bad": 3}
+    assert result["before"]["loss"] == 0.5 > result["after"]["loss"]
+    low, high = result["area_interval"]
+    assert 0 <= low <= result["area_under_curve"] <= high <= 1
+    config = ConfigDict(json.loads((tmp_path / "run" / "config.json").read_text("utf-8")))
+    config.train.rows_per_step = config.train.micro_rows = config.eval.batch_rows = 8  # as many as devices
+    good, bad = kto_smollm2.held_out_rewards(config, tmp_path / "run")
+    after = result["after"]
+    assert good.mean() == pytest.approx(after["rewards/chosen"], abs=1e-4)
+    assert bad.mean() == pytest.approx(after["rewards/rejected"], abs=1e-4)
+
+
+def test_the_area_counts_pairs_of_a_good_and_a_bad_completion():
+    """Good 2 and 0, bad 1 and 0: of four pairs two are right and one is a tie. In one
+    draw of 16 the good ones are 0 alone and the bad ones 1 alone, in four the good ones are 2 alone."""
+    area = kto_smollm2.area_under_curve(np.array([2.0, 0.0]), np.array([1.0, 0.0]))
+    assert (area.value, area.low, area.high) == (2.5 / 4, 0.0, 1.0)
+    apart = kto_smollm2.area_under_curve(np.array([2.0, 3.0]), np.array([1.0, 0.0, -1.0]))
+    assert (apart.value, apart.low, apart.high) == (1.0, 1.0, 1.0)
+
+
 def test_the_readme_of_dpo_smollm2_says_what_was_recorded():
     folder = ROOT / "experiments" / "dpo_smollm2"
     expected = json.loads((folder / "expected.json").read_text("utf-8"))
@@ -67,6 +97,23 @@ def test_the_readme_of_dpo_smollm2_says_what_was_recorded():
     low, high = (100 * end for end in recorded["accuracy_interval"])
     quoted = f"{100 * after['reward_accuracy']:.1f} % (95 % interval {low:.1f} to {high:.1f} %)"
     assert quoted in readme and f"{after['loss']:.4f}" in readme
+
+
+def test_the_readme_of_kto_smollm2_says_what_was_recorded():
+    folder = ROOT / "experiments" / "kto_smollm2"
+    expected = json.loads((folder / "expected.json").read_text("utf-8"))
+    recorded = json.loads((folder / "result.json").read_text("utf-8"))
+    readme = (folder / "README.md").read_text("utf-8")
+    assert expected == {
+        "held_out_loss_before": recorded["before"]["loss"],
+        "held_out_loss_after": recorded["after"]["loss"],
+        "area_under_curve": recorded["area_under_curve"],
+        "area_interval": recorded["area_interval"],
+        "steps": recorded["steps"],
+    }
+    low, high = recorded["area_interval"]
+    assert f"{recorded['area_under_curve']:.3f} (95 % interval {low:.3f} to {high:.3f};" in readme
+    assert f"| loss | {recorded['before']['loss']:.4f} | {recorded['after']['loss']:.4f} |" in readme
 
 
 def test_recorded_numbers_are_those_of_the_recorded_run():
