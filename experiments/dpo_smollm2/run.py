@@ -5,13 +5,11 @@ python -m experiments.dpo_smollm2.run --workdir=runs/dpo_smollm2 [--variant=tiny
 
 from __future__ import annotations
 
-import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from experiments.training import read_lines, train, write_result
 from posttrain_jax.data.split import split_amount
 from posttrain_jax.evaluate.statistics import ratio_estimates
 
@@ -29,35 +27,15 @@ KEPT = (
 
 
 def main() -> None:
-    """Runs the training entry point (which resumes) and records what it wrote."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--variant", default="")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=HERE / "result.json")
-    arguments = parser.parse_args()
-    config = f"{CONFIG}:{arguments.variant}" if arguments.variant else CONFIG
-    command = [
-        sys.executable,
-        "-m",
-        "launch.train",
-        f"--config={config}",
-        f"--workdir={arguments.workdir}",
-        f"--config.seed={arguments.seed}",
-    ]
-    done = subprocess.run(command, check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
-    arguments.out.write_text(json.dumps(record(arguments.workdir), indent=1) + "\n")
-    print(arguments.out.read_text())
+    """Trains and records."""
+    workdir, out = train(__doc__, CONFIG, out=HERE)
+    write_result(out / "result.json", record(workdir))
 
 
 def record(workdir: Path) -> dict[str, Any]:
     """Held-out metrics before and after, and the interval of the accuracy after (bootstrap over prompts)."""
     config = json.loads((workdir / "config.json").read_text())
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = read_lines(workdir / "metrics.jsonl")
     held_out = [line for line in lines if "eval/loss" in line]
     first, last = held_out[0], held_out[-1]
     amount = split_amount(config["data"]["eval"])

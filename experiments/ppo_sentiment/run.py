@@ -7,13 +7,12 @@ Run again, it goes on where it stopped. Writes result.json, samples.md and curve
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from experiments.training import read_lines, train, write_result
 
 HERE = Path(__file__).resolve().parent
 CONFIG = "configs/ppo/smollm2_sentiment.py"
@@ -22,27 +21,11 @@ WATCHED = ("score", "kl", "entropy", "clip_fraction", "explained_variance", "ans
 
 
 def main() -> None:
-    """Runs the training entry point (which resumes) and records what it wrote."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--variant", default="")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=HERE)
-    arguments = parser.parse_args()
-    config = f"{CONFIG}:{arguments.variant}" if arguments.variant else CONFIG
-    command = [sys.executable, "-m", "launch.train", f"--config={config}"]
-    command += [f"--workdir={arguments.workdir}", f"--config.seed={arguments.seed}"]
-    done = subprocess.run(command, check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    result = record(arguments.workdir)
-    (arguments.out / "result.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    (arguments.out / "samples.md").write_text(samples(arguments.workdir), "utf-8")
-    shutil.copyfile(arguments.workdir / "curves.png", arguments.out / "curves.png")
-    print(json.dumps(result, indent=1))
+    """Trains and records."""
+    workdir, out = train(__doc__, CONFIG, out=HERE)
+    write_result(out / "result.json", record(workdir))
+    (out / "samples.md").write_text(samples(workdir), "utf-8")
+    shutil.copyfile(workdir / "curves.png", out / "curves.png")
 
 
 def record(workdir: Path) -> dict[str, Any]:
@@ -52,7 +35,7 @@ def record(workdir: Path) -> dict[str, Any]:
     makes it too wide if anything.
     """
     config = json.loads((workdir / "config.json").read_text("utf-8"))
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text("utf-8").splitlines()]
+    lines = read_lines(workdir / "metrics.jsonl")
     held_out = [line for line in lines if "eval/score" in line]
     trained = [line for line in lines if "train/score" in line]
     first, last = held_out[0], held_out[-1]
@@ -78,7 +61,7 @@ def record(workdir: Path) -> dict[str, Any]:
 
 def samples(workdir: Path) -> str:
     """Answers to the first held-out prompts, before and after."""
-    rows = [json.loads(line) for line in (workdir / "samples.jsonl").read_text("utf-8").splitlines()]
+    rows = read_lines(workdir / "samples.jsonl")
     steps = sorted({row["step"] for row in rows})
     first, last = ([row for row in rows if row["step"] == step] for step in (steps[0], steps[-1]))
     lines = [

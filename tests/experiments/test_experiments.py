@@ -40,14 +40,8 @@ def test_base_to_assistant_runs_tiny_and_records_answers(tmp_path):
 
 @pytest.mark.slow
 def test_dpo_smollm2_runs_tiny_and_records_its_numbers(tmp_path):
-    command = [sys.executable, "-m", "experiments.dpo_smollm2.run", "--variant=tiny"]
-    command += [f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'result.json'}"]
-    one_device = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=one_device, capture_output=True, encoding="utf-8", timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "result.json").read_text("utf-8"))
+    run_tiny("dpo_smollm2", tmp_path, "--variant=tiny")
+    result = json.loads((tmp_path / "out" / "result.json").read_text("utf-8"))
     assert (result["steps"], result["held_out_pairs"]) == (4, 6)
     assert abs(result["before"]["loss"] - 0.6931) < 1e-4
     assert result["after"]["loss"] < 0.6
@@ -73,8 +67,8 @@ def test_kto_smollm2_runs_tiny_and_records_its_numbers(tmp_path):
 
 
 def test_the_area_counts_pairs_of_a_good_and_a_bad_completion():
-    """Good 2 and 0, bad 1 and 0: of four pairs two are right and one is a tie. In one
-    draw of 16 the good ones are 0 alone and the bad ones 1 alone, in four the good ones are 2 alone."""
+    """Good 2 and 0, bad 1 and 0: of four pairs two are right and one is a tie. In one draw of 16 the good ones are
+    0 alone and the bad ones 1 alone (area 0), in four the good ones are 2 alone (area 1)."""
     area = kto_smollm2.area_under_curve(np.array([2.0, 0.0]), np.array([1.0, 0.0]))
     assert (area.value, area.low, area.high) == (2.5 / 4, 0.0, 1.0)
     apart = kto_smollm2.area_under_curve(np.array([2.0, 3.0]), np.array([1.0, 0.0, -1.0]))
