@@ -1,6 +1,6 @@
 """Speed and memory of learning from preferences, beside TRL's DPOTrainer and RewardTrainer, in one run.
 
-python -m experiments.bench.preferences --rounds=3                 the recorded table; a quiet machine with 2 cores
+python -m experiments.bench.preferences --rounds=5                 the recorded table; a quiet machine with 2 cores
 python -m experiments.bench.preferences --rounds=1                 is everything in place?
 python -m experiments.bench.preferences --rounds=1 --name=preferences_probe --sides=jax,jax_2rows,trl,trl_4,trl_2,trl_1
                                                                    which setting of each side is the fastest?

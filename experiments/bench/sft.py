@@ -229,15 +229,17 @@ def report(runs: dict[str, list[dict[str, Any]]], about: dict[str, Any]) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name and how many cores this process may use."""
+    """The processor's name, family and model (clouds hide the number in its name), and how many cores we may use."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
-    names = [
-        line.partition(":")[2].strip()
-        for line in (cpuinfo.read_text("utf-8").splitlines() if cpuinfo.is_file() else [])
-        if line.startswith("model name")
-    ]
+    first, _, _ = (cpuinfo.read_text("utf-8") if cpuinfo.is_file() else "").partition("\n\n")
+    said = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())
+    }
+    name = said.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in said and "model" in said:
+        name += f", family {said['cpu family']} model {said['model']}"
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    return f"{names[0] if names else platform.processor() or platform.machine()} ({cores} cores)"
+    return f"{name} ({cores} cores)"
 
 
 def commit() -> str:
