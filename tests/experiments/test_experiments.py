@@ -194,6 +194,8 @@ def test_the_readmes_of_ppo_say_what_was_recorded():
     result = json.loads((folder / "result.json").read_text("utf-8"))
     expected = json.loads((folder / "expected.json").read_text("utf-8"))
     assert expected == {name: result[name] for name in ("iterations", "rise", "rise_interval")}
-    low, high = result["rise_interval"]
     readme = (folder / "README.md").read_text("utf-8")
-    assert f"{result['rise']:.2f} (95 % {low:.2f} to {high:.2f})" in readme
+    for name in ("result.json", "result_seed1.json"):
+        result = json.loads((folder / name).read_text("utf-8"))
+        low, high = result["rise_interval"]
+        assert f"{result['rise']:.2f} (95 % {low:.2f} to {high:.2f})" in readme
