@@ -21,7 +21,7 @@ import sys
 from typing import Any
 
 from experiments.bench.generation_contract import WORKS, load_prompts
-from experiments.bench.sft import HERE, ROOT, circumstances, make_torch_environment
+from experiments.bench.sft import HERE, ROOT, circumstances, make_torch_environment, positive
 
 ROWS = HERE / "rows" / "200x512"
 SIDES = {
@@ -162,7 +162,7 @@ def main() -> None:
     )
     parser.add_argument("--sides", default="jax,torch", help=f"any of {', '.join(SIDES)}")
     parser.add_argument("--settings", default=",".join(WORKS), help=f"any of {', '.join(WORKS)}")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--name", default="generation", help="of the files in results/")
     flags = parser.parse_args()

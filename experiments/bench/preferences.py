@@ -26,7 +26,7 @@ import time
 from typing import Any
 
 from experiments.bench.preferences_contract import SETTINGS, Run
-from experiments.bench.sft import HERE, ROOT, circumstances, make_torch_environment
+from experiments.bench.sft import HERE, ROOT, circumstances, make_torch_environment, positive
 
 WARMUP = 1
 
@@ -65,7 +65,7 @@ def parse_flags() -> argparse.Namespace:
     )
     parser.add_argument("--sides", default="jax,trl_1", help=f"any of {', '.join(SIDES)}")
     parser.add_argument("--settings", default=",".join(SETTINGS), help=f"any of {', '.join(SETTINGS)}")
-    parser.add_argument("--rounds", type=int, default=5, help="each side runs once a round")
+    parser.add_argument("--rounds", type=positive, default=5, help="each side runs once a round")
     parser.add_argument(
         "--steps", type=int, default=2, help=f"the first {WARMUP} of each run is not in the rates"
     )

@@ -26,7 +26,7 @@ import numpy as np
 
 from experiments.bench.preferences import call
 from experiments.bench.rollouts_contract import EPOCHS, SETTINGS, Run
-from experiments.bench.sft import HERE, ROOT, circumstances, make_torch_environment
+from experiments.bench.sft import HERE, ROOT, circumstances, make_torch_environment, positive
 from posttrain_jax import assets
 from posttrain_jax.data.sources import read_rows
 from posttrain_jax.export_model import export_hf
@@ -48,7 +48,7 @@ def parse_flags() -> argparse.Namespace:
     )
     parser.add_argument("--sides", default="jax_8,trl_8", help="jax_N or trl_N, N answers at once")
     parser.add_argument("--settings", default=",".join(SETTINGS), help=f"any of {', '.join(SETTINGS)}")
-    parser.add_argument("--rounds", type=int, default=5, help="each side runs once a round")
+    parser.add_argument("--rounds", type=positive, default=5, help="each side runs once a round")
     parser.add_argument(
         "--iterations", type=int, default=2, help=f"of a run; the first {WARMUP} is not in the rates"
     )
@@ -61,6 +61,9 @@ def parse_flags() -> argparse.Namespace:
         kind, _, together = name.partition("_")
         if kind not in ("jax", "trl") or not together.isdigit():
             parser.error(f"unknown side {name!r}; write jax_N or trl_N")
+    unknown = [name for name in flags.settings if name not in SETTINGS]
+    if unknown:
+        parser.error(f"unknown setting {unknown[0]!r}; known: {', '.join(SETTINGS)}")
     if flags.iterations <= WARMUP:
         parser.error(f"--iterations must be more than {WARMUP}")
     return flags

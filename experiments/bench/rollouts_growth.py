@@ -19,7 +19,7 @@ from typing import Any
 from experiments.bench.preferences import call
 from experiments.bench.rollouts import WARMUP, prepare
 from experiments.bench.rollouts_contract import Run
-from experiments.bench.sft import HERE, circumstances
+from experiments.bench.sft import HERE, circumstances, positive
 
 PARTS = ("generate", "score", "experience", "train")
 
@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=positive, default=1)
     parser.add_argument("--iterations", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     flags = parser.parse_args()

@@ -75,13 +75,21 @@ SIDES = {
 DEFAULT_SIDES = "jax,torch,trl_packed,jax_lora,trl_lora_packed"
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1, as the type of a flag."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
 def parse_flags() -> argparse.Namespace:
     """The flags; their defaults are those of the recorded table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sides", default=DEFAULT_SIDES, help=f"any of {', '.join(SIDES)}")
-    parser.add_argument("--rounds", type=int, default=5, help="each side runs once a round")
+    parser.add_argument("--rounds", type=positive, default=5, help="each side runs once a round")
     parser.add_argument(
         "--steps", type=int, default=3, help=f"the first {WARMUP} of each run is not in the rates"
     )

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from experiments.bench.rollouts import per_second, ratio_line, report
+from experiments.bench.rollouts import parse_flags, per_second, ratio_line, report
 from experiments.bench.rollouts_contract import Run
 
 OURS = Run(
@@ -26,6 +26,23 @@ OURS = Run(
 THEIRS = dataclasses.replace(
     OURS, side="trl", seconds=[20.0, 30.0, 34.0], parts={}, peak_rss_bytes=6_000_000_000
 )
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--settings=rloo,grpo", "unknown setting 'grpo'; known: ppo, rloo"),
+        ("--sides=jax", "unknown side 'jax'; write jax_N or trl_N"),
+        ("--rounds=0", "0 is not at least 1"),
+        ("--iterations=1", "--iterations must be more than 1"),
+    ],
+)
+def test_flags_that_no_run_can_have_are_refused(flag, said, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["rollouts", flag])
+    with pytest.raises(SystemExit) as refused:
+        parse_flags()
+    assert refused.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_sides_last_line_is_its_run():
