@@ -180,7 +180,9 @@ def online_config() -> ConfigDict:
     config.score.missing_end = "keep"  # an answer without an end token: keep, replace, penalise
     config.score.missing_end_value = -1.0
     config.score.seconds = 10.0  # that a function may take for an answer
-    config.score.failure = 0.0  # what an answer gets that a function fails at
+    config.score.failure = (
+        0.0  # in evaluations, of an answer that a function fails at; training leaves it out
+    )
     config.score.workers = 2
 
     config.ppo = ConfigDict()

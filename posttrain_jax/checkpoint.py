@@ -466,21 +466,19 @@ def _read_params(
     problem = frozen_damage(workdir) if frozen_dir.is_dir() else None
     if problem is not None:
         raise InputError(f"{frozen_dir} is damaged: {problem}; run the training command again to mend it.")
-    with ocp.StandardCheckpointer() as reader:
-        if ema:
-            averaged = _saved_shapes(step_dir / "optimizer") or {}
-            if not all(f"ema/{path}" in averaged for path in leaf_paths(trained_like)):
-                raise InputError(
-                    f"{step_dir} holds no moving average of the weights (optim.ema was 0, off); take the last weights."
-                )
-            trained = _restore_some((step_dir / "optimizer").absolute(), {"ema": trained_like})["ema"]
-        else:
-            trained = _restore_some((step_dir / "params").absolute(), trained_like)
-        if not frozen_dir.is_dir():
-            return trained
-        names = set(leaf_paths(like)) - set(saved)
-        frozen = reader.restore(frozen_dir.absolute(), subset(like, names))
-    return combine(trained, frozen)
+    if ema:
+        averaged = _saved_shapes(step_dir / "optimizer") or {}
+        if not all(f"ema/{path}" in averaged for path in leaf_paths(trained_like)):
+            raise InputError(
+                f"{step_dir} holds no moving average of the weights (optim.ema was 0, off); take the last weights."
+            )
+        trained = _restore_some((step_dir / "optimizer").absolute(), {"ema": trained_like})["ema"]
+    else:
+        trained = _restore_some((step_dir / "params").absolute(), trained_like)
+    frozen_like = subset(like, set(leaf_paths(like)) - set(saved))
+    if not frozen_like or not frozen_dir.is_dir():
+        return trained
+    return combine(trained, _restore_some(frozen_dir.absolute(), frozen_like))
 
 
 def _restore_some(folder: Path, like: PyTree) -> PyTree:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -109,9 +110,12 @@ class Collector:
         answered = self.answers(params, prompts, seed, training=True)
         rollouts, scored = answered.rollouts, answered.scored
         if scored.error:
-            say(f"A reward function failed at {sum(scored.failures.values())} answers; first: {scored.error}")
+            say(
+                f"A reward function failed at {sum(scored.failures.values())} answers, which are not learnt from; "
+                f"first: {scored.error}"
+            )
         started = time.perf_counter()
-        batch = put_rollouts(rollouts, scored.scores, self.mesh, micro_batches)
+        batch = put_rollouts(rollouts, scored.scores, self.mesh, micro_batches, has_score=scored.has_score)
         experience, metrics = self.experience(
             params, state.opt_state["kl_coefficient"], batch, self.reference(state)
         )
@@ -122,16 +126,24 @@ class Collector:
             mean=float(apart.sum) / max(float(apart.count), 1.0),
             tokens=int(apart.count),
         ).check(self.max_logp_difference)
-        said = {f"score/{name}": Metric.of(values.mean()) for name, values in scored.components.items()}
+        said = {
+            f"score/{name}": _mean(values[~scored.failed[name]] if name in scored.failed else values)
+            for name, values in scored.components.items()
+        }
         said |= {f"failed/{name}": Metric.of(number) for name, number in scored.failures.items()}
         said |= {name: Metric.of(value) for name, value in _of_answers(rollouts).items()}
         said |= {
-            "score_std": Metric.of(scored.scores.std()),
             "seconds_generate": Metric.of(answered.seconds_generate),
             "seconds_score": Metric.of(answered.seconds_score),
             "seconds_experience": Metric.of(time.perf_counter() - started),
         }
+        if scored.has_score.any():
+            said["score_std"] = Metric.of(scored.scores[scored.has_score].std())
         return experience, {**metrics, **said}
+
+
+def _mean(values: np.ndarray) -> Metric:
+    return Metric(jnp.float32(values.sum()), jnp.float32(values.size))
 
 
 def _failures(scored: Scored) -> dict[str, float]:

@@ -95,7 +95,7 @@ def init_state(
     ema_decay: float,
 ) -> TrainState:
     """The first state; `opt_state` holds the optimiser's, beta and the number of updates, so that all are saved."""
-    trained, frozen = partition(params, lambda path: is_value(path) or is_trained(path, model))
+    trained, frozen = partition(params, lambda path: _is_learnt(path, model))
     state = new_state(trained, frozen, key, optimizer, ema=ema_decay > 0)
     opt_state = {
         "optimizer": state.opt_state,
@@ -108,6 +108,12 @@ def init_state(
 def is_value(path: str) -> bool:
     """Whether a parameter is the value network's."""
     return path.startswith("value/")
+
+
+def _is_learnt(path: str, model: Model) -> bool:
+    """Of the value network everything but its head's gain, which is a statistic of a reward model's scores: OpenAI's
+    value heads are linear layers, a kernel and a bias (lm-human-preferences `fc_layer`; arXiv:2009.01325)."""
+    return path != "value/score_head/gain" if is_value(path) else is_trained(path, model)
 
 
 @dataclasses.dataclass(frozen=True)

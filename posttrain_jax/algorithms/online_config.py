@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
@@ -121,7 +122,10 @@ class ValueNetwork:
         if self.model is None:
             return params
         if loaded:
-            return {**params, "value": loaded}
+            # The gain becomes part of the kernel, so that the size of an update does not depend on it.
+            head = loaded["score_head"]
+            linear = {**head, "kernel": head["gain"] * head["kernel"], "gain": jnp.ones_like(head["gain"])}
+            return {**params, "value": {**loaded, "score_head": linear}}
         head = score_head_params(jax.random.key(0), self.model.config.d_model, init="zeros")
         if self._kind == "shared":
             return {**params, "value": {"score_head": head}}

@@ -14,7 +14,7 @@ What "The N Implementation Details of RLHF with PPO" (Huang, Liu, von Werra 2023
      4  answers end at their end token; no token after it counts   `Rollouts.actions`
      5  learning rate falls to 0                                   `optim.schedule`
      6  logits / temperature wherever log-probabilities are        `Projection.temperature`
-     7  the value head starts at 0                                 `ValueNetwork`
+     7  the value head, kernel and bias, starts at 0               `ValueNetwork`
      8  no dropout                                                 the transformer has none
      9  truncation at a token; a missing end token has its score   `rollout.truncate_token`, `score.missing_end`
     10  no discount (gamma 1)                                      `ppo.gamma`

@@ -56,13 +56,15 @@ def compared(experience: Experience, *, samples: int) -> Compared:
     """Every answer's reward (score and penalty) less the mean of the other answers' to its prompt.
 
     Args:
-      experience: `[M, B, T]`, the answers to one prompt side by side.
+      experience: `[M, B, T]`, the answers to one prompt side by side. Those without a score have no actions: they are
+        in no baseline, and their own advantage is 0.
       samples: K.
     """
-    rewards = jnp.sum(jnp.where(experience.actions != 0, experience.rewards, 0.0), axis=-1)
+    acts = experience.actions != 0
+    rewards = jnp.sum(jnp.where(acts, experience.rewards, 0.0), axis=-1)
     grouped_PK = rewards.reshape(-1, samples)
-    advantages_PK = grouped_PK - leave_one_out(grouped_PK)
-    return Compared(experience, advantages_PK.reshape(rewards.shape))
+    baselines_PK = leave_one_out(grouped_PK, jnp.any(acts, axis=-1).reshape(-1, samples))
+    return Compared(experience, (grouped_PK - baselines_PK).reshape(rewards.shape))
 
 
 def answer_losses(

@@ -86,7 +86,7 @@ def discounted_returns(rewards_BT: Array, mask_BT: Array, *, gamma: float | Arra
     return gae(rewards_BT, jnp.zeros_like(rewards_BT), mask_BT, gamma=gamma, lam=1.0).returns_BT
 
 
-def leave_one_out(rewards_BK: Array) -> Array:
+def leave_one_out(rewards_BK: Array, mask_BK: Array | None = None) -> Array:
     """The baseline of RLOO: for each of K answers the mean reward of the K - 1 others, float32 `[B, K]`.
 
     arXiv:2402.14740 (Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!"). The reward minus this
@@ -95,6 +95,8 @@ def leave_one_out(rewards_BK: Array) -> Array:
 
     Args:
       rewards_BK: one reward per answer; K answers to the same prompt in a row.
+      mask_BK: non-zero on the answers that have a reward; None = all. The others are nobody's baseline, have the
+        baseline 0, and may hold anything. An answer that is alone with a reward has its own as the baseline.
 
     Raises:
       ValueError: K < 2, where there are no others.
@@ -105,8 +107,14 @@ def leave_one_out(rewards_BK: Array) -> Array:
         raise ValueError(
             f"A baseline from the other answers needs 2 answers to a prompt; there is {answers}."
         )
-    above_BK = jnp.sum(rewards_BK[..., :, None] - rewards_BK[..., None, :], axis=-1)
-    return rewards_BK - above_BK / (answers - 1)
+    has_reward_BK = jnp.ones(rewards_BK.shape, bool) if mask_BK is None else mask_BK != 0
+    rewards_BK = jnp.where(has_reward_BK, rewards_BK, 0.0)
+    above_BKK = jnp.where(
+        has_reward_BK[..., None, :], rewards_BK[..., :, None] - rewards_BK[..., None, :], 0.0
+    )
+    others_BK = jnp.sum(has_reward_BK, axis=-1, keepdims=True) - has_reward_BK
+    baselines_BK = rewards_BK - jnp.sum(above_BKK, axis=-1) / jnp.maximum(others_BK, 1)
+    return jnp.where(has_reward_BK, baselines_BK, 0.0)
 
 
 def per_token_rewards(

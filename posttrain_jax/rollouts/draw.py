@@ -97,7 +97,8 @@ class Rollouts:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RolloutBatch:
-    """Rollouts on the devices: `[M, B, T]`, and `[M, B, 1]` for what a row has one of. See `Rollouts`."""
+    """Rollouts on the devices: `[M, B, T]`, and `[M, B, 1]` for what a row has one of. See `Rollouts`; `has_score` is 0
+    where a reward function failed, so that `scores` says nothing."""
 
     tokens: Array
     segment_ids: Array
@@ -105,6 +106,7 @@ class RolloutBatch:
     engine_logps: Array
     ends: Array
     scores: Array
+    has_score: Array
 
 
 PROMPT_COLUMNS = ("prompt", "messages", "prompt_ids")
@@ -249,7 +251,14 @@ def truncate(tokens: np.ndarray, ended: bool, *, token: int | None, after: int) 
     return (tokens[: after + places[0] + 1], True) if places.size else (tokens, False)
 
 
-def put_rollouts(rollouts: Rollouts, scores: np.ndarray, mesh: Mesh, micro_batches: int) -> RolloutBatch:
+def put_rollouts(
+    rollouts: Rollouts,
+    scores: np.ndarray,
+    mesh: Mesh,
+    micro_batches: int,
+    *,
+    has_score: np.ndarray | None = None,
+) -> RolloutBatch:
     """The rows on the devices, in their order over the whole mesh, wherever it has a process's devices (on a TPU slice
     they are not neighbours). Every process has all of them and gives what its devices hold.
 
@@ -258,7 +267,10 @@ def put_rollouts(rollouts: Rollouts, scores: np.ndarray, mesh: Mesh, micro_batch
       scores: float32 `[N]`.
       mesh: of the devices.
       micro_batches: M.
+      has_score: bool `[N]`; None = all have one.
     """
+    if has_score is None:
+        has_score = np.ones(len(scores), bool)
     sharding = batch_sharding(mesh)
 
     def put(rows: np.ndarray) -> Array:
@@ -273,4 +285,5 @@ def put_rollouts(rollouts: Rollouts, scores: np.ndarray, mesh: Mesh, micro_batch
         engine_logps=put(rollouts.engine_logps),
         ends=put(rollouts.ends),
         scores=put(scores.astype(np.float32)),
+        has_score=put(has_score.astype(np.int32)),
     )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from posttrain_jax.losses.advantages import per_token_rewards
 from posttrain_jax.losses.kl import k1, k2, k3
 from posttrain_jax.losses.logprobs import Projection
-from posttrain_jax.masking import shift_left
+from posttrain_jax.masking import masked_sum, shift_left
 from posttrain_jax.models.heads import token_logps
 from posttrain_jax.models.reward_head import scores
 from posttrain_jax.models.transformer import Model, head_VD
@@ -43,7 +43,9 @@ class Experience:
     """An iteration's answers, `[M, B, T]`; a token's numbers stand at the place that predicts it.
 
     Attributes:
-      tokens, segment_ids, actions: as in `Rollouts`.
+      tokens, segment_ids: as in `Rollouts`.
+      actions: as in `Rollouts`, and 0 everywhere in an answer that has no score: nothing is learnt from it, and it is
+        in no mean, deviation or baseline of the others.
       logps: of the policy that drew the tokens, as the trainer computes them.
       values: of the states before the tokens; 0 without a value network.
       rewards: -beta k1 of every token, and the score at the last one.
@@ -149,7 +151,7 @@ def experience_of(
     experience = Experience(
         tokens=batch.tokens,
         segment_ids=batch.segment_ids,
-        actions=batch.actions,
+        actions=batch.actions * batch.has_score,
         logps=found.logps,
         values=found.values,
         rewards=found.rewards,
@@ -162,11 +164,12 @@ def _is_adapter(path: str) -> bool:
 
 
 def _metrics(batch: RolloutBatch, found: _Found, kl_coefficient: Array) -> Metrics:
-    """Per answer: score, reward, the three estimates of the KL, tokens; per token: entropy (the mean of -log pi of what
-    was drawn, an unbiased estimate for the distribution drawn from); the largest and the mean gap between the engine's
-    log-probability of a token and the trainer's."""
+    """Per answer that has a score: score, reward; per answer: the three estimates of the KL, tokens; per token: entropy
+    (the mean of -log pi of what was drawn, an unbiased estimate for the distribution drawn from); the largest and the
+    mean gap between the engine's log-probability of a token and the trainer's."""
     acts = batch.actions != 0
     answers, drawn = jnp.float32(batch.scores.size), jnp.sum(acts, dtype=jnp.float32)
+    scored = jnp.sum(batch.has_score, dtype=jnp.float32)
 
     def total(values: Array) -> Array:
         return jnp.sum(jnp.where(acts, values, 0.0))
@@ -174,8 +177,8 @@ def _metrics(batch: RolloutBatch, found: _Found, kl_coefficient: Array) -> Metri
     pair = found.logps, found.reference
     gaps = jnp.where(acts, jnp.abs(found.logps - batch.engine_logps), 0.0)
     return {
-        "score": Metric(jnp.sum(batch.scores), answers),
-        "reward": Metric(total(found.rewards), answers),
+        "score": Metric(masked_sum(batch.scores, batch.has_score), scored),
+        "reward": Metric(total(found.rewards * batch.has_score), scored),
         "kl": Metric(total(k1(*pair)), answers),
         "kl_k2": Metric(total(k2(*pair)), answers),
         "kl_k3": Metric(total(k3(*pair)), answers),

@@ -94,16 +94,24 @@ class Scored:
     """What was made of N answers.
 
     Attributes:
-      scores: float32 `[N]`, what is learnt from.
-      components: float32 `[N]` each, by name.
-      failures: how many answers a reward function failed at, by name.
+      scores: float32 `[N]`.
+      has_score: bool `[N]`, False where a function failed, so that the score stands for nothing: the answer is not
+        learnt from. (An answer without an end whose score `missing_end` replaces needs no function.)
+      components: float32 `[N]` each, by name; `PythonReward.failure_score` where it failed.
+      failed: bool `[N]` of each reward function, by name.
       error: the first error of a function, or "".
     """
 
     scores: np.ndarray
+    has_score: np.ndarray
     components: dict[str, np.ndarray]
-    failures: dict[str, int]
+    failed: dict[str, np.ndarray]
     error: str
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """How many answers each reward function failed at, by name."""
+        return {name: int(failed_N.sum()) for name, failed_N in self.failed.items()}
 
 
 class Scorer:
@@ -152,13 +160,19 @@ class Scorer:
 
     def normalise(self, rollouts: Rollouts) -> tuple[float, float]:
         """From now on joined scores are gain * score + bias, so that these answers' have mean 0 and variance 1 (Ziegler
-        et al., arXiv:1909.08593, section 2.1: samples of the policy at the start); says (gain, bias).
+        et al., arXiv:1909.08593, section 2.1: samples of the policy at the start); says (gain, bias). Answers that a
+        function failed at are left out.
 
         Raises:
-          InputError: they all have the same score.
+          InputError: they all have the same score, or none has one.
         """
-        components, _, _ = self._components(rollouts)
-        joined = np.asarray(self._joined(components, rollouts), np.float64)
+        components, failed, error = self._components(rollouts)
+        joined = np.asarray(self._joined(components, rollouts), np.float64)[~_any(failed, rollouts)]
+        if not joined.size:
+            raise InputError(
+                f"score.normalise cannot be used: a reward function failed at every answer of the policy at the start; "
+                f"first: {error}"
+            )
         if not joined.std() > 0:
             raise InputError(
                 f"score.normalise cannot be used: {joined.size} answers of the policy at the start all have the score "
@@ -179,19 +193,22 @@ class Scorer:
 
     def __call__(self, rollouts: Rollouts, *, training: bool) -> Scored:
         """Every answer's score; what is relative to the other answers (whitening) is done for `training` alone."""
-        components, failures, error = self._components(rollouts)
+        components, failed, error = self._components(rollouts)
         score = jnp.float32(self._gain) * self._joined(components, rollouts) + jnp.float32(self._bias)
+        has_score = ~_any(failed, rollouts)
         if training and self._options.join == "piecewise":
-            score = whiten_biased(score, jnp.ones_like(score), shift_mean=True)
-        return Scored(self._shaped(score, rollouts), components, failures, error)
+            score = whiten_biased(score, jnp.asarray(has_score), shift_mean=True)
+        if self._options.missing_end == "replace":
+            has_score = has_score | ~rollouts.ended
+        return Scored(self._shaped(score, rollouts), has_score, components, failed, error)
 
-    def _components(self, rollouts: Rollouts) -> tuple[dict[str, np.ndarray], dict[str, int], str]:
-        """Scores by name, failures by name, and the first error."""
+    def _components(self, rollouts: Rollouts) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], str]:
+        """Scores by name, where functions failed by name, and the first error."""
         components: dict[str, np.ndarray] = {}
-        failures: dict[str, int] = {}
+        failed: dict[str, np.ndarray] = {}
         error = ""
         if self._workers is not None:
-            components, failures, error = self._by_functions(self._workers, rollouts)
+            components, failed, error = self._by_functions(self._workers, rollouts)
         for name, reward in self._models.items():
             found_EN = np.stack([self._by_model(member, rollouts) for member in reward.members])
             found_N = np.asarray(reward.combine_scores(jnp.asarray(found_EN)), np.float32)
@@ -202,29 +219,29 @@ class Scorer:
                     "trained well?"
                 )
             components[name] = found_N
-        return components, failures, error
+        return components, failed, error
 
     def _by_functions(
         self, workers: RewardWorkers, rollouts: Rollouts
-    ) -> tuple[dict[str, np.ndarray], dict[str, int], str]:
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], str]:
         """Scores and failures by name, and (in process 0) the first error. Process 0 alone asks the functions and tells
         the others: asked twice, one that is short of time or that draws need not say the same, and processes that
         learn from unlike scores, or of which one stops, wait for each other for ever."""
         names = self._functions
         scores_FN = np.zeros((len(names), len(rollouts.answers)), np.float32)
-        failures_F = np.zeros(len(names), np.int32)
+        failed_FN = np.zeros(scores_FN.shape, bool)
         error = ""
         if jax.process_index() == 0:
             found = workers.score(self._answers(rollouts))
             for place, name in enumerate(names):
                 scores_FN[place] = found[name].scores_N
-                failures_F[place] = sum(found[name].counts.values())
+                failed_FN[place] = [failure is not None for failure in found[name].failures]
                 error = error or next(iter(found[name].errors.values()), "")
         if jax.process_count() > 1:
-            scores_FN, failures_F = multihost_utils.broadcast_one_to_all((scores_FN, failures_F))
+            scores_FN, failed_FN = multihost_utils.broadcast_one_to_all((scores_FN, failed_FN))
         return (
             {name: np.asarray(scores_N) for name, scores_N in zip(names, scores_FN, strict=True)},
-            {name: int(count) for name, count in zip(names, failures_F, strict=True)},
+            {name: np.asarray(failed_N) for name, failed_N in zip(names, failed_FN, strict=True)},
             error,
         )
 
@@ -287,6 +304,11 @@ class Scorer:
         """Ends the worker processes."""
         if self._workers is not None:
             self._workers.close()
+
+
+def _any(failed: Mapping[str, np.ndarray], rollouts: Rollouts) -> np.ndarray:
+    """Where some function failed, bool `[N]`."""
+    return np.any([np.zeros(len(rollouts.answers), bool), *failed.values()], axis=0)
 
 
 def load_reward_model(

@@ -12,11 +12,14 @@ import optax
 import pytest
 
 from configs.ppo.letters import get_config
-from posttrain_jax.algorithms import ppo
+from posttrain_jax.algorithms import ppo, rloo
 from posttrain_jax.algorithms.collect import repetition
-from posttrain_jax.algorithms.online import Mixed, minibatch_updates
+from posttrain_jax.algorithms.online import Mixed, init_state, minibatch_updates
+from posttrain_jax.models.config import LoraConfig, ModelConfig
+from posttrain_jax.models.transformer import make_model
 from posttrain_jax.optim import divide_and_clip, new_state, scale_and_delay
-from posttrain_jax.rollouts.experience import Experience
+from posttrain_jax.rollouts.draw import RolloutBatch
+from posttrain_jax.rollouts.experience import Experience, Networks, experience_of
 from posttrain_jax.types import Array, Largest, Metric, Metrics, TrainState
 
 LR = 0.1
@@ -39,6 +42,75 @@ def test_targets_by_hand():
     found = ppo.targets_of(found.rows, options=plain)
     # Errors 0 + 1 - 0.5 and 4 - 1.
     np.testing.assert_allclose(found.advantages[0, :2], [2, 3], rtol=1e-6)
+
+
+def experience(rewards: list, actions: list, values: list | None = None) -> Experience:
+    """`[M, B, T]` or `[B, T]` of answers whose other numbers do not matter."""
+    rows = {"rewards": jnp.asarray(rewards, jnp.float32), "actions": jnp.asarray(actions)}
+    zeros = jnp.zeros(rows["rewards"].shape)
+    rest = dict.fromkeys(("tokens", "segment_ids", "logps"), zeros)
+    return Experience(values=zeros if values is None else jnp.asarray(values, jnp.float32), **rows, **rest)
+
+
+def test_an_answer_without_a_score_is_in_no_deviation():
+    """The rewards of `test_targets_by_hand`, and an answer of reward 100 that a function failed at: equal targets."""
+    options = ppo.options_from_config(get_config("tiny"))
+    options = dataclasses.replace(options, gamma=1.0, lam=0.5, whiten_rewards=True, whiten_advantages=True)
+    two = experience([[0, 4], [100, 100]], [[1, 1], [0, 0]], [[0.5, 1], [50, 50]])
+    found = ppo.targets_of(two, options=options)
+    np.testing.assert_allclose(found.advantages, [[1, -1], [0, 0]], rtol=1e-5)
+    np.testing.assert_allclose(found.returns[0], [3, 3], rtol=1e-5)
+
+
+def test_an_answer_without_a_score_is_in_no_baseline():
+    """Rewards 1, -, 6, 2 of two tokens each to one prompt, and to another a single one that has a score: 1 - 4, 0,
+    6 - 1.5, 2 - 3.5; 0. With the failure's number, 0, in the baseline, the first would be 1 - 8/3."""
+    rewards = [[[0, 1], [0, 0], [0, 6], [0, 2]], [[0, 5], [0, 0], [0, 0], [0, 0]]]
+    actions = [[[1, 1], [0, 0], [1, 1], [1, 1]], [[1, 1], [0, 0], [0, 0], [0, 0]]]
+    found = rloo.compared(experience(rewards, actions), samples=4)
+    np.testing.assert_allclose(found.advantages, [[-3, 0, 4.5, -1.5], [0, 0, 0, 0]], rtol=1e-6)
+
+
+def test_a_failed_answer_is_worth_nothing_to_learn_from():
+    """Two answers of two tokens at places 1 and 2; the second has no score. Score 3 and no KL: its reward is the last
+    place's, and the mean score is the first answer's alone. Its tokens are still in the KL and the entropy."""
+    model = make_model(ModelConfig("llama", 8, 8, 1, 1, 1, 8, 16, query_scale=8**-0.5))
+    params = model.init(jax.random.key(0))
+    ones = jnp.ones((1, 2, 4), jnp.int32)
+    batch = RolloutBatch(
+        tokens=ones,
+        segment_ids=ones,
+        actions=jnp.asarray([[[0, 1, 1, 0], [0, 1, 1, 0]]]),
+        engine_logps=jnp.zeros((1, 2, 4)),
+        ends=jnp.full((1, 2, 1), 3),
+        scores=jnp.asarray([[[3.0], [99.0]]]),
+        has_score=jnp.asarray([[[1], [0]]]),
+    )
+    made, metrics = experience_of(
+        params, jnp.float32(0), batch, params, networks=Networks(model, model, None, 1.0)
+    )
+    assert made.actions.tolist() == [[[0, 1, 1, 0], [0, 0, 0, 0]]]
+    np.testing.assert_allclose(made.rewards[0, 0], [0, 0, 3, 0], atol=1e-6)
+    for name, sum_, count in (("score", 3, 1), ("reward", 3, 1), ("answer_tokens", 4, 2), ("kl", 0, 2)):
+        np.testing.assert_allclose((metrics[name].sum, metrics[name].count), (sum_, count), atol=1e-5)
+
+
+def test_of_the_value_head_the_kernel_and_the_bias_are_learnt():
+    """Its gain is a statistic and stays 1. With LoRA on the policy the value network is trained whole."""
+    model = make_model(ModelConfig("llama", 8, 8, 1, 1, 1, 8, 16, query_scale=8**-0.5), lora=LoraConfig(2))
+    head = {"kernel": jnp.zeros((8, 1)), "gain": jnp.ones(()), "bias": jnp.zeros(())}
+    state = init_state(
+        {"final_norm": jnp.ones(8), "value": {"final_norm": jnp.ones(8), "score_head": head}},
+        jax.random.key(0),
+        model=model,
+        kl_coefficient=0.1,
+        optimizer=sgd(),
+        ema_decay=0.0,
+    )
+    learnt = state.params["value"]
+    assert set(state.params) == {"value"} and set(learnt) == {"final_norm", "score_head"}
+    assert set(learnt["score_head"]) == {"kernel", "bias"}
+    assert state.frozen["value"]["score_head"] == {"gain": 1.0}
 
 
 def state_of(optimizer: optax.GradientTransformationExtraArgs) -> TrainState:

@@ -23,6 +23,7 @@ from configs.ppo.letters import get_config
 from launch.config import check_values
 from launch.train import algorithms, run
 from posttrain_jax.algorithms import ppo
+from posttrain_jax.algorithms.online_config import ValueNetwork
 from posttrain_jax.errors import InputError
 from posttrain_jax.experiment import policy_from_config
 from posttrain_jax.export_model import export_hf
@@ -35,6 +36,7 @@ from posttrain_jax.models.transformer import make_model
 from posttrain_jax.rollouts.experience import policy_params
 from posttrain_jax.sampling.generate import GenerateOptions, generate
 from posttrain_jax.sampling.prompts import encode_text
+from posttrain_jax.sharding import make_mesh
 from posttrain_jax.trees import combine
 
 WORDS = ("<end>", "a", "b", "c", "d")
@@ -263,6 +265,18 @@ def test_other_networks(kind, tmp_path):
     assert last["train/value_loss"] > 0
     loaded = load_model(str(tmp_path / "run"), ema=kind == "shared")
     assert "value" not in loaded.params and loaded.lora.rank == (2 if kind == "adapter" else 0)
+
+
+def test_a_reward_model_becomes_a_linear_value_head(tmp_path):
+    """Gain 3 and bias -0.5: the kernel is 3 times the reward model's, so that its values are its scores."""
+    model = save_reward_model(tmp_path / "reward")
+    before = load_model(model).params["score_head"]
+    config = short(ppo__value=model)
+    network = ValueNetwork(model, config, policy_from_config(config), make_mesh())
+    scaled = {**before, "gain": jnp.float32(3), "bias": jnp.float32(-0.5)}
+    head = network._with_value({}, {"score_head": scaled})["value"]["score_head"]
+    np.testing.assert_array_equal(head["kernel"], 3 * np.asarray(before["kernel"]))
+    assert (float(head["gain"]), float(head["bias"])) == (1.0, -0.5)
 
 
 def test_an_evaluation_may_draw_at_a_temperature_of_its_own(tmp_path):

@@ -130,6 +130,15 @@ def test_answers_of_equal_reward_have_an_advantage_of_exactly_zero(reward):
     np.testing.assert_array_equal(rewards - leave_one_out(rewards), np.zeros((2, 7)))
 
 
+def test_leave_one_out_without_the_answers_that_have_no_reward():
+    """1, -, 6, 2: (6 + 2) / 2, none, (1 + 2) / 2, (1 + 6) / 2, and not a bit of the NaN. Alone with its reward, an
+    answer is its own baseline; where nobody has one, there is none."""
+    rewards = jnp.array([[1.0, jnp.nan, 6.0, 2.0], [7.0, 5.0, 5.0, 5.0], [9.0, 9.0, 9.0, 9.0]])
+    mask = jnp.array([[1, 0, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]])
+    want = [[4.0, 0.0, 1.5, 3.5], [7.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
+    np.testing.assert_array_equal(leave_one_out(rewards, mask), want)
+
+
 def test_leave_one_out_needs_others():
     with pytest.raises(ValueError, match="2 answers"):
         leave_one_out(jnp.ones((3, 1)))

@@ -17,3 +17,10 @@ def drawn(answers: list[Answer]) -> list[float]:
     if any(answer.token_ids == (0,) for answer in answers):
         raise ValueError("no")
     return [random.random() for _ in answers]
+
+
+def length_without_x(answers: list[Answer]) -> list[float]:
+    """The number of tokens; fails at an x."""
+    if any("x" in answer.text for answer in answers):
+        raise ValueError("an x")
+    return [float(len(answer.token_ids)) for answer in answers]

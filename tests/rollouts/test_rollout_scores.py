@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import jax
@@ -26,6 +27,7 @@ from posttrain_jax.sharding import make_mesh
 
 CONFIG = ModelConfig("llama", 260, 16, 2, 4, 2, 4, 32, query_scale=0.5, eos_token_ids=(257,))
 LENGTH = "posttrain_jax.rewards.rules:token_count"
+SOME = "tests.rollouts.letter_lengths:length_without_x"
 SHORTER = "tests.rollouts.letter_lengths:negative_length"
 KEEP = ScoreOptions({LENGTH: 1.0})
 
@@ -80,6 +82,23 @@ def test_scores_are_normalised_on_answers_of_the_start():
     deviation = (8 / 3) ** 0.5
     assert (gain, bias) == pytest.approx((1 / deviation, -4 / deviation))
     np.testing.assert_allclose(scored.scores, [2 / deviation - 1.0, -3 / deviation], rtol=1e-6)
+
+
+def test_an_answer_that_a_function_fails_at_has_no_score():
+    """Lengths 2, -, 4, -, where the last answer has no end and needs no function once its score is replaced. Where
+    scores are normalised the mean is of 2 and 4 alone (deviation 1); -1 is what a failure shows."""
+    failing = {SOME: PythonReward(SOME, failure_score=-1.0)}
+    replaced = ScoreOptions({SOME: 1.0}, missing_end="replace", missing_end_value=-9.0)
+    four = rollouts(["ab", "x", "abcd", "xy"], [True, True, True, False])
+    with contextlib.closing(scorer(replaced, functions=failing)) as scores:
+        scored = scores(four, training=True)
+        normalisation = scores.normalise(four)
+        with pytest.raises(InputError, match="failed at every answer of the policy at the start; .*an x"):
+            scores.normalise(rollouts(["x", "xx"], [True, True]))
+    assert scored.scores.tolist() == [2, -1, 4, -9]
+    assert scored.has_score.tolist() == [True, False, True, True]
+    assert scored.failures == {SOME: 2} and "an x" in scored.error
+    assert normalisation == (1.0, -3.0)
 
 
 @pytest.mark.slow
