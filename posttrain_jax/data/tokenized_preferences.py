@@ -415,7 +415,7 @@ def _fit(
     token that is trained, the one at which a reward model is read, here as when answers of a policy are scored.
     """
     limit = options.max_length
-    sequences = [_until_the_end(encoded) for encoded in sequences]
+    sequences = [until_the_end(encoded) for encoded in sequences]
     longest = max(len(encoded.tokens) for encoded in sequences)
     if limit and longest > limit:
         if options.truncate == "error":
@@ -446,7 +446,7 @@ def _fit(
     return _Kept(row, preference, differing, tuple(sequences), _shared_tokens(sequences))
 
 
-def _until_the_end(encoded: Encoded) -> Encoded:
+def until_the_end(encoded: Encoded) -> Encoded:
     """Without the tokens after the last trained one."""
     trained = np.flatnonzero(encoded.loss_mask)
     if not len(trained):

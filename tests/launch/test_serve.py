@@ -103,6 +103,20 @@ def joined(stream):
     return "".join(chunk.text for chunk in chunks), chunks[-1].finish_reason
 
 
+def test_the_readmes_client_runs(base_url, loaded, capsys):
+    """The README's lines, asked of this server and its model."""
+    (code,) = re.findall(
+        r"```python\n(from openai.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL
+    )
+    code = code.replace("http://127.0.0.1:8000/v1", base_url).replace("runs/smollm2", "tiny")
+    exec(
+        code.replace('"none"', f'"{KEY}"').replace("stream=True", "stream=True, temperature=0, max_tokens=9"),
+        {},
+    )
+    prompt = encode_chat(loaded.tokenizer, [{"role": "user", "content": "Hi"}])
+    assert capsys.readouterr().out == text_of(loaded, expected(loaded, prompt, 9))
+
+
 def test_the_model_is_listed(client):
     (model,) = client.models.list().data
     assert (model.id, model.object) == ("tiny", "model")

@@ -13,6 +13,7 @@ import jax
 from posttrain_jax.export_model import export_hf
 from posttrain_jax.models.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.models.reward_head import score_head_params
 from posttrain_jax.models.transformer import make_model
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -41,6 +42,15 @@ def save_tiny_model(
     if not chat:
         tokenizer.chat_template = None
     export_hf(folder, config=config, params=params, tokenizer=tokenizer)
+    return folder
+
+
+def save_tiny_reward_model(folder: pathlib.Path) -> pathlib.Path:
+    """A random one that reads conversations of the byte tokenizer."""
+    params = make_model(CONFIG).init(jax.random.key(1))
+    params.pop("head", None)
+    head = score_head_params(jax.random.key(2), CONFIG.d_model, init="normal")
+    export_hf(folder, config=CONFIG, params={**params, "score_head": head}, tokenizer=byte_tokenizer())
     return folder
 
 
