@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from posttrain_jax.assets import fetch
 from posttrain_jax.checkpoint import is_workdir, restore_params, saved_parameters
-from posttrain_jax.errors import InputError
+from posttrain_jax.errors import InputError, shown
 from posttrain_jax.models.config import LoraConfig, ModelConfig
 from posttrain_jax.models.gguf import config_from_gguf, load_gguf
 from posttrain_jax.models.gguf_file import GgufFile
@@ -372,10 +372,26 @@ def _kept_head(source: Source, reward: bool) -> PyTree:
 
 def _workdir_lora(workdir: pathlib.Path) -> LoraConfig:
     """The adapter that the run in this workdir trains."""
-    fields = read_json(workdir / "config.json").get("model", {}).get("lora")
-    if not fields or not fields["rank"]:
-        return LoraConfig()
-    return LoraConfig(fields["rank"], float(fields["alpha"]), tuple(fields["targets"]), fields["rslora"])
+    fields = _run_model(workdir).get("lora") or {"rank": 0}
+    try:
+        if not fields["rank"]:
+            return LoraConfig()
+        targets = tuple(str(name) for name in fields["targets"])
+        return LoraConfig(int(fields["rank"]), float(fields["alpha"]), targets, bool(fields["rslora"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{workdir / 'config.json'}: model.lora is {shown(fields)}, which no run writes there; restore the file."
+        ) from error
+
+
+def _run_model(workdir: pathlib.Path) -> dict[str, Any]:
+    """The section `model` of a run's config."""
+    section = read_json(workdir / "config.json").get("model", {})
+    if not isinstance(section, dict):
+        raise InputError(
+            f"{workdir / 'config.json'}: model is {shown(section)}, which no run writes there; restore the file."
+        )
+    return section
 
 
 def has_adapter(source: Source) -> bool:
@@ -388,23 +404,49 @@ def base_name(source: Source) -> str:
 
     A run can go on with the adapter of another run or folder, so those on this machine are followed to the first.
     """
-    if source.kind == "workdir":
-        name = str(read_json(source.path / "config.json")["model"]["init"])
-    else:
-        name = read_json(source.path / "adapter_config.json").get("base_model_name_or_path") or ""
-    if not name or not pathlib.Path(re.sub(r"@\d+$", "", name)).expanduser().is_dir():
-        return name
-    before = resolve(name)
-    return base_name(before) if has_adapter(before) else name
+    seen = set()
+    while True:
+        if source.kind == "workdir":
+            name = str(_run_model(source.path).get("init") or "")
+        else:
+            name = _named_base(source)
+        if not name or not pathlib.Path(re.sub(r"@\d+$", "", name)).expanduser().is_dir():
+            return name
+        source = resolve(name)
+        if not has_adapter(source):
+            return name
+        if source.path.resolve() in seen:
+            raise InputError(
+                f"{source.path}: its base model leads back to itself; write the right one there."
+            )
+        seen.add(source.path.resolve())
+
+
+def _named_base(source: Source) -> str:
+    """What adapter_config.json says it was trained on; "" where it says nothing."""
+    base = read_json(source.path / "adapter_config.json").get("base_model_name_or_path") or ""
+    if not isinstance(base, str):
+        raise InputError(
+            f"{source.path}: base_model_name_or_path of adapter_config.json is {shown(base)}, but must be a string."
+        )
+    return base
 
 
 def _base_of(source: Source) -> Source:
-    base = read_json(source.path / "adapter_config.json").get("base_model_name_or_path")
-    if not base:
+    name = _named_base(source)
+    if not name:
         raise InputError(
             f"{source.path}: adapter_config.json names no base_model_name_or_path; write it there."
         )
-    return resolve(base)
+    base = resolve(name)
+    if base.kind == "adapter":
+        itself = base.path.resolve() == source.path.resolve()
+        raise InputError(
+            f"{source.name}: its base_model_name_or_path is {name}, "
+            f"{'the adapter itself' if itself else 'an adapter too'}; "
+            f"{'write the base model there' if itself else 'merge that into its base model first'}."
+        )
+    return base
 
 
 def _load_adapter(

@@ -18,7 +18,7 @@ from posttrain_jax.checkpoint import Checkpoints
 from posttrain_jax.errors import InputError
 from posttrain_jax.experiment import policy_from_config
 from posttrain_jax.export_model import export_hf, put_in_place, write_model_folder
-from posttrain_jax.load_model import has_adapter, load_config, load_model, resolve
+from posttrain_jax.load_model import base_name, has_adapter, load_config, load_model, resolve
 from posttrain_jax.models.config import LoraConfig, ModelConfig
 from posttrain_jax.models.peft import save_adapter
 from posttrain_jax.models.transformer import make_model
@@ -163,8 +163,23 @@ def test_an_adapter_is_a_model(exported: pathlib.Path, tmp_path: pathlib.Path) -
     config.model.tokenizer = str(exported)
     with pytest.raises(InputError, match=r"adapter of rank 2, alpha 4, .* the config says rank 4, alpha 16"):
         policy_from_config(config).init_params(make_mesh(), jax.random.key(0))
-    save_adapter(adapted, lora, CONFIG, tmp_path / "adapter")
-    with pytest.raises(InputError, match="base_model_name_or_path"):
+    for base, message in (
+        ("", "names no base_model_name_or_path"),
+        (str(tmp_path / "adapter"), "the adapter itself; write the base model there"),
+        (str(tmp_path / "other"), "an adapter too; merge that into its base model first"),
+    ):
+        save_adapter(adapted, lora, CONFIG, tmp_path / "adapter", base_model=base)
+        save_adapter(adapted, lora, CONFIG, tmp_path / "other", base_model=str(tmp_path / "adapter"))
+        for load in (load_model, lambda name: load_config(resolve(name))):
+            with pytest.raises(InputError, match=message):
+                load(str(tmp_path / "adapter"))
+    with pytest.raises(InputError, match="leads back to itself"):
+        base_name(resolve(str(tmp_path / "adapter")))
+    fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({**fields, "base_model_name_or_path": 7})
+    )
+    with pytest.raises(InputError, match="base_model_name_or_path of adapter_config.json is 7, but must be"):
         load_model(str(tmp_path / "adapter"))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from posttrain_jax.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
@@ -85,6 +87,43 @@ class ModelConfig:
     @property
     def any_global(self) -> bool:
         return not (self.sliding_window > 0 and all(self.local_layers) and self.local_layers)
+
+
+MOST_LAYERS = 10_000
+"""More layers than any model has: a damaged file must not make one entry for each of a billion."""
+
+
+def check_sizes(config: ModelConfig, where: str) -> None:
+    """Refuses sizes of which no transformer can be made.
+
+    Raises:
+      InputError: one that is not positive or too large, heads that cannot be shared, an odd head width.
+    """
+    sizes = {
+        "vocabulary": config.vocab_size,
+        "width": config.d_model,
+        "number of layers": config.n_layers,
+        "number of attention heads": config.n_heads,
+        "number of key-value heads": config.n_kv_heads,
+        "head width": config.head_dim,
+        "feed-forward width": config.d_ff,
+        "longest position": config.max_length,
+    }
+    for name, size in sizes.items():
+        if not 0 < size < 2**31:
+            raise InputError(f"{where}: the {name} is {size}, of which no model can be made.")
+    if config.n_layers > MOST_LAYERS:
+        raise InputError(
+            f"{where}: the model has {config.n_layers} layers; at most {MOST_LAYERS} are supported."
+        )
+    if config.n_heads % config.n_kv_heads:
+        raise InputError(
+            f"{where}: {config.n_heads} attention heads cannot share {config.n_kv_heads} key-value heads evenly."
+        )
+    if config.head_dim % 2:
+        raise InputError(
+            f"{where}: the head width is {config.head_dim}, but RoPE turns pairs, so it must be even."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ Format: github.com/ggml-org/ggml, docs/gguf.md.
 from __future__ import annotations
 
 import dataclasses
+import math
 import mmap
 import pathlib
 import struct
@@ -17,10 +18,12 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.errors import InputError, shown
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_DEEPEST = 4
+"""How many arrays may lie in each other; no known file has any in another."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,17 +109,19 @@ class GgufFile:
         self._at = at
         return out
 
-    def _value(self, kind: int) -> Any:
+    def _value(self, kind: int, depth: int = 0) -> Any:
         if kind == _STRING:
             return self._string()
         if kind == _ARRAY:
+            if depth == _DEEPEST:
+                raise ValueError(f"more than {_DEEPEST} arrays in each other")
             item, count = self._unpack("I")[0], self._unpack("Q")[0]
             if count > len(self._bytes):
                 raise ValueError(f"an array of {count} entries does not fit the file")
             if item == _STRING:
                 return self._strings(count)
             if item == _ARRAY:
-                return [self._value(_ARRAY) for _ in range(count)]
+                return [self._value(_ARRAY, depth + 1) for _ in range(count)]
             return list(self._unpack(_SCALARS[item], count))
         return self._unpack(_SCALARS[kind])[0]
 
@@ -140,9 +145,15 @@ class GgufFile:
             dims = self._unpack("Q", self._unpack("I")[0])
             infos.append((name, dims[::-1], GGMLQuantizationType(self._unpack("I")[0]), self._unpack("Q")[0]))
         alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"general.alignment is {shown(alignment)}, no positive number")
         start = -(-self._at // alignment) * alignment
         self.tensors: dict[str, GgufTensor] = {}
         for name, shape, kind, offset in infos:
             block, block_bytes = GGML_QUANT_SIZES[kind]
-            size = int(np.prod(shape)) // block * block_bytes
-            self.tensors[name] = GgufTensor(name, tuple(int(n) for n in shape), kind, start + offset, size)
+            if math.prod(shape[-1:]) % block:
+                raise ValueError(
+                    f"rows of {shape[-1]} in tensor {shown(name)} are no whole blocks of {block}"
+                )
+            size = math.prod(shape) // block * block_bytes
+            self.tensors[name] = GgufTensor(name, shape, kind, start + offset, size)

@@ -83,8 +83,13 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         raise InputError(
             f"{path}: there is no such file; give a complete Hugging Face model folder."
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); download the file again.") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: nested too deeply to be read; download the file again.") from error
+    except ValueError as error:  # JSON, UTF-8, or an integer of more digits than Python reads
+        reason = str(error).split(";", 1)[0]
+        raise InputError(f"{path}: not valid JSON ({reason}); download the file again.") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: a JSON object was expected; download the file again.")
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.errors import InputError, shown
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.hf_config import read_json
 from posttrain_jax.models.layout import Leaf, build, get_path, leaves
@@ -73,11 +74,18 @@ def load_safetensors(
 
     params = build(config, read, shardings, dtype, reward=reward)
     if reward:
-        bias = read_json(folder / "config.json").get("score_bias", 0.0)
+        bias = _score_bias(folder / "config.json")
         for name, value in (("gain", 1.0), ("bias", bias)):
             place = None if shardings is None else shardings["score_head"][name]
             params["score_head"][name] = _scalar(value, place)
     return params
+
+
+def _score_bias(path: pathlib.Path) -> float:
+    bias = read_json(path).get("score_bias", 0.0)
+    if isinstance(bias, bool) or not isinstance(bias, int | float) or not -1e38 < bias < 1e38:
+        raise InputError(f"{path}: score_bias is {shown(bias)}, but must be a number.")
+    return float(bias)
 
 
 def _scalar(value: float, sharding: jax.sharding.Sharding | None) -> Array:
@@ -96,7 +104,7 @@ def _open(folder: pathlib.Path) -> dict[str, Any]:
     if (folder / "model.safetensors").is_file():
         files = ["model.safetensors"]
     elif index.is_file():
-        files = sorted(set(read_json(index).get("weight_map", {}).values()))
+        files = _files_of(index)
     else:
         files = []
     if not files:
@@ -113,9 +121,9 @@ def _open(folder: pathlib.Path) -> dict[str, Any]:
     handles: dict[str, Any] = {}
     for file in files:
         path = folder / file
-        if pathlib.PurePath(file).name != file or not path.is_file():
+        if pathlib.PurePath(file).name != file or not os.path.isfile(path):  # False for names that cannot be
             raise InputError(
-                f"{path}: the index names this file but it is not there; download the model again."
+                f"{folder}: the index names this file but it is not there: {shown(file)}; download the model again."
             )
         try:
             handle = safe_open(str(path), framework="numpy")
@@ -125,6 +133,14 @@ def _open(folder: pathlib.Path) -> dict[str, Any]:
             ) from error
         handles.update(dict.fromkeys(handle.keys(), handle))
     return handles
+
+
+def _files_of(index: pathlib.Path) -> list[str]:
+    """The files that an index names."""
+    weight_map = read_json(index).get("weight_map", {})
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{index}: weight_map does not name a file for each tensor; download it again.")
+    return sorted(set(weight_map.values()))
 
 
 def _check(

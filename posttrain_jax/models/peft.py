@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.errors import InputError, shown
 from posttrain_jax.models.config import LoraConfig, ModelConfig
 from posttrain_jax.models.hf_config import read_json
 from posttrain_jax.models.layout import PROJECTIONS, get_path, projection_sizes, set_path
@@ -21,7 +21,12 @@ from posttrain_jax.types import Array, PyTree
 
 _PREFIX = "base_model.model.model."
 _MODULES = {hf: name for name, (_, hf, _) in PROJECTIONS.items()}
-_KEY = re.compile(r"(?:[\w.]+\.)?layers\.(\d+)\.((?:self_attn|mlp)\.\w+)\.lora_([AB])\.weight")
+_KEY = re.compile(
+    r"(?:base_model\.model\.)?(?:model\.|language_model\.)*"
+    r"layers\.(\d+)\.((?:self_attn|mlp)\.\w+)\.lora_([AB])\.weight"
+)
+"""A text model's tensor, in PEFT's names; `language_model` is the text model of a multimodal Gemma 3."""
+
 _PLAIN = {
     "bias": "none",
     "fan_in_fan_out": False,
@@ -35,6 +40,27 @@ _PLAIN = {
     "target_parameters": None,
 }
 """PEFT settings that change what an adapter computes, and the only value of each that is supported."""
+
+_READ = ("peft_type", "r", "lora_alpha", "use_rslora", "init_lora_weights", "base_model_name_or_path")
+_HARMLESS = (
+    "auto_mapping",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "loftq_config",
+    "lora_dropout",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+)
+"""PEFT settings that say how an adapter was started or trained, not what it computes: the tensors in the file say which
+modules have one, and the others are about settings that are refused."""
 
 
 def load_adapter(folder: str | pathlib.Path, config: ModelConfig) -> tuple[LoraConfig, PyTree]:
@@ -50,28 +76,11 @@ def load_adapter(folder: str | pathlib.Path, config: ModelConfig) -> tuple[LoraC
     fields = read_json(where)
     if fields.get("peft_type") != "LORA":
         raise InputError(f"{where}: peft_type {fields.get('peft_type')!r} is not supported; only LORA is.")
-    for key, value in _PLAIN.items():
-        if (fields.get(key, value) or None) != (value or None):
-            raise InputError(f"{where}: {key} = {fields[key]!r} is not supported; only plain LoRA is.")
-    if fields.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal"):
-        raise InputError(
-            f"{where}: init_lora_weights = {fields['init_lora_weights']!r} changes the base model, which is not "
-            "supported; convert the adapter to plain LoRA with PEFT first."
-        )
-    for key, kind in (("r", int), ("lora_alpha", int | float)):
-        if isinstance(fields.get(key), bool) or not isinstance(fields.get(key), kind) or fields[key] <= 0:
-            raise InputError(
-                f"{where}: {key} is {fields.get(key, 'absent')!r}, but must be a positive number; without it nothing "
-                "says how strong the adapter is."
-            )
-    tensors = _read_tensors(folder)
-    grouped: dict[tuple[str, str], dict[int, np.ndarray]] = {}
-    for key, value in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None or match[2] not in _MODULES:
-            raise InputError(f"{folder}: the adapter has tensor {key}, which no layer of the model takes.")
-        grouped.setdefault((_MODULES[match[2]], match[3]), {})[int(match[1])] = value
+    _check_settings(fields, where)
+    grouped = _grouped(folder)
     targets = tuple(name for name in PROJECTIONS if (name, "A") in grouped or (name, "B") in grouped)
+    if not targets:
+        raise InputError(f"{folder}: the adapter has no tensors; give a complete PEFT adapter folder.")
     rank = int(fields["r"])
     lora = LoraConfig(rank, float(fields["lora_alpha"]), targets, bool(fields.get("use_rslora", False)))
     leaves: dict[str, Any] = {}
@@ -85,6 +94,52 @@ def load_adapter(folder: str | pathlib.Path, config: ModelConfig) -> tuple[LoraC
                 leaves, ("layers", PROJECTIONS[name][0], name, f"lora_{side.lower()}"), jnp.asarray(stacked)
             )
     return lora, leaves
+
+
+def _check_settings(fields: dict[str, Any], where: pathlib.Path) -> None:
+    """Refuses every setting that changes what an adapter computes, or may do so for all that is known here."""
+    for key, value in fields.items():
+        if key in _READ or key in _HARMLESS:
+            continue
+        if (value or None) != (_PLAIN.get(key) or None):
+            known = "only plain LoRA is" if key in _PLAIN else "what it changes is not known here"
+            raise InputError(
+                f"{where}: {key} = {shown(value)} is not supported ({known}); where PEFT can merge such an "
+                "adapter into its base model, do that and give the merged model."
+            )
+    if fields.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal", "eva"):
+        raise InputError(
+            f"{where}: init_lora_weights = {shown(fields['init_lora_weights'])} changes the base model, which is not "
+            "supported; convert the adapter to plain LoRA with PEFT first."
+        )
+    for key, kind in (("r", int), ("lora_alpha", int | float)):
+        value = fields.get(key)
+        if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < 2**31:
+            raise InputError(
+                f"{where}: {key} is {shown(fields.get(key, 'absent'))}, but must be a positive number; without it "
+                "nothing says how strong the adapter is."
+            )
+    if fields.get("use_rslora") not in (None, True, False):
+        raise InputError(f"{where}: use_rslora is {shown(fields['use_rslora'])}, but must be true or false.")
+
+
+def _grouped(folder: pathlib.Path) -> dict[tuple[str, str], dict[int, np.ndarray]]:
+    """(our name of a module, "A" or "B") -> layer -> tensor; a tensor that is not a text layer's is refused."""
+    grouped: dict[tuple[str, str], dict[int, np.ndarray]] = {}
+    for key, value in _read_tensors(folder).items():
+        match = _KEY.fullmatch(key)
+        if match is None or match[2] not in _MODULES:
+            raise InputError(
+                f"{folder}: the adapter has tensor {shown(key)}, which no layer of the text model takes; train "
+                f"adapters of {', '.join(_MODULES)} of the text model alone."
+            )
+        layers = grouped.setdefault((_MODULES[match[2]], match[3]), {})
+        if int(match[1]) in layers:
+            raise InputError(
+                f"{folder}: the adapter has two tensors for one place, {shown(key)} is the second."
+            )
+        layers[int(match[1])] = value
+    return grouped
 
 
 def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:

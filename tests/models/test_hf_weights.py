@@ -178,9 +178,18 @@ def test_pickles_missing_and_damaged_files(
         load_safetensors(saved, CONFIG)
     (saved / "model.safetensors").unlink()
     index = saved / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "../secret.safetensors"}}))
-    with pytest.raises(InputError, match="the index names this file"):
-        load_safetensors(saved, CONFIG)
+    for file in ("../secret.safetensors", "x" * 5000, "nul\0"):
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
+        with pytest.raises(InputError, match="the index names this file but it is not there: '"):
+            load_safetensors(saved, CONFIG)
+    for content in ('{"weight_map": ["a"]}', '{"weight_map": {"model.norm.weight": 7}}'):
+        index.write_text(content)
+        with pytest.raises(InputError, match="weight_map does not name a file for each tensor"):
+            load_safetensors(saved, CONFIG)
+    for content in ("[" * 100_000, '{"weight_map": ' + "9" * 5000 + "}", "[]"):
+        index.write_text(content)
+        with pytest.raises(InputError, match="nested too deeply|not valid JSON|JSON object was expected"):
+            load_safetensors(saved, CONFIG)
 
 
 def test_adapters_are_not_exported_by_mistake(tmp_path: pathlib.Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,18 @@ def test_merged_equals_unmerged(rslora: bool) -> None:
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"r": None}, "r is None, but must be a positive number"),
         ({"lora_alpha": "16"}, "lora_alpha is '16', but must be"),
+        ({"r": 10**400}, "r is 1000"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
+        ({"alora_invocation_tokens": [7, 8]}, r"alora_invocation_tokens = \[7, 8\] is not supported"),
+        ({"lora_bias": True}, "lora_bias = True"),
+        ({"use_qalora": True}, "use_qalora = True"),
+        ({"kasa_config": {"gamma": 1}}, "kasa_config"),
+        ({"arrow_config": {"top_k": 3}}, "arrow_config"),
+        (
+            {"some_new_setting": 0.5},
+            "some_new_setting = 0.5 is not supported .what it changes is not known here",
+        ),
         ({"r": 3}, r"has shape \(2, 16\), but the model needs \(3, 16\)"),
     ],
 )
@@ -115,11 +128,35 @@ def test_what_an_older_peft_did_not_write_is_taken_as_plain(adapter: pathlib.Pat
         load_adapter(adapter, CONFIG)
 
 
+@pytest.mark.parametrize(
+    "prefix", ["", "model.", "base_model.model.", "base_model.model.model.language_model."]
+)
+def test_names_of_the_text_model_with_other_prefixes(adapter: pathlib.Path, prefix: str) -> None:
+    """A bare model, Gemma 3 with images before and since transformers 5."""
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({key.replace("base_model.model.model.", prefix): value for key, value in tensors.items()}, path)
+    assert load_adapter(adapter, CONFIG)[0] == LORA
+
+
 def test_tensors_that_do_not_fit_are_named(adapter: pathlib.Path) -> None:
     path = adapter / "adapter_model.safetensors"
     tensors = load_file(path)
     save_file({**tensors, "base_model.model.lm_head.lora_A.weight": np.ones((2, 16), np.float32)}, path)
     with pytest.raises(InputError, match="lm_head"):
+        load_adapter(adapter, CONFIG)
+    for other in ("model.vision_tower.vision_model.encoder.", "visual.", "base_model.model.model."):
+        text = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+        theirs = text.replace("model.layers", f"{other}layers")
+        save_file({**tensors, theirs: tensors[text]}, path)
+        with pytest.raises(InputError, match=re.escape(theirs[:60])):
+            load_adapter(adapter, CONFIG)
+    twice = {key.replace("base_model.model.", ""): value for key, value in tensors.items()}
+    save_file({**tensors, **twice}, path)
+    with pytest.raises(InputError, match="two tensors for one place"):
+        load_adapter(adapter, CONFIG)
+    save_file({}, path)
+    with pytest.raises(InputError, match="has no tensors"):
         load_adapter(adapter, CONFIG)
     fewer = {name: value for name, value in tensors.items() if "layers.1.self_attn.q_proj" not in name}
     save_file(fewer, path)

@@ -17,7 +17,7 @@ from parity.torch_families import make_config, make_model
 from posttrain_jax.export_model import export_hf
 from posttrain_jax.load_model import load_model
 from posttrain_jax.models.config import LoraConfig
-from posttrain_jax.models.peft import save_adapter
+from posttrain_jax.models.peft import _HARMLESS, _PLAIN, _READ, _check_settings, save_adapter
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.models.transformer import make_model as make_ours
 from posttrain_jax.trees import combine
@@ -97,3 +97,19 @@ def test_we_load_what_peft_saves(targets: list[str] | str, rslora: bool, tmp_pat
     assert ours.lora.rank == 3
     assert len(ours.lora.targets) == (2 if targets == ["q_proj", "v_proj"] else 7)
     assert_close(our_logits(ours.model, ours.params), theirs)
+
+
+def test_every_setting_of_peft_is_known() -> None:
+    """A setting of an installed PEFT is read here, known to be harmless, or refused: a new one must be looked at."""
+    fresh = peft.LoraConfig(task_type="CAUSAL_LM", r=3).to_dict()
+    _check_settings({**fresh, "peft_type": "LORA"}, pathlib.Path("adapter_config.json"))
+    refused = {
+        "alora_invocation_tokens",
+        "arrow_config",
+        "corda_config",
+        "kasa_config",
+        "lora_bias",
+        "lora_ga_config",
+    }
+    refused |= {"megatron_config", "monteclora_config", "use_bdlora", "use_qalora", "velora_config"}
+    assert set(fresh) <= {*_READ, *_HARMLESS, *_PLAIN, *refused}
