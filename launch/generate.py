@@ -5,8 +5,9 @@ prompts.
 
 A row of --prompts is {"id": ..., "prompt": "text" | "messages": [{"role", "content"}, ...] | "prompt_ids": [ints]},
 id optional (default: the row's number, from 0); `tools` may stand beside messages. A row of --out is {"id", "sample",
-"text", "token_ids", "logprobs", "finish_reason"}; logprobs are the model's own (nats, no temperature). Beside --out
-lies OUT.options.json, which says how the answers were made.
+"text", "token_ids", "logprobs", "finish_reason"}; logprobs are the model's own (nats, no temperature); "in_thought" is
+true where the prompt ended with <think>, so that the text starts inside a thought. Beside --out lies OUT.options.json,
+which says how the answers were made.
 """
 
 from __future__ import annotations
@@ -218,6 +219,7 @@ def generate(options: Options) -> None:
     import jax
 
     from posttrain_jax.load_model import load_model, require_language_model
+    from posttrain_jax.rewards.thoughts import prompt_opens_thought
     from posttrain_jax.sampling.generate import generate_as_finished
     from posttrain_jax.sharding import make_mesh
 
@@ -254,7 +256,8 @@ def generate(options: Options) -> None:
             write_description(out, description)
             with out.open("ab") as file:
                 for sample in answers(done=places):
-                    append(file, answer_row(sample, prompts[sample.prompt], loaded))
+                    in_thought = prompt_opens_thought(loaded.tokenizer, encoded[sample.prompt].tolist())
+                    append(file, answer_row(sample, prompts[sample.prompt], loaded, in_thought=in_thought))
                     progress.add(sample)
         except OSError as error:
             raise InputError(
@@ -458,8 +461,10 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def answer_row(sample: Sample, prompt: Prompt, loaded: LoadedModel) -> dict[str, Any]:
-    """One row of the output.
+def answer_row(
+    sample: Sample, prompt: Prompt, loaded: LoadedModel, *, in_thought: bool = False
+) -> dict[str, Any]:
+    """One row of the output; `in_thought` says that the prompt ended with <think>.
 
     Raises:
       InputError: the model's numbers are not finite.
@@ -482,6 +487,7 @@ def answer_row(sample: Sample, prompt: Prompt, loaded: LoadedModel) -> dict[str,
         "logprobs": [float(f"{value:.8g}") for value in sample.logprobs.tolist()],
         "finish_reason": sample.finish_reason,
     }
+    row |= {"in_thought": True} if in_thought else {}
     return row | ({"prompt_tokens_cut": sample.cut} if sample.cut else {})
 
 

@@ -1,8 +1,9 @@
 """Which of two models answers better? A judge is shown both answers to every prompt, in both orders.
 
---a and --b are files that launch.generate wrote for the same prompts; they are paired by id and sample. What was asked
-is a row's own column `prompt` or `messages` (so a file of reference answers can be an opponent), else what --prompts or
-the file that FILE.options.json names has under its id.
+--a and --b are files that launch.generate wrote for the same prompts; they are paired by id and sample. Of an answer
+the judge sees what follows its thought: nothing of one that was cut off inside. What was asked is a row's own column
+`prompt` or `messages` (so a file of reference answers can be an opponent), else what --prompts or the file that
+FILE.options.json names has under its id.
 
 --judge is the URL of an OpenAI-compatible server, with the model's name in --judge_model; or a MODEL of ours, judged by
 its log-probabilities of "A" and "B"; or a reward model, whose higher score wins. The key of a server is read from
@@ -113,6 +114,11 @@ def compare(options: Options) -> dict[str, Any]:
     if options.seed < 0:
         raise InputError(f"--seed is {options.seed}; it must be 0 or more.")
     pairs = read_pairs(options)
+    empty = sum(not pair.a.strip() for pair in pairs), sum(not pair.b.strip() for pair in pairs)
+    if any(empty):
+        print(
+            f"{empty[0]:,} answers of a and {empty[1]:,} of b are empty, or were cut off inside their thought."
+        )
     out = Path(options.out).expanduser()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -227,7 +233,7 @@ def make_judge(options: Options) -> Judge:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One row of answers: where it stands, its text, and what was asked."""
+    """One row of answers: where it stands, its text without the thought, and what was asked."""
 
     where: str
     text: str
@@ -282,6 +288,8 @@ def read_answers(path: str, prompts: str) -> dict[Key, Answer]:
         line.
     """
     from posttrain_jax.data.sources import RowError, read_rows
+    from posttrain_jax.evaluate.answers import without_thinking
+    from posttrain_jax.rewards.thoughts import opens_thought
 
     if not Path(path).expanduser().is_file():
         raise InputError(f"{path}: there is no such file; give one that launch.generate wrote.")
@@ -290,7 +298,7 @@ def read_answers(path: str, prompts: str) -> dict[Key, Answer]:
     for row in read_rows(path):
         where = f"{row.source}:{row.line}"
         try:
-            key, text = _checked(row)
+            key, text, in_thought = _checked(row)
             if key in answers:
                 raise RowError(
                     "id", f"is {key[0]!r} with sample {key[1]}, which {answers[key].where} has already"
@@ -305,7 +313,9 @@ def read_answers(path: str, prompts: str) -> dict[Key, Answer]:
             raise InputError(f"{where}: {error.column} {error.reason}.") from error
         assert prompt is not None  # _request refuses it
         messages = prompt.row.get("messages")
-        answers[key] = Answer(where, text, request, prompt.row["prompt"] if messages is None else messages)
+        words = prompt.row["prompt"] if messages is None else messages
+        in_thought = in_thought or (isinstance(words, str) and opens_thought(words))
+        answers[key] = Answer(where, without_thinking(text, in_thought=in_thought), request, words)
     return answers
 
 
@@ -331,8 +341,8 @@ def prompts_of(path: str, prompts: str) -> dict[str | int, Prompt]:
     return {prompt.id: prompt for prompt in read_prompts(prompts)}
 
 
-def _checked(row: Row) -> tuple[Key, str]:
-    """Id and sample, and the text. Raises RowError."""
+def _checked(row: Row) -> tuple[Key, str, bool]:
+    """Id and sample, the text, and whether it starts inside a thought. Raises RowError."""
     from posttrain_jax.data.sources import RowError
 
     if row.error is not None:
@@ -346,7 +356,10 @@ def _checked(row: Row) -> tuple[Key, str]:
         raise RowError(
             "text", "is missing, so there is nothing to judge (a model without a tokenizer writes none)"
         )
-    return (name, sample), text
+    in_thought = row.value.get("in_thought") or False
+    if not isinstance(in_thought, bool):
+        raise RowError("in_thought", "must be true or false")
+    return (name, sample), text, in_thought
 
 
 def _request(prompt: Prompt | None, name: str | int) -> str:

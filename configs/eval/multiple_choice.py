@@ -18,7 +18,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.eval = "asset:openbookqa"  # asset:NAME, path, folder, hf:NAME, tfds:NAME
     config.data.prompt = "{question}"  # what stands before a choice; {column} of the row
     config.data.choices = "options"  # the column of the choices
-    config.data.answer = "answer"  # the column of the right one: text, letter, or place from 0
+    config.data.answer = "answer"  # the column of the right one: text, letter, or place
+    config.data.count_from = "auto"  # places count from 0 or 1; auto: as all rows together say
     config.data.first = 0  # only so many rows; 0 = all
     config.data.on_bad_row = "stop"  # stop, skip
     config.data.render = "text"  # text, chat, auto (chat where the tokenizer has a template)
@@ -27,6 +28,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.data.eval, config.data.prompt = "asset:commonsenseqa", "Question: {question}\nAnswer:"
     elif variant == "tiny":
         config.data.eval, config.data.choices = "configs/tiny/choices.jsonl", "choices"
+        config.data.count_from = "0"
         config.eval.batch_rows, config.eval.bootstrap = 2, 100
     elif variant:
         raise ValueError(f"unknown variant {variant!r}; use commonsenseqa or tiny")

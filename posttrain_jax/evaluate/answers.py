@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from posttrain_jax.evaluate.tasks import Progress, encode_prompt, is_chat, need_tokenizer
 from posttrain_jax.load_model import LoadedModel
 from posttrain_jax.models.tokenizer import stop_token_ids
+from posttrain_jax.rewards.thoughts import after_thought, prompt_opens_thought
 from posttrain_jax.sampling.choose import Sampling
 from posttrain_jax.sampling.generate import GenerateOptions, Sample, generate_as_finished
 
@@ -50,11 +51,24 @@ def answering(config: Config) -> Answering:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One answer: its text without special tokens, how many tokens were drawn, and why it ended."""
+    """One answer.
+
+    Attributes:
+      text: without special tokens.
+      tokens: how many were drawn.
+      finish_reason: why it ended.
+      in_thought: the prompt opened a thought, so the text starts inside it.
+    """
 
     text: str
     tokens: int
     finish_reason: str
+    in_thought: bool = False
+
+    @property
+    def without_thinking(self) -> str:
+        """See the function of this name."""
+        return without_thinking(self.text, in_thought=self.in_thought)
 
 
 def answer_all(
@@ -95,21 +109,24 @@ def answer_all(
     )
     answers: dict[int, Answer] = {}
     for sample in samples:
-        answers[sample.prompt] = _answer(tokenizer, sample)
+        in_thought = prompt_opens_thought(tokenizer, prompts[sample.prompt].tolist())
+        answers[sample.prompt] = _answer(tokenizer, sample, in_thought=in_thought)
         if progress is not None:
             progress(len(answers), len(prompts))
     return [answers[place] for place in range(len(prompts))]
 
 
-def _answer(tokenizer: PreTrainedTokenizerFast, sample: Sample) -> Answer:
+def _answer(tokenizer: PreTrainedTokenizerFast, sample: Sample, *, in_thought: bool) -> Answer:
     text = tokenizer.decode(sample.tokens, skip_special_tokens=True)
     text = text[: sample.stop_at]
-    return Answer(text, len(sample.tokens), sample.finish_reason)
+    return Answer(text, len(sample.tokens), sample.finish_reason, in_thought)
 
 
-def without_thinking(text: str) -> str:
-    """The part of an answer that is meant for the reader: what follows `</think>`; nothing of a thought that never
-    ended."""
-    if "</think>" in text:
-        return text.split("</think>", 1)[1].strip()
-    return "" if text.lstrip().startswith("<think>") else text
+def without_thinking(text: str, *, in_thought: bool = False) -> str:
+    """The part of an answer that is meant for the reader: what follows its thought; nothing of one that never ended.
+
+    Args:
+      text: of the answer.
+      in_thought: the prompt opened the thought; a text cannot say so where it was cut off before `</think>`.
+    """
+    return after_thought(text, in_thought=in_thought) or ""

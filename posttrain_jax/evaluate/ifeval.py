@@ -5,8 +5,8 @@ answer as it is, and loosely if it passes on any of its eight variants: as it is
 last, without both; and each of these without asterisks. A prompt is followed if all its
 instructions are. The checks are those of the package if-verifiable (Google's, Apache-2.0).
 
-Departures: the language detector is seeded for every check, so that a verdict depends on the answer alone; text up to
-`</think>` is left out; a check that raises is counted, and not followed.
+Departures: the language detector is seeded for every check, so that a verdict depends on the answer alone; a thought is
+left out (`rewards/thoughts.py`); a check that raises is counted, and not followed.
 """
 
 from __future__ import annotations
@@ -102,9 +102,9 @@ class Checkers:
             checker.build_description(prompt=prompt)
         return checker
 
-    def check(self, prompt: Prompt, answer: str) -> list[Check]:
-        """Checks every instruction of a prompt, strictly and loosely."""
-        visible = without_thinking(answer)
+    def check(self, prompt: Prompt, answer: str, *, in_thought: bool = False) -> list[Check]:
+        """Checks every instruction of a prompt, strictly and loosely; `in_thought` as of `without_thinking`."""
+        visible = without_thinking(answer, in_thought=in_thought)
         with _quiet_root_logger():
             return [self._check_one(prompt, place, visible) for place in range(len(prompt.instructions))]
 
@@ -257,7 +257,7 @@ def ifeval(
     rows: list[dict[str, Any]] = []
     by_type: dict[str, Counter[str]] = {}
     for prompt, answer in zip(prompts.items, answers, strict=True):
-        checks = checkers.check(prompt, answer.text)
+        checks = checkers.check(prompt, answer.text, in_thought=answer.in_thought)
         for check in checks:
             by_type.setdefault(check.instruction, Counter(count=0, strict=0, loose=0)).update(
                 count=1, strict=check.strict, loose=check.loose

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -33,7 +34,8 @@ def judge_by_reward(
     combination: Combination,
     batch_rows: int,
 ) -> Judged:
-    """Judges every pair by the scores of its two answers; what is "said" of an answer is its score.
+    """Judges every pair by the scores of its two answers; what is "said" of an answer is its score. An empty answer has
+    none, and is worse than any other.
 
     Args:
       members: of an ensemble, or a single reward model.
@@ -44,12 +46,41 @@ def judge_by_reward(
       batch_rows: answers at once; rounded up to the devices that split rows.
 
     Raises:
-      InputError: the model has no tokenizer or no template for these prompts; an answer is empty or too long.
+      InputError: the model has no tokenizer or no template for these prompts; an answer is too long.
     """
     first = members[0]
     if first.tokenizer is None:
         raise InputError(f"{first.source.name} has no tokenizer, so it cannot read the answers.")
     answers = [(pair.asked, text) for pair in pairs for text in (pair.a, pair.b)]
+    scores = np.full(len(answers), -np.inf)
+    written = [place for place, (_, text) in enumerate(answers) if text.strip()]
+    read = 0
+    if written:
+        scores[written], read = _scores(
+            members, [answers[place] for place in written], rows, mesh, combination, batch_rows
+        )
+    # Where they stand in a row changes the last bits of two equal answers' scores, and must not decide.
+    equal = [pair.a == pair.b for pair in pairs]
+    preferences = np.where(equal, 0.5, preferences_of_scores(scores[::2], scores[1::2]))
+    judgments = [
+        Judgment(pair.prompt, preference, preference, len(pair.a), len(pair.b), pair.sample)
+        for pair, preference in zip(pairs, preferences.tolist(), strict=True)
+    ]
+    said = ["empty" if score == -np.inf else f"{score:.6g}" for score in scores.tolist()]
+    return Judged(judgments, list(zip(said[::2], said[1::2], strict=True)), Usage(len(written), 0, read, 0))
+
+
+def _scores(
+    members: Sequence[LoadedModel],
+    answers: Sequence[tuple[str | list[dict[str, Any]], str]],
+    rows: Path,
+    mesh: Mesh,
+    combination: Combination,
+    batch_rows: int,
+) -> tuple[np.ndarray, int]:
+    """The score of every (prompt, answer), and how many tokens were read."""
+    first = members[0]
+    assert first.tokenizer is not None  # judge_by_reward asked
     rows.write_text(
         "".join(
             json.dumps({"prompt": asked, "completion": text, "rating": 0}) + "\n" for asked, text in answers
@@ -65,13 +96,4 @@ def judge_by_reward(
     scores_N = combination(scores_SE)[[source.group(i).first_sequence for i in range(len(source))]]
     if len(scores_N) != len(answers):
         raise InputError(f"{rows}: only {len(scores_N)} of {len(answers)} answers could be scored.")
-    # Where they stand in a row changes the last bits of two equal answers' scores, and must not decide.
-    equal = [pair.a == pair.b for pair in pairs]
-    preferences = np.where(equal, 0.5, preferences_of_scores(scores_N[::2], scores_N[1::2]))
-    judgments = [
-        Judgment(pair.prompt, preference, preference, len(pair.a), len(pair.b), pair.sample)
-        for pair, preference in zip(pairs, preferences.tolist(), strict=True)
-    ]
-    said = [(f"{a:.6g}", f"{b:.6g}") for a, b in zip(scores_N[::2], scores_N[1::2], strict=True)]
-    read = int(source.store.offsets[-1])
-    return Judged(judgments, said, Usage(len(answers), 0, read, 0))
+    return scores_N, int(source.store.offsets[-1])

@@ -13,7 +13,7 @@ from collections import Counter
 from ml_collections import ConfigDict as Config
 
 from posttrain_jax.data.sources import Row, RowError
-from posttrain_jax.evaluate.answers import Answering, answer_all, answering, without_thinking
+from posttrain_jax.evaluate.answers import Answering, answer_all, answering
 from posttrain_jax.evaluate.arithmetic import PREFIX, arithmetic_rows
 from posttrain_jax.evaluate.tasks import (
     Items,
@@ -118,7 +118,7 @@ def math_problems(
     rows = []
     by_type: dict[str, Counter[str]] = {}
     for problem, answer in zip(problems.items, answers, strict=True):
-        verdict = judge.compare(problem.reference, final_part(without_thinking(answer.text)))
+        verdict = judge.compare(problem.reference, final_part(answer.without_thinking))
         verdicts.append(verdict)
         if problem.kind:
             by_type.setdefault(problem.kind, Counter(count=0, right=0)).update(count=1, right=verdict.right)

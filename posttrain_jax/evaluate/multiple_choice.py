@@ -1,11 +1,14 @@
 """Multiple choice by log-probability: which of the choices does a model find likeliest after the question?
 
 As in lm-eval (arXiv:2405.14782): acc takes the choice with the largest summed log-probability, acc_norm divides it by
-the choice's length in characters first, acc_bytes by its length in UTF-8 bytes.
+the choice's length in characters first, acc_bytes by its length in UTF-8 bytes. White space at the end of the question
+is scored with the choice, as there: "Q: 2+2=" is gone on with "\\n4". Lengths are those of the choice alone.
 
-Where lm-eval slices the tokens of question and choice at the question's own number of tokens, a choice here starts at
-the first token in which the texts of the question and of its choices differ. So where a tokenizer merges the end of
-the question with the start of a choice, every choice is still scored as a continuation of the same tokens.
+Departures: lm-eval writes its `target_delimiter`, a space, also after white space, where here nothing stands between.
+Where it slices the tokens of question and choice at the question's own number of tokens, a choice here starts at the
+first token in which the texts of the question and of its choices differ, so where a tokenizer merges the end of the
+question with the start of a choice, every choice is still scored as a continuation of the same tokens. And the white
+space at the end of a chat template's header is the template's, not the choice's.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ from posttrain_jax.sampling.engine import bucket
 from posttrain_jax.sharding import shard_multiple
 
 ROW_TOKENS = 512
+COUNT_FROM = ("auto", "0", "1")
 _LETTERED = re.compile(r"^([A-Z])[.)] ", re.MULTILINE)
 
 
@@ -65,7 +69,14 @@ class Question:
 
 
 def load_questions(
-    source: str, *, prompt: str, choices: str, answer: str, first: int = 0, on_bad_row: str = "stop"
+    source: str,
+    *,
+    prompt: str,
+    choices: str,
+    answer: str,
+    count_from: str = "auto",
+    first: int = 0,
+    on_bad_row: str = "stop",
 ) -> Items[Question]:
     """The questions of a source.
 
@@ -74,20 +85,70 @@ def load_questions(
       prompt: template of what stands before a choice.
       choices: the column of the choices: a list of texts, {"text": [...], "label": [...]}, or one text with a choice
         on each line that starts with its letter ("A. bank").
-      answer: the column of the right choice: its text, its label or letter, or its place from 0.
+      answer: the column of the right choice: its text, its label or letter, or its place.
+      count_from: from what places are counted, "0" or "1"; "auto" = what the places of all rows say.
       first, on_bad_row: see `read_items`.
 
     Raises:
-      InputError: there is no such source, the template is none, or a row cannot be used; names file and line.
+      InputError: there is no such source, the template is none, the places could be counted from 0 and from 1, or a row
+        cannot be used; names file and line.
     """
+    if count_from not in COUNT_FROM:
+        raise InputError(f"data.count_from is {count_from!r}; use one of {', '.join(COUNT_FROM)}.")
     template = PromptTemplate(prompt)
+    lowest: int | None = None if count_from == "auto" else int(count_from)
 
     def convert(row: Row, key: str | int) -> Question:
+        nonlocal lowest
         texts, labels = _choices(column(row.value, choices), choices)
         right = _right(column(row.value, answer), texts, labels, answer)
+        if isinstance(right, _Place):
+            lowest = _counted_from(source, choices, answer) if lowest is None else lowest
+            right = right.of(len(texts), lowest, answer)
         return Question(key, f"{row.source}:{row.line}", template.fill(row.value), tuple(texts), right)
 
     return read_items(task_rows(source), convert, first=first, on_bad_row=on_bad_row)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """A right choice that is named by its number."""
+
+    number: int
+
+    def of(self, count: int, lowest: int, name: str) -> int:
+        """The place from 0 among `count` choices. Raises RowError where there is none."""
+        if not lowest <= self.number < lowest + count:
+            raise RowError(
+                name,
+                f"is {self.number}, which is no choice: no text, label or place (from {lowest}) of one",
+            )
+        return self.number - lowest
+
+
+def _counted_from(source: str, choices: str, answer: str) -> int:
+    """Whether the source counts places from 0 or from 1: 0 stands in it, or else as high a number as there are choices.
+
+    Raises:
+      InputError: neither does, so that every number could mean two choices.
+    """
+    from_one = False
+    for row in task_rows(source):
+        try:
+            texts, labels = _choices(column(row.value, choices), choices)
+            right = _right(column(row.value, answer), texts, labels, answer)
+        except RowError:
+            continue  # `read_items` says or counts it
+        if isinstance(right, _Place):
+            if right.number == 0:
+                return 0
+            from_one = from_one or right.number == len(texts)
+    if not from_one:
+        raise InputError(
+            f"{source}: the numbers in the column {answer} could count the choices from 0 or from 1, for none is 0 "
+            "and none is the number of its choices; set data.count_from to 0 or 1."
+        )
+    return 1
 
 
 def _choices(value: Any, name: str) -> tuple[list[str], list[str]]:
@@ -108,7 +169,12 @@ def _choices(value: Any, name: str) -> tuple[list[str], list[str]]:
     return value, labels
 
 
-def _right(value: Any, texts: list[str], labels: list[str], name: str) -> int:
+def _right(value: Any, texts: list[str], labels: list[str], name: str) -> int | _Place:
+    """The place of the right choice from 0, or a number that is one from 0 or 1.
+
+    A text is looked for among the choices, then among their labels. A number is a label where labels are numbers.
+    """
+    is_number = isinstance(value, int) and not isinstance(value, bool)
     if isinstance(value, str):
         lettered = _LETTERED.match(value)
         for wanted, among in (
@@ -118,10 +184,13 @@ def _right(value: Any, texts: list[str], labels: list[str], name: str) -> int:
         ):
             if wanted in among:
                 return among.index(wanted)
-        value = int(value) if value.strip().isdecimal() else value
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(texts):
-        return value
-    raise RowError(name, f"is {value!r}, which is no choice: no text, label or place (from 0) of one")
+        if value.strip().isascii() and value.strip().isdecimal() and len(value) < 10:
+            return _Place(int(value))
+    elif is_number and str(value) in labels:
+        return labels.index(str(value))
+    elif is_number:
+        return _Place(value)
+    raise RowError(name, f"is {value!r}, which is no choice: no text, label or place of one")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,14 +204,16 @@ class EncodedQuestion:
 def encode_question(loaded: LoadedModel, question: Question, *, chat: bool) -> EncodedQuestion:
     """The tokens of question and choice together, for each choice.
 
-    In plain text a space stands between them, unless the prompt ends with white space already; after a chat template
-    the choice is what the assistant writes, encoded on its own, for no token reaches over the end of a turn's header.
+    In plain text a space stands between them, unless the prompt ends with white space already, and white space at its
+    end belongs to the choice (lm-eval's `_encode_pair`); after a chat template the choice is what the assistant writes,
+    encoded on its own, for no token reaches over the end of a turn's header.
 
     Raises:
       InputError: names the row; a question and choice longer than the model's context, without a token that all
         choices share to start from, or a choice without a token of its own.
     """
-    prompt = encode_prompt(loaded, question.prompt, chat=chat, name=question.where)
+    asked = question.prompt if chat else question.prompt.rstrip()
+    prompt = encode_prompt(loaded, asked, chat=chat, name=question.where)
     if chat:
         tokenizer = need_tokenizer(loaded)
         ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in question.choices]
@@ -297,6 +368,7 @@ def from_config(
         prompt=config.data.prompt,
         choices=config.data.choices,
         answer=config.data.answer,
+        count_from=config.data.count_from,
         first=config.data.first,
         on_bad_row=config.data.on_bad_row,
     )

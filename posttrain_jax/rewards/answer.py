@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from posttrain_jax.rewards.thoughts import after_thought, opens_thought
+
 Messages = list[dict[str, Any]]
 
 
@@ -20,6 +22,7 @@ class Answer:
       token_ids: the answer's tokens; the stop token that ended it is the last of them.
       finish_reason: "stop" (the model ended its turn) or "length" (it was cut off).
       row: the data row's columns, such as the reference answer of a problem.
+      in_thought: the prompt's last word is `<think>`, so the text starts inside a thought.
     """
 
     prompt: str | Messages
@@ -28,6 +31,12 @@ class Answer:
     token_ids: tuple[int, ...]
     finish_reason: str
     row: dict[str, Any]
+    in_thought: bool = False
+
+    def after_thought(self) -> str | None:
+        """The text after the thought, which is all of a text without one; None where a thought was not ended."""
+        opened = self.in_thought or (isinstance(self.prompt, str) and opens_thought(self.prompt))
+        return after_thought(self.text, in_thought=opened)
 
 
 RewardFunction = Callable[[list[Answer]], Sequence[float]]

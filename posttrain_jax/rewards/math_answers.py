@@ -17,6 +17,7 @@ import signal
 from multiprocessing.connection import Connection
 
 from posttrain_jax.errors import InputError
+from posttrain_jax.rewards.numbers import plain_numbers
 
 ALARM_SECONDS = 5
 KILL_SECONDS = 30.0
@@ -36,7 +37,9 @@ class Verdict:
 def final_part(text: str) -> str:
     """The part of a solution that holds its result: the rest of the line after the last `####` that a number or formula
     follows (as in GSM8K; a heading such as `#### Step 2` is none), else all of it."""
-    marked = re.findall(r"####[ \t]*([-+(.$€£¥\\\d].*)", text)
+    marked = re.findall(
+        r"####[ \t]*([-+(.$€£¥\\\d\u2010-\u2013\u2212\uff0b\uff0d\u00bc-\u00be\u2150-\u215e].*)", text
+    )
     return marked[-1].strip() if marked else text
 
 
@@ -147,6 +150,7 @@ def compare_here(reference: str, answer: str) -> Verdict:
 
     extracted = None
     try:
+        reference, answer = plain_numbers(reference), plain_numbers(answer)
         wanted = parse(_as_latex(reference), parsing_timeout=ALARM_SECONDS, raise_on_error=True)
         found = parse(answer, parsing_timeout=ALARM_SECONDS, raise_on_error=True)
         extracted = next((part for part in reversed(found) if isinstance(part, str)), None)

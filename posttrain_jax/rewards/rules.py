@@ -2,40 +2,41 @@
 
 Each is a function for `workers.PythonReward`, such as "posttrain_jax.rewards.rules:same_number", its settings being the
 reward's `arguments`. None needs JAX. Where a row lacks the column that a rule compares with, it raises `InputError`.
+
+The rules that compare results (`exact_match`, `same_number`, `same_result`) look at what follows the thought
+(`thoughts.after_thought`), of it at what stands in <answer>, if it does. An answer that was cut off inside either has
+no result, and gets 0. The others look at all that was written.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from decimal import Decimal
 
 from posttrain_jax.errors import InputError
 from posttrain_jax.rewards import math_answers
 from posttrain_jax.rewards.answer import Answer
+from posttrain_jax.rewards.numbers import last_number
 
-_NUMBER = re.compile(
-    r"(?:(?<![\w.)])-)?"  # a minus, but not that of "10-5", "10 - 5" or of a list
-    r"[$€£¥]?"
-    r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?"
-    r"|(?:(?<![\w.)])-)?(?<![\d.])\.\d+"
-)
 _THINK_ANSWER = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def exact_match(answers: list[Answer], *, column: str = "answer") -> list[float]:
     """1 where the answer is the row's `column` to the letter, spaces around both aside; else 0."""
-    return [
-        float(answer_part(answer.text).strip() == _reference(answer, column).strip()) for answer in answers
-    ]
+    scores = []
+    for answer in answers:
+        wanted, found = _reference(answer, column).strip(), answer_part(answer)
+        scores.append(float(found is not None and found.strip() == wanted))
+    return scores
 
 
 def same_number(answers: list[Answer], *, column: str = "answer") -> list[float]:
-    """1 where the last number of the answer equals the last one of the row's `column`, as a decimal number; else 0.
+    """1 where the last number of the answer equals the last one of the row's `column`, exactly; else 0.
 
     For results as in GSM8K (arXiv:2110.14168): the column may be the number, "9 apples", or a solution that ends with
-    `#### 9`; 1,234 and $1234.00 are equal. Fractions, powers and formulas are for `same_result`.
+    `#### 9`; 1,234 and $1234.00 are equal. `rewards/numbers.py` says how numbers are read; formulas are for
+    `same_result`.
 
     Raises:
       InputError: the column holds no number.
@@ -44,8 +45,11 @@ def same_number(answers: list[Answer], *, column: str = "answer") -> list[float]
     for answer in answers:
         reference = last_number(math_answers.final_part(_reference(answer, column)))
         if reference is None:
-            raise InputError(f"The column {column} of a row holds no number: {answer.row[column]!r}.")
-        scores.append(float(last_number(math_answers.final_part(answer_part(answer.text))) == reference))
+            raise InputError(
+                f"The column {column} of a row holds no number that can be read: {answer.row[column]!r}."
+            )
+        found = answer_part(answer)
+        scores.append(float(found is not None and last_number(math_answers.final_part(found)) == reference))
     return scores
 
 
@@ -59,15 +63,15 @@ def same_result(answers: list[Answer], *, column: str = "answer") -> list[float]
       InputError: the package math-verify is missing.
     """
     math_answers.require_math_verify()
-    return [
-        float(
-            math_answers.compare_here(
-                math_answers.final_part(_reference(answer, column)),
-                math_answers.final_part(answer_part(answer.text)),
-            ).right
+    scores = []
+    for answer in answers:
+        wanted, found = math_answers.final_part(_reference(answer, column)), answer_part(answer)
+        scores.append(
+            float(
+                found is not None and math_answers.compare_here(wanted, math_answers.final_part(found)).right
+            )
         )
-        for answer in answers
-    ]
+    return scores
 
 
 def contains(answers: list[Answer], *, texts: Sequence[str], ignore_case: bool = False) -> list[float]:
@@ -105,11 +109,11 @@ def think_answer_format(answers: list[Answer], *, opened: bool = False) -> list[
     The format reward of R1 (arXiv:2501.12948, section 2.2).
 
     Args:
-      opened: the prompt ends with <think>, so the answer starts inside it.
+      opened: the answers start inside <think>, also where their prompts do not say so (`Answer.in_thought`).
     """
     scores = []
     for answer in answers:
-        text = "<think>" + answer.text if opened else answer.text
+        text = "<think>" + answer.text if opened or answer.in_thought else answer.text
         parts = _THINK_ANSWER.fullmatch(text)
         once = all(text.count(tag) == 1 for tag in _TAGS)
         scores.append(float(parts is not None and once and all(part.strip() for part in parts.groups())))
@@ -143,18 +147,16 @@ def repeated_share(answers: list[Answer], *, n: int = 4) -> list[float]:
     return scores
 
 
-def answer_part(text: str) -> str:
-    """What stands between the last <answer> and its </answer>, else what follows the last </think>, else all."""
+def answer_part(answer: Answer) -> str | None:
+    """What stands between the last <answer> and its </answer>, else all that follows the thought; None where the answer
+    was cut off inside <answer>, or has not ended its thought."""
+    text = answer.after_thought()
+    if text is None:
+        return None
     _, opened, rest = text.rpartition("<answer>")
     if opened and "</answer>" in rest:
         return rest.partition("</answer>")[0]
-    return text.rpartition("</think>")[2]
-
-
-def last_number(text: str) -> Decimal | None:
-    """The last number written with digits in a text, without thousands' commas and currency; None if there is none."""
-    found = _NUMBER.findall(text)
-    return Decimal(re.sub(r"[^\d.-]", "", found[-1])) if found else None
+    return None if opened and answer.finish_reason == "length" else text
 
 
 def _reference(answer: Answer, column: str) -> str:

@@ -23,6 +23,7 @@ from posttrain_jax.models.transformer import Model
 from posttrain_jax.optim import map_micro_batches
 from posttrain_jax.rewards import combine
 from posttrain_jax.rewards.answer import Answer
+from posttrain_jax.rewards.thoughts import prompt_opens_thought
 from posttrain_jax.rewards.workers import PythonReward, RewardWorkers
 from posttrain_jax.rollouts.draw import RolloutBatch, Rollouts, put_rollouts, shown_prompt
 from posttrain_jax.sharding import batch_sharding, jit_step, replicated
@@ -290,6 +291,7 @@ class Scorer:
                 token_ids=tuple(answer.tolist()),
                 finish_reason="stop" if ended else "length",
                 row=prompt.row,
+                in_thought=prompt_opens_thought(self._tokenizer, prompt.tokens.tolist()),
             )
             for prompt, text, answer, ended in zip(
                 rollouts.prompts,

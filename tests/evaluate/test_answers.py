@@ -6,6 +6,7 @@ import pytest
 
 from posttrain_jax.errors import InputError
 from posttrain_jax.evaluate.answers import Answering, answer_all, without_thinking
+from posttrain_jax.rewards.thoughts import prompt_opens_thought
 
 
 def test_answers_are_in_order_whatever_the_batch(loaded):
@@ -46,3 +47,22 @@ def test_thinking_is_left_out():
     assert without_thinking("so\n</think>Yes") == "Yes"  # the template has written <think> already
     assert without_thinking(" <think> so") == ""
     assert without_thinking("I think so") == "I think so"
+    assert without_thinking("I think so", in_thought=True) == ""
+    assert without_thinking("so</think>Yes", in_thought=True) == "Yes"
+    assert without_thinking("<think>a</think>Yes, <think>but") == ""
+    assert without_thinking("It writes `<think>` first.") == "It writes `<think>` first."
+
+
+def test_whether_a_prompt_opens_a_thought_is_told_by_its_tokens(parrot):
+    opened = {
+        "<|im_start|>assistant\n<think>\n": True,
+        "Q: x\nA: <think>": True,
+        "Think inside <think> tags.": False,
+        "<think>\n\n</think>\n\n": False,
+    }
+    tokenizer = parrot.tokenizer
+    assert {p: prompt_opens_thought(tokenizer, tokenizer(p)["input_ids"]) for p in opened} == opened
+    options = Answering(max_new_tokens=3, render="text")
+    unfinished, plain = answer_all(parrot, ["Q: x\nA: <think>", "x <think> x"], ["a", "b"], options)
+    assert unfinished.text and unfinished.without_thinking == ""
+    assert plain.without_thinking == plain.text == "xxx"

@@ -48,10 +48,33 @@ def test_log_probabilities_are_those_of_the_whole_softmax(loaded, batch_rows):
     for question, item, logps in zip(QUESTIONS, encoded, found, strict=True):
         space = "" if question.prompt.endswith(" ") else " "
         for text, logp in zip(question.choices, logps, strict=True):
-            prompt = loaded.tokenizer(question.prompt)["input_ids"]
+            prompt = loaded.tokenizer(question.prompt.rstrip())["input_ids"]
             whole = loaded.tokenizer(question.prompt + space + text)["input_ids"]
             assert logp == pytest.approx(by_hand(loaded, whole, len(prompt)), rel=1e-5)
-        assert item.shared == len(question.prompt)  # one token a byte; the space belongs to the choice
+        assert item.shared == len(
+            question.prompt.rstrip()
+        )  # one token a byte; the space belongs to the choice
+
+
+@pytest.mark.parametrize("prompt", ["Q: 2+2=\n", "Q: 2+2= \n\t", "Two and two make ", "Q: 2+2="])
+def test_question_and_choice_are_divided_as_lm_eval_divides_them(loaded, prompt):
+    """One token a byte: "Q: 2+2=" has 7, and its newline is the first token of every choice."""
+    model = pytest.importorskip("lm_eval.api.model", reason="lm_eval is not installed (the extra harness)")
+
+    class LmEval(model.TemplateLM):
+        backend = "causal"
+        eot_token_id = loglikelihood_rolling = generate_until = _loglikelihood_tokens = None
+
+        def tok_encode(self, text):
+            return list(loaded.tokenizer(text)["input_ids"])
+
+    choices = ("4", "5", "22")
+    encoded = encode_question(loaded, Question("q", "q:1", prompt, choices, 0), chat=False)
+    assert encoded.shared == len(prompt.rstrip())
+    between = "" if prompt[-1].isspace() else " "
+    for ids, text in zip(encoded.tokens, choices, strict=True):
+        question, choice = LmEval()._encode_pair(prompt, between + text)
+        assert (ids[: encoded.shared].tolist(), ids[encoded.shared :].tolist()) == (question, choice)
 
 
 def test_a_mesh_changes_nothing(loaded):
@@ -134,13 +157,12 @@ def load(source, **options):
 @pytest.mark.parametrize(
     ("choices", "answer", "texts", "right"),
     [
-        (["a cat", "a dog"], 1, ("a cat", "a dog"), 1),
-        (["a cat", "a dog"], "1", ("a cat", "a dog"), 1),
         (["a cat", "a dog"], "B", ("a cat", "a dog"), 1),
         (["a cat", "a dog"], "a dog", ("a cat", "a dog"), 1),
         (["1", "0"], "0", ("1", "0"), 1),  # the text comes before the place
         (["B", "A"], "A", ("B", "A"), 1),  # and before the letter
         ({"text": ["a cat", "a dog"], "label": ["1", "2"]}, "2", ("a cat", "a dog"), 1),  # ARC
+        ({"text": ["a cat", "a dog"], "label": [1, 2]}, 1, ("a cat", "a dog"), 0),
         ("A. a cat\nB. a dog", "B. a dog", ("a cat", "a dog"), 1),
         ("\nA. a cat \nB. a dog\nwith spots", "B. a dog\nwith spots", ("a cat", "a dog\nwith spots"), 1),
     ],
@@ -149,6 +171,37 @@ def test_how_choices_and_answers_are_written(tmp_path, choices, answer, texts, r
     source = write(tmp_path / "q.jsonl", {"question": "Which?", "choices": choices, "answer": answer})
     (question,) = load(source).items
     assert (question.choices, question.right, question.key) == (texts, right, 0)
+
+
+@pytest.mark.parametrize(
+    ("answers", "right"),
+    [
+        ([1, 0, 3, 2], [1, 0, 3, 2]),
+        ([1, 2, 4, 3], [0, 1, 3, 2]),
+        (["1", "2", "4", "D"], [0, 1, 3, 3]),
+        ([1, "d", 0], [1, 3, 0]),
+    ],
+)
+def test_numbers_count_from_0_or_1_as_all_rows_together_say(tmp_path, answers, right):
+    """Also where the rows that tell are not among those that are asked."""
+    choices = ["a", "b", "c", "d"]
+    rows = [{"question": "Which?", "choices": choices, "answer": answer} for answer in answers]
+    source = write(tmp_path / "q.jsonl", *rows)
+    assert [question.right for question in load(source).items] == right
+    assert [question.right for question in load(source, first=1).items] == right[:1]
+
+
+def test_numbers_that_could_count_from_0_and_from_1_are_refused(tmp_path):
+    rows = [{"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": n} for n in (1, 3)]
+    source = write(tmp_path / "q.jsonl", *rows)
+    with pytest.raises(InputError, match="count the choices from 0 or from 1.*set data.count_from to 0 or 1"):
+        load(source)
+    assert [question.right for question in load(source, count_from="0").items] == [1, 3]
+    assert [question.right for question in load(source, count_from="1").items] == [0, 2]
+    with pytest.raises(InputError, match="data.count_from is '2'; use one of auto, 0, 1"):
+        load(source, count_from="2")
+    with pytest.raises(InputError, match=r"is 4, which is no choice: .*place \(from 0\)"):
+        load(write(tmp_path / "more.jsonl", *rows, {**rows[0], "answer": 4}), count_from="0")
 
 
 @pytest.mark.parametrize(

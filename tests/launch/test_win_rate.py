@@ -20,6 +20,7 @@ from tiny_model import CONFIG, ROOT, environment, launch, save_tiny_model
 from launch import generate
 from launch.win_rate import KEY_VARIABLE, Options, compare, read_pairs
 from posttrain_jax.errors import InputError
+from posttrain_jax.evaluate import judge
 from posttrain_jax.evaluate.judge import Cache, judge_pairs
 from posttrain_jax.evaluate.judge_endpoint import Endpoint, EndpointJudge
 from posttrain_jax.evaluate.judge_model import second_preferred
@@ -274,7 +275,11 @@ def test_a_model_of_ours_as_the_judge_of_what_launch_generate_wrote(judge_folder
     f = (1 / 32 + 1e-5)^-0.5: P(B) / (P(A) + P(B)) = sigmoid(-2 f) for the answer shown second, whichever that is."""
     prompts = write(
         tmp_path / "prompts.jsonl",
-        [{"id": "x", "prompt": "Why?"}, {"messages": [{"role": "user", "content": "How?"}]}],
+        [
+            {"id": "x", "prompt": "Why?"},
+            {"messages": [{"role": "user", "content": "How?"}]},
+            {"prompt": "Well? <think>"},
+        ],
     )
     for name, seed in (("a", 1), ("b", 2)):
         model = save_tiny_model(tmp_path / f"model-{name}")
@@ -296,16 +301,20 @@ def test_a_model_of_ours_as_the_judge_of_what_launch_generate_wrote(judge_folder
         ("x", 1, "Why?"),
         (1, 0, "How?"),
         (1, 1, "How?"),
+        (2, 0, "Well? <think>"),
+        (2, 1, "Well? <think>"),
     ]
-    assert [pair.a for pair in pairs] == [row["text"] for row in read(tmp_path / "a.jsonl")]
+    rows = read(tmp_path / "a.jsonl")
+    assert [row.get("in_thought") for row in rows] == [None, None, None, None, True, True]
+    assert [pair.a for pair in pairs] == [*(row["text"] for row in rows[:4]), "", ""]
     record = compare(asked)
     second = second_preferred(2 * (1 / 32 + 1e-5) ** -0.5, 0.0)
     for row in read(tmp_path / "out" / "judgments.jsonl"):
         assert row["a_first"] == pytest.approx(second, rel=1e-3)
         assert row["b_first"] == pytest.approx(1 - second, rel=1e-3)
     assert record["b_over_a"]["win_rate"]["value"] == pytest.approx(0.5)
-    assert (record["b_over_a"]["prompts"], record["b_over_a"]["pairs"]) == (2, 4)
-    assert "2 prompts, 4 pairs in both orders" in capsys.readouterr().out
+    assert (record["b_over_a"]["prompts"], record["b_over_a"]["pairs"]) == (3, 6)
+    assert "3 prompts, 6 pairs in both orders" in capsys.readouterr().out
     # The same files with the prompts given, and with the options gone.
     (tmp_path / "a.jsonl.options.json").unlink()
     with pytest.raises(InputError, match=r"a\.jsonl\.options\.json beside it does not say"):
@@ -317,7 +326,8 @@ def test_a_model_of_ours_as_the_judge_of_what_launch_generate_wrote(judge_folder
 
 
 def test_a_reward_model_as_the_judge(tmp_path, capsys):
-    """The preference is for the higher score at the end of the turn; two equal answers are a tie."""
+    """The preference is for the higher score at the end of the turn; two equal answers are a tie. An answer that was
+    cut off inside its thought loses, and ties with another one."""
     config = dataclasses.replace(CONFIG, max_length=64)
     tokenizer, model = byte_tokenizer(), make_model(config)
     params = model.init(jax.random.key(0))
@@ -327,8 +337,14 @@ def test_a_reward_model_as_the_judge(tmp_path, capsys):
     export_hf(folder, config=config, params={**params, "score_head": head}, tokenizer=tokenizer)
     chat = [{"role": "user", "content": "Hi"}]
     texts = {"a": ["no", "yes", "same", "?"], "b": ["maybe", "x", "same", "well"]}
+    cut = "<think>so"
     a, b = (answers(tmp_path, f"{name}.jsonl", texts[name], messages=chat, prompt=None) for name in texts)
     record = compare(options(tmp_path, str(folder), a=a, b=b, batch_rows=3))
+    empty_a = answers(tmp_path, "empty_a.jsonl", [cut, "yes", cut, "?"], messages=chat, prompt=None)
+    empty_b = answers(tmp_path, "empty_b.jsonl", ["x", cut, cut, "well"], messages=chat, prompt=None)
+    found = options(tmp_path, str(folder), a=empty_a, b=empty_b, batch_rows=3)
+    compare(dataclasses.replace(found, out=str(tmp_path / "empty")))
+    of_empty = read(tmp_path / "empty" / "judgments.jsonl")
 
     hidden_of = jax.jit(lambda tokens_BT: model.apply(params, tokens_BT, logits=False).hidden_BTD[0])
 
@@ -344,13 +360,38 @@ def test_a_reward_model_as_the_judge(tmp_path, capsys):
         scores = score(one), score(two)
         assert (float(row["said_a_first"]), float(row["said_b_first"])) == pytest.approx(scores, abs=1e-4)
         assert row["preference"] == (0.5 if one == two else float(scores[1] > scores[0]))
+    assert [row["preference"] for row in of_empty] == [1.0, 0.0, 0.5, rows[3]["preference"]]
+    assert of_empty[0]["said_a_first"] == "empty"
+    assert (
+        "2 answers of a and 2 of b are empty, or were cut off inside their thought" in capsys.readouterr().out
+    )
     assert record["b_over_a"]["ties"] == 1 and record["usage"]["calls"] == 8
-    assert "4 prompts" in capsys.readouterr().out
     with pytest.raises(InputError, match="--judge_model is for a judge behind a URL"):
         compare(options(tmp_path, str(folder), a=a, b=b, judge_model="m"))
     long = answers(tmp_path, "long.jsonl", ["x" * 80, *texts["b"][1:]], messages=chat, prompt=None)
     with pytest.raises(InputError, match=r"scored_answers\.jsonl, line 2, .*102 tokens"):
         compare(options(tmp_path, str(folder), a=a, b=long))
+
+
+def test_the_judge_sees_no_thoughts(tmp_path, capsys):
+    chat = [{"role": "user", "content": "Hi"}]
+    thoughts = ["<think>a</think>one", "so</think>two", "<think>so", "so", "so", "three"]
+    a = answers(tmp_path, "a.jsonl", thoughts, messages=chat, prompt=None)
+    b = answers(tmp_path, "b.jsonl", ["x"] * 5 + ["<think>so"], messages=chat, prompt=None)
+    rows = [{**row, "in_thought": True} if row["id"] in (1, 3) else row for row in read(a)]
+    write(a, rows)
+    pairs = read_pairs(options(tmp_path, "x", a=a, b=b))
+    assert [pair.a for pair in pairs] == ["one", "two", "", "", "so", "three"]
+    assert [pair.b for pair in pairs] == ["x"] * 5 + [""]
+    assert "so" not in judge.questions_of(pairs[2])[0].text.split("===== request")[1]
+    write(a, [{**rows[0], "in_thought": "yes"}])
+    with pytest.raises(InputError, match=r"a\.jsonl:1: in_thought must be true or false"):
+        read_pairs(options(tmp_path, "x", a=a, b=b))
+    # A plain prompt says it itself.
+    texts = [{"id": 0, "text": "so", "prompt": "Hi <think>\n"}]
+    plain = write(tmp_path / "plain.jsonl", texts)
+    (pair,) = read_pairs(options(tmp_path, "x", a=plain, b=plain))
+    assert pair.a == pair.b == ""
 
 
 GOOD = {"id": 1, "sample": 0, "text": "t", "prompt": "p"}

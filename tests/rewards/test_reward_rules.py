@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
-from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -19,6 +19,37 @@ def answer(text, *, tokens=0, **row):
     return Answer("?", (), text, (7,) * tokens, "stop", row)
 
 
+def cut(text, **changes):
+    """An answer that hit the limit, to a question whose answer is 42."""
+    given = {"prompt": "?", "in_thought": False, **changes}
+    return Answer(given["prompt"], (), text, (7,), "length", {"answer": "42"}, given["in_thought"])
+
+
+@pytest.mark.parametrize("rule", [rules.exact_match, rules.same_number, rules.same_result])
+def test_an_answer_that_was_cut_off_inside_its_thought_has_no_result(rule):
+    unfinished = [
+        cut("<think>42"),
+        cut("\n<think>\n42"),
+        cut("42", in_thought=True),  # the chat template wrote <think>
+        cut("42", prompt="What is 6 * 7? <think>\n"),
+        cut("<think>a</think> b <think>42"),
+        cut("Let me see. <think>\n42"),
+        cut("<think>a</think><answer>42"),
+        cut("<think><answer>42</answer>"),
+    ]
+    assert rule(unfinished) == [0.0] * len(unfinished)
+    finished = [
+        cut("<think>40 + 2</think>42"),
+        cut("40 + 2</think>42", in_thought=True),
+        cut("40 + 2</think><answer>42</answer> and", in_thought=True),
+        cut("42"),
+        cut("42", prompt="In `<think>` say what 6 * 7 is."),
+    ]
+    assert rule(finished) == [1.0] * len(finished)
+    nothing = Answer("?", (), "<think>so", (7,), "length", {"answer": "0"})
+    assert rule([nothing]) == [0.0]
+
+
 def test_exact_match():
     answers = [
         answer(" Paris\n", answer="Paris"),
@@ -29,30 +60,6 @@ def test_exact_match():
     ]
     assert rules.exact_match(answers) == [1.0, 0.0, 1.0, 1.0, 1.0]
     assert rules.exact_match([answer("x", reference="x")], column="reference") == [1.0]
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("no digits", None),
-        ("It is 42.", "42"),
-        ("1,234.50 dollars", "1234.50"),
-        ("$1,234", "1234"),
-        ("-$5", "-5"),
-        ("Answer:\n- 5", "5"),
-        ("10-5", "5"),
-        ("10 - 5", "5"),
-        ("10 + -5", "-5"),
-        ("(3)-2", "2"),
-        ("0.5", "0.5"),
-        ("it is -.5", "-0.5"),
-        ("7, 8", "8"),
-        ("50%", "50"),
-        (r"\boxed{12}", "12"),
-    ],
-)
-def test_last_number(text, number):
-    assert rules.last_number(text) == (None if number is None else Decimal(number))
 
 
 def test_same_number():
@@ -67,8 +74,15 @@ def test_same_number():
         answer("1,200 dollars", answer="$1200"),
     ]
     assert rules.same_number(answers) == [1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0]
-    with pytest.raises(InputError, match="holds no number: 'none'"):
-        rules.same_number([answer("1", answer="none")])
+    minus = [answer("x = \u22123", answer=wanted) for wanted in ("3", "-3", "#### \u22123\nso 3")]
+    assert rules.same_number(minus) == [0.0, 1.0, 1.0]
+    assert rules.same_number([answer("It is 1/3.", answer=r"\frac{1}{3}"), answer("5", answer=1e5)]) == [
+        1.0,
+        0.0,
+    ]
+    for unreadable in ("none", "3:30", r"\sqrt{2}"):
+        with pytest.raises(InputError, match="holds no number that can be read"):
+            rules.same_number([answer("1", answer=unreadable)])
 
 
 @pytest.mark.parametrize("row", [{}, {"answer": None}, {"answer": True}, {"answer": ["4"]}])
@@ -84,8 +98,15 @@ def test_same_result():
         answer("It is 9 apples.", answer="Count.\n#### 9"),
         answer("<think>8</think> The answer is 3.", answer="4"),
         answer("I do not know", answer="4"),
+        answer("x = \u22123", answer="-3"),
+        answer("x = \u22123", answer="3"),
+        answer("1e5", answer="100000"),
+        answer("1e5", answer="1"),
+        answer("\uff14\uff12", answer="42"),
+        answer("1 1/2", answer="1.5"),
+        answer("5½", answer="5.5"),
     ]
-    assert rules.same_result(answers) == [1.0, 1.0, 0.0, 0.0]
+    assert rules.same_result(answers) == [1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0]
 
 
 def test_same_result_needs_its_package(monkeypatch):
@@ -130,7 +151,9 @@ def test_matches():
 def test_think_answer_format(text, score):
     assert rules.think_answer_format([answer(text)]) == [score]
     if text.startswith("<think>"):
-        assert rules.think_answer_format([answer(text.removeprefix("<think>"))], opened=True) == [score]
+        rest = answer(text.removeprefix("<think>"))
+        assert rules.think_answer_format([rest], opened=True) == [score]
+        assert rules.think_answer_format([dataclasses.replace(rest, in_thought=True)]) == [score]
 
 
 def test_lengths():

@@ -32,15 +32,16 @@ SHORTER = "tests.rollouts.letter_lengths:negative_length"
 KEEP = ScoreOptions({LENGTH: 1.0})
 
 
-def rollouts(texts: list[str], ended: list[bool]) -> Rollouts:
+def rollouts(texts: list[str], ended: list[bool], prompt: str = "Hi") -> Rollouts:
     tokenizer = byte_tokenizer()
-    question = Prompt(np.asarray(tokenizer("Hi")["input_ids"], np.int32), {"prompt": "Hi"}, "p:1")
+    tokens = np.asarray(tokenizer(prompt)["input_ids"], np.int32)
+    question = Prompt(tokens, {"prompt": prompt}, "p:1")
     samples = []
     for text, end in zip(texts, ended, strict=True):
         tokens = np.asarray(tokenizer(text)["input_ids"], np.int32)
         zeros = np.zeros(tokens.size, np.float32)
         samples.append(Sample(0, 0, tokens, zeros, zeros, "stop" if end else "length"))
-    return as_rows([question] * len(texts), samples, RolloutOptions(8, 1.0, 1, 2, ()), row_length=12)
+    return as_rows([question] * len(texts), samples, RolloutOptions(8, 1.0, 1, 2, ()), row_length=64)
 
 
 def scorer(options: ScoreOptions, **changes) -> Scorer:
@@ -67,6 +68,18 @@ def test_how_components_become_a_score(change, want):
     with_options.close()
     assert scored.scores.tolist() == want and scored.scores.dtype == np.float32
     assert scored.components[LENGTH].tolist() == [2, 4, 6] and scored.failures == {LENGTH: 0}
+
+
+def test_an_answer_that_did_not_end_the_thought_of_its_prompt_has_no_result():
+    """The prompt's tokens say that it opened the thought, as of a template that writes <think>; its row does not."""
+    name = "posttrain_jax.rewards.rules:same_number"
+    by_number = scorer(ScoreOptions({name: 1.0}), functions={name: PythonReward(name)})
+    drawn = rollouts(["so 42", "so</think>42", "so 42"], [False, True, True], "6*7? <think>\n")
+    row = {"messages": [{"role": "user", "content": "6*7?"}], "answer": "42"}
+    drawn = dataclasses.replace(drawn, prompts=[dataclasses.replace(one, row=row) for one in drawn.prompts])
+    scored = by_number(drawn, training=True)
+    by_number.close()
+    assert scored.scores.tolist() == [0.0, 1.0, 0.0]
 
 
 @pytest.mark.slow
