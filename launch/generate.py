@@ -176,7 +176,7 @@ def noise_id(name: str | int) -> int:
 
 def _checked(row: dict[str, Any]) -> dict[str, Any]:
     """The row, if exactly one of SOURCES is in it and is what it should be. Raises RowError."""
-    from posttrain_jax.data.formats import ROLES
+    from posttrain_jax.data.messages import ROLES
     from posttrain_jax.data.sources import RowError
 
     given = [key for key in SOURCES if row.get(key) is not None]

@@ -296,6 +296,7 @@ def read_splits(
         max_length=options.max_length or (run["data"]["max_length"] if run else MAX_LENGTH),
         truncate=run["data"]["truncate"] if run else "drop",
         on_bad_row=run["data"]["on_bad_row"] if run else "stop",
+        ignore_columns=run["data"].get("ignore_columns", "") if run else "",
     )
     data = build_preferences(data_spec(first.data), tokenizer, rules)
     if first.part:

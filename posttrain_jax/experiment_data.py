@@ -41,6 +41,7 @@ def rows_from_config(config: Config, tokenizer: PreTrainedTokenizerBase, workdir
         train_on=config.data.train_on,
         chat_template=config.data.chat_template,
         on_bad_row=config.data.on_bad_row,
+        ignore_columns=config.data.ignore_columns,
     )
     train = build(data_spec(config.data.train), tokenizer, options, rejected_path=workdir / "rejected.jsonl")
     say(train.text())
@@ -104,6 +105,7 @@ def preferences_from_config(
         truncate=config.data.truncate,
         chat_template=config.data.chat_template,
         on_bad_row=config.data.on_bad_row,
+        ignore_columns=config.data.ignore_columns,
     )
     train = build_preferences(
         data_spec(config.data.train), tokenizer, options, rejected_path=workdir / "rejected.jsonl"

@@ -24,6 +24,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.pack = True
     config.data.truncate = "right"  # right, drop, error
     config.data.on_bad_row = "stop"  # stop, skip
+    config.data.ignore_columns = ""  # columns of the rows that are not read, "a,b"
     config.data.train_on = "all_turns"  # all_turns, last_turn
     config.data.chat_template = ""  # "" = the model's own; a path or the text
 

@@ -255,6 +255,7 @@ def prompts_from_config(config: Config, policy: Policy, workdir: Path) -> tuple[
             max_tokens=config.data.max_length - config.rollout.max_new_tokens,
             long_prompts=config.data.long_prompts,
             on_bad_row=config.data.on_bad_row,
+            ignore_columns=config.data.ignore_columns,
             rejected_path=workdir / rejected if jax.process_index() == 0 else None,
         )
 

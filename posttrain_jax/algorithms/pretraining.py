@@ -76,6 +76,7 @@ def pretraining_from_config(
         train_on="all_turns",
         chat_template=config.data.chat_template,
         on_bad_row=config.data.on_bad_row,
+        ignore_columns=config.data.ignore_columns,
     )
     data = build(
         data_spec(ppo.ptx_data), policy.tokenizer, options, rejected_path=workdir / "rejected-ptx.jsonl"

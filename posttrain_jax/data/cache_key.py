@@ -17,10 +17,11 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from posttrain_jax.data.sources import Row, read_rows, source_files
+from posttrain_jax.data.rows import Row
+from posttrain_jax.data.sources import read_rows, source_files
 from posttrain_jax.data.spans import resolve_template
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raise it when the same rows become other tokens, or the files another layout."""
 
 _HASHED_WHOLE = 256 * 2**20

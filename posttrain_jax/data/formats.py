@@ -1,41 +1,35 @@
 """The row formats that people have, turned into one internal form, or refused with the column and the reason.
 
-A row's format is told by its columns, the first that matches:
+A row's format is told by its columns (a null column counts as absent), the first that matches:
 
     messages                       [{"role", "content", ...}]; a dict of equally long lists also counts
-    conversations                  ShareGPT [{"from", "value"}] (or role/content), optional system, tools
+    conversations                  ShareGPT [{"from", "value"}] (or role/content)
     prompt + completion            both text, or both lists of messages (the completion alone is trained)
-    instruction + output           Alpaca, optional input, system, history; input follows instruction on a new line
+    instruction + output           Alpaca; USER_COLUMNS that are there are joined to the user's turn
     text                           plain text
+    a column of USER_COLUMNS + output, response or answer   as Alpaca
 
-Other columns are ignored. A message's `content` is a string or a list of text blocks; an assistant's message may
-carry `reasoning_content`, `tool_calls` (then `content` may be null) and `weight` or `loss_weight` (0 = not trained).
+Chats may have `system` (or `system_prompt`), `tools` (or `functions`) and, where the user's turn is a column,
+`history`, pairs of texts. `text_as="chat"` makes a chat of a text prompt and its completion: a user's turn and an
+assistant's. What becomes of other columns says `columns.py`; how a message is read says `messages.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Mapping
 from typing import Any
 
-from posttrain_jax.data.sources import RowError
+from posttrain_jax.data.columns import Columns, same_text
+from posttrain_jax.data.messages import Message, describe_kind, is_same_turn, read_sharegpt, read_text
+from posttrain_jax.data.messages import read_messages as read_messages
+from posttrain_jax.data.messages import read_tools as read_tools
+from posttrain_jax.data.rows import RowError
 
-ROLES = ("system", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function_call": "assistant",
-}
-
-# A message as a chat template takes it, and whether it is an assistant turn that may be trained.
-Message = tuple[dict[str, Any], bool]
-
-_OPTIONAL_TEXT = ("reasoning_content", "name", "tool_call_id")
+TEXT_AS = ("plain", "chat")
+# The user's turn where columns make it up: those that are there, in this order, on lines of their own.
+USER_COLUMNS = ("instruction", "context", "input", "question", "query")
+_ANSWER_COLUMNS = ("output", "response", "answer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +42,8 @@ class Conversation:
       tools: tool descriptions for the chat template, or None.
       prompt, completion: text, encoded without a template.
       text: plain text, trained whole.
+      repeated: whether the completion repeated the prompt, which is taken once.
+      unused: columns of the row that were not used, see `columns.py`.
     """
 
     messages: tuple[dict[str, Any], ...] = ()
@@ -56,181 +52,140 @@ class Conversation:
     prompt: str | None = None
     completion: str | None = None
     text: str | None = None
+    repeated: bool = False
+    unused: tuple[str, ...] = ()
 
 
-def to_conversation(row: dict[str, Any]) -> Conversation:
+def to_conversation(row: Mapping[str, Any], *, text_as: str = "plain") -> Conversation:
     """Converts one row of any known format. Raises RowError with the column and the reason."""
-    if "messages" in row:
+    columns = Columns(row)
+    conversation = _read(columns, text_as)
+    prompt, answers = texts_of(conversation)
+    unused = columns.unused(prompt, answers, is_chat=bool(conversation.messages))
+    return dataclasses.replace(conversation, unused=unused) if unused else conversation
+
+
+def texts_of(conversation: Conversation) -> tuple[list[str], list[str]]:
+    """What a conversation says: the texts of its prompt, and those that are trained."""
+    if conversation.messages:
+        said = [
+            (message.get("content", ""), is_trained)
+            for message, is_trained in zip(conversation.messages, conversation.trained, strict=True)
+        ]
+        return [text for text, trained in said if not trained], [text for text, trained in said if trained]
+    if conversation.text is not None:
+        return [], [conversation.text]
+    return [conversation.prompt or ""], [conversation.completion or ""]
+
+
+def _read(row: Columns, text_as: str) -> Conversation:
+    # A row that only a null column makes one of a format is refused for the null.
+    kind = _format(row.given) or _format(set(row))
+    if kind == "messages":
         return _chat(read_messages(row["messages"], "messages"), row)
-    if "conversations" in row:
+    if kind == "conversations":
         return _chat(read_sharegpt(row["conversations"]), row)
-    if "prompt" in row and "completion" in row:
-        return _prompt_completion(row)
-    if "instruction" in row and "output" in row:
-        return _alpaca(row)
-    if "text" in row:
-        return Conversation(text=_text(row, "text"))
+    if kind == "prompt":
+        return _prompt_completion(row, text_as)
+    if kind == "text":
+        return Conversation(text=read_text(row, "text"))
+    if kind:
+        return _question_answer(row, kind)
     if "prompt" in row:
         raise RowError("completion", "is missing (the row has a prompt)")
     if "instruction" in row:
         raise RowError("output", "is missing (the row has an instruction)")
-    columns = ", ".join(row) if row else "none"
     raise RowError(
         "(row)",
-        f"has columns {columns}, but a row needs messages, conversations, prompt + completion, "
-        "instruction + output, or text",
+        f"has columns {', '.join(row) if row else 'none'}, but a row needs messages, conversations, prompt + "
+        "completion, instruction + output, question + answer, or text; rename its columns",
     )
 
 
-def _chat(messages: list[Message], row: dict[str, Any], column: str = "messages") -> Conversation:
+def _format(names: set[str]) -> str:
+    """What tells the format of a row with these columns: a column's name (of the answer, where columns make up the
+    chat), or "" for no format."""
+    if "messages" in names or "conversations" in names:
+        return "messages" if "messages" in names else "conversations"
+    if {"prompt", "completion"} <= names:
+        return "prompt"
+    if {"instruction", "output"} <= names:
+        return "output"
+    if "text" in names:
+        return "text"
+    if not names.isdisjoint(USER_COLUMNS):
+        return next((name for name in _ANSWER_COLUMNS if name in names), "")
+    return ""
+
+
+def _chat(messages: list[Message], row: Mapping[str, Any], column: str = "messages") -> Conversation:
     messages = with_system(messages, row)
     if not any(message["role"] == "assistant" for message, _ in messages):
         raise RowError(column, "has no assistant turn, so there is nothing to train on")
     if not any(trained for _, trained in messages):
-        raise RowError(column, "gives every assistant turn weight 0, so there is nothing to train on")
+        raise RowError(
+            column, "gives every assistant turn weight 0 (train: false), so there is nothing to train on"
+        )
     return Conversation(
         messages=tuple(message for message, _ in messages),
         trained=tuple(trained for _, trained in messages),
-        tools=read_tools(row.get("tools")),
+        tools=tools_of(row),
     )
 
 
-def with_system(messages: list[Message], row: dict[str, Any]) -> list[Message]:
-    """The messages after the row's `system` prompt, unless they have one. Raises RowError."""
-    system = row.get("system")
+def with_system(messages: list[Message], row: Mapping[str, Any]) -> list[Message]:
+    """The messages after the row's `system` (or `system_prompt`), unless they begin with it. Raises RowError, also
+    where they begin with another one."""
+    column = (
+        "system" if row.get("system") is not None or row.get("system_prompt") is None else "system_prompt"
+    )
+    system = row.get(column)
     if system is not None and not isinstance(system, str):
-        raise RowError("system", f"is {describe_kind(system)}, not text")
-    if system and messages[0][0]["role"] != "system":
+        raise RowError(column, f"is {describe_kind(system)}, not text")
+    if not system:
+        return messages
+    first = messages[0][0]
+    if first["role"] != "system":
         return [({"role": "system", "content": system}, False), *messages]
+    if same_text(system) != same_text(first.get("content", "")):
+        raise RowError(column, "is another system prompt than the one that the messages begin with; keep one")
     return messages
 
 
-def read_messages(value: Any, column: str) -> list[Message]:
-    """[{"role", "content", ...}], each with whether it may be trained. Raises RowError."""
-    items = _list_of_dicts(value, column)
-    return [_message(item, f"{column}[{i}]") for i, item in enumerate(items)]
+def tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The descriptions of the row's `tools` (or `functions`), or None. Raises RowError."""
+    return read_tools(row.get("tools")) or read_tools(row.get("functions"))
 
 
-def _message(item: dict[str, Any], where: str) -> Message:
-    """One message, and whether it is trained."""
-    role = item.get("role")
-    if role is None:
-        raise RowError(f"{where}.role", "is missing" if "role" not in item else "is null")
-    if role not in ROLES:
-        raise RowError(f"{where}.role", f"is {role!r}; the known roles are {', '.join(ROLES)}")
-    message: dict[str, Any] = {"role": role}
-    content, reasoning, calls = _content(item, where)
-    if item.get("tool_calls"):
-        calls = _list_of_dicts(item["tool_calls"], f"{where}.tool_calls")
-    if calls and role != "assistant":
-        raise RowError(f"{where}.tool_calls", f"stands in a {role} turn; only an assistant calls tools")
-    if content is None and not calls:
-        raise RowError(f"{where}.content", "is null" if "content" in item else "is missing")
-    if role == "assistant" and not calls and not (content or "").strip():
-        raise RowError(f"{where}.content", "is an empty assistant turn")
-    if content is not None:
-        message["content"] = content
-    if reasoning:
-        message["reasoning_content"] = reasoning
-    if calls:
-        message["tool_calls"] = [_tool_call(call, f"{where}.tool_calls[{j}]") for j, call in enumerate(calls)]
-    for key in _OPTIONAL_TEXT:
-        if item.get(key) is not None:
-            message[key] = _text(item, key, f"{where}.{key}")
-    return message, role == "assistant" and _weight(item, where) > 0
+def after_prompt(prompt: list[Message], completion: list[Message]) -> list[Message]:
+    """The completion without the turns of the prompt that it repeats: the most that end the prompt and begin it."""
+    if completion[0][0]["role"] == "assistant":
+        return completion
+    for count in range(min(len(prompt), len(completion)), 0, -1):
+        pairs = zip(prompt[-count:], completion[:count], strict=True)
+        if all(is_same_turn(one, other) for (one, _), (other, _) in pairs):
+            return completion[count:]
+    return completion
 
 
-def _content(item: dict[str, Any], where: str) -> tuple[str | None, str, list[dict[str, Any]]]:
-    """Text, reasoning and tool calls of a message whose content is a string, null or a list of blocks."""
-    content = item.get("content")
-    if content is None or isinstance(content, str):
-        return content, "", []
-    if not isinstance(content, list):
-        raise RowError(f"{where}.content", f"is {describe_kind(content)}, not text")
-    texts, reasoning, calls = [], [], []
-    for j, block in enumerate(_list_of_dicts(content, f"{where}.content") if content else []):
-        column = f"{where}.content[{j}]"
-        kind = block.get("type")
-        value = block.get("value", block.get("text"))
-        if not isinstance(value, str):
-            raise RowError(column, f"holds {describe_kind(value)}, not text (block type {kind!r})")
-        if kind == "text":
-            texts.append(value)
-        elif kind == "reasoning":
-            reasoning.append(value)
-        elif kind == "tool_call":
-            calls.append(_parse_json(value, column))
-        else:
-            raise RowError(column, f"has block type {kind!r}; the known types are text, reasoning, tool_call")
-    return ("".join(texts) if texts else None), "".join(reasoning), calls
-
-
-def _weight(item: dict[str, Any], where: str) -> float:
-    for key in ("weight", "loss_weight"):
-        weight = item.get(key)
-        if weight is not None:
-            if isinstance(weight, bool) or weight not in (0, 1):
-                raise RowError(f"{where}.{key}", f"is {weight!r}; a turn is trained (1) or not (0)")
-            return weight
-    return 1
-
-
-def _tool_call(call: Any, where: str) -> dict[str, Any]:
-    """{"type": "function", "function": {"name", "arguments": object}}, from that or from its inner part."""
-    if not isinstance(call, dict):
-        raise RowError(where, f"is {describe_kind(call)}, not an object with name and arguments")
-    function = call.get("function", call)
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise RowError(where, "has no function name")
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        arguments = _parse_json(arguments, f"{where}.arguments")
-    result = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    if isinstance(call.get("id"), str):
-        result["id"] = call["id"]
-    return result
-
-
-def read_sharegpt(value: Any, column: str = "conversations") -> list[Message]:
-    """ShareGPT turns [{"from", "value"}], or messages, as messages. Raises RowError."""
-    items = _list_of_dicts(value, column)
-    if "from" not in items[0] and "role" in items[0]:
-        return read_messages(items, column)
-    messages = []
-    for i, item in enumerate(items):
-        where = f"{column}[{i}]"
-        speaker = item.get("from")
-        if speaker is None:
-            raise RowError(f"{where}.from", "is missing" if "from" not in item else "is null")
-        if speaker not in SHAREGPT_ROLES:
-            raise RowError(
-                f"{where}.from", f"is {speaker!r}; the known speakers are {', '.join(SHAREGPT_ROLES)}"
-            )
-        text = _text(item, "value", f"{where}.value")
-        message: dict[str, Any] = {"role": SHAREGPT_ROLES[speaker]}
-        if speaker == "function_call":
-            calls = _parse_json(text, f"{where}.value")
-            calls = calls if isinstance(calls, list) else [calls]
-            message["tool_calls"] = [_tool_call(call, f"{where}.value") for call in calls]
-        else:
-            message["content"] = text
-            if message["role"] == "assistant" and not text.strip():
-                raise RowError(f"{where}.value", "is an empty assistant turn")
-        trained = message["role"] == "assistant" and _weight(item, where) > 0
-        messages.append((message, trained))
-    return messages
-
-
-def _prompt_completion(row: dict[str, Any]) -> Conversation:
+def _prompt_completion(row: Columns, text_as: str) -> Conversation:
     prompt, completion = row["prompt"], row["completion"]
     for column in ("prompt", "completion"):
         if row[column] is None:
             raise RowError(column, "is null")
     if isinstance(prompt, str) and isinstance(completion, str):
-        return prompt_completion(prompt, completion)
+        if text_as == "chat":
+            return _chat([*user_turns(row, prompt, "prompt"), answer_turn(completion, "completion")], row)
+        rest = text_after(prompt, completion) if is_phrase(prompt) else ""
+        return dataclasses.replace(prompt_completion(prompt, rest or completion), repeated=bool(rest))
     if isinstance(prompt, list) and isinstance(completion, list):
         before = [(message, False) for message, _ in read_messages(prompt, "prompt")]
-        return _chat(before + _checked_completion(completion), row, "completion")
+        said = read_messages(completion, "completion")
+        turns = after_prompt(before, said)
+        if not any(message["role"] == "assistant" for message, _ in turns):
+            raise RowError("completion", "has no assistant turn, so there is nothing to train on")
+        chat = _chat(before + turns, row, "completion")
+        return dataclasses.replace(chat, repeated=len(turns) < len(said))
     for column in ("prompt", "completion"):
         if not isinstance(row[column], str | list):
             raise RowError(column, f"is {describe_kind(row[column])}, not text or a list of messages")
@@ -247,23 +202,43 @@ def prompt_completion(prompt: str, completion: str, column: str = "completion") 
     return Conversation(prompt=prompt, completion=completion)
 
 
-def _checked_completion(completion: list[Any]) -> list[Message]:
-    messages = read_messages(completion, "completion")
-    if not any(message["role"] == "assistant" for message, _ in messages):
-        raise RowError("completion", "has no assistant turn, so there is nothing to train on")
-    return messages
+def text_after(prompt: str, text: str) -> str:
+    """What follows the prompt in a text that begins with it; "" where it does not, or nothing follows."""
+    said, whole = prompt.strip(), text.lstrip()
+    rest = whole[len(said) :]
+    if not said or not whole.startswith(said) or not rest.strip():
+        return ""
+    inside_a_word = f"{said[-1]}{rest[0]}".isascii() and said[-1].isalnum() and rest[0].isalnum()
+    return "" if inside_a_word else rest
 
 
-def _alpaca(row: dict[str, Any]) -> Conversation:
-    instruction = _text(row, "instruction")
-    extra = _text(row, "input") if row.get("input") is not None else ""
-    question = "\n".join(part for part in (instruction, extra) if part)
-    if not question:
-        raise RowError("instruction", "is empty")
-    answer = _text(row, "output")
-    if not answer.strip():
-        raise RowError("output", "is an empty assistant turn")
-    messages = []
+def is_phrase(text: str) -> bool:
+    """Whether a text is too long for another to begin with it by chance: three words, or 20 characters."""
+    return len(text.split()) >= 3 or len(text.strip()) >= 20
+
+
+def _question_answer(row: Columns, answer: str) -> Conversation:
+    messages = [*user_turns(row, *user_text(row)), answer_turn(read_text(row, answer), answer)]
+    return _chat(messages, row)
+
+
+def user_text(row: Mapping[str, Any]) -> tuple[str, str]:
+    """The user's turn that the columns of USER_COLUMNS make up, and the first of them. Raises RowError."""
+    there = [name for name in USER_COLUMNS if row.get(name) is not None]
+    there = there or [name for name in USER_COLUMNS if name in row]
+    parts: list[str] = []
+    for name in there:
+        part = read_text(row, name)
+        if part and part not in parts:
+            parts.append(part)
+    return "\n".join(parts), there[0]
+
+
+def user_turns(row: Mapping[str, Any], text: str, column: str) -> list[Message]:
+    """The turns of the row's `history`, then the user's. Raises RowError."""
+    if not text:
+        raise RowError(column, "is empty")
+    messages: list[Message] = []
     history = row.get("history") or []
     if not isinstance(history, list):
         raise RowError("history", f"is {describe_kind(history)}, not a list of [question, answer] pairs")
@@ -276,71 +251,11 @@ def _alpaca(row: dict[str, Any]) -> Conversation:
             raise RowError(f"history[{i}]", "holds an empty assistant turn")
         messages.append(({"role": "user", "content": pair[0]}, False))
         messages.append(({"role": "assistant", "content": pair[1]}, True))
-    messages.append(({"role": "user", "content": question}, False))
-    messages.append(({"role": "assistant", "content": answer}, True))
-    return _chat(messages, row)
+    return [*messages, ({"role": "user", "content": text}, False)]
 
 
-def read_tools(value: Any) -> list[dict[str, Any]] | None:
-    """Tool descriptions as [{"type": "function", "function": {...}}], from a list or its JSON text. Raises RowError."""
-    if isinstance(value, str):
-        value = _parse_json(value, "tools") if value.strip() else None
-    if not value:
-        return None
-    tools = _list_of_dicts(value, "tools")
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-
-
-def _list_of_dicts(value: Any, column: str) -> list[dict[str, Any]]:
-    if value is None:
-        raise RowError(column, "is null")
-    if isinstance(value, dict) and _is_columns(value):
-        value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
-    if not isinstance(value, list):
-        raise RowError(column, f"is {describe_kind(value)}, not a list")
-    if not value:
-        raise RowError(column, "is an empty list")
-    for i, item in enumerate(value):
-        if not isinstance(item, dict):
-            raise RowError(f"{column}[{i}]", f"is {describe_kind(item)}, not an object")
-    return value
-
-
-def _is_columns(value: dict[str, Any]) -> bool:
-    """A list of objects as TFDS and older `datasets` store it: a list per key, all of one length."""
-    lists = [items for items in value.values() if isinstance(items, list)]
-    return len(lists) == len(value) and len({len(items) for items in lists}) == 1
-
-
-def _text(row: dict[str, Any], key: str, column: str = "") -> str:
-    column = column or key
-    value = row.get(key)
-    if value is None:
-        raise RowError(column, "is null" if key in row else "is missing")
-    if not isinstance(value, str):
-        raise RowError(column, f"is {describe_kind(value)}, not text")
-    if key == "text" and not value.strip():
-        raise RowError(column, "is empty")
-    return value
-
-
-def _parse_json(text: str, column: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RowError(column, f"should hold JSON, but: {error}") from None
-
-
-def describe_kind(value: Any) -> str:
-    """What a JSON value is, in words."""
-    if value is None:
-        return "null"
-    names = {
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        str: "text",
-        list: "a list",
-        dict: "an object",
-    }
-    return names.get(type(value), f"a {type(value).__name__}")
+def answer_turn(text: str, column: str) -> Message:
+    """An assistant's turn. Raises RowError where it is empty."""
+    if not text.strip():
+        raise RowError(column, "is an empty assistant turn")
+    return {"role": "assistant", "content": text}, True

@@ -4,18 +4,21 @@ A `Preference` is one prompt, K completions, and what people said of them: compa
 order, each with a weight), or a rating or a good/bad label of every completion. A row's format is told by its columns,
 the first that matches:
 
-    chosen + rejected              after `prompt` (text, or messages), after `conversations` (ShareGPT) or `messages`,
-                                   or whole chats (or texts) whose common beginning is the prompt
-    chosen_messages + rejected_messages   whole chats
-    prompt + completions           K of them, with `ranks` (1 = best, equal = tie), `scores`, or `ratings` by rater
-    prompt + completion + label    or messages + label: good (true) or bad (KTO)
-    prompt + completion + rating   a number, or `ratings` by rater
+    chosen + rejected              after the prompt, or whole chats (or texts) whose common beginning is the prompt
+    chosen_messages + rejected_messages   the same
+    completions                    K of them, with `ranks` (1 = best, equal = tie), `scores`, or `ratings` by rater
+    completion + label             or messages + label: good (true) or bad (KTO)
+    completion + rating            a number, or `ratings` by rater
+
+The prompt is `prompt` (text, or messages), `conversations` (ShareGPT), `messages`, or the user's turn that columns make
+up (`question`, `instruction` with `input`, see `formats.py`). Text after a text `prompt` is plain text unless `text_as`
+is "chat"; all else are chats, with `system`, `history` and `tools` as in `formats.py`. A completion that repeats the
+prompt is taken without it, and counted. What becomes of other columns says `columns.py`.
 
 A pair may say how much better: `margin`, a number or one of MARGINS; or `chosen_score` and `rejected_score`
 (`score_chosen`, `score_rejected`), whose difference is the margin; `probability` that chosen is the better one (a soft
-label; below 1/2 the comparison is turned round, margin and all), and `weight`. `subset` names a
-part of a benchmark, for reports. Chats may have `system` and `tools` columns, as in `formats.py`. Other columns are
-ignored.
+label; below 1/2 the comparison is turned round, margin and all), and `weight`. `subset` names a part of a benchmark,
+for reports.
 """
 
 from __future__ import annotations
@@ -23,20 +26,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from posttrain_jax.data.formats import (
-    Conversation,
-    Message,
-    describe_kind,
-    prompt_completion,
-    read_messages,
-    read_sharegpt,
-    read_tools,
-    with_system,
-)
-from posttrain_jax.data.sources import RowError
+from posttrain_jax.data.columns import Columns
+from posttrain_jax.data.formats import Conversation, texts_of
+from posttrain_jax.data.messages import describe_kind, read_messages, read_sharegpt
+from posttrain_jax.data.prompt_completions import PromptCompletions, last_turn, read_completions
+from posttrain_jax.data.rows import RowError
 
 # Llama 2's four degrees of preference (arXiv:2307.09288, table 27, "margin small").
 MARGINS = {
@@ -46,7 +43,9 @@ MARGINS = {
     "negligibly better": 0.0,
     "unsure": 0.0,
 }
-_DIALOGUE_TURN = "\n\nAssistant:"
+_CHATS = ("messages", "conversations")
+_LARGEST = 1e38
+"""Numbers are kept in 32 bits, and the difference of two must fit, too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +75,11 @@ class Preference:
       ratings: a number for each completion, or ().
       raters: each rater's numbers for the completions (NaN = not rated), by name.
       label: whether the only completion is good (KTO), or None.
+      ranks: a whole number for each completion, 0 = best, equal = tied; 0 for a completion without any.
       ties: how many pairs were said to be equal.
       subset: which part of a benchmark the row belongs to (its column `subset`), or "".
+      repeated: whether the completions repeated the prompt, which is taken once.
+      unused: columns of the row that were not used, see `columns.py`.
     """
 
     completions: tuple[Conversation, ...]
@@ -85,40 +87,53 @@ class Preference:
     ratings: tuple[float, ...] = ()
     raters: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     label: bool | None = None
+    ranks: tuple[int, ...] = ()
     ties: int = 0
     subset: str = ""
+    repeated: bool = False
+    unused: tuple[str, ...] = ()
 
 
-def to_preference(row: dict[str, Any]) -> Preference:
+def to_preference(row: Mapping[str, Any], *, text_as: str = "plain") -> Preference:
     """Converts one row of any known format. Raises RowError with the column and the reason."""
-    preference = _preference(row)
-    subset = row.get("subset")
-    return dataclasses.replace(preference, subset=subset) if isinstance(subset, str) else preference
+    columns = Columns(row)
+    preference = _preference(columns, text_as)
+    subset = columns.get("subset", "")
+    if isinstance(subset, list | dict):
+        raise RowError("subset", f"is {describe_kind(subset)}, not the name of a part")
+    said = [texts_of(completion) for completion in preference.completions]
+    unused = columns.unused(
+        [text for prompt, _ in said for text in prompt],
+        [text for _, answers in said for text in answers],
+        is_chat=bool(preference.completions[0].messages),
+    )
+    return dataclasses.replace(preference, subset="" if subset is None else str(subset), unused=unused)
 
 
-def _preference(row: dict[str, Any]) -> Preference:
-    if "chosen" in row or "rejected" in row:
-        return _pair(row, "chosen", "rejected")
-    if "chosen_messages" in row or "rejected_messages" in row:
-        return _pair(row, "chosen_messages", "rejected_messages")
-    if "completions" in row:
-        return _ranked(row)
-    if "label" in row:
-        return _labelled(row)
-    if "completion" in row and ("rating" in row or "ratings" in row):
-        return _rated(row)
-    columns = ", ".join(row) if row else "none"
+def _preference(row: Columns, text_as: str) -> Preference:
+    # A row that only a null column makes one of a format is refused for the null.
+    for names in (row.given, set(row)):
+        if "chosen" in names or "rejected" in names:
+            return _pair(row, "chosen", "rejected", text_as)
+        if "chosen_messages" in names or "rejected_messages" in names:
+            return _pair(row, "chosen_messages", "rejected_messages", text_as)
+        if "completions" in names:
+            return _ranked(row, text_as)
+        if "label" in names:
+            return _labelled(row, text_as)
+        if "completion" in names and not names.isdisjoint(("rating", "ratings")):
+            return _rated(row, text_as)
     raise RowError(
         "(row)",
-        f"has columns {columns}, but a preference needs chosen + rejected, completions with ranks or scores, "
-        "completion (or messages) + label, or completion + rating",
+        f"has columns {', '.join(row) if row else 'none'}, but a preference needs chosen + rejected, completions with "
+        "ranks or scores, completion (or messages) + label, or completion + rating; rename its columns",
     )
 
 
 # ---- pairs
 
 
-def _pair(row: dict[str, Any], chosen: str, rejected: str) -> Preference:
+def _pair(row: Columns, chosen: str, rejected: str, text_as: str) -> Preference:
     for column in (chosen, rejected):
         if row.get(column) is None:
             raise RowError(column, "is null" if column in row else "is missing")
@@ -126,13 +141,8 @@ def _pair(row: dict[str, Any], chosen: str, rejected: str) -> Preference:
             raise RowError(column, "is empty")
     if row[chosen] == row[rejected]:
         raise RowError(rejected, "is the same as chosen, so there is nothing to prefer")
-    has_prompt = bool({"prompt", "conversations", "messages"} & row.keys())
-    if has_prompt and not (_is_whole_chat(row[chosen]) and _is_whole_chat(row[rejected])):
-        prompt = _prompt(row)
-        sides = [_completion(prompt, row[column], column, row) for column in (chosen, rejected)]
-    else:
-        sides = _whole_sides(row, chosen, rejected)
-    if sides[0] == sides[1]:
+    sides = read_completions(row, {column: row[column] for column in (chosen, rejected)}, text_as)
+    if sides.completions[0] == sides.completions[1]:
         raise RowError(rejected, "is the same as chosen, so there is nothing to prefer")
     weight, margin = _number(row, "weight", 1.0, least=0.0), _margin(row)
     probability = _number(row, "probability", 1.0, least=0.0, most=1.0)
@@ -140,102 +150,15 @@ def _pair(row: dict[str, Any], chosen: str, rejected: str) -> Preference:
         comparison = Comparison(0, 1, weight, margin, probability)
     else:
         comparison = Comparison(1, 0, weight, -margin, 1.0 - probability)
-    return Preference(completions=tuple(sides), comparisons=(comparison,))
-
-
-Prompt = str | list[Message]
-
-
-def _is_whole_chat(side: Any) -> bool:
-    """Whether a side repeats its prompt (as UltraFeedback's files do): a chat that another than the assistant opens."""
-    if not (isinstance(side, list) and side and isinstance(side[0], dict)):
-        return False
-    return side[0].get("role", side[0].get("from")) not in ("assistant", "gpt")
-
-
-def _prompt(row: dict[str, Any]) -> Prompt:
-    """The prompt as text or as messages that are not trained."""
-    if row.get("prompt") is not None:
-        prompt = row["prompt"]
-        if isinstance(prompt, str):
-            return prompt
-        messages = read_messages(prompt, "prompt")
-    elif row.get("conversations") is not None:
-        messages = read_sharegpt(row["conversations"])
-    elif row.get("messages") is not None:
-        messages = read_messages(row["messages"], "messages")
-    else:
-        column = next(name for name in ("prompt", "conversations", "messages") if name in row)
-        raise RowError(column, "is null")
-    return [(message, False) for message, _ in messages]
-
-
-def _completion(prompt: Prompt, value: Any, column: str, row: dict[str, Any]) -> Conversation:
-    """The prompt with one completion: text after text, or messages (or a text as one turn) after messages."""
-    if isinstance(prompt, str):
-        if isinstance(value, str):
-            return prompt_completion(prompt, value, column)
-        prompt = [({"role": "user", "content": prompt}, False)]
-    messages = _completion_messages(value, column)
-    if not any(trained for _, trained in messages):
-        raise RowError(column, "has no assistant turn")
-    whole = [*with_system(prompt, row), *messages]
-    return Conversation(
-        messages=tuple(message for message, _ in whole),
-        trained=tuple(trained for _, trained in whole),
-        tools=read_tools(row.get("tools")),
+    return Preference(
+        completions=sides.completions,
+        comparisons=(comparison,),
+        ranks=(int(probability < 0.5), int(probability > 0.5)),
+        repeated=sides.repeated,
     )
 
 
-def _completion_messages(value: Any, column: str) -> list[Message]:
-    if isinstance(value, str):
-        if not value.strip():
-            raise RowError(column, "is empty")
-        return [({"role": "assistant", "content": value}, True)]
-    items = [value] if isinstance(value, dict) else value
-    if isinstance(items, list) and items and isinstance(items[0], dict) and "from" in items[0]:
-        return read_sharegpt(items, column)
-    return read_messages(items, column)
-
-
-def _whole_sides(row: dict[str, Any], chosen: str, rejected: str) -> list[Conversation]:
-    """Both sides with their prompt inside; it is what they have in common."""
-    if isinstance(row[chosen], str) and isinstance(row[rejected], str):
-        at = _common_prompt(row[chosen], row[rejected])
-        return [prompt_completion(row[c][:at], row[c][at:], c) for c in (chosen, rejected)]
-    first, second = (_completion_messages(row[column], column) for column in (chosen, rejected))
-    shared = sum(
-        1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
-    )
-    if shared == 0:
-        raise RowError(rejected, f"does not begin with the same prompt as {chosen}")
-    rest = (first[shared:], second[shared:])
-    for column, messages in zip((chosen, rejected), rest, strict=True):
-        if not messages:
-            raise RowError(column, "ends where the other side goes on, so it has no completion of its own")
-        if messages[0][0]["role"] != "assistant":
-            raise RowError(
-                column, "has another prompt than the other side; the two answer different questions"
-            )
-    prompt: Prompt = [(message, False) for message, _ in first[:shared]]
-    return [
-        _completion(prompt, [m for m, _ in messages], column, row)
-        for column, messages in zip((chosen, rejected), rest, strict=True)
-    ]
-
-
-def _common_prompt(chosen: str, rejected: str) -> int:
-    """How many characters of two texts are the prompt: up to the last "Assistant:" that both have, else up to the last
-    blank before they part (as Anthropic's HH files and TRL's implicit prompts are read)."""
-    pairs = zip(chosen, rejected, strict=False)
-    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    turn = chosen.rfind(_DIALOGUE_TURN, 0, same)
-    if turn >= 0:
-        return turn + len(_DIALOGUE_TURN)
-    return max(chosen.rfind(" ", 0, same), chosen.rfind("\n", 0, same), 0)
-
-
-def _margin(row: dict[str, Any]) -> float:
+def _margin(row: Columns) -> float:
     margin = row.get("margin")
     if isinstance(margin, str):
         if margin.lower() not in MARGINS:
@@ -252,29 +175,36 @@ def _margin(row: dict[str, Any]) -> float:
 # ---- K completions, labels, ratings
 
 
-def _ranked(row: dict[str, Any]) -> Preference:
+def _ranked(row: Columns, text_as: str) -> Preference:
     values = row["completions"]
     if not isinstance(values, list) or len(values) < 2:
-        count = f"{len(values)}" if isinstance(values, list) else describe_kind(values)
-        raise RowError("completions", f"must be a list of at least two completions to compare, not {count}")
-    prompt = _prompt(row)
-    sides = tuple(_completion(prompt, v, f"completions[{i}]", row) for i, v in enumerate(values))
+        found = f"{len(values)}" if isinstance(values, list) else describe_kind(values)
+        raise RowError("completions", f"must be a list of at least two completions to compare, not {found}")
+    sides = read_completions(row, {f"completions[{i}]": value for i, value in enumerate(values)}, text_as)
+    count = len(values)
+    raters: dict[str, tuple[float, ...]] = {}
+    ratings: tuple[float, ...] = ()
     if row.get("ratings") is not None:
-        raters = _raters_of_many(row["ratings"], len(sides))
-        ratings = tuple(_mean([scores[i] for scores in raters.values()], i) for i in range(len(sides)))
-        comparisons, ties = _order(ratings, margins=True)
-        return Preference(sides, comparisons, ratings, raters, ties=ties)
-    if row.get("scores") is not None:
-        ratings = _numbers(row["scores"], "scores", len(sides))
-        comparisons, ties = _order(ratings, margins=True)
-        return Preference(sides, comparisons, ratings, ties=ties)
-    if row.get("ranks") is None:
+        raters = _raters_of_many(row["ratings"], count)
+        ratings = tuple(_mean([scores[i] for scores in raters.values()], i) for i in range(count))
+    elif row.get("scores") is not None:
+        ratings = _numbers(row["scores"], "scores", count)
+    elif row.get("ranks") is None:
         raise RowError("ranks", "is missing (the row has completions); give ranks, scores or ratings")
-    ranks = _numbers(row["ranks"], "ranks", len(sides))
-    comparisons, ties = _order([-rank for rank in ranks], margins=False)
-    if not comparisons:
+    values_up = ratings or tuple(-rank for rank in _numbers(row["ranks"], "ranks", count))
+    comparisons, ties = _order(values_up, margins=bool(ratings))
+    if not comparisons and not ratings:
         raise RowError("completions", "are all tied, so there is nothing to prefer")
-    return Preference(sides, comparisons, ties=ties)
+    places = {value: place for place, value in enumerate(sorted(set(values_up), reverse=True))}
+    return Preference(
+        completions=sides.completions,
+        comparisons=comparisons,
+        ratings=ratings,
+        raters=raters,
+        ranks=tuple(places[value] for value in values_up),
+        ties=ties,
+        repeated=sides.repeated,
+    )
 
 
 def _order(values: Sequence[float], *, margins: bool) -> tuple[tuple[Comparison, ...], int]:
@@ -291,16 +221,17 @@ def _order(values: Sequence[float], *, margins: bool) -> tuple[tuple[Comparison,
     return tuple(comparisons), ties
 
 
-def _labelled(row: dict[str, Any]) -> Preference:
+def _labelled(row: Columns, text_as: str) -> Preference:
     label = row["label"]
     if isinstance(label, int) and label in (0, 1):
         label = bool(label)
     if not isinstance(label, bool):
         raise RowError("label", f"is {label!r}, not a boolean (true = good, false = bad)")
-    return Preference(completions=(_one_completion(row),), label=label)
+    side = _one_completion(row, text_as)
+    return Preference(completions=side.completions, label=label, ranks=(0,), repeated=side.repeated)
 
 
-def _rated(row: dict[str, Any]) -> Preference:
+def _rated(row: Columns, text_as: str) -> Preference:
     raters: dict[str, tuple[float, ...]] = {}
     if row.get("ratings") is not None:
         raters = {name: (value,) for name, value in _raters(row["ratings"], "ratings").items()}
@@ -310,27 +241,23 @@ def _rated(row: dict[str, Any]) -> Preference:
         rating = _mean([scores[0] for scores in raters.values()], 0)
     else:
         raise RowError("rating", "is null")
-    return Preference(completions=(_one_completion(row),), ratings=(rating,), raters=raters)
+    side = _one_completion(row, text_as)
+    return Preference(
+        completions=side.completions, ratings=(rating,), raters=raters, ranks=(0,), repeated=side.repeated
+    )
 
 
-def _one_completion(row: dict[str, Any]) -> Conversation:
+def _one_completion(row: Columns, text_as: str) -> PromptCompletions:
     """prompt + completion; or a whole chat, whose last assistant turn is the completion."""
-    if "completion" in row:
+    if "completion" in row.given or ("completion" in row and row.given.isdisjoint(_CHATS)):
         if row["completion"] is None:
             raise RowError("completion", "is null")
-        if row.get("prompt") is None and not {"conversations", "messages"} & row.keys():
-            raise RowError("prompt", "is null" if "prompt" in row else "is missing")
-        return _completion(_prompt(row), row["completion"], "completion", row)
-    if row.get("messages") is not None:
-        messages, column = read_messages(row["messages"], "messages"), "messages"
-    elif row.get("conversations") is not None:
-        messages, column = read_sharegpt(row["conversations"]), "conversations"
-    else:
-        raise RowError("completion", "is missing (the row has a label)")
-    if messages[-1][0]["role"] != "assistant" or len(messages) < 2:
-        raise RowError(column, "must end with the assistant's turn that is labelled")
-    prompt: Prompt = [(message, False) for message, _ in messages[:-1]]
-    return _completion(prompt, [messages[-1][0]], column, row)
+        return read_completions(row, {"completion": row["completion"]}, text_as)
+    if "messages" in row.given:
+        return last_turn(row, read_messages(row["messages"], "messages"), "messages")
+    if "conversations" in row.given:
+        return last_turn(row, read_sharegpt(row["conversations"]), "conversations")
+    raise RowError("completion", "is missing (the row has a label)")
 
 
 def _raters_of_many(value: Any, count: int) -> dict[str, tuple[float, ...]]:
@@ -365,7 +292,7 @@ def _numbers(value: Any, column: str, count: int) -> tuple[float, ...]:
 
 
 def _number(
-    row: dict[str, Any],
+    row: Mapping[str, Any],
     key: str,
     default: float,
     *,
@@ -376,8 +303,11 @@ def _number(
     value = row.get(key)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RowError(where or key, f"is {value!r}, not a finite number")
-    if not least <= value <= most:
+    number = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST:
+        number = float(value)
+    if math.isnan(number):
+        raise RowError(where or key, f"is {value!r}, not a finite number (at most {_LARGEST:g})")
+    if not least <= number <= most:
         raise RowError(where or key, f"is {value!r}; it must lie between {least:g} and {most:g}")
-    return float(value)
+    return number

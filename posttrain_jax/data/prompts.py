@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from posttrain_jax.data.cache_key import canonical
-from posttrain_jax.data.sources import Row, RowError, Spec, read_rows, weighted_sources
+from posttrain_jax.data.rows import Row, RowError, without_columns
+from posttrain_jax.data.sources import Spec, read_rows, weighted_sources
 from posttrain_jax.data.tokenized import rejection
 from posttrain_jax.errors import InputError
 
@@ -126,6 +127,7 @@ def read_prompts(
     max_tokens: int,
     long_prompts: str = "error",
     on_bad_row: str = "stop",
+    ignore_columns: str = "",
     rejected_path: pathlib.Path | None = None,
 ) -> PromptData:
     """The prompts of every source of `spec`.
@@ -136,6 +138,7 @@ def read_prompts(
       max_tokens: most tokens of a prompt.
       long_prompts: "error", or "drop": a prompt that is longer is left out and counted.
       on_bad_row: "stop" or "skip".
+      ignore_columns: columns of the rows that are left out before anything reads them, "a,b".
       rejected_path: a file for the rows that are skipped, with the reason; there is none when no row is bad.
 
     Raises:
@@ -149,6 +152,7 @@ def read_prompts(
         prompts: list[Prompt] = []
         dropped = bad = 0
         for row in read_rows(source):
+            row = without_columns(row, ignore_columns)
             where = f"{row.source}:{row.line}"
             try:
                 tokens = _encoded(row, encode)

@@ -8,45 +8,23 @@ A text file is one document per block between blank lines.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
+import math
+import os
 import pathlib
-import urllib.parse
+import stat
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-
+from posttrain_jax.data.json_text import parse, parse_at, skip_space
+from posttrain_jax.data.library_rows import library_rows, parquet_rows, saved_by_datasets
+from posttrain_jax.data.rows import Row as Row
+from posttrain_jax.data.rows import RowError as RowError
+from posttrain_jax.data.rows import one_line
 from posttrain_jax.errors import InputError
 
 Spec = str | list[tuple[str, float]]
-
-
-class RowError(Exception):
-    """A row that cannot be used: the column (a path such as `messages[1].content`) and the reason."""
-
-    def __init__(self, column: str, reason: str) -> None:
-        super().__init__(f"{column}: {reason}")
-        self.column = column
-        self.reason = reason
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One row and where it came from.
-
-    Attributes:
-      value: the columns; empty when `error` is set.
-      source: the file, or the spec of a dataset.
-      line: 1-based line on which the row starts (JSON Lines, JSON, text) or 1-based row number (the others).
-      error: why the row could not be read, or None.
-    """
-
-    value: dict[str, Any]
-    source: str
-    line: int
-    error: RowError | None = None
 
 
 def weighted_sources(spec: Spec) -> list[tuple[str, float]]:
@@ -56,42 +34,73 @@ def weighted_sources(spec: Spec) -> list[tuple[str, float]]:
     pairs = []
     for item in spec:
         if isinstance(item, str) or len(item) != 2 or not isinstance(item[0], str):
-            raise InputError(f"a mixture of data is a list of (source, weight), but it holds {item!r}")
-        pairs.append((item[0], float(item[1])))
+            raise InputError(
+                f"a mixture of data is a list of (source, weight), but it holds {one_line(repr(item), 200)}"
+            )
+        pairs.append((item[0], _weight(*item)))
     if not pairs:
         raise InputError("the list of data sources is empty; give a path, or a list of (source, weight)")
-    for source, weight in pairs:
-        if not (0 < weight < float("inf")):
-            raise InputError(
-                f"data source {source!r} has weight {weight:g}; a weight must be a positive number"
-            )
     return pairs
+
+
+def _weight(source: str, value: Any) -> float:
+    try:
+        weight = float(value)
+    except (ValueError, TypeError, OverflowError):
+        weight = math.nan
+    if not (0 < weight < math.inf):
+        shown = one_line(repr(value), 60)
+        raise InputError(f"data source {source!r} has weight {shown}; a weight must be a positive number")
+    return weight
 
 
 def source_files(source: str) -> list[pathlib.Path] | None:
     """The files that a path source reads, in order; None for a source that the `datasets` or TFDS library reads.
 
-    Raises InputError when there is no such file, or nothing readable in the folder.
+    Raises InputError when there is no such file, it cannot be read, or nothing readable is in the folder.
     """
     if source.startswith(("hf:", "tfds:")):
         return None
-    path = pathlib.Path(source).expanduser()
-    if path.is_dir():
-        if _saved_by_datasets(path):
-            return None
-        files = [
-            p
-            for p in sorted(path.rglob("*"))
-            if p.suffix in _READERS and p.is_file() and not _hidden(p, path)
-        ]
-        if not files:
-            raise InputError(f"data folder {source} holds no file that ends in {', '.join(_READERS)}")
-        return files
-    if not path.exists():
-        raise InputError(f"data file {source} does not exist; check data.train and data.eval")
-    if path.suffix not in _READERS:
-        raise InputError(f"data file {source} must end in one of {', '.join(_READERS)}")
-    return [path]
+    if not source.strip():
+        raise InputError(
+            "a data source is empty; give a path (. for the current folder), hf:NAME or tfds:NAME"
+        )
+    try:
+        path = pathlib.Path(source).expanduser()
+        if not path.exists():
+            raise InputError(f"data file {_shown(source)} does not exist; check data.train and data.eval")
+        if path.is_dir():
+            return None if saved_by_datasets(path) else _files_in(path)
+        if path.suffix not in _READERS:
+            raise InputError(f"data file {source} must end in one of {', '.join(_READERS)}")
+        return [_readable(path)]
+    except OSError as error:
+        raise InputError(f"data file {_shown(source)} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RuntimeError) as error:  # a null byte in the name; a home folder that nobody has
+        raise InputError(f"data file {_shown(source)} is no path: {error}") from None
+
+
+def _files_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    found = [p for p in sorted(folder.rglob("*")) if p.suffix in _READERS and not _hidden(p, folder)]
+    files = [_readable(path) for path in found if not path.is_dir()]
+    if not files:
+        raise InputError(f"data folder {folder} holds no file that ends in {', '.join(_READERS)}")
+    return files
+
+
+def _readable(path: pathlib.Path) -> pathlib.Path:
+    """The path, of a file that can be opened. A pipe would be waited for, and cannot be read twice."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise InputError(
+            f"data file {path} is no regular file (a pipe or a device); copy its contents to a file"
+        )
+    if not os.access(path, os.R_OK):
+        raise InputError(f"data file {path} may not be read by this user; check its permissions")
+    return path
+
+
+def _shown(source: str) -> str:
+    return one_line(source, 300)
 
 
 def read_rows(source: str) -> Iterator[Row]:
@@ -101,21 +110,20 @@ def read_rows(source: str) -> Iterator[Row]:
     """
     files = source_files(source)
     if files is None:
-        return _library_rows(source)
+        return library_rows(source)
     return itertools.chain.from_iterable(_file_rows(path) for path in files)
 
 
 def _file_rows(path: pathlib.Path) -> Iterator[Row]:
-    rows = _READERS[path.suffix](path)
-    first = next(rows, None)
-    if first is None:
-        raise InputError(f"data file {path} is empty; it must hold at least one row")
-    yield first
-    yield from rows
-
-
-def _saved_by_datasets(path: pathlib.Path) -> bool:
-    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+    try:
+        rows = _READERS[path.suffix](path)
+        first = next(rows, None)
+        if first is None:
+            raise InputError(f"data file {path} is empty; it must hold at least one row")
+        yield first
+        yield from rows
+    except OSError as error:
+        raise InputError(f"data file {path} cannot be read: {error.strerror or error}") from None
 
 
 def _hidden(path: pathlib.Path, root: pathlib.Path) -> bool:
@@ -148,30 +156,18 @@ def _jsonl(path: pathlib.Path) -> Iterator[Row]:
             try:
                 text = _decode(line, offset, first=number == 1)
                 if text.strip():
-                    yield Row(_object(json.loads(text), text), str(path), number)
+                    yield _row(parse(text, "(json)"), path, number)
             except RowError as error:
                 yield Row({}, str(path), number, error)
-            except json.JSONDecodeError as error:
-                reason = f"is broken at character {error.pos + 1}: {error.msg}"
-                yield Row({}, str(path), number, RowError("(json)", reason))
-            except RecursionError:
-                yield Row({}, str(path), number, RowError("(json)", "is nested too deeply"))
             offset += len(line)
 
 
-def _object(value: Any, text: str) -> dict[str, Any]:
-    """`value`, which was parsed from `text`, if it can be a row."""
-    if not isinstance(value, dict):
-        raise RowError("(json)", f"is a {type(value).__name__}, not an object with columns")
-    if "\\ud" in text.lower():
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = f"\\u{ord(error.object[error.start]):04x}"
-            raise RowError(
-                "(json)", f"holds {half}, one half of a surrogate pair, which is no character"
-            ) from None
-    return value
+def _row(value: Any, path: pathlib.Path, line: int) -> Row:
+    if isinstance(value, dict):
+        return Row(value, str(path), line)
+    return Row(
+        {}, str(path), line, RowError("(json)", f"is a {type(value).__name__}, not an object with columns")
+    )
 
 
 def _json(path: pathlib.Path) -> Iterator[Row]:
@@ -190,24 +186,21 @@ def _json(path: pathlib.Path) -> Iterator[Row]:
 
 
 def _json_array(path: pathlib.Path, text: str) -> Iterator[Row]:
-    decode = json.JSONDecoder().raw_decode
-    at = _skip_space(text, text.index("[") + 1)
+    at = skip_space(text, text.index("[") + 1)
     line, counted = 1, 0
     while text[at : at + 1] != "]":
         line, counted = line + text.count("\n", counted, at), at
         try:
-            start = at
-            value, at = decode(text, at)
-            yield Row(_object(value, text[start:at]), str(path), line)
-            at = _skip_space(text, at)
+            parsed = parse_at(text, at)
+            at = skip_space(text, parsed.end)
+            if parsed.problem:
+                yield Row({}, str(path), line, RowError("(json)", parsed.problem))
+            else:
+                yield _row(parsed.value, path, line)
             if text[at : at + 1] == ",":
-                at = _skip_space(text, at + 1)
+                at = skip_space(text, at + 1)
             elif text[at : at + 1] != "]":
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
-        except RowError as error:
-            yield Row({}, str(path), line, error)
-            at = _skip_space(text, at)
-            at = _skip_space(text, at + 1) if text[at : at + 1] == "," else at
         except json.JSONDecodeError as error:  # what follows cannot be told apart any more
             reason = f"is broken at line {error.lineno}, column {error.colno}: {error.msg}; nothing after it was read"
             yield Row({}, str(path), error.lineno, RowError("(json)", reason))
@@ -217,16 +210,10 @@ def _json_array(path: pathlib.Path, text: str) -> Iterator[Row]:
                 {}, str(path), line, RowError("(json)", "is nested too deeply; nothing after it was read")
             )
             return
-    rest = _skip_space(text, at + 1)
+    rest = skip_space(text, at + 1)
     if rest < len(text):
         reason = "goes on after the array's end; nothing after it was read (write one array, or JSON Lines)"
         yield Row({}, str(path), 1 + text.count("\n", 0, rest), RowError("(json)", reason))
-
-
-def _skip_space(text: str, at: int) -> int:
-    while text[at : at + 1] in (" ", "\n", "\r", "\t"):
-        at += 1
-    return at
 
 
 def _txt(path: pathlib.Path) -> Iterator[Row]:
@@ -249,126 +236,10 @@ def _txt(path: pathlib.Path) -> Iterator[Row]:
                 block, broken = [], None
 
 
-def _parquet(path: pathlib.Path) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield Row(value, str(path), number)
-    except pa.ArrowException as error:
-        raise InputError(f"data file {path} is not a readable Parquet file: {_one_line(error)}") from None
-
-
 _READERS: dict[str, Callable[[pathlib.Path], Iterator[Row]]] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".json": _json,
-    ".parquet": _parquet,
+    ".parquet": parquet_rows,
     ".txt": _txt,
 }
-
-
-# ---- rows that a library reads
-
-
-def _library_rows(source: str) -> Iterator[Row]:
-    if source.startswith("tfds:"):
-        values = _tfds_values(source)
-    else:
-        values = _hf_values(source)
-    rows = (_library_row(value, source, number) for number, value in enumerate(values, 1))
-    first = next(rows, None)
-    if first is None:
-        raise InputError(f"data source {source} is empty; it must hold at least one row")
-    return itertools.chain([first], rows)
-
-
-def _library_row(value: dict[str, Any], source: str, number: int) -> Row:
-    try:
-        return Row({key: _plain(item, key) for key, item in value.items()}, source, number)
-    except RowError as error:
-        return Row({}, source, number, error)
-
-
-def _parse_spec(source: str, prefix: str, known: tuple[str, ...]) -> tuple[str, dict[str, str]]:
-    name, _, query = source.removeprefix(prefix).partition("?")
-    options = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-    for key in options:
-        if key not in known:
-            raise InputError(
-                f"data source {source} has the unknown option {key!r}; the known are {', '.join(known)}"
-            )
-    if not name:
-        raise InputError(f"data source {source!r} names no dataset; write {prefix}NAME")
-    return name, options
-
-
-def _hf_values(source: str) -> Iterator[dict[str, Any]]:
-    import datasets
-
-    name, options = _parse_spec(source, "hf:", ("config", "split", "revision", "streaming", "max_rows"))
-    split = options.get("split", "train")
-    streaming = options.get("streaming", "0")
-    max_rows = options.get("max_rows", "")
-    if streaming not in ("0", "1"):
-        raise InputError(f"data source {source}: streaming is 0 or 1, not {streaming!r}")
-    if max_rows and not (max_rows.isdigit() and int(max_rows) > 0):
-        raise InputError(f"data source {source}: max_rows is a positive whole number, not {max_rows!r}")
-    path = pathlib.Path(name).expanduser()
-    try:
-        if path.is_dir() and _saved_by_datasets(path):
-            dataset = datasets.load_from_disk(str(path))
-            if isinstance(dataset, datasets.DatasetDict):
-                dataset = dataset[split]
-        else:
-            dataset = datasets.load_dataset(
-                name,
-                options.get("config"),
-                split=split,
-                streaming=streaming == "1",
-                revision=options.get("revision"),
-            )
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"data source {source} could not be opened: {_one_line(error)}") from None
-    return itertools.islice(iter(dataset), int(max_rows) if max_rows else None)
-
-
-def _tfds_values(source: str) -> Iterator[dict[str, Any]]:
-    name, options = _parse_spec(source, "tfds:", ("split", "data_dir"))
-    try:
-        import tensorflow_datasets as tfds
-
-        rows = tfds.data_source(name, split=options.get("split", "train"), data_dir=options.get("data_dir"))
-    except ImportError as error:
-        raise InputError(
-            f"data source {source} needs a package: {_one_line(error)}; pip install it"
-        ) from None
-    except (OSError, ValueError, NotImplementedError, AttributeError) as error:
-        raise InputError(f"data source {source} could not be opened: {_one_line(error)}") from None
-    return (rows[i] for i in range(len(rows)))
-
-
-def _plain(value: Any, column: str) -> Any:
-    """NumPy values and bytes, as TFDS gives them, to Python values. Raises RowError for bytes that are not UTF-8."""
-    if isinstance(value, dict):
-        return {key: _plain(item, f"{column}.{key}") for key, item in value.items()}
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise RowError(column, f"is not UTF-8 at its byte {error.start}") from None
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist(), column)
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{column}[{i}]") for i, item in enumerate(value)]
-    return value
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."

@@ -5,6 +5,7 @@ What the key of a cache entry depends on is in `cache_key`; how an entry is stor
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -19,8 +20,10 @@ from transformers import PreTrainedTokenizerBase
 from posttrain_jax import assets
 from posttrain_jax.data.cache_key import SourceRows, cache_key, canonical, tokenizer_fingerprint
 from posttrain_jax.data.chat import TRAIN_ON, Encoded, Encoder
+from posttrain_jax.data.columns import unused_text
 from posttrain_jax.data.formats import to_conversation
-from posttrain_jax.data.sources import Row, RowError, Spec, weighted_sources
+from posttrain_jax.data.rows import Row, RowError, without_columns
+from posttrain_jax.data.sources import Spec, weighted_sources
 from posttrain_jax.data.store import StoredSequences, StoreWriter, publish, read_store
 from posttrain_jax.errors import InputError
 
@@ -40,6 +43,7 @@ class TokenizeOptions:
       train_on: "all_turns" or "last_turn".
       chat_template: a template's text, the path of a file with it, or "" for the tokenizer's own.
       on_bad_row: "stop" raises before anything is trained; "skip" leaves bad rows out and lists them.
+      ignore_columns: columns of the rows that are left out before they are read, "a,b".
     """
 
     max_length: int = 0
@@ -47,6 +51,7 @@ class TokenizeOptions:
     train_on: str = "all_turns"
     chat_template: str = ""
     on_bad_row: str = "stop"
+    ignore_columns: str = ""
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -59,13 +64,22 @@ class TokenizeOptions:
         if self.max_length < 0 or self.max_length == 1:
             raise InputError(f"data.max_length is {self.max_length}; a sequence needs at least 2 tokens")
 
+    def columns(self, row: Row) -> dict[str, Any]:
+        """The columns of a row that are read. Raises RowError where the row could not be read."""
+        if row.error is not None:
+            raise row.error
+        return without_columns(row, self.ignore_columns).value
+
 
 DEFAULT_OPTIONS = TokenizeOptions()
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Counts of one source. rows = sequences + bad + dropped; `truncated` sequences are kept, `duplicates` too."""
+    """Counts of one source. rows = sequences + bad + dropped; `truncated` sequences are kept, `duplicates` too.
+
+    `repeated` rows said their prompt twice; it is taken once. `unused`: rows that have each column that is not used.
+    """
 
     source: str
     rows: int
@@ -76,6 +90,8 @@ class Report:
     dropped: int
     tokens: int
     trained_tokens: int
+    repeated: int
+    unused: dict[str, int]
 
     def text(self) -> str:
         """One line for the console."""
@@ -89,8 +105,12 @@ class Report:
             (self.dropped, "dropped (too long, or nothing trained was left)"),
             (self.bad, "bad and skipped"),
             (self.duplicates, "duplicates (kept)"),
+            (self.repeated, "repeated the prompt in the completion (taken once)"),
         ]
-        return "; ".join([line, *(f"{count:,} {what}" for count, what in counted if count)])
+        parts = [line, *(f"{count:,} {what}" for count, what in counted if count)]
+        return "; ".join(
+            [*parts, *([f"columns not used: {unused_text(self.unused)}"] if self.unused else [])]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +197,11 @@ def build(
     sources, folders = [], []
     for source, weight in weighted_sources(spec):
         rows = SourceRows(source)
-        key = cache_key(rows, tokenizer_key, [options.max_length, options.truncate, options.train_on])
+        key = cache_key(
+            rows,
+            tokenizer_key,
+            [options.max_length, options.truncate, options.train_on, options.ignore_columns],
+        )
         store = read_store(root / key)
         if store is None:
             with publish(root / key) as scratch:
@@ -205,14 +229,15 @@ def _write(
 ) -> None:
     """Reads, converts, encodes and truncates every row, a chunk at a time."""
     encoder = Encoder(tokenizer, train_on=options.train_on, chat_template=options.chat_template)
-    counts = dict.fromkeys(("rows", "sequences", "bad", "duplicates", "truncated", "dropped"), 0)
+    counts = dict.fromkeys(("rows", "sequences", "bad", "duplicates", "truncated", "dropped", "repeated"), 0)
+    unused: collections.Counter[str] = collections.Counter()
     tokens = trained = 0
     files: dict[str, int] = {}
     seen: set[bytes] = set()
     with StoreWriter(folder) as writer, (folder / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
         for chunk in in_chunks(rows.read()):
             kept: list[tuple[Row, Encoded]] = []
-            for row, encoded_row in _encode(chunk, encoder, seen, counts):
+            for row, encoded_row in _encode(chunk, encoder, options, seen, counts, unused):
                 result = _truncate(encoded_row, options, counts)
                 if isinstance(result, RowError):
                     counts["bad"] += 1
@@ -228,7 +253,7 @@ def _write(
             counts["sequences"] += len(kept)
             tokens += sum(len(encoded.tokens) for _, encoded in kept)
             trained += sum(int(encoded.loss_mask.sum()) for _, encoded in kept)
-    report = Report(source=rows.source, tokens=tokens, trained_tokens=trained, **counts)
+    report = Report(source=rows.source, tokens=tokens, trained_tokens=trained, unused=dict(unused), **counts)
     meta = {"files": list(files), "report": dataclasses.asdict(report), "sha256": writer.sha256()}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
@@ -246,7 +271,12 @@ def in_chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def _encode(
-    chunk: Sequence[Row], encoder: Encoder, seen: set[bytes], counts: dict[str, int]
+    chunk: Sequence[Row],
+    encoder: Encoder,
+    options: TokenizeOptions,
+    seen: set[bytes],
+    counts: dict[str, int],
+    unused: collections.Counter[str],
 ) -> list[tuple[Row, Encoded | RowError]]:
     """Each row with its sequence or what is wrong with it, in order."""
     results: list[Encoded | RowError | None] = []
@@ -254,10 +284,11 @@ def _encode(
     for row in chunk:
         counts["rows"] += 1
         try:
-            if row.error is not None:
-                raise row.error
-            conversations.append(to_conversation(row.value))
+            conversation = to_conversation(options.columns(row))
+            conversations.append(conversation)
             results.append(None)
+            counts["repeated"] += conversation.repeated
+            unused.update(conversation.unused)
             digest = hashlib.blake2b(canonical(row.value).encode(), digest_size=16).digest()
             counts["duplicates"] += digest in seen
             seen.add(digest)

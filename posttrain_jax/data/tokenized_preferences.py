@@ -6,6 +6,7 @@ The sequences (a prompt with one completion each) lie in a `store` folder; what 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -22,8 +23,10 @@ from transformers import PreTrainedTokenizerBase
 from posttrain_jax import assets
 from posttrain_jax.data.cache_key import SourceRows, cache_key, canonical, tokenizer_fingerprint
 from posttrain_jax.data.chat import Encoded, Encoder
+from posttrain_jax.data.columns import unused_text
 from posttrain_jax.data.preferences import Comparison, Preference, to_preference
-from posttrain_jax.data.sources import Row, RowError, Spec, weighted_sources
+from posttrain_jax.data.rows import Row, RowError
+from posttrain_jax.data.sources import Spec, weighted_sources
 from posttrain_jax.data.store import StoredSequences, StoreWriter, publish, read_store
 from posttrain_jax.data.tokenized import (
     DEFAULT_OPTIONS,
@@ -35,7 +38,7 @@ from posttrain_jax.data.tokenized import (
 )
 from posttrain_jax.errors import InputError
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Raise it when the same rows become other groups, or `groups.npz` another layout."""
 
 NO_LABEL = -1
@@ -47,6 +50,7 @@ class PreferenceReport:
 
     rows = groups + bad + dropped + difference_cut. A reward model that counts tokens is right `longer_chosen` of the
     time. `lost` comparisons are of completions that are the same tokens, in rows whose other comparisons are kept.
+    `repeated` rows said their prompt twice; it is taken once. `unused`: rows that have each column that is not used.
     """
 
     source: str
@@ -59,6 +63,8 @@ class PreferenceReport:
     difference_cut: int = 0
     lost: int = 0
     ties: int = 0
+    repeated: int = 0
+    unused: dict[str, int] = dataclasses.field(default_factory=dict)
     comparisons: int = 0
     good: int = 0
     labelled: int = 0
@@ -88,8 +94,10 @@ class PreferenceReport:
             (self.lost, "comparisons of the same tokens left out"),
             (self.bad, "bad and skipped"),
             (self.duplicates, "duplicates (kept)"),
+            (self.repeated, "repeated the prompt in completions (taken once)"),
         ]
         parts += [f"{count:,} {what}" for count, what in counted if count]
+        parts += [f"columns not used: {unused_text(self.unused)}"] if self.unused else []
         line = "; ".join(parts)
         if self.comparisons:
             line += (
@@ -262,9 +270,8 @@ def build_preferences(
     sources, folders = [], []
     for source, weight in weighted_sources(spec):
         rows = SourceRows(source)
-        key = cache_key(
-            rows, tokenizer_key, ["preferences", FORMAT_VERSION, options.max_length, options.truncate]
-        )
+        kept = [options.max_length, options.truncate, options.ignore_columns]
+        key = cache_key(rows, tokenizer_key, ["preferences", FORMAT_VERSION, *kept])
         if _read(root / key) is None:
             with publish(root / key, read=_read) as scratch:
                 _write(scratch, rows, tokenizer, options)
@@ -319,14 +326,15 @@ def _write(
     """Reads, converts, encodes and truncates every row, a chunk at a time."""
     encoder = Encoder(tokenizer, chat_template=options.chat_template)
     counts = dict.fromkeys(
-        ("rows", "bad", "duplicates", "truncated", "dropped", "difference_cut", "lost", "ties"), 0
+        ("rows", "bad", "duplicates", "truncated", "dropped", "difference_cut", "lost", "ties", "repeated"), 0
     )
+    unused: collections.Counter[str] = collections.Counter()
     files: dict[str, int] = {}
     seen: set[bytes] = set()
     kept: list[_Summary] = []
     with StoreWriter(folder) as writer, (folder / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
         for chunk in in_chunks(rows.read()):
-            for row, result in _encode(chunk, encoder, seen, counts):
+            for row, result in _encode(chunk, encoder, options, seen, counts, unused):
                 outcome = result if isinstance(result, RowError) else _fit(row, *result, options, counts)
                 if isinstance(outcome, RowError):
                     counts["bad"] += 1
@@ -351,7 +359,7 @@ def _write(
     digest = hashlib.sha256(writer.sha256().encode())
     for array in vars(arrays).values():
         digest.update(np.ascontiguousarray(array).tobytes())
-    report = _report(rows.source, counts, kept)
+    report = _report(rows.source, counts, unused, kept)
     meta = {
         "files": list(files),
         "raters": raters,
@@ -363,16 +371,22 @@ def _write(
 
 
 def _encode(
-    chunk: Sequence[Row], encoder: Encoder, seen: set[bytes], counts: dict[str, int]
+    chunk: Sequence[Row],
+    encoder: Encoder,
+    options: TokenizeOptions,
+    seen: set[bytes],
+    counts: dict[str, int],
+    unused: collections.Counter[str],
 ) -> Iterator[tuple[Row, tuple[Preference, list[Encoded]] | RowError]]:
     """Each row with its preference and sequences, or what is wrong with it, in order."""
     results: list[Preference | RowError] = []
     for row in chunk:
         counts["rows"] += 1
         try:
-            if row.error is not None:
-                raise row.error
-            results.append(to_preference(row.value))
+            preference = to_preference(options.columns(row))
+            results.append(preference)
+            counts["repeated"] += preference.repeated
+            unused.update(preference.unused)
             digest = hashlib.blake2b(canonical(row.value).encode(), digest_size=16).digest()
             counts["duplicates"] += digest in seen
             seen.add(digest)
@@ -518,7 +532,9 @@ def _arrays(kept: Sequence[_Summary], raters: Sequence[str], subsets: Sequence[s
     )
 
 
-def _report(source: str, counts: dict[str, int], kept: Sequence[_Summary]) -> PreferenceReport:
+def _report(
+    source: str, counts: dict[str, int], unused: dict[str, int], kept: Sequence[_Summary]
+) -> PreferenceReport:
     pairs = np.asarray(
         [
             (group.completion_lengths[c.better], group.completion_lengths[c.worse])
@@ -530,6 +546,7 @@ def _report(source: str, counts: dict[str, int], kept: Sequence[_Summary]) -> Pr
     labels = [group.label for group in kept if group.label != NO_LABEL]
     return PreferenceReport(
         source=source,
+        unused=dict(unused),
         groups=len(kept),
         comparisons=len(pairs),
         good=sum(labels),

@@ -229,6 +229,7 @@ def held_out_rows(config: Config, loaded: LoadedModel, out: Path) -> list[Packed
         train_on=config.data.train_on,
         chat_template=config.data.chat_template,
         on_bad_row=config.data.on_bad_row,
+        ignore_columns=config.data.ignore_columns,
     )
     amount = split_amount(config.data.eval)
     if amount is not None and not config.data.train:

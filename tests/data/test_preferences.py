@@ -8,7 +8,7 @@ import pytest
 
 from posttrain_jax.data.formats import Conversation, to_conversation
 from posttrain_jax.data.preferences import Comparison, to_preference
-from posttrain_jax.data.sources import RowError
+from posttrain_jax.data.rows import RowError
 
 USER = {"role": "user", "content": "Hi?"}
 GOOD = {"role": "assistant", "content": "Hello!"}
@@ -78,8 +78,119 @@ def test_every_chat_keeps_its_system_prompt(row):
 
 
 def test_a_chat_with_a_system_prompt_takes_no_second_one():
-    row = {"chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD], "system": "Be brief."}
+    row = {"chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD], "system": "Be kind."}
     assert to_preference(row).completions == (chat(SYSTEM, USER, GOOD), chat(SYSTEM, USER, BAD))
+    with pytest.raises(RowError, match="system: is another system prompt"):
+        to_preference({**row, "system": "Be brief."})
+
+
+WHOLE = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
+SAID = {"chosen": "Hello!", "rejected": "No."}
+RANKED = {"completions": ["Hello!", "No."], "ranks": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("columns", "prompt"),
+    [
+        ({"question": "Hi?"}, "Hi?"),
+        ({"context": "Hi?"}, "Hi?"),
+        ({"instruction": "Do", "input": "this"}, "Do\nthis"),
+        ({"instruction": "Do", "input": None}, "Do"),
+        ({"context": "Here", "question": "what?"}, "Here\nwhat?"),
+        ({"query": "Hi?", "prompt": None}, "Hi?"),
+    ],
+)
+@pytest.mark.parametrize(
+    "answers", [SAID, RANKED, {"completion": "Hello!", "label": True}, {"completion": "Hello!", "rating": 2}]
+)
+def test_columns_that_make_up_the_prompt_are_read(columns, prompt, answers):
+    for row in ({**columns, **answers}, {**answers, **columns, "system": "Be kind."}):
+        first = to_preference(row).completions[0]
+        assert first.messages[-2:] == ({"role": "user", "content": prompt}, GOOD)
+        assert (first.messages[0] == SYSTEM) == ("system" in row)
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+@pytest.mark.parametrize(
+    "prompt", [{"prompt": "Hi?"}, {"prompt": [USER]}, {"question": "Hi?"}, {"messages": [USER]}]
+)
+def test_a_chat_on_one_side_only_does_not_double_the_prompt(side, prompt):
+    preference = to_preference({**prompt, **SAID, side: WHOLE[side]})
+    assert preference.completions == (chat(USER, GOOD), chat(USER, BAD)) and preference.repeated
+
+
+@pytest.mark.parametrize(
+    ("row", "completions"),
+    [
+        (
+            {"prompt": "Hi?", "chosen": "Hi? Hello!", "rejected": "Hi? No."},
+            [("Hi?", " Hello!"), ("Hi?", " No.")],
+        ),
+        (
+            {"prompt": "The sky is", "completions": ["The sky is blue", "The sky is up"], "ranks": [1, 2]},
+            [("The sky is", " blue"), ("The sky is", " up")],
+        ),
+        ({"prompt": "The sky is", "completion": "The sky is blue", "label": True}, [("The sky is", " blue")]),
+        (
+            {
+                "prompt": "\n\nHuman: Hi\n\nAssistant:",
+                "chosen": "\n\nHuman: Hi\n\nAssistant: A",
+                "rejected": "\n\nHuman: Hi\n\nAssistant: B",
+            },
+            [("\n\nHuman: Hi\n\nAssistant:", " A"), ("\n\nHuman: Hi\n\nAssistant:", " B")],
+        ),
+        (
+            {
+                "prompt": "Hi",
+                "chosen": "\n\nHuman: Hi\n\nAssistant: A",
+                "rejected": "\n\nHuman: Hi\n\nAssistant: B",
+            },
+            [("\n\nHuman: Hi\n\nAssistant:", " A"), ("\n\nHuman: Hi\n\nAssistant:", " B")],
+        ),
+    ],
+)
+def test_texts_that_repeat_the_prompt_do_not_double_it(row, completions):
+    assert [(c.prompt, c.completion) for c in to_preference(row).completions] == completions
+
+
+def test_texts_that_repeat_a_question_do_not_double_it():
+    row = {"question": "Hi?", "chosen": "Hi? Hello!", "rejected": "Hi? No."}
+    assert to_preference(row).completions == (chat(USER, GOOD), chat(USER, BAD))
+
+
+def test_completions_that_are_whole_chats():
+    ranked = to_preference(
+        {"completions": [[USER, BAD], [USER, GOOD], [USER, {**GOOD, "content": "?"}]], "ranks": [2, 1, 2]}
+    )
+    assert ranked.completions[:2] == (chat(USER, BAD), chat(USER, GOOD))
+    assert ranked.ranks == (1, 0, 1)
+
+
+def test_an_answer_that_takes_up_its_question_is_left_as_it_is():
+    row = {"question": "Is it so?", "chosen": "Is it so? Yes.", "rejected": "No."}
+    assert to_preference(row).completions[0].messages[-1]["content"] == "Is it so? Yes."
+
+
+def test_text_rows_as_chats():
+    row = {"prompt": "Hi?", **SAID, "system": "Be kind."}
+    assert to_preference(row, text_as="chat").completions == (
+        chat(SYSTEM, USER, GOOD),
+        chat(SYSTEM, USER, BAD),
+    )
+
+
+@pytest.mark.parametrize("off", [{"train": False}, {"weight": 0}])
+def test_flags_of_turns_are_those_of_sft(off):
+    turns = [{**GOOD, **off}, {"role": "user", "content": "So?"}]
+    row = {"prompt": [USER], "chosen": [*turns, GOOD], "rejected": [*turns, BAD]}
+    assert to_preference(row).completions[0].trained == (False, False, False, True)
+    with pytest.raises(RowError, match="chosen: gives every assistant turn weight 0"):
+        to_preference({"prompt": [USER], "chosen": [{**GOOD, **off}], "rejected": [BAD]})
+
+
+def test_columns_that_are_not_used_are_named():
+    row = {"prompt": "Hi?", **WHOLE, "prompt_id": "x", "messages": [USER, GOOD], "source": "s", "label": "a"}
+    assert to_preference(row).unused == ("prompt", "prompt_id", "messages", "source", "label")
 
 
 @pytest.mark.parametrize("row", CHATS)
@@ -218,6 +329,29 @@ PAIR = {"prompt": "x", "chosen": "a", "rejected": "b"}
         ({"chosen": [USER, GOOD], "rejected": [USER, BAD], "system": 1}, "system", "not text"),
         ({"chosen": [USER, GOOD], "rejected": [USER, BAD], "tools": "[{"}, "tools", "should hold JSON"),
         ({"text": "x"}, "(row)", "a preference needs"),
+        ({**PAIR, "system": "Be kind."}, "system", "data.text_as=chat"),
+        ({**PAIR, "input": "y"}, "input", "could be part of the prompt"),
+        ({**WHOLE, "prompt": "Another?"}, "prompt", "could be part of the prompt"),
+        ({**WHOLE, "instruction": "Be kind"}, "instruction", "could be part of the prompt"),
+        ({"prompt": "Another?", **SAID, "chosen": [USER, GOOD]}, "chosen", "another prompt than the row's"),
+        ({"messages": [USER, GOOD], **SAID}, "chosen", "repeats the last turn"),
+        (
+            {"prompt": "The sky is", "chosen": "The sky is blue", "rejected": "up"},
+            "chosen",
+            "without their prompt",
+        ),
+        (RANKED, "prompt", "is missing"),
+        ({**RANKED, "question": None}, "question", "is null"),
+        ({**PAIR, "margin": 10**400}, "margin", "not a finite number"),
+        ({**PAIR, "margin": 1e300}, "margin", "not a finite number"),
+        ({"prompt": "x", "completion": "a", "rating": 10**400}, "rating", "not a finite number"),
+        (
+            {"prompt": "x", "completions": ["a", "b"], "ranks": [1, 10**400]},
+            "ranks[1]",
+            "not a finite number",
+        ),
+        ({"conversations": [{"from": {}, "value": "q"}], **SAID}, "conversations[0].from", "known speakers"),
+        ({**PAIR, "subset": ["a"]}, "subset", "not the name"),
     ],
 )
 def test_what_is_refused(row, column, reason):
