@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from posttrain_jax.assets import fetch
 from posttrain_jax.data.packing import PackedRows, efficiency, pack
 from posttrain_jax.data.preference_rows import RowShape, row_shape
-from posttrain_jax.data.split import hold_out, split_amount
+from posttrain_jax.data.split import Data, hold_out, split_amount, trained_rows
 from posttrain_jax.data.tokenized import TokenizedData, TokenizeOptions, build
 from posttrain_jax.data.tokenized_preferences import PreferenceData, build_preferences
 from posttrain_jax.errors import InputError
@@ -54,6 +54,7 @@ def rows_from_config(config: Config, tokenizer: PreTrainedTokenizerBase, workdir
             rejected = workdir / "rejected-eval.jsonl"
             held_out = build(data_spec(config.data.eval), tokenizer, options, rejected_path=rejected)
             say(held_out.text())
+            say_trained_rows(train, held_out)
     rows = pack(train, config.data.max_length, packed=config.data.pack)
     evaluation = [] if held_out is None else pack(held_out, config.data.max_length, packed=config.data.pack)
     count = sum(len(part) for part in rows)
@@ -122,6 +123,7 @@ def preferences_from_config(
                 data_spec(config.data.eval), tokenizer, options, rejected_path=rejected
             )
             say(held_out.text())
+            say_trained_rows(train, held_out)
     train, held_out = change(train), None if held_out is None else change(held_out)
     parts = [train] if held_out is None else [train, held_out]
     share = share_prompt(config.data.share_prompt, attention)
@@ -135,6 +137,16 @@ def preferences_from_config(
         + (", completions after a shared prompt." if share else ", every completion with its prompt.")
     )
     return Preferences(train=train, held_out=held_out, shape=shape, eval_shape=eval_shape)
+
+
+def say_trained_rows(train: Data, held_out: Data) -> None:
+    """Says how many rows of a `data.eval` of its own are training rows too, where some are."""
+    count = trained_rows(train, held_out)
+    if count:
+        say(
+            f"{count:,} of the {len(held_out):,} rows of data.eval are training rows too: what is measured on them was "
+            "trained on; take them out of data.train or of data.eval."
+        )
 
 
 def eval_rows(config: Config) -> tuple[int, int]:

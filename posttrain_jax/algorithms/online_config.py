@@ -18,7 +18,7 @@ from posttrain_jax.data.prompts import Prompt, PromptData, read_prompts
 from posttrain_jax.data.split import hold_out, split_amount
 from posttrain_jax.errors import InputError
 from posttrain_jax.experiment import Policy
-from posttrain_jax.experiment_data import data_spec
+from posttrain_jax.experiment_data import data_spec, say_trained_rows
 from posttrain_jax.load_model import load_model, require_score_head
 from posttrain_jax.metrics import say
 from posttrain_jax.models.config import LoraConfig, ModelConfig
@@ -269,6 +269,7 @@ def prompts_from_config(config: Config, policy: Policy, workdir: Path) -> tuple[
     else:
         held_out = read(config.data.eval, "rejected-eval.jsonl")
         say(held_out.text())
+        say_trained_rows(train, held_out)
     say(f"{len(train):,} prompts to learn on, {len(held_out):,} held out.")
     return train, held_out.all()
 

@@ -14,9 +14,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from posttrain_jax.data.prompts import PromptData
-from posttrain_jax.data.tokenized import TokenizedData
-from posttrain_jax.data.tokenized_preferences import PreferenceData
+from posttrain_jax.data.prompts import PromptData, PromptRows
+from posttrain_jax.data.tokenized import TokenizedData, TokenizedSource
+from posttrain_jax.data.tokenized_preferences import PreferenceData, PreferenceSource
 from posttrain_jax.errors import InputError
 
 PREFIX = "split:"
@@ -70,3 +70,28 @@ def hold_out(data: Data, amount: float, *, seed: int) -> tuple[Data, Data]:
     train = tuple(source.select(np.flatnonzero(~chosen)) for source, chosen in pairs)
     test = tuple(source.select(np.flatnonzero(chosen)) for source, chosen in pairs if chosen.any())
     return dataclasses.replace(data, sources=train), dataclasses.replace(data, sources=test)
+
+
+def trained_rows(train: Data, held_out: Data) -> int:
+    """How many rows of a `data.eval` of its own are training rows too: the same prompt with the same completions."""
+    asked = [_content(source, i) for source in held_out.sources for i in range(len(source))]
+    wanted = set(asked)
+    trained = {
+        content
+        for source in train.sources
+        for i in range(len(source))
+        if (content := _content(source, i)) in wanted
+    }
+    return sum(content in trained for content in asked)
+
+
+def _content(source: TokenizedSource | PreferenceSource | PromptRows, i: int) -> bytes:
+    """The digest of all tokens of a row, its completions in any order."""
+    if isinstance(source, PreferenceSource):
+        parts = sorted(source.completion_tokens(i))
+    else:
+        parts = [source.identity(i)]
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.digest()

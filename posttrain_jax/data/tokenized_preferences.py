@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -214,6 +215,12 @@ class PreferenceSource:
             ratings=arrays.ratings[first:last],
             labels=arrays.labels[first:last],
         )
+
+    def completion_tokens(self, i: int) -> list[bytes]:
+        """The token ids of group i's sequences, as bytes."""
+        first, last = self.arrays.starts[self.index[i]], self.arrays.starts[self.index[i] + 1]
+        ends = self.store.offsets[first : last + 1].tolist()
+        return [self.store.tokens[a:b].tobytes() for a, b in itertools.pairwise(ends)]
 
     def identity(self, i: int) -> bytes:
         """What makes two groups belong together: the prompt's tokens."""

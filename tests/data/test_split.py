@@ -6,9 +6,11 @@ import json
 
 import pytest
 
-from posttrain_jax.data.split import hold_out, split_amount
+from posttrain_jax.data.split import hold_out, split_amount, trained_rows
 from posttrain_jax.data.tokenized import TokenizeOptions, build
+from posttrain_jax.data.tokenized_preferences import build_preferences
 from posttrain_jax.errors import InputError
+from posttrain_jax.models.byte_tokenizer import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,29 @@ def test_nothing_held(smollm2, tmp_path):
     path.write_text('{"text": "same"}\n' * 5)
     with pytest.raises(InputError, match="holds out none"):
         hold_out(build(str(path), smollm2, cache_dir=tmp_path), 2, seed=0)
+
+
+def test_held_out_rows_that_are_trained_are_counted(data, smollm2, tmp_path):
+    """Rows 18, 19, 20 and 18 again, of which the training data have 18 and 19: three. A file of its own rows: none."""
+    counts = []
+    for name, numbers in (("some", [18, 19, 20, 18]), ("none", [500, 501])):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in numbers))
+        counts.append(trained_rows(data, build(str(path), smollm2, TokenizeOptions(), cache_dir=tmp_path)))
+    assert counts == [3, 0]
+
+
+def test_a_preference_is_its_prompt_with_all_its_completions(tmp_path):
+    """The same pair, and the same pair the other way round, are training rows; another answer to the prompt is not."""
+
+    def preferences(name, pairs):
+        rows = [{"prompt": "Why?", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return build_preferences(str(tmp_path / name), byte_tokenizer(), cache_dir=tmp_path)
+
+    train = preferences("train.jsonl", [(" a", " b"), (" c", " d")])
+    held = preferences("held.jsonl", [(" a", " b"), (" d", " c"), (" a", " d")])
+    assert trained_rows(train, held) == 2
 
 
 def test_specs():
