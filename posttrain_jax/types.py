@@ -126,6 +126,7 @@ class PreferenceBatch:
       lengths: `[B, N]` int32, trained tokens of a completion.
       sequence_ids: `[B, N]` int32, number of the completion in its source + 1.
       group_ids: `[B, N]` int32, 1.. numbers the prompts of the row.
+      ranks: `[B, N]` int32, 0 = best of its prompt, equal = tied; what the data say, whatever comparisons are kept.
       ratings, labels, reference_logps: `[B, N]` float32; NaN (ratings) or -1 (labels) where there is none.
       better, worse: `[B, P]` int32, the places of the two completions of a comparison.
       weights, margins, probabilities: `[B, P]` float32, see `data.preferences.Comparison`.
@@ -141,6 +142,7 @@ class PreferenceBatch:
     lengths: Array
     sequence_ids: Array
     group_ids: Array
+    ranks: Array
     ratings: Array
     labels: Array
     reference_logps: Array

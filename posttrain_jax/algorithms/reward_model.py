@@ -103,15 +103,11 @@ class Scored:
 def _by_prompt(scored: Scored) -> tuple[Array, Array, Array, Array]:
     """Scores, ranks and presence of each prompt's completions `[B, N, N]` (prompt, completion), and prompts' weights.
 
-    A completion's rank is how many of its prompt were preferred to it. A prompt weighs as much as the heaviest of its
-    comparisons (its row's `weight`), so one without any has no loss.
+    Ranks are what the data say, also of completions that are the same tokens, which no comparison is kept of. A prompt
+    weighs as much as the heaviest of its comparisons (its row's `weight`), so one without any has no loss.
     """
     batch = scored.batch
     count = batch.ends.shape[1]
-    lost = (scored.weights_BP != 0).astype(jnp.int32)
-    ranks_BN = jax.vmap(lambda worse, lost: jnp.zeros((count,), jnp.int32).at[worse].add(lost))(
-        batch.worse, lost
-    )
     numbers_N = jnp.arange(1, count + 1)
     mask_BNN = (batch.group_ids[:, None, :] == numbers_N[None, :, None]) & (batch.sequence_ids != 0)[
         :, None, :
@@ -121,7 +117,7 @@ def _by_prompt(scored: Scored) -> tuple[Array, Array, Array, Array]:
         batch.worse, scored.weights_BP
     )
     weights_BN = jnp.max(jnp.where(mask_BNN, heaviest_BN[:, None, :], 0.0), axis=-1)
-    return tiled(scored.scores_BN[:, None, :]), tiled(ranks_BN[:, None, :]), mask_BNN, weights_BN
+    return tiled(scored.scores_BN[:, None, :]), tiled(batch.ranks[:, None, :]), mask_BNN, weights_BN
 
 
 def _kwise(scored: Scored, options: Options) -> LossOutput:
@@ -568,5 +564,4 @@ def _reference_places(group: Group, normalise: str) -> list[int]:
     """The completions that the scale is set by: all, or those that no other was preferred to."""
     if normalise == "unit" or not group.comparisons:
         return list(range(len(group.sequences)))
-    beaten = {comparison.worse for comparison in group.comparisons}
-    return [k for k in range(len(group.sequences)) if k not in beaten]
+    return np.flatnonzero(group.ranks == 0).tolist()

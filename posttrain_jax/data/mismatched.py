@@ -1,13 +1,14 @@
-"""KTO's reference point needs answers to other prompts: each labelled group gets the completion of another one.
+"""KTO's reference point needs answers to other prompts: each labelled group gets the completion of another prompt.
 
 The pairing is drawn once, by seed, so that the reference's log-probabilities of the mismatched answers can be kept on
-disk like the others (HALOs and TRL pair each row with the next of its batch instead; of the same thing).
+disk like the others. (HALOs and TRL pair each row with the next of its batch, which may answer the same prompt.)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -24,26 +25,25 @@ def with_mismatched(data: PreferenceData, *, seed: int, max_length: int) -> Pref
       max_length: a prompt with a mismatched completion is cut to it; 0 = not.
 
     Raises:
-      InputError: a source has one group only, or groups that are not one labelled completion.
+      InputError: a source has completions of one prompt only, or groups that are not one labelled completion.
     """
     return PreferenceData(tuple(_pair_up(source, seed, max_length) for source in data.sources))
 
 
 def _pair_up(source: PreferenceSource, seed: int, max_length: int) -> PreferenceSource:
     count = len(source)
-    if count < 2:
-        raise InputError(
-            f"{source.report.source} holds one labelled completion; KTO needs at least two prompts."
-        )
     groups = [source.group(i) for i in range(count)]
     if any(len(group.sequences) != 1 or group.labels[0] == NO_LABEL for group in groups):
         raise InputError(
             f"{source.report.source} holds rows without a label; KTO takes prompt + completion + label (true, false)."
         )
-    # A cycle through all groups in random order: nobody is paired with itself.
-    order = np.random.default_rng(seed).permutation(count)
-    partner = np.empty(count, np.int64)
-    partner[order] = np.roll(order, -1)
+    prompts = [source.identity(i) for i in range(count)]
+    if len(set(prompts)) < 2:
+        raise InputError(
+            f"{source.report.source} holds (or has left, after the split) completions of one prompt only; KTO's "
+            "reference point is made of completions of other prompts, so it needs at least two prompts."
+        )
+    partner = _partners(prompts, seed)
     tokens, masks, shared = [], [], []
     for i, group in enumerate(groups):
         own, other = group.sequences[0], groups[partner[i]].sequences[0]
@@ -72,11 +72,34 @@ def _pair_up(source: PreferenceSource, seed: int, max_length: int) -> Preference
         starts=np.arange(0, 2 * count + 1, 2, dtype=np.int64),
         shared=np.asarray(shared, np.int32),
         comparison_starts=np.zeros(count + 1, np.int64),
+        ranks=np.zeros(2 * count, np.int32),
         ratings=nothing,
         labels=labels,
         rater_scores=nothing[:, None][:, :0],
     )
     return dataclasses.replace(source, store=store, arrays=arrays, index=np.arange(count, dtype=np.int64))
+
+
+def _partners(prompts: Sequence[bytes], seed: int) -> np.ndarray:
+    """For each group one of another prompt, int64; each group is taken once, unless one prompt has more than half.
+
+    The groups stand in a circle in random order, those of a prompt together, and each takes the one that is as many
+    places on as the largest prompt has groups; a prompt with more than half goes through the others again and again.
+    """
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    together: dict[bytes, list[int]] = {}
+    for i in order.tolist():
+        together.setdefault(prompts[i], []).append(i)
+    circle = np.concatenate(list(together.values()))
+    largest = max(len(members) for members in together.values())
+    partner = np.empty(len(prompts), np.int64)
+    start = 0
+    for members in together.values():
+        others = len(prompts) - len(members)
+        places = start + largest + np.arange(len(members)) % others
+        partner[members] = circle[places % len(prompts)]
+        start += len(members)
+    return partner
 
 
 def _digest(source: PreferenceSource, partner: np.ndarray, max_length: int) -> str:

@@ -164,7 +164,7 @@ def pack_groups(groups: Sequence[PreferenceRow | None], shape: RowShape) -> dict
         name: np.zeros((rows, width), kind)
         for names, width, kind in (
             (("tokens", "loss_mask", "segment_ids", "positions", "branches"), length, np.int32),
-            (("ends", "lengths", "sequence_ids", "group_ids"), shape.completions, np.int32),
+            (("ends", "lengths", "sequence_ids", "group_ids", "ranks"), shape.completions, np.int32),
             (("ratings", "labels", "reference_logps"), shape.completions, np.float32),
             (("better", "worse"), shape.comparisons, np.int32),
             (("weights", "margins", "probabilities", "shares"), shape.comparisons, np.float32),
@@ -222,6 +222,7 @@ def _put_group(
         arrays["lengths"][r, slot] = int(encoded.loss_mask.sum())
         arrays["sequence_ids"][r, slot] = group.first_sequence + k + 1
         arrays["group_ids"][r, slot] = number
+        arrays["ranks"][r, slot] = group.ranks[k]
         arrays["ratings"][r, slot] = group.ratings[k]
         arrays["labels"][r, slot] = group.labels[k]
         arrays["reference_logps"][r, slot] = row.reference_logps[k]

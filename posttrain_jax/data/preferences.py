@@ -75,7 +75,7 @@ class Preference:
       ratings: a number for each completion, or ().
       raters: each rater's numbers for the completions (NaN = not rated), by name.
       label: whether the only completion is good (KTO), or None.
-      ranks: a whole number for each completion, 0 = best, equal = tied; 0 for a completion without any.
+      ranks: a whole number for each completion, 0 = best, equal = tied.
       ties: how many pairs were said to be equal.
       subset: which part of a benchmark the row belongs to (its column `subset`), or "".
       repeated: whether the completions repeated the prompt, which is taken once.
@@ -83,11 +83,11 @@ class Preference:
     """
 
     completions: tuple[Conversation, ...]
+    ranks: tuple[int, ...]
     comparisons: tuple[Comparison, ...] = ()
     ratings: tuple[float, ...] = ()
     raters: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     label: bool | None = None
-    ranks: tuple[int, ...] = ()
     ties: int = 0
     subset: str = ""
     repeated: bool = False

@@ -50,7 +50,8 @@ class PreferenceReport:
     """What became of one source. Lengths are tokens of completions, per comparison.
 
     rows = groups + bad + dropped + difference_cut. A reward model that counts tokens is right `longer_chosen` of the
-    time. `lost` comparisons are of completions that are the same tokens, in rows whose other comparisons are kept.
+    time. `lost` comparisons are of completions that are the same tokens, in rows whose other comparisons are kept;
+    losses over rankings keep them, for a completion's rank is what the data say (as a constant, without a gradient).
     `repeated` rows said their prompt twice; it is taken once. `unused`: rows that have each column that is not used.
     """
 
@@ -119,6 +120,7 @@ class GroupArrays:
       comparison_starts: int64 `[G + 1]`.
       better, worse: int32 `[C]`, places in the group.
       weight, margin, probability: float32 `[C]`.
+      ranks: int32 `[S]`, as the data say: 0 = best of its group, equal = tied.
       ratings: float32 `[S]`, NaN where there is none.
       labels: int8 `[S]`, 1 = good, 0 = bad, NO_LABEL.
       rater_scores: float32 `[S, raters]`, NaN where a rater gave none.
@@ -133,6 +135,7 @@ class GroupArrays:
     weight: np.ndarray
     margin: np.ndarray
     probability: np.ndarray
+    ranks: np.ndarray
     ratings: np.ndarray
     labels: np.ndarray
     rater_scores: np.ndarray
@@ -149,6 +152,7 @@ class Group:
       first_sequence: the store's number of the first of them.
       shared: see `GroupArrays`.
       comparisons: of places in `sequences`.
+      ranks: int32 `[K]`, 0 = best, equal = tied.
       ratings: float32 `[K]`, NaN where there is none.
       labels: int8 `[K]`.
     """
@@ -158,6 +162,7 @@ class Group:
     first_sequence: int
     shared: int
     comparisons: tuple[Comparison, ...]
+    ranks: np.ndarray
     ratings: np.ndarray
     labels: np.ndarray
 
@@ -212,6 +217,7 @@ class PreferenceSource:
             first_sequence=first,
             shared=int(arrays.shared[g]),
             comparisons=tuple(Comparison(*row) for row in rows),
+            ranks=arrays.ranks[first:last],
             ratings=arrays.ratings[first:last],
             labels=arrays.labels[first:last],
         )
@@ -495,6 +501,7 @@ class _Summary:
     completion_lengths: tuple[int, ...]
     shared: int
     comparisons: tuple[Comparison, ...]
+    ranks: tuple[int, ...]
     ratings: tuple[float, ...]
     label: int
     raters: dict[str, tuple[float, ...]]
@@ -509,6 +516,7 @@ def _summary(kept: _Kept) -> _Summary:
         completion_lengths=tuple(int(encoded.loss_mask.sum()) for encoded in kept.sequences),
         shared=kept.shared,
         comparisons=kept.comparisons,
+        ranks=preference.ranks,
         ratings=preference.ratings or (math.nan,) * count,
         label=NO_LABEL if preference.label is None else int(preference.label),
         raters=preference.raters,
@@ -532,6 +540,7 @@ def _arrays(kept: Sequence[_Summary], raters: Sequence[str], subsets: Sequence[s
         weight=np.asarray([c.weight for c in comparisons], np.float32),
         margin=np.asarray([c.margin for c in comparisons], np.float32),
         probability=np.asarray([c.probability for c in comparisons], np.float32),
+        ranks=np.asarray([rank for group in kept for rank in group.ranks], np.int32),
         ratings=np.asarray([r for group in kept for r in group.ratings], np.float32),
         labels=np.asarray([group.label for group in kept for _ in group.lengths], np.int8),
         rater_scores=np.asarray(scores, np.float32).reshape(len(scores), len(raters)),

@@ -71,6 +71,39 @@ def test_each_prompt_gets_the_completion_of_another(data):
     assert after.row_id(3) == before.row_id(3)
 
 
+@pytest.mark.parametrize("counts", [[1, 1], [3, 3], [2, 1, 3], [5, 1, 2], [9, 1], [1, 1, 1, 1]])
+def test_the_mismatched_completion_is_of_another_prompt(counts, tmp_path):
+    """Also where prompts repeat. Each completion is taken once, unless more than half are of one prompt."""
+    rows = [
+        {"prompt": f"prompt {'abcd'[p]}", "completion": f" {'abcd'[p]}{k}", "label": k % 2 == 0}
+        for p, count in enumerate(counts)
+        for k in range(count)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = build_preferences(str(tmp_path / "rows.jsonl"), byte_tokenizer(), cache_dir=tmp_path)
+    for seed in range(5):
+        source = with_mismatched(before, seed=seed, max_length=0).sources[0]
+        texts = [
+            byte_tokenizer().decode(source.group(i).sequences[1].tokens, skip_special_tokens=True)
+            for i in range(len(rows))
+        ]
+        assert all(text.startswith(row["prompt"]) for text, row in zip(texts, rows, strict=True))
+        assert all(text.split()[1] != text.split()[2][0] for text in texts)
+        taken = {text.split()[2] for text in texts}
+        if 2 * max(counts) <= sum(counts):
+            assert len(taken) == len(rows)
+        else:
+            assert len(taken) >= sum(counts) - max(counts)
+
+
+def test_one_prompt_has_no_mismatched_completion(tmp_path):
+    rows = [{"prompt": "p", "completion": f" {k}", "label": True} for k in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = build_preferences(str(tmp_path / "rows.jsonl"), byte_tokenizer(), cache_dir=tmp_path)
+    with pytest.raises(InputError, match="completions of one prompt only.*at least two prompts"):
+        with_mismatched(data, seed=0, max_length=0)
+
+
 def test_the_baseline_is_the_mean_log_ratio_of_mismatched_completions(data):
     """With a reference of 2 nats less than the policy everywhere, z0 = 2; of 2 nats more, max(0, -2) = 0."""
     mesh = make_mesh(1, 1, 1)

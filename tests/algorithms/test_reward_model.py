@@ -25,7 +25,8 @@ from launch.train import run
 from posttrain_jax.algorithms import reward_model
 from posttrain_jax.completions import map_completions, reward_scores
 from posttrain_jax.data.preference_rows import PreferenceRows, row_shape
-from posttrain_jax.data.tokenized_preferences import PreferenceData
+from posttrain_jax.data.tokenized import TokenizeOptions
+from posttrain_jax.data.tokenized_preferences import PreferenceData, build_preferences
 from posttrain_jax.errors import InputError
 from posttrain_jax.experiment import policy_from_config
 from posttrain_jax.experiment_data import Preferences, preferences_from_config
@@ -289,6 +290,38 @@ def test_losses_by_hand(mixed):
         got, metrics = score(scores_BN, rows, jnp.ones_like(scores_BN))
         np.testing.assert_allclose(got, total, rtol=2e-6)
         assert float(metrics["loss"].count) == count
+
+
+@pytest.mark.parametrize(
+    ("texts", "max_length"),
+    [(["a", "why", "a", "bb", "ccc"], 0), (["aaaa1", "why", "aaaa2", "bb", "ccc"], 6)],
+)
+def test_ranks_are_those_of_the_data_where_completions_are_the_same(texts, max_length, tmp_path):
+    """Ranks 2, 1, 4, 5, 3; the first and third completion are the same tokens (the second time once cut to 6).
+
+    Zero scores: Plackett-Luce is ln 5 + ln 4 + ln 3 + ln 2 = ln 120 = 4.787492, K-wise ln 2 = 0.693147. Scores 1, 3,
+    1, 0, 2: the margins of the ten pairs are 2, 1, 2, 3 below the best, then -1, 0, 1, then 1, 2, then 1; with
+    log(1 + e^-m) = 0.048587, 0.126928, 0.313262, 0.693147, 1.313262 at m = 3, 2, 1, 0, -1 the sum is
+    0.048587 + 3 x 0.126928 + 4 x 0.313262 + 0.693147 + 1.313262 = 3.688828, of ten.
+    """
+    row = {"prompt": "x ", "completions": texts, "ranks": [2, 1, 4, 5, 3]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    data = build_preferences(
+        str(path), byte_tokenizer(), TokenizeOptions(max_length=max_length), cache_dir=tmp_path
+    )
+    assert data.sources[0].report.lost == 1
+    zeros = np.zeros((1, 5), np.float32)
+    for loss, scores_GK, want in (
+        ("plackett_luce", zeros, 4.787492),
+        ("kwise", zeros, 0.693147),
+        ("kwise", np.asarray([[1, 3, 1, 0, 2]], np.float32), 0.3688828),
+    ):
+        rows, scores_BN = packed(data, scores_GK, [0])
+        score = scoring(dataclasses.replace(OPTIONS, loss=loss))
+        got, metrics = score(scores_BN, rows, jnp.ones_like(scores_BN))
+        np.testing.assert_allclose(got, want, rtol=2e-6)
+        assert float(metrics["loss"].count) == 1
 
 
 def test_centring_is_added(mixed):

@@ -49,7 +49,7 @@ def group(chosen_mask: list[int], rejected_mask: list[int]) -> Group:
     rejected = Encoded(np.asarray([1, 2, 5, 9, 7], np.int32), np.asarray(rejected_mask, bool))
     comparison = Comparison(better=1, worse=0, weight=1.0, margin=0.0, probability=1.0)
     none = np.zeros(0)
-    return Group(0, (rejected, chosen), 0, 1, (comparison,), none, none)
+    return Group(0, (rejected, chosen), 0, 1, (comparison,), np.asarray([1, 0]), none, none)
 
 
 def test_a_pair_is_what_pytorch_trainers_train():
