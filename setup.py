@@ -37,7 +37,7 @@ setup(
         "grain>=0.2.14",
         "huggingface_hub>=1.0",
         "jax>=0.10.2",
-        "jinja2>=3.1",  # chat templates
+        "jinja2>=3.1.6",  # chat templates
         "matplotlib>=3.9",
         "ml-collections>=1.0",
         "numpy>=2.0",

@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 from transformers import PreTrainedTokenizerBase
 
+from posttrain_jax.chat_template import resolve_template
 from posttrain_jax.data.loader import Loader, RowSource, eval_batches
-from posttrain_jax.data.spans import resolve_template
 from posttrain_jax.errors import InputError
 from posttrain_jax.experiment_data import eval_rows
 from posttrain_jax.export_model import write_model_folder

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict as Config
 from transformers import PreTrainedTokenizerBase
 
 from posttrain_jax.assets import fetch
+from posttrain_jax.chat_template import ChatOptions
 from posttrain_jax.data.packing import PackedRows, efficiency, pack
 from posttrain_jax.data.preference_rows import RowShape, row_shape
 from posttrain_jax.data.split import Data, hold_out, split_amount, trained_rows
@@ -39,7 +40,7 @@ def rows_from_config(config: Config, tokenizer: PreTrainedTokenizerBase, workdir
         max_length=config.data.max_length,
         truncate=config.data.truncate,
         train_on=config.data.train_on,
-        chat_template=config.data.chat_template,
+        chat=ChatOptions(template=config.data.chat_template),
         on_bad_row=config.data.on_bad_row,
         ignore_columns=config.data.ignore_columns,
     )
@@ -104,7 +105,7 @@ def preferences_from_config(
     options = TokenizeOptions(
         max_length=config.data.max_length,
         truncate=config.data.truncate,
-        chat_template=config.data.chat_template,
+        chat=ChatOptions(template=config.data.chat_template),
         on_bad_row=config.data.on_bad_row,
         ignore_columns=config.data.ignore_columns,
     )

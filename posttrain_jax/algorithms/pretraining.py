@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
 from posttrain_jax.algorithms.sft import token_losses
+from posttrain_jax.chat_template import ChatOptions
 from posttrain_jax.data.loader import Loader
 from posttrain_jax.data.packing import PackedRows, pack
 from posttrain_jax.data.tokenized import TokenizeOptions, build
@@ -74,7 +75,7 @@ def pretraining_from_config(
         max_length=length,
         truncate="right",
         train_on="all_turns",
-        chat_template=config.data.chat_template,
+        chat=ChatOptions(template=config.data.chat_template),
         on_bad_row=config.data.on_bad_row,
         ignore_columns=config.data.ignore_columns,
     )

@@ -17,11 +17,11 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from posttrain_jax.chat_template import DEFAULT_CHAT, ChatOptions, resolve_template, shown_dates
 from posttrain_jax.data.rows import Row
 from posttrain_jax.data.sources import read_rows, source_files
-from posttrain_jax.data.spans import resolve_template
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raise it when the same rows become other tokens, or the files another layout."""
 
 _HASHED_WHOLE = 256 * 2**20
@@ -61,14 +61,18 @@ def cache_key(rows: SourceRows, tokenizer_key: str, options: list[Any]) -> str:
     return _digest([canonical(parts)])[:32]
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, chat_template: str = "") -> str:
-    """A hash of the vocabulary, the special tokens and the chat template in force."""
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, chat: ChatOptions = DEFAULT_CHAT) -> str:
+    """A hash of the vocabulary, the special tokens, and how chats become text (the date only where it is shown)."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # neither is used here, and a call may or may not have reset them
     backend.no_padding()
-    template = resolve_template(tokenizer, chat_template) if chat_template or tokenizer.chat_template else ""
+    own = tokenizer.chat_template or ""
+    templates = [resolve_template(tokenizer, chat.template)] if chat.template else []
+    templates = templates or ([own] if isinstance(own, str) else [own[name] for name in sorted(own)])
+    dates = [date for template in templates for date in shown_dates(template, chat.now)]
     special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
-    return _digest([backend.to_str(), special, template])
+    rest = canonical([dict(chat.variables), chat.text_as, dates])
+    return _digest([backend.to_str(), special, *templates, rest])
 
 
 def canonical(value: Any) -> str:

@@ -19,9 +19,10 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from posttrain_jax.chat_template import DEFAULT_CHAT, ChatOptions
 from posttrain_jax.data.formats import Conversation
-from posttrain_jax.data.sources import RowError
-from posttrain_jax.data.spans import ChatTemplate, EndOfTurn, Span
+from posttrain_jax.data.rows import RowError
+from posttrain_jax.data.spans import ChatTemplate, EndOfTurn, Span, Turns
 from posttrain_jax.errors import InputError
 
 TRAIN_ON = ("all_turns", "last_turn")
@@ -29,10 +30,14 @@ TRAIN_ON = ("all_turns", "last_turn")
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """One sequence: `tokens` int32 `[n]`, and `loss_mask` bool `[n]`, True where the token is trained."""
+    """One sequence: `tokens` int32 `[n]`, and `loss_mask` bool `[n]`, True where the token is trained.
+
+    `untrained_turns` counts the turns that would be trained if the chat template showed them as the model writes them.
+    """
 
     tokens: np.ndarray
     loss_mask: np.ndarray
+    untrained_turns: int = 0
 
 
 def encode(
@@ -43,7 +48,8 @@ def encode(
     chat_template: str = "",
 ) -> Encoded:
     """Encodes one conversation. Raises RowError when the template refuses it, InputError as `Encoder` does."""
-    result = Encoder(tokenizer, train_on=train_on, chat_template=chat_template).encode([conversation])[0]
+    encoder = Encoder(tokenizer, train_on=train_on, chat=ChatOptions(template=chat_template))
+    result = encoder.encode([conversation])[0]
     if isinstance(result, RowError):
         raise result
     return result
@@ -55,13 +61,17 @@ class Encoder:
     Args:
       tokenizer: a fast tokenizer of transformers.
       train_on: "all_turns", or "last_turn" for the last assistant turn of each chat alone.
-      chat_template: a template's text, the path of a file with it, or "" for the tokenizer's own.
+      chat: how chats become text.
 
     Raises InputError for a tokenizer without offsets, without EOS, or a template that cannot be trained on.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, train_on: str = "all_turns", chat_template: str = ""
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        train_on: str = "all_turns",
+        chat: ChatOptions = DEFAULT_CHAT,
     ) -> None:
         if train_on not in TRAIN_ON:
             raise InputError(f"data.train_on is {train_on!r}; it must be one of {', '.join(TRAIN_ON)}")
@@ -71,17 +81,18 @@ class Encoder:
             )
         self._tokenizer = tokenizer
         self._train_on = train_on
-        self._template_source = chat_template
-        self._template: ChatTemplate | None = None
+        self._chat = chat
+        self._templates: dict[bool, ChatTemplate] = {}
+        self._never_split = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
     def encode(self, conversations: Sequence[Conversation]) -> list[Encoded | RowError]:
         """One Encoded, or the RowError that says why there is none, for each conversation."""
         results: list[Encoded | RowError | None] = [None] * len(conversations)
-        chats: list[tuple[int, str, dict[int, list[Span]]]] = []
+        chats: list[tuple[int, Turns]] = []
         for i, conversation in enumerate(conversations):
             try:
                 if conversation.messages:
-                    chats.append((i, *self._chat_template().spans(conversation)))
+                    chats.append((i, self._template(conversation).turns(conversation)))
                 elif conversation.text is not None:
                     results[i] = self._plain(conversation.text)
                 else:
@@ -90,33 +101,39 @@ class Encoder:
                 results[i] = error
         if chats:
             batch = self._tokenizer(
-                [text for _, text, _ in chats],
+                [turns.text for _, turns in chats],
                 add_special_tokens=False,
                 return_offsets_mapping=True,
                 verbose=False,
             )
-            for k, (i, _, spans) in enumerate(chats):
-                ends = np.asarray(batch["offset_mapping"][k], np.int64).reshape(-1, 2)[:, 1]
+            for k, (i, turns) in enumerate(chats):
+                offsets = np.asarray(batch["offset_mapping"][k], np.int64).reshape(-1, 2)
                 try:
-                    results[i] = self._masked(conversations[i], batch["input_ids"][k], ends, spans)
+                    results[i] = self._masked(conversations[i], batch["input_ids"][k], offsets, turns)
                 except RowError as error:
                     results[i] = error
         return [result for result in results if result is not None]
 
-    def _chat_template(self) -> ChatTemplate:
-        if self._template is None:
-            self._template = ChatTemplate(self._tokenizer, self._template_source)
-        return self._template
+    def _template(self, conversation: Conversation) -> ChatTemplate:
+        tools = bool(conversation.tools)
+        if tools not in self._templates:
+            self._templates[tools] = ChatTemplate(self._tokenizer, self._chat, tools=tools)
+        return self._templates[tools]
 
     def _masked(
-        self, conversation: Conversation, ids: list[int], ends: np.ndarray, spans: dict[int, list[Span]]
+        self, conversation: Conversation, ids: list[int], offsets: np.ndarray, turns: Turns
     ) -> Encoded:
-        shape = self._chat_template().shape
-        tokens = np.asarray(ids, np.int32)
+        shape, spans = self._template(conversation).shape, turns.spans
+        tokens, ends = np.asarray(ids, np.int32), offsets[:, 1]
         mask = np.zeros(len(tokens), bool)
-        trained = [i for i in spans if conversation.trained[i]]
+        wanted = [i for i in spans if conversation.trained[i]]
+        if self._train_on == "last_turn":
+            wanted = wanted[-1:]
+        trained = [i for i in wanted if i not in turns.untrainable]
+        if wanted and not trained:
+            raise RowError(f"messages[{wanted[-1]}]", turns.untrainable[wanted[-1]])
         last = len(conversation.messages) - 1
-        for i in trained if self._train_on == "all_turns" else trained[-1:]:
+        for i in trained:
             if i != last and not shape.between_turns:
                 raise InputError(
                     f"the chat template ends an assistant's turn with {shape.end.text!r} only at the end of the chat, "
@@ -128,7 +145,7 @@ class Encoder:
             until = len(tokens) if following is None else int(np.searchsorted(ends, following, side="right"))
             ended = False
             for span in spans[i]:
-                first = int(np.searchsorted(ends, span.start, side="right"))
+                first = self._first_token(tokens, offsets, span.start)
                 stop = _end_of_turn(tokens[:until], first, end)
                 if span.stop >= 0:
                     stop = self._named_stop(tokens, ends, span, stop)
@@ -141,7 +158,18 @@ class Encoder:
                     "learn to stop",
                 )
         mask[:1] = False
-        return Encoded(tokens, mask)
+        return Encoded(tokens, mask, untrained_turns=len(wanted) - len(trained))
+
+    def _first_token(self, tokens: np.ndarray, offsets: np.ndarray, start: int) -> int:
+        """The first token of a turn that begins at the character `start`.
+
+        A special token that takes the blanks after it (`rstrip`, as Phi-3's) can reach into the turn; it is the
+        header's all the same.
+        """
+        first = int(np.searchsorted(offsets[:, 1], start, side="right"))
+        while first < len(tokens) and offsets[first, 0] < start and int(tokens[first]) in self._never_split:
+            first += 1
+        return first
 
     def _named_stop(self, tokens: np.ndarray, ends: np.ndarray, span: Span, stop: int) -> int:
         """The last token of a span whose end the template names: its end of turn, if only blanks lie between."""

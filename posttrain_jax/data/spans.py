@@ -11,21 +11,34 @@ the turn is found by rendering the conversation again with a mark in the turn's 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
+import functools
 import os
-import pathlib
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from posttrain_jax.chat_template import (
+    DEFAULT_CHAT,
+    ChatOptions,
+    Rendered,
+    Template,
+    TemplateRefusalError,
+    resolve_template,
+)
 from posttrain_jax.data.formats import Conversation
-from posttrain_jax.data.sources import RowError
+from posttrain_jax.data.rows import RowError
 from posttrain_jax.errors import InputError
 
 # Stand-ins for message contents: private-use characters, which no template looks for and no text holds.
 _USER_MARK, _MARK, _NEXT_MARK = "\ue0f0\ue0f1", "\ue0f2\ue0f3", "\ue0f4\ue0f5"
+
+
+_KEEP_THOUGHTS = (
+    "set data.chat_template to one that keeps thoughts (such as configs/templates/deepseek_r1.jinja), or write them "
+    "into content if the template shows that whole"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +52,22 @@ class Span:
 
     start: int
     stop: int = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """A rendered conversation.
+
+    Attributes:
+      text: all of it.
+      spans: of each assistant message, by its index.
+      untrainable: messages that are not shown as the model would write them, with the reason: the template drops their
+        thought, or puts something else before them than the generation prompt.
+    """
+
+    text: str
+    spans: dict[int, list[Span]]
+    untrainable: dict[int, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +103,31 @@ class TurnShape:
 
 
 class ChatTemplate:
-    """A chat template bound to its tokenizer. `template` is text, a path to a file, or "" for the tokenizer's own."""
+    """A chat template bound to its tokenizer.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = "") -> None:
+    Args:
+      tokenizer: whose special tokens the template uses.
+      options: which template, its variables and its date.
+      tools: the rows have tools (a tokenizer may have another template for those).
+
+    Raises InputError for a template that is not there or cannot be read.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        options: ChatOptions = DEFAULT_CHAT,
+        *,
+        tools: bool = False,
+    ) -> None:
         self.tokenizer = tokenizer
-        self.source = resolve_template(tokenizer, template)
-        self.shape = self._probe()
+        source = resolve_template(tokenizer, options.template, tools=tools)
+        self._template = Template(source, tokenizer, variables=options.variables, now=options.now)
+
+    @functools.cached_property
+    def shape(self) -> TurnShape:
+        """How it surrounds an assistant's turn. Raises InputError where such a turn cannot be trained."""
+        return self._probe()
 
     def render(
         self,
@@ -89,28 +137,97 @@ class ChatTemplate:
         prompt: bool = False,
     ) -> str:
         """The conversation as text. Raises RowError with the template's own message when it refuses."""
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=self.source, add_generation_prompt=prompt, tokenize=False
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            raise RowError("messages", f"the chat template refuses them: {error}") from None
-        return str(text)
+        return self._rendered(messages, tools, prompt=prompt).text
 
-    def spans(self, conversation: Conversation) -> tuple[str, dict[int, list[Span]]]:
-        """The rendered text, and the spans of each assistant message by its index. Raises RowError."""
+    def prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
+        """The conversation up to where the assistant starts to write. Raises RowError, also for tools not shown."""
+        text = self.render(messages, tools, prompt=True)
+        self._refuse_lost_tools(messages, tools, text, prompt=True)
+        return text
+
+    def _rendered(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        prompt: bool = False,
+    ) -> Rendered:
+        try:
+            return self._template.render(messages, tools, prompt=prompt)
+        except TemplateRefusalError as error:
+            raise RowError("messages", f"the chat template refuses them: {error}") from None
+
+    def _refuse_lost_tools(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, text: str, *, prompt: bool
+    ) -> None:
+        if tools and text == self.render(messages, prompt=prompt):
+            raise RowError(
+                "tools",
+                "are not shown by this chat template; set data.chat_template to one that renders tools, or leave the "
+                "column out",
+            )
+
+    def turns(self, conversation: Conversation) -> Turns:
+        """The rendered text, and where the assistant's turns lie in it. Raises RowError."""
         messages = list(conversation.messages)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         for i in turns:
             self._refuse_end_inside(messages[i], i)
-        if "endgeneration" in self.source:
-            text, spans = self._named_spans(messages, turns, conversation.tools)
+        rendered = self._rendered(messages, conversation.tools)
+        text = rendered.text
+        self._refuse_lost_tools(messages, conversation.tools, text, prompt=False)
+        if rendered.generated:
+            spans = self._named_spans(messages, turns, conversation.tools, rendered)
         else:
-            text = self.render(messages, conversation.tools)
             starts = self._starts(messages, turns, conversation.tools, text)
             spans = {i: [Span(start)] for i, start in zip(turns, starts, strict=True)}
         self._refuse_lost_calls(messages, spans, text)
-        return text, spans
+        untrainable = {}
+        for i, found in spans.items():
+            if conversation.trained[i] and found:
+                until = min(
+                    (later[0].start for j, later in spans.items() if j > i and later), default=len(text)
+                )
+                reason = self._untrainable(messages, i, conversation.tools, text[:until], found[0].start)
+                if reason:
+                    untrainable[i] = reason
+        return Turns(text, spans, untrainable)
+
+    def _untrainable(
+        self,
+        messages: list[dict[str, Any]],
+        index: int,
+        tools: list[dict[str, Any]] | None,
+        text: str,
+        start: int,
+    ) -> str:
+        """Why the turn that begins at `start` is not what the model writes after its prompt; "" where it is.
+
+        An answer without its thought, or after another header, would be trained at a place where generation is not.
+        """
+        thought = thought_of(messages[index])
+        if thought and thought not in text[start:]:
+            return (
+                "has a thought that this chat template does not show here, so the answer would be trained where the "
+                f"model thinks first; {_KEEP_THOUGHTS}"
+            )
+        prompt = self.shape.prompt
+        if not text[:start].endswith(prompt):
+            with contextlib.suppress(RowError):  # then what the probe found is all that is known
+                prompt = self._prompt_alone(messages[:index], tools)
+        if not text[:start].endswith(prompt):
+            return (
+                f"is not shown after the generation prompt {prompt!r}, so it would be trained where the model does not "
+                f"start to write; {_KEEP_THOUGHTS}"
+            )
+        return ""
+
+    def _prompt_alone(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+        """What the generation prompt adds to these messages."""
+        if not messages:
+            return self.shape.prompt
+        whole, bare = self.render(messages, tools, prompt=True), self.render(messages, tools)
+        return whole[len(os.path.commonprefix((bare, whole))) :]
 
     def _refuse_end_inside(self, message: dict[str, Any], index: int) -> None:
         ends = {*self.shape.end.texts, *self.shape.tool_end.texts}
@@ -135,18 +252,22 @@ class ChatTemplate:
                     )
 
     def _named_spans(
-        self, messages: list[dict[str, Any]], turns: list[int], tools: list[dict[str, Any]] | None
-    ) -> tuple[str, dict[int, list[Span]]]:
+        self,
+        messages: list[dict[str, Any]],
+        turns: list[int],
+        tools: list[dict[str, Any]] | None,
+        rendered: Rendered,
+    ) -> dict[int, list[Span]]:
         """Spans that the template marks with {% generation %}; a turn may have several (Phi-3's closing EOS)."""
-        text, found = self._render_named(messages, tools)
+        found = rendered.generated
         if len(found) == len(turns):
-            return text, {i: [Span(*found[k])] for k, i in enumerate(turns)}
+            return {i: [Span(*found[k])] for k, i in enumerate(turns)}
         spans: dict[int, list[Span]] = {i: [] for i in turns}
-        starts = self._starts(messages, turns, tools, text)
+        starts = self._starts(messages, turns, tools, rendered.text)
         for start, stop in found:
             k = bisect.bisect_left(starts, stop) - 1
             spans[turns[max(k, 0)]].append(Span(start, stop))
-        return text, spans
+        return spans
 
     def _starts(
         self,
@@ -159,22 +280,6 @@ class ChatTemplate:
         for i in turns:
             starts.append(self._turn_start(messages, i, tools, text, starts[-1] if starts else 0))
         return starts
-
-    def _render_named(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
-    ) -> tuple[str, list[tuple[int, int]]]:
-        clean = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        try:
-            texts, spans = render_jinja_template(
-                conversations=[clean],
-                tools=tools,
-                chat_template=self.source,
-                return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            raise RowError("messages", f"the chat template refuses them: {error}") from None
-        return texts[0], spans[0]
 
     def _turn_start(
         self,
@@ -311,18 +416,12 @@ class ChatTemplate:
         return EndOfTurn(tuple(name for name, _ in run), tuple(token for _, token in run)) if run else None
 
 
-def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str = "") -> str:
-    """The template's text: given as text, as a path, or "" for the tokenizer's own. Raises InputError."""
-    if template:
-        if "{{" in template or "{%" in template:
-            return template
-        path = pathlib.Path(template).expanduser()
-        if not path.is_file():
-            raise InputError(f"data.chat_template {template!r} is neither a file nor a template's text")
-        return path.read_text(encoding="utf-8")
-    if not tokenizer.chat_template:
-        raise InputError(
-            "the data holds chats, but the model's tokenizer has no chat template (it is a base model); "
-            "set data.chat_template to a template's text or the path of a .jinja file"
-        )
-    return str(tokenizer.get_chat_template())
+def thought_of(message: dict[str, Any]) -> str:
+    """What a message says before its answer: `reasoning_content`, or what stands before `</think>`; "" = nothing."""
+    reasoning = message.get("reasoning_content")
+    if isinstance(reasoning, str):
+        return reasoning.strip()
+    content = message.get("content")
+    if not isinstance(content, str) or "</think>" not in content:
+        return ""
+    return content.split("</think>")[0].split("<think>")[-1].strip()

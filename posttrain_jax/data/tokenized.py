@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import datetime
 import hashlib
 import json
 import pathlib
@@ -18,6 +19,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from posttrain_jax import assets
+from posttrain_jax.chat_template import DEFAULT_CHAT, ChatOptions
 from posttrain_jax.data.cache_key import SourceRows, cache_key, canonical, tokenizer_fingerprint
 from posttrain_jax.data.chat import TRAIN_ON, Encoded, Encoder
 from posttrain_jax.data.columns import unused_text
@@ -41,7 +43,7 @@ class TokenizeOptions:
       truncate: what happens to a longer one: "right" cuts its end (and drops it when nothing trained is left),
         "drop" leaves it out, "error" makes it a bad row.
       train_on: "all_turns" or "last_turn".
-      chat_template: a template's text, the path of a file with it, or "" for the tokenizer's own.
+      chat: how chats become text.
       on_bad_row: "stop" raises before anything is trained; "skip" leaves bad rows out and lists them.
       ignore_columns: columns of the rows that are left out before they are read, "a,b".
     """
@@ -49,7 +51,7 @@ class TokenizeOptions:
     max_length: int = 0
     truncate: str = "right"
     train_on: str = "all_turns"
-    chat_template: str = ""
+    chat: ChatOptions = DEFAULT_CHAT
     on_bad_row: str = "stop"
     ignore_columns: str = ""
 
@@ -69,6 +71,12 @@ class TokenizeOptions:
         if row.error is not None:
             raise row.error
         return without_columns(row, self.ignore_columns).value
+
+    def at_one_time(self) -> TokenizeOptions:
+        """With the present as the date that a template shows, so that all rows show the same."""
+        if self.chat.now is not None:
+            return self
+        return dataclasses.replace(self, chat=dataclasses.replace(self.chat, now=datetime.datetime.now()))
 
 
 DEFAULT_OPTIONS = TokenizeOptions()
@@ -92,6 +100,7 @@ class Report:
     trained_tokens: int
     repeated: int
     unused: dict[str, int]
+    untrained_turns: int
 
     def text(self) -> str:
         """One line for the console."""
@@ -106,6 +115,11 @@ class Report:
             (self.bad, "bad and skipped"),
             (self.duplicates, "duplicates (kept)"),
             (self.repeated, "repeated the prompt in the completion (taken once)"),
+            (
+                self.untrained_turns,
+                "turns not trained, because the chat template does not show them as the model writes them (it leaves "
+                "out their thoughts)",
+            ),
         ]
         parts = [line, *(f"{count:,} {what}" for count, what in counted if count)]
         return "; ".join(
@@ -193,7 +207,8 @@ def build(
     is left.
     """
     root = (cache_dir if cache_dir is not None else assets.cache_root()) / "tokenized"
-    tokenizer_key = tokenizer_fingerprint(tokenizer, options.chat_template)
+    options = options.at_one_time()
+    tokenizer_key = tokenizer_fingerprint(tokenizer, options.chat)
     sources, folders = [], []
     for source, weight in weighted_sources(spec):
         rows = SourceRows(source)
@@ -228,8 +243,20 @@ def _write(
     folder: pathlib.Path, rows: SourceRows, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions
 ) -> None:
     """Reads, converts, encodes and truncates every row, a chunk at a time."""
-    encoder = Encoder(tokenizer, train_on=options.train_on, chat_template=options.chat_template)
-    counts = dict.fromkeys(("rows", "sequences", "bad", "duplicates", "truncated", "dropped", "repeated"), 0)
+    encoder = Encoder(tokenizer, train_on=options.train_on, chat=options.chat)
+    counts = dict.fromkeys(
+        (
+            "rows",
+            "sequences",
+            "bad",
+            "duplicates",
+            "truncated",
+            "dropped",
+            "repeated",
+            "untrained_turns",
+        ),
+        0,
+    )
     unused: collections.Counter[str] = collections.Counter()
     tokens = trained = 0
     files: dict[str, int] = {}
@@ -251,6 +278,7 @@ def _write(
                 [row.line for row, _ in kept],
             )
             counts["sequences"] += len(kept)
+            counts["untrained_turns"] += sum(encoded.untrained_turns for _, encoded in kept)
             tokens += sum(len(encoded.tokens) for _, encoded in kept)
             trained += sum(int(encoded.loss_mask.sum()) for _, encoded in kept)
     report = Report(source=rows.source, tokens=tokens, trained_tokens=trained, unused=dict(unused), **counts)
@@ -317,7 +345,7 @@ def _truncate(
         if options.truncate == "drop":
             counts["dropped"] += 1
             return None
-        encoded = Encoded(encoded.tokens[:limit], encoded.loss_mask[:limit])
+        encoded = Encoded(encoded.tokens[:limit], encoded.loss_mask[:limit], encoded.untrained_turns)
     if not encoded.loss_mask.any():
         counts["dropped"] += 1
         return None

@@ -279,7 +279,8 @@ def build_preferences(
     Args and errors are those of `tokenized.build`; `options.max_length` bounds a prompt with one completion.
     """
     root = (cache_dir if cache_dir is not None else assets.cache_root()) / "preferences"
-    tokenizer_key = tokenizer_fingerprint(tokenizer, options.chat_template)
+    options = options.at_one_time()
+    tokenizer_key = tokenizer_fingerprint(tokenizer, options.chat)
     sources, folders = [], []
     for source, weight in weighted_sources(spec):
         rows = SourceRows(source)
@@ -337,7 +338,7 @@ def _write(
     folder: pathlib.Path, rows: SourceRows, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions
 ) -> None:
     """Reads, converts, encodes and truncates every row, a chunk at a time."""
-    encoder = Encoder(tokenizer, chat_template=options.chat_template)
+    encoder = Encoder(tokenizer, chat=options.chat)
     counts = dict.fromkeys(
         ("rows", "bad", "duplicates", "truncated", "dropped", "difference_cut", "lost", "ties", "repeated"), 0
     )
@@ -419,7 +420,15 @@ def _encode(
             ),
             None,
         )
-        yield row, refused or (result, [s for s in sequences if isinstance(s, Encoded)])
+        whole = [s for s in sequences if isinstance(s, Encoded)]
+        partly = next((k for k, s in enumerate(whole) if s.untrained_turns), None)
+        if refused is None and partly is not None:
+            refused = RowError(
+                _side(result, partly),
+                "has turns that this chat template does not show as the model writes them (it leaves out their "
+                "thoughts), so it cannot be compared whole; set data.chat_template to one that keeps thoughts",
+            )
+        yield row, refused or (result, whole)
 
 
 def _side(preference: Preference, place: int) -> str:

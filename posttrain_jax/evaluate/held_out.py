@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
+from posttrain_jax.chat_template import ChatOptions
 from posttrain_jax.data.loader import eval_batch_count, eval_batches
 from posttrain_jax.data.packing import PackedRows, pack
 from posttrain_jax.data.split import hold_out, split_amount
@@ -227,7 +228,7 @@ def held_out_rows(config: Config, loaded: LoadedModel, out: Path) -> list[Packed
         max_length=config.data.max_length,
         truncate=config.data.truncate,
         train_on=config.data.train_on,
-        chat_template=config.data.chat_template,
+        chat=ChatOptions(template=config.data.chat_template),
         on_bad_row=config.data.on_bad_row,
         ignore_columns=config.data.ignore_columns,
     )

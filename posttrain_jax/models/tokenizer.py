@@ -10,10 +10,10 @@ import pathlib
 import tempfile
 from typing import Any
 
-import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from posttrain_jax.assets import cache_root
+from posttrain_jax.chat_template import Template, resolve_template
 from posttrain_jax.errors import InputError
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.gguf_file import GgufFile
@@ -127,8 +127,8 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
     answer = "posttrain"
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
-    except (jinja2.TemplateError, TypeError, ValueError):  # the template refuses this conversation
+        text = Template(resolve_template(tokenizer), tokenizer).render(chat).text
+    except InputError:  # the template refuses this conversation
         return None
     tail = tokenizer(
         text[text.rindex(answer) + len(answer) :] if answer in text else "", add_special_tokens=False

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from posttrain_jax.chat_template import DEFAULT_CHAT, ChatOptions, has_template
+from posttrain_jax.data.rows import RowError
+from posttrain_jax.data.spans import ChatTemplate
 from posttrain_jax.errors import InputError
 
 REPLACEMENT = "\ufffd"
@@ -19,23 +21,23 @@ def encode_chat(
     messages: Sequence[dict[str, Any]],
     *,
     tools: Sequence[dict[str, Any]] | None = None,
+    chat: ChatOptions = DEFAULT_CHAT,
 ) -> np.ndarray:
     """int32 ids of a conversation up to where the assistant starts to write.
 
     Raises:
       InputError: there is no chat template, or it refuses these messages.
     """
-    if not tokenizer.chat_template:
+    if not has_template(tokenizer, chat):
         raise InputError(
             "the model's tokenizer has no chat template (it is a base model); give plain text (prompt), or use a "
             "model that was tuned on chats."
         )
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tools=list(tools) if tools else None, add_generation_prompt=True, tokenize=False
-        )
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-        raise InputError(f"the chat template refuses these messages: {error}.") from error
+        template = ChatTemplate(tokenizer, chat, tools=bool(tools))
+        text = template.prompt(list(messages), list(tools) if tools else None)
+    except RowError as error:
+        raise InputError(f"{error.column}: {error.reason}.") from error
     return np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
 
 

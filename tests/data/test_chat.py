@@ -7,9 +7,10 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from posttrain_jax.chat_template import ChatOptions
 from posttrain_jax.data.chat import Encoded, Encoder, encode
 from posttrain_jax.data.formats import to_conversation
 from posttrain_jax.data.sources import RowError, read_rows
@@ -19,7 +20,8 @@ from posttrain_jax.models.tokenizer import load_tokenizer
 
 from .chats import FAMILIES, TEMPLATES, chat_row
 
-ALL = ["smollm2", *FAMILIES]
+# DeepSeek-R1's own template can train nothing: see test_a_template_that_drops_thoughts_...
+ALL = ["smollm2", *(name for name in FAMILIES if name != "deepseek_r1")]
 TWO_TURNS = chat_row("What is 2+2?", "It is 4.", "And 3+3?", "6\n\nSix — 六!")
 # What each family's model writes in TWO_TURNS.
 EXPECTED = {
@@ -31,7 +33,6 @@ EXPECTED = {
     "mistral": [" It is 4.</s>", " 6\n\nSix — 六!</s>"],
     "zephyr": ["It is 4.</s>", "6\n\nSix — 六!</s>"],
     "phi3": ["It is 4.<|end|>", "6\n\nSix — 六!<|end|>"],
-    "deepseek_r1": ["It is 4.<|endofsentence|>", "6\n\nSix — 六!<|endofsentence|>"],
     "generation_tags": ["It is 4.<|im_end|>", "6\n\nSix — 六!<|im_end|>"],
     "generation_content_only": ["It is 4.<|im_end|>", "6\n\nSix — 六!<|im_end|>"],
     "no_prompt_chatml": ["It is 4.<|im_end|>", "6\n\nSix — 六!<|im_end|>"],
@@ -114,7 +115,7 @@ def test_real_multi_turn_chats(name, family, demo_path):
         assert encoded.tokens.tolist() == ids
 
 
-@pytest.mark.parametrize("name", ["llama3", "gemma", "llama2", "mistral", "deepseek_r1"])
+@pytest.mark.parametrize("name", ["llama3", "gemma", "llama2", "mistral"])
 def test_one_bos_per_rendered_bos(name, family):
     tokenizer = family(name)
     row = chat_row("hi", "hello")
@@ -198,18 +199,59 @@ def test_qwen3_thinking_is_trained_where_the_template_keeps_it(family):
     second = [{"role": "user", "content": "Thanks"}, {"role": "assistant", "content": "Welcome"}]
     row = {"messages": first + second, "tools": [{"name": "add", "description": "adds", "parameters": {}}]}
     encoded = encode_row(row, tokenizer)
-    assert trained_texts(encoded, tokenizer) == [
-        called,
-        "Four.<|im_end|>",
-        "<think>\n\n</think>\n\nWelcome<|im_end|>",
-    ]
+    # The first two turns stand there without their thoughts, as the model would never write them.
+    assert trained_texts(encoded, tokenizer) == ["<think>\n\n</think>\n\nWelcome<|im_end|>"]
+    assert encoded.untrained_turns == 2
     assert encoded.tokens.tolist() == template_ids(row, tokenizer)
 
 
-def test_deepseek_drops_thoughts_and_so_do_we(family):
-    tokenizer = family("deepseek_r1")
-    encoded = encode_row(chat_row("2+2?", "<think>\nhm\n</think>\n\n4", "3?", "3"), tokenizer)
-    assert trained_texts(encoded, tokenizer) == ["4<|endofsentence|>", "3<|endofsentence|>"]
+THINKING = chat_row("6*7?", "<think>\n6*7 is 42\n</think>\n\n42")
+APART = chat_row("6*7?", "42")
+APART["messages"][1]["reasoning_content"] = "6*7 is 42"
+
+
+@pytest.mark.parametrize("row", [THINKING, APART, TWO_TURNS])
+def test_a_template_that_drops_thoughts_cannot_be_trained_on(row, family):
+    """DeepSeek-R1's own: answers would be trained after the header, and generation starts after `<think>`."""
+    with pytest.raises(
+        RowError, match=r"messages\[\d\]: .*trained where the model.*configs/templates/deepseek_r1"
+    ):
+        encode_row(row, family("deepseek_r1"))
+
+
+def test_a_template_that_shows_no_reasoning_content_refuses_it(smollm2):
+    with pytest.raises(RowError, match=r"messages\[1\]: has a thought that this chat template does not show"):
+        encode_row(APART, smollm2)
+    assert trained_texts(encode_row(THINKING, smollm2), smollm2) == [
+        "<think>\n6*7 is 42\n</think>\n\n42<|im_end|>"
+    ]
+
+
+@pytest.mark.parametrize("row", [THINKING, APART])
+def test_the_template_for_deepseek_keeps_the_last_thought_and_starts_where_generation_does(row, family):
+    tokenizer, path = family("deepseek_r1"), "configs/templates/deepseek_r1.jinja"
+    rows = {"messages": [*TWO_TURNS["messages"], *row["messages"]]}
+    encoded = encode_row(rows, tokenizer, chat_template=path)
+    assert trained_texts(encoded, tokenizer) == ["6*7 is 42\n</think>\n\n42<|endofsentence|>"]
+    assert encoded.untrained_turns == 2
+    template = ChatTemplate(tokenizer, ChatOptions(template=path))
+    prompt = template.prompt(rows["messages"][:-1])
+    assert prompt.endswith("<｜Assistant｜><think>\n")
+    assert tokenizer.decode(encoded.tokens[: int(encoded.loss_mask.argmax())]) == prompt
+
+
+def test_a_special_token_that_takes_the_blanks_after_it_is_never_trained(family):
+    """Phi-3's `<|assistant|>` has rstrip: it covers the newline of the header and the blanks that the answer begins
+    with."""
+    tokenizer = copy.deepcopy(family("phi3"))
+    tokenizer.add_tokens(
+        [AddedToken(name, rstrip=True, special=True) for name in ("<|user|>", "<|assistant|>", "<|end|>")],
+        special_tokens=True,
+    )
+    encoded = encode_row(chat_row("hi", "\n  It is 4.", "and?", " yes"), tokenizer)
+    header = tokenizer.convert_tokens_to_ids("<|assistant|>")
+    assert header in encoded.tokens and not encoded.loss_mask[encoded.tokens == header].any()
+    assert trained_texts(encoded, tokenizer) == ["It is 4.<|end|>", "yes<|end|>"]
 
 
 def test_a_tool_call_may_end_with_another_token(family):
@@ -256,7 +298,7 @@ def test_an_end_of_turn_of_two_tokens(family):
     encoded = encode_row(TWO_TURNS, tokenizer, chat_template=template)
     ends = "<|end_answer|><|im_end|>"
     assert trained_texts(encoded, tokenizer) == [f"It is 4.{ends}", f"6\n\nSix — 六!{ends}"]
-    assert ChatTemplate(tokenizer, template).shape.end.text == ends
+    assert ChatTemplate(tokenizer, ChatOptions(template=template)).shape.end.text == ends
 
 
 def test_a_turn_that_runs_into_a_tools_answer_is_refused(family):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 import multiprocessing
 import os
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
 
+from posttrain_jax.chat_template import ChatOptions
 from posttrain_jax.data.tokenized import TokenizeOptions, build
 from posttrain_jax.errors import InputError
 
@@ -129,7 +132,7 @@ def test_an_old_rejected_file_does_not_stay(smollm2, write_jsonl, tmp_path):
 def test_a_template_that_refuses_makes_a_bad_row(make, write_jsonl):
     path = write_jsonl(GOOD, {"messages": [{"role": "user", "content": "a"}, *GOOD["messages"]]})
     with pytest.raises(InputError, match="line 2.*must alternate"):
-        make(path, chat_template=str(TEMPLATES / "alternating.jinja"))
+        make(path, chat=ChatOptions(template=str(TEMPLATES / "alternating.jinja")))
 
 
 def test_nothing_left_to_train_on(make, write_jsonl):
@@ -178,7 +181,7 @@ def test_what_the_key_depends_on(make, smollm2, write_jsonl, tmp_path):
     for options in (
         {"max_length": 65},
         {"max_length": 64, "train_on": "last_turn"},
-        {"chat_template": template},
+        {"chat": ChatOptions(template=template)},
     ):
         before = len(entries(tmp_path))
         make(path, **options)
@@ -255,3 +258,38 @@ def test_a_mixture_is_built_source_by_source(make, write_jsonl):
     data = make([(a, 3.0), (b, 1.0)])
     assert [(len(source), source.weight) for source in data.sources] == [(1, 3.0), (2, 1.0)]
     assert len(data) == 3 and len(data.text().splitlines()) == 2
+
+
+def test_turns_that_lose_their_thoughts_are_counted(make, write_jsonl):
+    """Qwen3's template drops the thoughts of the answers before the last question."""
+    thinking = [
+        {"role": "user", "content": "6*7?"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\n42"},
+    ]
+    plain = [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "that is all"}]
+    path = write_jsonl({"messages": thinking + thinking}, {"messages": plain + plain})
+    data = make(path, chat=ChatOptions(template=str(TEMPLATES / "qwen3.jinja")))
+    assert data.sources[0].report.untrained_turns == 1
+    assert "; 1 turns not trained, because the chat template does not show them" in data.text()
+
+
+def test_the_date_is_part_of_the_key_where_it_is_shown(make, write_jsonl, smollm2, tmp_path):
+    """The rows of a run have one date, and the same date gives the same tokens in an empty cache."""
+    turns = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
+    dated = "{{ strftime_now('%H:%M:%S') }}" + turns
+    path, first = write_jsonl(GOOD), datetime.datetime(2024, 7, 26, 13, 5)
+
+    def tokens(**options):
+        return make(path, chat=ChatOptions(**options)).sources[0].sequence(0).tokens.tolist()
+
+    at_first = tokens(template=dated, now=first)
+    assert smollm2.decode(at_first).startswith("13:05:00")
+    assert tokens(template=dated, now=first + datetime.timedelta(seconds=1)) != at_first
+    assert tokens(template=dated, now=first) == at_first
+    before = len(entries(tmp_path))
+    shutil.rmtree(tmp_path / "cache")
+    assert tokens(template=dated, now=first) == at_first
+    assert len(entries(tmp_path)) == before - 1
+    tokens(now=first)
+    tokens(now=first + datetime.timedelta(days=1))  # ChatML shows no date
+    assert len(entries(tmp_path)) == before

@@ -27,7 +27,7 @@ def test_a_chat_needs_a_template_that_takes_it(tokenizer):
     with pytest.raises(InputError, match="no chat template"):
         encode_chat(bare, [{"role": "user", "content": "Hi"}])
     bare.chat_template = "{{ raise_exception('only users may speak') }}"
-    with pytest.raises(InputError, match="refuses these messages: only users may speak"):
+    with pytest.raises(InputError, match="refuses them: only users may speak"):
         encode_chat(bare, [{"role": "user", "content": "Hi"}])
 
 
