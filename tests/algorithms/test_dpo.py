@@ -203,6 +203,23 @@ def config_of(**dpo_keys) -> ConfigDict:
     return config
 
 
+@pytest.mark.parametrize("reference", ["cached", "memory"])
+def test_in_bfloat16_the_first_step_begins_at_the_reference(reference, tmp_path, monkeypatch):
+    """The train step's log-probabilities are those of the reference, bit for bit: every comparison is a tie (0 right),
+    and the loss is log 2 (0.69312 with what XLA may leave out of a train step's roundings)."""
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    config = config_of(reference=reference)
+    config.model.dtype, config.data.eval = "bfloat16", ""
+    task = dpo.from_config(config, tmp_path)
+    _, metrics = task.train_step(task.init_state(), task.put(next(task.rows).arrays))
+    task.rows.close()
+    assert float(metrics["train/loss"].sum / metrics["train/loss"].count) == pytest.approx(
+        np.log(2), abs=1e-7
+    )
+    for name in ("accuracies", "margins", "chosen", "rejected"):
+        assert float(metrics[f"train/rewards/{name}"].sum) == 0.0
+
+
 @pytest.mark.parametrize("reference", ["cached", "memory", "adapter"])
 def test_a_loss_without_a_reference_computes_none(reference, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
