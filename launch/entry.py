@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
+import io
 import logging
 import os
 import re
@@ -10,12 +11,16 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TextIO
 
 from absl import app, flags
 from absl import logging as absl_logging
 
 from launch.config import check_arguments
-from posttrain_jax.errors import InputError
+from posttrain_jax.errors import InputError, file_error
+
+FOLDER_FLAGS = ("workdir", "out", "dir")
+"""What entry points call the folder or file that they write."""
 
 
 def run(main: Callable[[Sequence[str]], int | None], *, example: str) -> None:
@@ -33,38 +38,102 @@ def run(main: Callable[[Sequence[str]], int | None], *, example: str) -> None:
             if len(argv) > 1:
                 raise InputError(f"The argument {argv[1]!r} is not a flag; an example: {example}")
             code = main(argv) or 0
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            code = 2
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        except (InputError, OSError, KeyboardInterrupt) as error:
+            told = tell(error)
+            if told is None:
                 raise
-            where = f" ({error.filename})" if error.filename else ""
-            print(
-                f"error: {error.strerror}{where}; make room, or use another folder.",
-                file=sys.stderr,
-                flush=True,
-            )
-            code = 2
-        except KeyboardInterrupt:
-            code = 130
+            code = told
         sys.stdout.flush()
         sys.exit(code)
 
+    outlive_readers()
     sys.modules["__main__"].__doc__ = f"{sys.modules['__main__'].__doc__ or ''}\nExample:\n  {example}\n"
     app.run(guarded, flags_parser=lambda argv: _parse(argv, example))
+
+
+def tell(error: BaseException) -> int | None:
+    """Says in one line what a person can put right, and gives the exit code; None for what is our own mistake."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, InputError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    if isinstance(error, OSError) and file_error(error) is error:
+        file = error.filename2 or error.filename  # of a renaming, the new name
+        where = f" ({file})" if file else ""
+        print(
+            f"error: {error.strerror}{where}; put that right, or use another folder.",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 2
+    return None
+
+
+class _Outliving(io.FileIO):
+    """A descriptor to write to; what nobody reads any more (`| head`, a closed terminal) is dropped."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def outlive_readers() -> None:
+    """A closed standard output or error does not end a command: its results are in files."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except (
+            OSError
+        ):  # closed (`>&-`): the next file to be opened would take its place, and get what is printed
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout, sys.stderr = outliving(1, sys.stdout), outliving(2, sys.stderr)
+
+
+def outliving(descriptor: int, stream: TextIO | None) -> io.TextIOWrapper:
+    """Text that is written to a descriptor, whether or not it is read; coded as in the stream that it replaces."""
+    encoding, errors = (stream.encoding, stream.errors) if stream is not None else ("utf-8", "replace")
+    if stream is not None:
+        with contextlib.suppress(OSError):
+            stream.flush()
+    buffer = io.BufferedWriter(_Outliving(descriptor, "wb", closefd=False))
+    return io.TextIOWrapper(buffer, encoding, errors, line_buffering=descriptor == 2 or os.isatty(descriptor))
 
 
 def _parse(argv: Sequence[str], example: str) -> Sequence[str]:
     try:
         check_arguments(argv)
-        return flags.FLAGS(list(argv))
+        left = flags.FLAGS(list(argv))
+        check_folders()
+        return left
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         print(f"error: {error}\nexample: {example}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def check_folders() -> None:
+    """Refuses a folder to write that has no name, or that is no folder of this machine.
+
+    Raises:
+      InputError: --workdir= would be the current folder; --workdir=gs://... would be made here, as `gs:`.
+    """
+    for name in FOLDER_FLAGS:
+        value = flags.FLAGS[name].value if name in flags.FLAGS else None
+        if value is None:
+            continue
+        if not value.strip():
+            raise InputError(f"--{name} is empty; give a folder (--{name}=. is the current one).")
+        address = re.match(r"([A-Za-z][\w+.-]*):/", value)
+        if address:
+            raise InputError(
+                f"--{name}={value} is an address, and files are written to folders of this machine alone; mount the "
+                f"bucket (for gs://, with Cloud Storage FUSE) and give the folder where it is mounted."
+            )
 
 
 def quiet_libraries() -> None:

@@ -11,8 +11,9 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from launch import config as config_flag
-from launch import entry
+from launch import entry, processes
 from posttrain_jax.errors import InputError
+from posttrain_jax.preemption import asked_to_end
 from posttrain_jax.types import Task
 
 EXAMPLE = "python -m launch.train --config=configs/sft/smollm2_135m.py --workdir=runs/smollm2"
@@ -24,6 +25,9 @@ COORDINATOR = flags.DEFINE_string(
 )
 PROCESSES = flags.DEFINE_integer("processes", 1, "Number of processes, with --coordinator=HOST:PORT.")
 PROCESS = flags.DEFINE_integer("process", 0, "This process's index, with --coordinator=HOST:PORT.")
+CONNECT_SECONDS = flags.DEFINE_integer(
+    "connect_seconds", 300, "How long a process waits for the others.", lower_bound=1
+)
 
 
 def algorithms() -> dict[str, Callable[[ConfigDict, Path], Task]]:
@@ -45,49 +49,35 @@ def main(argv: Sequence[str]) -> int:
     del argv
     if WORKDIR.value is None or CONFIG.value is None:
         raise InputError(f"--config and --workdir are needed; an example: {EXAMPLE}")
-    connect()
+    workdir = Path(WORKDIR.value).expanduser()
+    several = COORDINATOR.value, PROCESSES.value, PROCESS.value
+    processes.check(*several)
+    if COORDINATOR.value:
+        processes.connect(*several, seconds=CONNECT_SECONDS.value)
+        entry.set_up_jax()
+        with processes.ends_with_its_peers():
+            run(CONFIG.value, workdir)
+        return 0
+    for signum in asked_to_end():
+        if signum != signal.SIGINT:
+            signal.signal(signum, _leave)
     entry.set_up_jax()
-    if not COORDINATOR.value:
-        signal.signal(signal.SIGTERM, _leave)
-    run(CONFIG.value, Path(WORKDIR.value))
+    run(CONFIG.value, workdir)
     return 0
 
 
 def _leave(signum: int, frame: Any) -> None:
-    """SIGTERM before the training loop, which has a handler of its own: there is nothing to save yet."""
+    """A signal before the training loop, which has handlers of its own: there is nothing to save yet."""
     raise SystemExit(0)
-
-
-def connect() -> None:
-    """Joins the other processes of the run, if there are any.
-
-    Raises:
-      InputError: a number of processes, or which one this is, without where process 0 is.
-    """
-    import jax
-
-    if not COORDINATOR.value and (PROCESSES.value, PROCESS.value) != (1, 0):
-        raise InputError(
-            f"--processes={PROCESSES.value} and --process={PROCESS.value} need --coordinator=HOST:PORT: without it "
-            "each process would train alone in the same workdir."
-        )
-    if COORDINATOR.value == "auto":
-        jax.distributed.initialize()
-    elif COORDINATOR.value:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
     """Trains in this process; the workdir is made if it is not there.
 
     Raises:
-      InputError: anything wrong with config, model or data.
+      InputError: anything wrong with config, model or data; another run is in the workdir.
     """
-    import jax
-
-    from posttrain_jax.checkpoint import completed_steps
-    from posttrain_jax.train_loop import LoopOptions, train
+    from posttrain_jax.workdir import locked
 
     known = algorithms()
     if config.algorithm not in known:
@@ -96,6 +86,16 @@ def run(config: ConfigDict, workdir: Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"The workdir {workdir} cannot be made: {error.strerror}.") from error
+    with locked(workdir):
+        _run(config, workdir, known[config.algorithm])
+
+
+def _run(config: ConfigDict, workdir: Path, from_config: Callable[[ConfigDict, Path], Task]) -> None:
+    import jax
+
+    from posttrain_jax.train_loop import LoopOptions, train
+    from posttrain_jax.workdir import completed_steps
+
     config_flag.check_values(config)
     resolved = config_flag.save_or_check(
         config, workdir, resumes=bool(completed_steps(workdir)), write=jax.process_index() == 0
@@ -114,7 +114,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         wandb_project=config.log.wandb_project,
         config=resolved,
     )
-    train(known[config.algorithm](config, workdir), options, workdir)
+    train(from_config(config, workdir), options, workdir)
 
 
 if __name__ == "__main__":

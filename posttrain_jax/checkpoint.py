@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
+import math
 import shutil
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,81 +32,20 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.errors import InputError, file_error
 from posttrain_jax.trees import byte_count, combine, leaf_paths
 from posttrain_jax.types import PyTree, TrainState
+from posttrain_jax.workdir import (
+    ITEMS,
+    METRICS,
+    agree,
+    completed_steps,
+    damage,
+    frozen_damage,
+    write_manifest,
+)
 
 log = logging.getLogger(__name__)
-
-MANIFEST = "manifest.json"
-ITEMS = ("params", "optimizer", "meta")
-METRICS = "metrics"  # Orbax's own item, there only where the best checkpoint is kept
-
-
-def is_workdir(path: Path) -> bool:
-    """Whether a folder is a workdir of ours: a resolved `config.json` beside `checkpoints/`."""
-    return (path / "checkpoints").is_dir() and (path / "config.json").is_file()
-
-
-def completed_steps(workdir: Path) -> list[int]:
-    """Steps with a finished checkpoint, ascending. Folders still being written have another name."""
-    folder = workdir / "checkpoints"
-    if not folder.is_dir():
-        return []
-    return sorted(int(entry.name) for entry in folder.iterdir() if entry.is_dir() and entry.name.isdigit())
-
-
-def write_manifest(folder: Path, items: Sequence[str] = (*ITEMS, METRICS)) -> None:
-    """Writes size and CRC-32 of every file of the items of a checkpoint."""
-    sums = {name: list(_size_and_crc(folder / name)) for name in _files(folder, items)}
-    (folder / MANIFEST).write_text(json.dumps(sums, indent=0))
-
-
-def damage(step_dir: Path) -> str | None:
-    """What is wrong with a checkpoint's files, in words, or None."""
-    missing = [item for item in ITEMS if not (step_dir / item).is_dir()]
-    if missing:
-        return f"it lacks {', '.join(missing)}"
-    return _differences(step_dir)
-
-
-def frozen_damage(workdir: Path) -> str | None:
-    """What is wrong with the files of the parameters that are not trained, in words, or None."""
-    return _differences(workdir / "frozen")
-
-
-def _differences(folder: Path) -> str | None:
-    if not (folder / MANIFEST).is_file():
-        return f"its {MANIFEST} is gone"
-    try:
-        sums = {
-            name: (size, crc) for name, (size, crc) in json.loads((folder / MANIFEST).read_text()).items()
-        }
-    except (ValueError, TypeError, AttributeError):
-        return f"its {MANIFEST} is not what was written"
-    for name, (size, crc) in sums.items():
-        path = folder / name
-        if not path.is_file():
-            return f"its file {name} is gone"
-        if path.stat().st_size != size:
-            return f"its file {name} has {path.stat().st_size} bytes instead of {size}"
-        if _size_and_crc(path)[1] != crc:
-            return f"the contents of its file {name} have changed"
-    return None
-
-
-def _files(folder: Path, items: Sequence[str]) -> list[str]:
-    files = (path for item in items for path in (folder / item).rglob("*") if path.is_file())
-    return sorted(str(path.relative_to(folder)) for path in files)
-
-
-def _size_and_crc(path: Path) -> tuple[int, int]:
-    crc, size = 0, 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            crc = zlib.crc32(block, crc)
-            size += len(block)
-    return size, crc
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +72,15 @@ class Checkpoints:
         self.workdir = workdir
         self.folder = workdir / "checkpoints"
         policies: list[Any] = [preservation_policy.LatestN(keep)]
+        worst = -math.inf if best_is_high else math.inf
+
+        def value_of(metrics: dict[str, float]) -> float:
+            # A run that goes on with another best_metric has checkpoints without it.
+            return metrics.get(best_metric, worst)
+
         if best_metric:
             best = preservation_policy.BestN(
-                get_metric_fn=lambda metrics: metrics[best_metric],
+                get_metric_fn=value_of,
                 reverse=not best_is_high,
                 n=1,
                 keep_checkpoints_without_metrics=False,
@@ -149,7 +95,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
                 # Orbax writes the metrics, so that a resumed run knows the best, only where it is given this too.
-                best_fn=(lambda metrics: metrics[best_metric]) if best_metric else None,
+                best_fn=value_of if best_metric else None,
                 best_mode="max" if best_is_high else "min",
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
@@ -162,9 +108,12 @@ class Checkpoints:
         for step in completed_steps(self.workdir) if jax.process_index() == 0 else ():
             folder = self.folder / str(step) / METRICS
             try:
-                if folder.is_dir():
-                    json.loads((folder / METRICS).read_text())
-            except (OSError, ValueError):
+                unreadable = folder.is_dir() and not isinstance(
+                    json.loads((folder / METRICS).read_text()), dict
+                )
+            except (OSError, ValueError, RecursionError):
+                unreadable = True
+            if unreadable:
                 shutil.rmtree(folder)
 
     def _finalised(self) -> None:
@@ -183,7 +132,7 @@ class Checkpoints:
     def save_frozen(self, frozen: PyTree) -> None:
         """Saves the parameters that are not trained, once per workdir; nothing if there are none."""
         target = self.workdir / "frozen"
-        if not frozen or not _agree(jax.process_index() == 0 and frozen_damage(self.workdir) is not None):
+        if not frozen or not agree(jax.process_index() == 0 and frozen_damage(self.workdir) is not None):
             return
         with ocp.StandardCheckpointer() as writer:
             writer.save(target.absolute(), frozen, force=True)
@@ -194,7 +143,7 @@ class Checkpoints:
     def mend_frozen(self, like: PyTree, make: Callable[[], PyTree]) -> None:
         """Before a resume: saves the parameters that are not trained again if their files are damaged."""
         problem = frozen_damage(self.workdir) if like and jax.process_index() == 0 else None
-        if not _agree(problem is not None):
+        if not agree(problem is not None):
             return
         if problem is not None:
             log.error(
@@ -219,41 +168,33 @@ class Checkpoints:
             "skipped_in_row": state.skipped_in_row,
             "ema": state.ema,
         }
-        has_best = self._best_metric in metrics
+        # A NaN would be neither better nor worse than what was the best.
+        has_best = math.isfinite(metrics.get(self._best_metric, math.nan))
         self.wait()
         self._check_space(byte_count((state.params, state.opt_state, state.ema)))
         self._saving = step
-        try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state.params),
-                    optimizer=ocp.args.StandardSave(optimizer),
-                    meta=ocp.args.JsonSave(meta),
-                ),
-                metrics={self._best_metric: metrics[self._best_metric]} if has_best else None,
-            )
-        except Exception as error:
-            raise self.explain(error) from error
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                optimizer=ocp.args.StandardSave(optimizer),
+                meta=ocp.args.JsonSave(meta),
+            ),
+            metrics={self._best_metric: metrics[self._best_metric]} if has_best else None,
+        )
         return step
 
     def _check_space(self, needed: int) -> None:
         """Before a save that cannot end well: TensorStore would print each write that fails."""
         free = shutil.disk_usage(self.folder).free if jax.process_index() == 0 else needed
-        if _agree(free < needed):
-            raise self._full(f"{free / 1e6:,.1f} MB are free and a checkpoint takes {needed / 1e6:,.1f} MB")
+        if agree(free < needed):
+            what = f"{free / 1e6:,.1f} MB are free and a checkpoint takes {needed / 1e6:,.1f} MB"
+            raise disk_full(self.workdir, what)
 
     def wait(self) -> None:
-        """Waits until what was saved is on disk.
-
-        Raises:
-          InputError: the disk is full; the checkpoint before is untouched.
-        """
-        try:
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
-        except Exception as error:
-            raise self.explain(error) from error
+        """Waits until what was saved is on disk; raises what the saving threads met (see `explain`)."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
 
     def close(self) -> None:
         """Waits for the last save and releases the manager."""
@@ -264,26 +205,6 @@ class Checkpoints:
         """Lets a save under way end, well or badly, when the run is over or already failing for another reason."""
         with contextlib.suppress(Exception):
             self._manager.wait_until_finished()
-
-    def explain(self, error: Exception) -> Exception:
-        """The error itself, or what to do about it where it is a full disk."""
-        texts = []
-        cause: BaseException | None = error
-        while cause is not None:
-            texts.append(str(cause))
-            cause = cause.__cause__ or cause.__context__
-        if "No space left on device" not in " ".join(texts):
-            return error
-        return self._full("a file could not be written")
-
-    def _full(self, what: str) -> InputError:
-        good = completed_steps(self.workdir)
-        last = (
-            f"the last good checkpoint is that of step {good[-1]}" if good else "there is no checkpoint yet"
-        )
-        return InputError(
-            f"The disk of {self.workdir} is full ({what}); {last}. Free some space and run the same command again."
-        )
 
     def restore(self, like: TrainState) -> Restored | None:
         """The newest undamaged checkpoint, placed like `like` (arrays or shapes with shardings); None if none.
@@ -296,7 +217,7 @@ class Checkpoints:
         steps = completed_steps(self.workdir)
         for step in reversed(steps):
             problem = damage(self.folder / str(step)) if jax.process_index() == 0 else None
-            if _agree(problem is not None):
+            if agree(problem is not None):
                 if problem is not None:
                     log.error(
                         "Checkpoint %s is damaged: %s; the one before is used.",
@@ -381,6 +302,37 @@ class Checkpoints:
                 f"{saved.get(path, 'absent')} on disk and {wanted.get(path, 'absent')} in the model "
                 f"({len(wrong)} such parameters); use the config that the run was started with, or a new --workdir."
             )
+
+
+def explain(workdir: Path, error: Exception) -> InputError | None:
+    """What to do about an exception of a run, where a file system refused something; None for all others."""
+    refused = file_error(error)
+    if refused is None:
+        return None
+    if refused.errno in (errno.ENOSPC, errno.EDQUOT):
+        return disk_full(workdir, "a file could not be written")
+    file = refused.filename2 or refused.filename  # of a renaming, the new name
+    where = f": {file}" if file else ""
+    return InputError(
+        f"The run in {workdir} met a file error ({refused.strerror}{where}); {_last_good(workdir)}. Put that right, "
+        "and run the same command again."
+    )
+
+
+def disk_full(workdir: Path, what: str) -> InputError:
+    """The error that says so."""
+    return InputError(
+        f"The disk of {workdir} is full ({what}); {_last_good(workdir)}. Free some space and run the same "
+        "command again."
+    )
+
+
+def _last_good(workdir: Path) -> str:
+    try:
+        steps = completed_steps(workdir)
+    except OSError:
+        steps = []
+    return f"the last good checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint yet"
 
 
 def saved_parameters(workdir: Path, *, step: int | None = None) -> dict[str, tuple[int, ...]]:
@@ -511,10 +463,3 @@ def _is_array_metadata(node: Any) -> bool:
 
 def _abstract(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-
-
-def _agree(flag: bool) -> bool:
-    """Process 0's answer, for every process."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from posttrain_jax.assets import fetch
-from posttrain_jax.checkpoint import is_workdir, restore_params, saved_parameters
+from posttrain_jax.checkpoint import restore_params, saved_parameters
 from posttrain_jax.errors import InputError, shown
 from posttrain_jax.models.config import LoraConfig, ModelConfig
 from posttrain_jax.models.gguf import config_from_gguf, load_gguf
@@ -36,6 +36,7 @@ from posttrain_jax.models.transformer import Model, make_model
 from posttrain_jax.sharding import tree_shardings
 from posttrain_jax.trees import combine, partition
 from posttrain_jax.types import Array, ModelOutput, PyTree
+from posttrain_jax.workdir import is_workdir
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 _HUB_FILES = (

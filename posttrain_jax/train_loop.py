@@ -11,16 +11,14 @@ import collections
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
-from posttrain_jax.checkpoint import Checkpoints, completed_steps
+from posttrain_jax.checkpoint import Checkpoints, explain
 from posttrain_jax.errors import InputError
 from posttrain_jax.metrics import (
     Accumulator,
@@ -34,8 +32,10 @@ from posttrain_jax.metrics import (
     to_host,
     truncate_after,
 )
+from posttrain_jax.preemption import Preemption
 from posttrain_jax.samples_page import write_page
 from posttrain_jax.types import Metric, Metrics, Task, TrainState
+from posttrain_jax.workdir import completed_steps
 
 EXACT_METRICS = ("train/lr", "train/skipped", "train/skipped_in_row")
 SECONDS = "train/seconds_"  # so begin metrics that no two runs have alike; they are logged and not kept
@@ -48,7 +48,7 @@ class LoopOptions:
     Attributes:
       log_every: a line in `metrics.jsonl` and on the terminal.
       eval_every: evaluation and samples; 0 = only before the first and after the last step.
-      checkpoint_every: 0 = only at the end (and on SIGTERM).
+      checkpoint_every: 0 = only at the end (and where a signal ends the run).
       keep: the latest checkpoints kept.
       best_metric: its best checkpoint is kept too; "" = off.
       best_is_high: whether the best is the highest.
@@ -79,27 +79,6 @@ class Summary:
     final_step: int
     metrics: dict[str, float]
     reason: str = ""
-
-
-class _Preemption:
-    """Notices SIGTERM; with several processes, all stop at the same step."""
-
-    def __init__(self) -> None:
-        self._seen = False
-        if jax.process_count() == 1:
-            self._previous = signal.signal(signal.SIGTERM, self._note)
-
-    def _note(self, signum: int, frame: Any) -> None:
-        self._seen = True
-
-    def stop_after(self, step: int) -> bool:
-        if jax.process_count() == 1:
-            return self._seen
-        return multihost_utils.reached_preemption_sync_point(step)
-
-    def close(self) -> None:
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._previous)
 
 
 @dataclasses.dataclass
@@ -290,27 +269,34 @@ class _Run:
 
 
 def train(task: Task, options: LoopOptions, workdir: Path) -> Summary:
-    """Trains to the last step, or until SIGTERM; resumes from the newest good checkpoint if there is one.
+    """Trains to the last step, or until SIGTERM, SIGHUP or Ctrl-C; resumes from the newest good checkpoint, if any.
 
     Raises:
-      InputError: too many non-finite updates in a row, a full disk, a checkpoint that does not fit.
+      InputError: too many non-finite updates in a row, a file that cannot be written, a checkpoint that does not fit.
     """
-    preemption = _Preemption()
-    checkpoints = Checkpoints(
-        workdir, keep=options.keep, best_metric=options.best_metric, best_is_high=options.best_is_high
-    )
+    preemption = Preemption()
     try:
-        return _train(task, options, workdir, checkpoints, preemption)
-    except OSError as error:
-        raise checkpoints.explain(error) from error
+        checkpoints = Checkpoints(
+            workdir, keep=options.keep, best_metric=options.best_metric, best_is_high=options.best_is_high
+        )
+        try:
+            return _train(task, options, workdir, checkpoints, preemption)
+        finally:
+            checkpoints.abandon()
+    except InputError:
+        raise
+    except Exception as error:
+        explained = explain(workdir, error)
+        if explained is None:
+            raise
+        raise explained from error
     finally:
         preemption.close()
         task.rows.close()
-        checkpoints.abandon()
 
 
 def _train(
-    task: Task, options: LoopOptions, workdir: Path, checkpoints: Checkpoints, preemption: _Preemption
+    task: Task, options: LoopOptions, workdir: Path, checkpoints: Checkpoints, preemption: Preemption
 ) -> Summary:
     if completed_steps(workdir):
         checkpoints.mend_frozen(task.abstract_state.frozen, lambda: task.init_state().frozen)

@@ -24,6 +24,8 @@ FLOORS = {
     "posttrain_jax.optim": 1,
     "posttrain_jax.assets": 1,
     "posttrain_jax.chat_template": 1,
+    "posttrain_jax.workdir": 1,
+    "posttrain_jax.preemption": 1,
     "posttrain_jax.models": 2,
     "posttrain_jax.data": 2,
     "posttrain_jax.checkpoint": 2,

@@ -22,13 +22,14 @@ from contracts.conftest import ROOT, environment
 from contracts.tiny import LLAMA, make_mesh, make_trainer, random_rows
 from launch.train import run
 from posttrain_jax import checkpoint
-from posttrain_jax.checkpoint import MANIFEST, Checkpoints, completed_steps, damage, restore_params
+from posttrain_jax.checkpoint import Checkpoints, restore_params
 from posttrain_jax.errors import InputError
 from posttrain_jax.experiment import policy_from_config
 from posttrain_jax.load_model import load_model
 from posttrain_jax.models.transformer import make_model
 from posttrain_jax.trees import leaf_paths
 from posttrain_jax.types import TrainState
+from posttrain_jax.workdir import MANIFEST, completed_steps, damage
 
 
 def tiny_config(**changes):
@@ -111,6 +112,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "manifest_not_json": (
         lambda step: (step / "manifest.json").write_text("{"),
         "its manifest.json is not what was written",
+    ),
+    "manifest_empty": (
+        lambda step: (step / "manifest.json").write_text("{}"),
+        "its manifest.json does not name its file meta/",
     ),
     "manifest_not_an_object": (
         lambda step: (step / "manifest.json").write_text("[1]"),

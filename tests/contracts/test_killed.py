@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from configs.sft.smollm2_135m import get_config
-from posttrain_jax.checkpoint import completed_steps, restore_params
+from posttrain_jax.checkpoint import restore_params
 from posttrain_jax.experiment import policy_from_config
 from posttrain_jax.load_model import load_members, load_model
+from posttrain_jax.workdir import completed_steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -18,11 +19,12 @@ from configs.sft.smollm2_135m import get_config
 from launch.train import run
 from posttrain_jax import train_loop
 from posttrain_jax.algorithms import sft
-from posttrain_jax.checkpoint import Checkpoints, completed_steps, restore_params
+from posttrain_jax.checkpoint import Checkpoints, restore_params
 from posttrain_jax.errors import InputError
 from posttrain_jax.metrics import Accumulator, as_json, progress_line, truncate_after
 from posttrain_jax.train_loop import LoopOptions, Summary, train
 from posttrain_jax.types import Metric, Task
+from posttrain_jax.workdir import completed_steps
 
 SPEED = {"train/tokens_per_second", "train/seconds_per_step", "train/mfu"}
 
@@ -367,6 +369,45 @@ def test_a_checkpoint_without_an_evaluation_is_never_the_best(tmp_path: Path):
     )
     train(task, options(config), tmp_path)
     assert completed_steps(tmp_path) == [2, 6]
+
+
+class Meddling(CrashingRows):
+    """Rows before one of which something happens to the workdir."""
+
+    def __init__(self, rows, after: int, meddle):
+        super().__init__(rows, after)
+        self.meddle = meddle
+
+    def __next__(self):
+        if not self.left:
+            self.meddle()
+        self.left -= 1
+        return next(self.rows)
+
+
+def test_a_save_that_a_file_system_refuses_is_one_line_and_spares_the_checkpoints_before(tmp_path: Path):
+    """After step 3 a file stands where `checkpoints` was: the save of step 4 cannot be made."""
+    config = tiny_config(train__steps=6, checkpoint__every=2, eval__every=0)
+
+    def meddle() -> None:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "checkpoints/2").is_dir():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        (tmp_path / "checkpoints").rename(tmp_path / "before")
+        (tmp_path / "checkpoints").write_text("not a folder")
+
+    task = make_task(config, tmp_path)
+    task = dataclasses.replace(task, rows=Meddling(task.rows, 3, meddle))
+    with pytest.raises(InputError, match=r"met a file error \((File exists|Not a directory)") as caught:
+        train(task, options(config), tmp_path)
+    assert "\n" not in str(caught.value) and str(tmp_path / "checkpoints") in str(caught.value)
+    with pytest.raises(InputError, match="there is no checkpoint yet. Put that right"):
+        run(config, tmp_path)
+    (tmp_path / "checkpoints").unlink()
+    (tmp_path / "before").rename(tmp_path / "checkpoints")
+    run(config, tmp_path)
+    assert completed_steps(tmp_path) == [4, 6]
 
 
 def test_a_best_metric_that_is_never_measured_is_refused(tmp_path: Path):

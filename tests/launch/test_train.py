@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from contracts.conftest import ROOT, Processes
 
 from launch.config import load_file
-from launch.entry import set_up_jax
+from launch.entry import outliving, set_up_jax
 from posttrain_jax.errors import InputError
 
 TINY = "--config=configs/sft/smollm2_135m.py:tiny"
@@ -51,6 +52,20 @@ FLAGS = {
     "config_apart_missing": (["--config", "nowhere.py"], ["no config file nowhere.py"]),
     "variant": (["--config=configs/sft/smollm2_135m.py:huge"], ["'huge'", "tiny"]),
     "no_coordinator": ([TINY, "--processes=2", "--process=1"], ["--process=1 need --coordinator=HOST:PORT"]),
+    "process_beyond": (
+        [TINY, "--coordinator=127.0.0.1:1234", "--processes=2", "--process=5"],
+        ["--process=5 of --processes=2", "counted from 0"],
+    ),
+    "no_processes": (
+        [TINY, "--coordinator=127.0.0.1:1234", "--processes=0"],
+        ["--process=0 of --processes=0"],
+    ),
+    "no_address": (
+        [TINY, "--coordinator=garbage", "--processes=2"],
+        ["--coordinator=garbage is not HOST:PORT"],
+    ),
+    "no_port": ([TINY, "--coordinator=host:99999", "--processes=2"], ["is not HOST:PORT"]),
+    "auto_and_more": ([TINY, "--coordinator=auto", "--processes=2"], ["leave out --processes=2"]),
     "not_a_flag": (
         [TINY, "optim.lr=1"],
         ["'optim.lr=1' is not a flag", "an example: python -m launch.train"],
@@ -190,11 +205,72 @@ def test_a_cache_that_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         set_up_jax()
 
 
+@pytest.mark.parametrize(
+    ("command", "given", "says"),
+    [
+        ("train", "--workdir=", "--workdir is empty; give a folder"),
+        ("train", "--workdir=gs://bucket/run", "--workdir=gs://bucket/run is an address"),
+        ("train", "--workdir=s3:/bucket/run", "mount the bucket"),
+        ("export", "--out= ", "--out is empty"),
+        ("generate", "--out=", "--out is empty"),
+        ("evaluate", "--out=gs://bucket/x", "--out=gs://bucket/x is an address"),
+        ("compare", "--out=", "--out is empty"),
+        ("win_rate", "--out=hdfs://x", "is an address"),
+        ("reward_report", "--out=", "--out is empty"),
+        ("quickstart", "--dir=", "--dir is empty"),
+    ],
+)
+def test_a_folder_without_a_name_or_on_another_machine(processes, command: str, given: str, says: str):
+    ended = processes.run(f"launch.{command}", given)
+    assert ended.code == 2, ended
+    (line,) = ended.err.splitlines()
+    assert line.startswith("error: ") and says in line
+
+
+@pytest.mark.parametrize(("coordinator", "process"), [("127.0.0.1:1", "1"), ("auto", None)])
+def test_processes_that_do_not_meet(processes, coordinator: str, process: str | None, tmp_path: Path):
+    """It says that it waits, for how long, and gives up in time; "auto" outside a cluster at once."""
+    several = ["--processes=2", f"--process={process}", "--connect_seconds=1"] if process else []
+    ended = processes.run(
+        "launch.train", TINY, f"--workdir={tmp_path}/run", f"--coordinator={coordinator}", *several
+    )
+    assert ended.code == 2, ended
+    waits, line = ended.err.splitlines()
+    assert "waits for the others, for up to" in waits
+    assert line.startswith("error: ")
+    assert ("did not meet the others" if process else "--coordinator=auto found no cluster") in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_printed_outlives_its_reader(tmp_path: Path):
+    """`| head` and a closed terminal: what nobody reads is dropped, and the rest goes on."""
+    reader, writer = os.pipe()
+    out = outliving(writer, None)
+    print("first", file=out, flush=True)
+    assert os.read(reader, 100) == b"first\n"
+    os.close(reader)
+    for _ in range(3):
+        print("lost" * 5000, file=out, flush=True)
+    with open("/dev/full", "wb") as full:
+        print("lost", file=outliving(full.fileno(), None), flush=True)
+    os.close(writer)
+    print("lost", file=out, flush=True)
+
+
 def test_a_workdir_that_cannot_be_made(processes, tmp_path: Path):
     (tmp_path / "file").write_text("")
     for workdir in (tmp_path / "file", tmp_path / "file/run"):
         line = refused(processes, TINY, f"--workdir={workdir}")
         assert f"The workdir {workdir} cannot be made" in line
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json", ".lock", "model"])
+def test_a_folder_where_a_file_is_expected_or_the_other_way(processes, name: str, tmp_path: Path):
+    if name == "model":
+        (tmp_path / name).write_text("")
+    else:
+        (tmp_path / name).mkdir()
+    assert f"{tmp_path}/{name}" in refused(processes, TINY, f"--workdir={tmp_path}")
 
 
 def test_a_bad_row_is_named_with_file_and_line(processes, tmp_path: Path):
