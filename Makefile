@@ -38,7 +38,9 @@ PRODUCT := $(VENV)/.installed
 DEV := $(VENV)/.installed-$(subst $() ,,$(subst $(strip ,),-,$(EXTRAS)))
 # worksteal gives an idle process the rest of the other's tests. Tests marked alone run one at a time: they start and kill
 # processes, wait for signals, and would time each other out.
-PARALLEL := COMPILE=fast $(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+PARALLEL = COMPILE=fast $(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+# What `make test` runs: neither contracts (slow) nor what takes minutes (heavy).
+TESTS ?= not slow and not heavy
 CHECKED := posttrain_jax launch configs experiments tests setup.py
 
 # pip is silent unless something fails: the resolver has nothing to decide, every version is pinned.
@@ -48,7 +50,7 @@ define PIP_INSTALL
 	  $(PY) -m pip install -qq --disable-pip-version-check -c constraints/py$$version.txt -e '$(1)' </dev/null
 endef
 
-.PHONY: help quickstart install install-dev assets test test-slow lint format types bench pins python clean
+.PHONY: help quickstart install install-dev assets test test-contracts test-slow lint format types bench pins python clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -63,14 +65,18 @@ install-dev: $(DEV)  ## The same, with tests, ruff, mypy and PyTorch (to compare
 assets: $(PRODUCT)  ## Fetch the demo models and data into the cache (about 400 MB, once)
 	@$(PY) -m launch.fetch $(ASSETS) >/dev/null
 
-test: $(DEV)  ## All tests but the heavy ones, on 8 virtual CPU devices (2 cores: a quarter of an hour)
+test: $(DEV)  ## The tests that take seconds each, on 8 virtual CPU devices
 	@$(MAKE) assets
-	@$(PARALLEL) -m "not slow"
+	@$(PARALLEL) -m "$(TESTS)"
 
-test-slow: $(DEV)  ## The heavy ones: real models, several processes, kills (2 cores: half an hour)
+test-contracts: $(DEV)  ## What takes longer: real models, whole runs, several processes, kills
 	@$(MAKE) assets
-	@$(PARALLEL) -m "slow and not alone"
-	@$(PY) -m pytest -m "slow and alone" $(PYTEST_ARGS)
+	@$(PARALLEL) -m "slow and not heavy and not alone"
+	@COMPILE=fast $(PY) -m pytest -m "slow and not heavy and alone" $(PYTEST_ARGS)
+
+test-slow: $(DEV)  ## What takes minutes a test and is not part of .ci/run: optima over seeds, soaks
+	@$(MAKE) assets
+	@$(PY) -m pytest -m heavy $(PYTEST_ARGS)
 
 lint: $(DEV)  ## ruff: rules and format, nothing is changed
 	@$(BIN)/ruff check $(CHECKED)

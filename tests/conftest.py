@@ -52,7 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first; within each group the order of the files is kept."""
+    """Quick tests first; within each group the order of the files is kept."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 

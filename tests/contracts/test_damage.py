@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from entry_points import ROOT
 
 from configs.sft.smollm2_135m import TINY_MODEL, get_config
-from contracts.conftest import ROOT, environment
 from contracts.tiny import LLAMA, make_mesh, make_trainer, random_rows
 from launch.train import run
 from posttrain_jax import checkpoint
@@ -446,7 +446,7 @@ def test_a_full_disk_stops_the_run_and_spares_the_last_checkpoint(size: str, tmp
         cwd=ROOT,
         timeout=180,
         check=False,
-        env={**environment(processes.cache, 1), "DISK": f"{disk}/run", "COPY": str(tmp_path / "copy")},
+        env={**processes.environment(), "DISK": f"{disk}/run", "COPY": str(tmp_path / "copy")},
     )
     assert ended.returncode == 2, ended
     (line,) = ended.stderr.splitlines()

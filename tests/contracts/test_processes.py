@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from entry_points import run_together
 
 from configs.sft.smollm2_135m import get_config
-from contracts.conftest import ROOT, Together, environment
 from posttrain_jax.checkpoint import restore_params
 from posttrain_jax.experiment import policy_from_config
 from posttrain_jax.workdir import completed_steps
@@ -78,9 +76,9 @@ def single(processes, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def double(together: Together, tmp_path_factory) -> Path:
+def double(processes, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("double") / "run"
-    first, second = together.run(pair(*COMMAND, f"--workdir={workdir}"))
+    first, second = run_together(pair(*COMMAND, f"--workdir={workdir}"), env=processes.environment())
     assert first.code == 0, first.err
     assert second.code == 0, second.err
     said = [line for line in second.out.splitlines() if not line.startswith("[Gloo]")]
@@ -102,15 +100,15 @@ def test_one_process_reads_what_two_wrote(single: Path, double: Path, processes,
     assert_close(workdir, single)
 
 
-def test_two_processes_read_what_one_wrote(single: Path, together: Together, tmp_path: Path):
+def test_two_processes_read_what_one_wrote(single: Path, processes, tmp_path: Path):
     workdir = cut_back(single, tmp_path)
-    first, second = together.run(pair(*COMMAND, f"--workdir={workdir}"))
+    first, second = run_together(pair(*COMMAND, f"--workdir={workdir}"), env=processes.environment())
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert "Resuming from step 3" in first.out
     assert_close(workdir, single)
 
 
-def test_ppo_in_two_processes_follows_one(processes, together: Together, tmp_path: Path):
+def test_ppo_in_two_processes_follows_one(processes, tmp_path: Path):
     """Both write all answers and learn from their share of them; what is logged is of all."""
     command = (
         "launch.train",
@@ -120,7 +118,7 @@ def test_ppo_in_two_processes_follows_one(processes, together: Together, tmp_pat
         "--config.mesh.fsdp=-1",
     )
     assert processes.run(*command, f"--workdir={tmp_path / 'one'}").code == 0
-    first, second = together.run(pair(*command, f"--workdir={tmp_path / 'two'}"))
+    first, second = run_together(pair(*command, f"--workdir={tmp_path / 'two'}"), env=processes.environment())
     assert (first.code, second.code) == (0, 0), first.err + second.err
     rows = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -133,12 +131,13 @@ def test_ppo_in_two_processes_follows_one(processes, together: Together, tmp_pat
                 assert mine[name] == pytest.approx(yours[name], rel=2e-3, abs=1e-5), name
 
 
-def test_rollouts_of_processes_whose_devices_take_turns(together: Together):
+def test_rollouts_of_processes_whose_devices_take_turns(processes):
     """Rows stand in their order over the mesh, and both have the scores that the first process's reward drew."""
     commands = [command[:-3] for command in pair("tests.contracts.rollouts_apart")]
     address = pair("")[0][1].removeprefix("--coordinator=")
-    ended = together.run(
-        [(*command, address, str(index)) for index, command in enumerate(commands)], devices=2
+    ended = run_together(
+        [(*command, address, str(index)) for index, command in enumerate(commands)],
+        env=processes.environment(devices=2),
     )
     assert [one.code for one in ended] == [0, 0], [one.err for one in ended]
     first, second = (json.loads(one.out.splitlines()[-1]) for one in ended)
@@ -157,33 +156,23 @@ def cut_back(finished: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_sigterm_to_one_of_two_stops_both_at_the_same_step(together: Together, tmp_path: Path):
+def test_sigterm_to_one_of_two_stops_both_at_the_same_step(processes, tmp_path: Path):
     workdir = tmp_path / "run"
     commands = pair(*COMMAND, f"--workdir={workdir}", "--config.train.steps=4000", "--config.eval.every=0")
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", *command],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=environment(together.cache, 1),
-        )
-        for command in commands
-    ]
+    running = [processes.start(*command) for command in commands]
     try:
         metrics = workdir / "metrics.jsonl"
         deadline = time.monotonic() + 120
         while not (metrics.is_file() and '"step": 3' in metrics.read_text()):
             assert time.monotonic() < deadline
-            assert all(process.poll() is None for process in running), [p.communicate() for p in running]
+            assert all(process.code() is None for process in running), [p.wait(5) for p in running]
             time.sleep(0.05)
         running[1].send_signal(signal.SIGTERM)
-        errors = [process.communicate(timeout=120)[1] for process in running]
+        ended = [process.wait(120) for process in running]
     finally:
         for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0, 0], errors
+            process.send_signal(signal.SIGKILL)
+    assert [one.code for one in ended] == [0, 0], ended
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["status"] == "preempted"
     assert completed_steps(workdir)[-1] == summary["final_step"] < 4000

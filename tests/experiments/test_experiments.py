@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from entry_points import run
 from ml_collections import ConfigDict
 
 from experiments.kto_smollm2 import run as kto_smollm2
@@ -17,15 +15,9 @@ from experiments.kto_smollm2 import run as kto_smollm2
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def run_tiny(name: str, folder: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"experiments.{name}.run", *flags]
-    command += [f"--workdir={folder / 'run'}", f"--out={folder / 'out'}"]
-    one_device = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=one_device, capture_output=True, encoding="utf-8", timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return done
+def run_tiny(name: str, folder: pathlib.Path, *flags: str) -> None:
+    ended = run(f"experiments.{name}.run", *flags, f"--workdir={folder / 'run'}", f"--out={folder / 'out'}")
+    assert ended.code == 0, ended.err
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny_model import ROOT, launch, save_tiny_model
+from entry_points import ROOT
+from tiny_model import launch, save_tiny_model
 
 from launch.config import load_file
 from launch.evaluate import TASKS, evaluate

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from tiny_model import ROOT, environment, launch, save_tiny_model
+from entry_points import EntryPoint
+from tiny_model import launch, save_tiny_model
 
 from launch.generate import Options, generate, noise_id
 from posttrain_jax.errors import InputError
@@ -245,13 +244,12 @@ def test_a_killed_run_ends_with_the_same_bytes_as_one_never_killed(model, tmp_pa
     ]
     assert launch("generate", *flags, f"--out={tmp_path}/whole.jsonl").returncode == 0
     killed = tmp_path / "killed.jsonl"
-    command = [sys.executable, "-m", "launch.generate", *flags, f"--out={killed}"]
     for kill_at in (3, 40):
-        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
-        while process.poll() is None and (not killed.exists() or killed.read_bytes().count(b"\n") < kill_at):
+        process = EntryPoint("launch.generate", *flags, f"--out={killed}")
+        while process.code() is None and (not killed.exists() or killed.read_bytes().count(b"\n") < kill_at):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        assert process.wait().code == -signal.SIGKILL
         assert 0 < killed.read_bytes().count(b"\n") < 150
     done = launch("generate", *flags, f"--out={killed}")
     assert done.returncode == 0 and "going on" in done.stderr

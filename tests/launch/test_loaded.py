@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_model import ROOT, save_tiny_model, save_tiny_reward_model
+from entry_points import ROOT
+from tiny_model import save_tiny_model, save_tiny_reward_model
 
 import posttrain_jax
 from posttrain_jax.errors import InputError

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
+from entry_points import run
 
 
 def quickstart(folder: Path) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.quickstart", "--variant=tiny", f"--dir={folder}"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    ended = run("launch.quickstart", "--variant=tiny", f"--dir={folder}")
+    assert ended.code == 0, ended.err
+    return ended.out
 
 
 @pytest.mark.slow

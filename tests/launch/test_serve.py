@@ -8,15 +8,14 @@ import json
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import httpx2
 import numpy as np
 import openai
 import pytest
-from tiny_model import ROOT, environment, launch, save_tiny_model
+from entry_points import ROOT, EntryPoint, environment
+from tiny_model import launch, save_tiny_model
 
 from launch.serve import Options, check, listen, serve, start
 from posttrain_jax.errors import InputError
@@ -33,28 +32,18 @@ MESSAGES = [{"role": "system", "content": "S"}, {"role": "user", "content": "Gr√
 @contextlib.contextmanager
 def serving(*arguments, stop_with=signal.SIGTERM, **variables):
     """A server process and its base URL; it must end with 0 when it is told to."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "launch.serve", "--port=0", *arguments],
-        cwd=ROOT,
-        env={**environment(), **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = EntryPoint("launch.serve", "--port=0", *arguments, env=environment(**variables))
     try:
-        line = process.stdout.readline()
+        line = process.line()
         match = re.search(r"http://\S+", line)
-        assert match, line + process.stderr.read()
+        assert match, process.wait(5)
         yield process, match[0]
-        if process.poll() is None:
-            process.send_signal(stop_with)
-        out, err = process.communicate(timeout=60)
-        assert (process.returncode, out) == (0, ""), err
-        assert "Traceback" not in err, err
+        process.send_signal(stop_with)
+        ended = process.wait(60)
+        assert (ended.code, ended.out) == (0, line), ended
+        assert "Traceback" not in ended.err, ended.err
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
+        process.send_signal(signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -520,7 +509,7 @@ def test_a_signal_lets_answers_end_and_cuts_those_that_take_too_long(long_folder
             assert end == "data: [DONE]"
             assert "shutting down" in json.loads(error.removeprefix("data: "))["error"]["message"]
         assert whole.result().status_code == 503
-        assert process.wait(timeout=30) == 0
+        assert process.wait(30).code == 0
 
 
 BAD = [
@@ -583,4 +572,4 @@ def test_a_base_model_completes_but_does_not_chat_and_an_open_address_is_warned_
         answer = post(url, "chat/completions", body)
         assert (answer.status_code, "no chat template" in answer.json()["error"]["message"]) == (400, True)
         process.send_signal(signal.SIGINT)
-        assert "warning: 0.0.0.0 can be reached" in process.stderr.readline()
+        assert process.wait(60).err.startswith("warning: 0.0.0.0 can be reached")

@@ -10,7 +10,8 @@ import sys
 
 import numpy as np
 import pytest
-from test_serve import KEY, ROOT, environment, expected, serving, text_of
+from entry_points import ROOT, environment
+from test_serve import KEY, expected, serving, text_of
 from tiny_model import save_tiny_model
 
 from posttrain_jax.load_model import load_model
@@ -103,7 +104,7 @@ def samples(request, model, base_url, tmp_path_factory):
             *("--batch_size", str(batch), "--log_samples", "--output_path", str(folder / "out")),
         ],
         cwd=ROOT,
-        env={**environment(), "OPENAI_API_KEY": KEY, "HF_HOME": str(folder / "hf")},
+        env=environment(OPENAI_API_KEY=KEY, HF_HOME=str(folder / "hf")),
         capture_output=True,
         text=True,
         timeout=300,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from contracts.conftest import ROOT, Processes
+from contracts.conftest import Processes
+from entry_points import ROOT
 
 from launch.config import load_file
 from launch.entry import outliving, set_up_jax
@@ -18,10 +18,8 @@ TINY = "--config=configs/sft/smollm2_135m.py:tiny"
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    server = Processes(tmp_path_factory.mktemp("launch"))
-    yield server
-    server.close()
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Processes:
+    return Processes(tmp_path_factory.mktemp("launch"))
 
 
 def refused(processes: Processes, *arguments: str) -> str:

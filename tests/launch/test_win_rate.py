@@ -7,15 +7,14 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import pytest
+from entry_points import EntryPoint
 from test_serve import serving
-from tiny_model import CONFIG, ROOT, environment, launch, save_tiny_model
+from tiny_model import CONFIG, launch, save_tiny_model
 
 from launch import generate
 from launch.win_rate import KEY_VARIABLE, Options, compare, read_pairs
@@ -166,22 +165,16 @@ def test_a_killed_run_goes_on_where_it_was(judge_url, tmp_path, monkeypatch):
         f"--out={out}",
         "--parallel=1",
     ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "launch.win_rate", *command],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+    process = EntryPoint("launch.win_rate", *command)
     try:
         cache = out / "judge_cache.jsonl"
         end = time.monotonic() + 120
         while not (cache.exists() and cache.read_bytes().count(b"\n") >= 3):
-            assert process.poll() is None and time.monotonic() < end, process.stderr.read()
+            assert process.code() is None and time.monotonic() < end, process.wait(5)
             time.sleep(0.01)
     finally:
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.wait()
     kept = cache.read_bytes().count(b"\n")
     assert 3 <= kept < 120 and not (out / "result.json").exists()
     done = launch("win_rate", *command, "--parallel=4", "--resamples=100")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import pathlib
 import subprocess
-import sys
 
+import entry_points
 import jax
 
 from posttrain_jax.export_model import export_hf
@@ -16,7 +15,6 @@ from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.reward_head import score_head_params
 from posttrain_jax.models.transformer import make_model
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = ModelConfig(
     model_type="llama",
     vocab_size=260,
@@ -54,21 +52,11 @@ def save_tiny_reward_model(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def environment() -> dict[str, str]:
-    """One CPU device, so that a subprocess starts and compiles quickly."""
-    flags = " ".join(word for word in os.environ["XLA_FLAGS"].split() if "device_count" not in word)
-    return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def launch(name: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """Runs `python -m launch.NAME`."""
-    return subprocess.run(
-        [sys.executable, "-m", f"launch.{name}", *arguments],
-        cwd=ROOT,
-        env=environment(),
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+def launch(
+    name: str, *arguments: str, stdin: str | bytes = "", **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m launch.NAME` on one CPU device, with more environment variables."""
+    ended = entry_points.run(
+        f"launch.{name}", *arguments, stdin=stdin, env=entry_points.environment(**variables)
     )
+    return subprocess.CompletedProcess((name, *arguments), ended.code, ended.out, ended.err)
