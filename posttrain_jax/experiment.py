@@ -24,7 +24,7 @@ from posttrain_jax.errors import InputError
 from posttrain_jax.experiment_data import eval_rows
 from posttrain_jax.export_model import write_model_folder
 from posttrain_jax.load_model import Source, has_adapter, is_reward_model, load_config, load_model, resolve
-from posttrain_jax.metrics import Accumulator, to_host
+from posttrain_jax.metrics import Accumulator, say, to_host
 from posttrain_jax.models.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.config import LoraConfig, ModelConfig
 from posttrain_jax.models.hf_config import config_from_hf
@@ -380,6 +380,18 @@ class Offline(Generic[RowBatch]):
     finish: Callable[[TrainState], TrainState] | None = None
 
 
+def say_longer_than_context(rows: Sequence[RowSource], context: int) -> None:
+    """Says how many sequences go beyond the positions that the model was made for (they are trained all the same)."""
+    lengths = np.concatenate([source.sequence_lengths for source in rows])
+    longer = int((lengths > context).sum())
+    if longer:
+        say(
+            f"Warning: {longer:,} of {len(lengths):,} sequences are longer (up to {int(lengths.max()):,} tokens) than "
+            f"the {context:,} tokens that the model was made for (max_position_embeddings), and are trained as they "
+            f"are; data.max_length={context} cuts them."
+        )
+
+
 def task_from_config(
     config: Config, workdir: Path, policy: Policy, mesh: Mesh, algorithm: Offline[RowBatch]
 ) -> Task:
@@ -389,6 +401,7 @@ def task_from_config(
       InputError: a bad value of `config.train`, `config.optim` or `config.seed`.
     """
     key = seed_key(config.seed)
+    say_longer_than_context(algorithm.train, policy.model.config.max_length)
     loader = loader_from_config(config, algorithm.train, mesh)
     steps = steps_from_config(config, algorithm.train)
     optimizer = optimizer_from_config(config, steps)

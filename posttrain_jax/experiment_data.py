@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from posttrain_jax.assets import fetch
 from posttrain_jax.chat_template import ChatOptions
+from posttrain_jax.data.json_text import parse
 from posttrain_jax.data.packing import PackedRows, efficiency, pack
 from posttrain_jax.data.preference_rows import RowShape, row_shape
+from posttrain_jax.data.rows import RowError, one_line
+from posttrain_jax.data.sources import MIXTURE, weighted_sources
 from posttrain_jax.data.split import Data, hold_out, split_amount, trained_rows
 from posttrain_jax.data.tokenized import TokenizedData, TokenizeOptions, build
 from posttrain_jax.data.tokenized_preferences import PreferenceData, build_preferences
@@ -179,12 +181,15 @@ def data_spec(value: Any) -> Any:
     """
     if isinstance(value, str) and value.startswith("["):
         try:
-            value = [(str(source), float(weight)) for source, weight in json.loads(value)]
-        except (ValueError, TypeError) as error:
+            value = parse(value, "data")
+        except RowError as error:
             raise InputError(
-                f'{value} is no mixture of data; write [["SOURCE", weight], ...], such as [["a.jsonl", 3], '
-                '["b.jsonl", 1]].'
-            ) from error
+                f"{one_line(value, 200)} is no mixture of data: {error.reason}; {MIXTURE}."
+            ) from None
     if not isinstance(value, str):
-        return [(data_spec(source), weight) for source, weight in value]
-    return str(fetch(value.removeprefix("asset:"))) if value.startswith("asset:") else value
+        return [(_local(source), weight) for source, weight in weighted_sources(value)]
+    return _local(value)
+
+
+def _local(source: str) -> str:
+    return str(fetch(source.removeprefix("asset:"))) if source.startswith("asset:") else source

@@ -10,8 +10,14 @@ from configs.dpo.smollm2_135m import get_config as dpo
 from configs.ppo.letters import get_config as ppo
 from configs.sft.smollm2_135m import get_config as sft
 from posttrain_jax.algorithms.online_config import prompts_from_config
-from posttrain_jax.experiment import policy_from_config
-from posttrain_jax.experiment_data import preferences_from_config, rows_from_config
+from posttrain_jax.data.packing import pack
+from posttrain_jax.data.preference_rows import PreferenceRows, row_shape
+from posttrain_jax.data.sources import source_files, weighted_sources
+from posttrain_jax.data.tokenized import build
+from posttrain_jax.data.tokenized_preferences import build_preferences
+from posttrain_jax.errors import InputError
+from posttrain_jax.experiment import policy_from_config, say_longer_than_context
+from posttrain_jax.experiment_data import data_spec, preferences_from_config, rows_from_config
 from posttrain_jax.models.byte_tokenizer import byte_tokenizer
 
 ROWS = {
@@ -41,3 +47,39 @@ def test_rows_of_the_evaluation_that_are_trained_are_said(get_config, tmp_path, 
         said.append(capsys.readouterr().out)
     assert "2 of the 3 rows of data.eval are training rows too" in said[0]
     assert "training rows too" not in said[1]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ('[["", 1]]', "a data source is empty"),
+        ('[["a.jsonl", 1e999]]', "weight inf"),
+        ('[["a.jsonl", null]]', "weight None"),
+        ("[[null, 1]]", "holds .None, 1.; write"),
+        ('["a.jsonl"]', "holds 'a.jsonl'; write"),
+        ("[" * 5000, "is no mixture of data"),
+        ("[]", "is empty"),
+        ("[7, 8]", "holds 7; write"),
+        (f'[["a", {"9" * 5000}]]', "an integer of 5,000 digits"),
+    ],
+)
+def test_mixtures_that_are_none_are_refused_in_one_line(value, message):
+    with pytest.raises(InputError, match=message) as error:
+        [source_files(source) for source, _ in weighted_sources(data_spec(value))]
+    assert len(str(error.value)) < 700
+
+
+def test_sequences_beyond_the_context_of_the_model_are_said(capsys, tmp_path):
+    """Of the sequences of 3, 5 and 9 tokens (with EOS) two are longer than 4, the longest has 9."""
+    texts = tmp_path / "rows.jsonl"
+    texts.write_text("".join(json.dumps({"text": "x" * n}) + "\n" for n in (2, 4, 8)))
+    rows = pack(build(str(texts), byte_tokenizer(), cache_dir=tmp_path), 16)
+    say_longer_than_context(rows, 9)
+    assert not capsys.readouterr().out
+    say_longer_than_context(rows, 4)
+    assert "2 of 3 sequences are longer (up to 9 tokens) than the 4 tokens" in capsys.readouterr().out
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "abcd", "chosen": "e", "rejected": "efg"}))
+    data = build_preferences(str(pairs), byte_tokenizer(), cache_dir=tmp_path)
+    say_longer_than_context([PreferenceRows(data.sources[0], row_shape([data], groups=1))], 6)
+    assert "1 of 2 sequences are longer (up to 8 tokens)" in capsys.readouterr().out

@@ -22,7 +22,7 @@ from posttrain_jax.errors import InputError
 
 # What libraries say of damaged bytes is whatever their decoders stumbled over: Arrow's own errors have ValueError,
 # KeyError, OSError or MemoryError as a base, and there is text that is not UTF-8, and dates that do not exist.
-_UNREADABLE = (ValueError, LookupError, OSError, ArithmeticError, MemoryError, TypeError)
+_UNREADABLE = (ValueError, LookupError, OSError, ArithmeticError, MemoryError, TypeError, RuntimeError)
 
 
 def parquet_rows(path: pathlib.Path) -> Iterator[Row]:

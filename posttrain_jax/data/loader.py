@@ -32,6 +32,9 @@ class RowSource(Protocol):
     def collate(self, rows: Sequence[Any]) -> dict[str, np.ndarray]: ...
     @property
     def weight(self) -> float: ...
+    @property
+    def sequence_lengths(self) -> np.ndarray:
+        """int64, tokens in each sequence."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -91,6 +91,11 @@ class PackedRows:
         """Share in a mixture."""
         return self.source.weight
 
+    @property
+    def sequence_lengths(self) -> np.ndarray:
+        """int64, tokens in each sequence of the rows."""
+        return self.source.lengths[self.plan]
+
     def collate(self, rows: Sequence[dict[str, np.ndarray] | None]) -> dict[str, np.ndarray]:
         """Rows (None = an empty one) as the leaves of a `Batch`, `[rows, max_length]`."""
         filled = [empty_row(self.max_length) if row is None else row for row in rows]

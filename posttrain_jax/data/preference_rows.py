@@ -89,6 +89,11 @@ class PreferenceRows:
         """Share in a mixture."""
         return self.source.weight
 
+    @property
+    def sequence_lengths(self) -> np.ndarray:
+        """int64, tokens in each prompt with one completion."""
+        return self.source.lengths
+
     def row_id(self, i: int) -> str:
         """ "file:line" of the row that group i came from."""
         return self.source.row_id(i)

@@ -167,7 +167,7 @@ def _margin(row: Columns) -> float:
     if margin is not None:
         return _number(row, "margin", 0.0)
     for chosen, rejected in (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected")):
-        if row.get(chosen) is not None and row.get(rejected) is not None:
+        if {chosen, rejected} <= row.given:
             return _number(row, chosen, 0.0) - _number(row, rejected, 0.0)
     return 0.0
 

@@ -73,6 +73,11 @@ class PromptRows:
     def __getitem__(self, row: int) -> tuple[int, int]:
         return self.number, row
 
+    @property
+    def sequence_lengths(self) -> np.ndarray:
+        """int64, tokens in each prompt."""
+        return np.asarray([prompt.tokens.size for prompt in self.prompts], np.int64)
+
     def row_id(self, row: int) -> str:
         """ "file:line" of a prompt."""
         return self.prompts[row].row_id

@@ -24,6 +24,7 @@ from posttrain_jax.data.rows import RowError as RowError
 from posttrain_jax.data.rows import one_line
 from posttrain_jax.errors import InputError
 
+MIXTURE = 'write [["SOURCE", weight], ...], such as [["a.jsonl", 3], ["b.jsonl", 1]]'
 Spec = str | list[tuple[str, float]]
 
 
@@ -33,13 +34,11 @@ def weighted_sources(spec: Spec) -> list[tuple[str, float]]:
         return [(spec, 1.0)]
     pairs = []
     for item in spec:
-        if isinstance(item, str) or len(item) != 2 or not isinstance(item[0], str):
-            raise InputError(
-                f"a mixture of data is a list of (source, weight), but it holds {one_line(repr(item), 200)}"
-            )
+        if not isinstance(item, list | tuple) or len(item) != 2 or not isinstance(item[0], str):
+            raise InputError(f"a mixture of data holds {one_line(repr(item), 200)}; {MIXTURE}")
         pairs.append((item[0], _weight(*item)))
     if not pairs:
-        raise InputError("the list of data sources is empty; give a path, or a list of (source, weight)")
+        raise InputError(f"the mixture of data is empty; {MIXTURE}")
     return pairs
 
 

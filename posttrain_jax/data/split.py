@@ -10,11 +10,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+import math
 from typing import TypeVar
 
 import numpy as np
 
 from posttrain_jax.data.prompts import PromptData, PromptRows
+from posttrain_jax.data.rows import one_line
 from posttrain_jax.data.tokenized import TokenizedData, TokenizedSource
 from posttrain_jax.data.tokenized_preferences import PreferenceData, PreferenceSource
 from posttrain_jax.errors import InputError
@@ -31,9 +33,9 @@ def split_amount(eval_spec: object) -> float | None:
         amount = float(eval_spec.removeprefix(PREFIX))
     except ValueError:
         amount = 0.0
-    if not (0 < amount < 1 or (amount >= 1 and amount == int(amount))):
+    if not (0 < amount < 1 or (1 <= amount < math.inf and amount == int(amount))):
         raise InputError(
-            f"data.eval={eval_spec!r} must be split: and a share below 1 or a whole number of rows"
+            f"data.eval={one_line(repr(eval_spec), 200)} must be split: and a share below 1 or a whole number of rows"
         )
     return amount
 

@@ -189,6 +189,13 @@ class PreferenceSource:
         return len(self.index)
 
     @property
+    def lengths(self) -> np.ndarray:
+        """int64, tokens in each sequence of the groups."""
+        starts = self.arrays.starts
+        of_group = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+        return np.diff(self.store.offsets)[np.isin(of_group, self.index)]
+
+    @property
     def rater_names(self) -> list[str]:
         """The columns of `rater_scores`."""
         return list(self.store.meta["raters"])

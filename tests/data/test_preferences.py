@@ -188,6 +188,10 @@ def test_flags_of_turns_are_those_of_sft(off):
         to_preference({"prompt": [USER], "chosen": [{**GOOD, **off}], "rejected": [BAD]})
 
 
+def test_a_score_of_one_side_is_no_margin():
+    assert to_preference({"prompt": "x", **SAID, "chosen_score": 2}).unused == ("chosen_score",)
+
+
 def test_columns_that_are_not_used_are_named():
     row = {"prompt": "Hi?", **WHOLE, "prompt_id": "x", "messages": [USER, GOOD], "source": "s", "label": "a"}
     assert to_preference(row).unused == ("prompt", "prompt_id", "messages", "source", "label")

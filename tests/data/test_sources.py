@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import pathlib
+import random
 
 import pytest
 
@@ -191,9 +194,136 @@ def test_sources_that_hold_nothing(name, message, tmp_path):
 def test_weights():
     assert weighted_sources("a.jsonl") == [("a.jsonl", 1.0)]
     assert weighted_sources([("a", 2), ("b", 0.5)]) == [("a", 2.0), ("b", 0.5)]
-    for bad in ([], [("a", 0)], [("a", -1)], [("a", float("nan"))], ["a", "b"], [("a", 1, 2)]):
+    bad_weights = [0, -1, math.nan, math.inf, 10**400, "x", None]
+    for bad in ([], *([("a", weight)] for weight in bad_weights), ["a", "b"], [("a", 1, 2)], [7], [{}]):
         with pytest.raises(InputError):
             weighted_sources(bad)
+
+
+def test_an_empty_source_is_not_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    assert len(rows_of(".")) == 1
+    for empty in ("", " "):
+        with pytest.raises(InputError, match="a data source is empty"):
+            rows_of(empty)
+
+
+def test_paths_that_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name, message in (
+        ("pipe.jsonl", "is no regular file"),
+        (".", "pipe.jsonl is no regular file"),
+        ("x" * 300 + ".jsonl", "cannot be read: File name too long"),
+        ("a\0b.jsonl", "does not exist|is no path"),
+        ("y" * 5000, "File name too long"),
+    ):
+        with pytest.raises(InputError, match=message) as error:
+            rows_of(tmp_path / name)
+        assert len(str(error.value)) < 700 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"text": "a", "text": "b"}', "has the key 'text' twice"),
+        ('{"messages": [{"role": "user", "role": "assistant"}]}', "has the key 'role' twice"),
+        ('{"text": "a", "n": -' + "9" * 5000 + "}", "holds an integer of 5,001 digits"),
+        ('{"text": "a", "n": ' + "[" * 150 + "]" * 150 + "}", "is nested too deeply"),
+        ('{"text": "a", "n": ' + "[" * 200_000 + "]" * 200_000 + "}", "is nested too deeply"),
+        ('{"text": "\\ud83d"}', "one half of a surrogate pair"),
+        ('{"text": "a"} {"text": "b"}', "Extra data"),
+        ('"' + "x" * 10**6 + '"', "is a str, not an object"),
+        ('{"' + "k" * 10**6 + '": 1, "' + "k" * 10**6 + '": 2}', "twice in one object"),
+    ],
+)
+def test_json_that_would_lose_something_is_an_error_of_its_row(line, reason, tmp_path):
+    """In JSON Lines and in an array, where the next row is read, but after one that is too deep to parse."""
+    lines, array = tmp_path / "a.jsonl", tmp_path / "b.json"
+    lines.write_text(f'{line}\n{{"text": "next"}}\n')
+    array.write_text(f'[{line.replace("} {", "}, {")},\n{{"text": "next"}}]')
+    ((where, said),) = errors_of(lines)
+    assert where == 1 and reason in said and len(said) < 600
+    assert rows_of(lines) == [({"text": "next"}, 2)]
+    if reason != "Extra data":
+        ((where, said),) = errors_of(array)
+        assert where == 1 and reason in said and len(said) < 600
+        assert rows_of(array) == ([] if line.count("[") > 10**5 else [({"text": "next"}, 2)])
+
+
+NESTED = [
+    {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {
+                "role": "assistant",
+                "tool_calls": [{"name": "f", "arguments": {"city": "Oslo", "days": [{"n": 1}, {"m": None}]}}],
+            },
+        ]
+    },
+    {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "tool_calls": [{"name": "g", "arguments": {}}], "weight": 1},
+        ]
+    },
+    {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {
+                "role": "assistant",
+                "content": "a",
+                "tool_calls": [
+                    {"name": "h", "arguments": {"deep": {"a": [[{"x": 1}], []], "list": [1, None]}}}
+                ],
+            },
+        ]
+    },
+]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved", "hf"])
+def test_nested_columns_are_those_of_json_lines(kind, tmp_path, monkeypatch):
+    """Arrow gives all objects of a column all keys. A null that somebody wrote (the "m" of the first row) is lost with
+    those that Arrow put there; one in a list stays."""
+    datasets = pytest.importorskip("datasets")
+    pq = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    source = str(tmp_path / "a.parquet")
+    pq.write_table(datasets.Dataset.from_list(NESTED).data.table, source)
+    if kind == "saved":
+        source = str(tmp_path / "saved")
+        datasets.Dataset.from_list(NESTED).save_to_disk(source)
+    elif kind == "hf":
+        (tmp_path / "plain").mkdir()
+        (tmp_path / "plain" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in NESTED))
+        source = f"hf:{tmp_path / 'plain'}"
+    expected = json.loads(json.dumps(NESTED).replace(', {"m": null}', ", {}"))
+    assert [value for value, _ in rows_of(source)] == expected
+    assert [to_conversation(value) for value, _ in rows_of(source)] == [
+        to_conversation(row) for row in expected
+    ]
+
+
+def test_parquet_with_flipped_bytes(tmp_path):
+    """Rows, or one line that names the file; Arrow says what is wrong with a dozen kinds of exceptions."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(NESTED), path, write_page_checksum=True)
+    whole = path.read_bytes()
+    drawn, said = random.Random(0), []
+    for _ in range(150):
+        damaged = bytearray(whole)
+        damaged[drawn.randrange(len(whole))] ^= 1 << drawn.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            rows = list(read_rows(str(path)))
+        except InputError as error:
+            said.append(str(error))
+        else:
+            assert len(rows) <= 3
+    assert len(said) > 50
+    assert all(str(path) in line and "\n" not in line and len(line) < 700 for line in said)
 
 
 def test_huggingface_folder_and_files(tmp_path):

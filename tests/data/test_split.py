@@ -87,6 +87,15 @@ def test_specs():
     assert split_amount("split:200") == 200
     assert split_amount("eval.jsonl") is None
     assert split_amount([("a", 1.0)]) is None
-    for bad in ("split:", "split:0", "split:-1", "split:1.5", "split:x", "split:nan"):
+    for bad in (
+        "split:",
+        "split:0",
+        "split:-1",
+        "split:1.5",
+        "split:x",
+        "split:nan",
+        "split:inf",
+        "split:1e400",
+    ):
         with pytest.raises(InputError):
             split_amount(bad)
