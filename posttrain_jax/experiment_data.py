@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict as Config
 from transformers import PreTrainedTokenizerBase
 
@@ -45,6 +46,7 @@ def rows_from_config(config: Config, tokenizer: PreTrainedTokenizerBase, workdir
         chat=ChatOptions(template=config.data.chat_template),
         on_bad_row=config.data.on_bad_row,
         ignore_columns=config.data.ignore_columns,
+        progress=jax.process_index() == 0,
     )
     train = build(data_spec(config.data.train), tokenizer, options, rejected_path=workdir / "rejected.jsonl")
     say(train.text())
@@ -110,6 +112,7 @@ def preferences_from_config(
         chat=ChatOptions(template=config.data.chat_template),
         on_bad_row=config.data.on_bad_row,
         ignore_columns=config.data.ignore_columns,
+        progress=jax.process_index() == 0,
     )
     train = build_preferences(
         data_spec(config.data.train), tokenizer, options, rejected_path=workdir / "rejected.jsonl"

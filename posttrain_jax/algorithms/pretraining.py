@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
@@ -78,6 +79,7 @@ def pretraining_from_config(
         chat=ChatOptions(template=config.data.chat_template),
         on_bad_row=config.data.on_bad_row,
         ignore_columns=config.data.ignore_columns,
+        progress=jax.process_index() == 0,
     )
     data = build(
         data_spec(ppo.ptx_data), policy.tokenizer, options, rejected_path=workdir / "rejected-ptx.jsonl"

@@ -12,18 +12,21 @@ import hashlib
 import json
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from posttrain_jax import assets
 from posttrain_jax.chat_template import DEFAULT_CHAT, ChatOptions
 from posttrain_jax.data.cache_key import SourceRows, cache_key, canonical, tokenizer_fingerprint
-from posttrain_jax.data.chat import TRAIN_ON, Encoded, Encoder
+from posttrain_jax.data.chat import TRAIN_ON, Encoded
 from posttrain_jax.data.columns import unused_text
 from posttrain_jax.data.formats import to_conversation
+from posttrain_jax.data.parallel_encoder import ParallelEncoder
 from posttrain_jax.data.rows import Row, RowError, without_columns
 from posttrain_jax.data.sources import Spec, weighted_sources
 from posttrain_jax.data.store import StoredSequences, StoreWriter, publish, read_store
@@ -32,6 +35,7 @@ from posttrain_jax.errors import InputError
 TRUNCATE = ("right", "drop", "error")
 ON_BAD_ROW = ("stop", "skip")
 _CHUNK = 1024
+_SILENT_SECONDS = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,7 @@ class TokenizeOptions:
       chat: how chats become text.
       on_bad_row: "stop" raises before anything is trained; "skip" leaves bad rows out and lists them.
       ignore_columns: columns of the rows that are left out before they are read, "a,b".
+      progress: whether a bar is shown where it takes long (one process of a run shows it).
     """
 
     max_length: int = 0
@@ -54,6 +59,7 @@ class TokenizeOptions:
     chat: ChatOptions = DEFAULT_CHAT
     on_bad_row: str = "stop"
     ignore_columns: str = ""
+    progress: bool = True
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -243,7 +249,6 @@ def _write(
     folder: pathlib.Path, rows: SourceRows, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions
 ) -> None:
     """Reads, converts, encodes and truncates every row, a chunk at a time."""
-    encoder = Encoder(tokenizer, train_on=options.train_on, chat=options.chat)
     counts = dict.fromkeys(
         (
             "rows",
@@ -261,8 +266,12 @@ def _write(
     tokens = trained = 0
     files: dict[str, int] = {}
     seen: set[bytes] = set()
-    with StoreWriter(folder) as writer, (folder / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
-        for chunk in in_chunks(rows.read()):
+    with (
+        ParallelEncoder(tokenizer, train_on=options.train_on, chat=options.chat) as encoder,
+        StoreWriter(folder) as writer,
+        (folder / "rejected.jsonl").open("w", encoding="utf-8") as rejected,
+    ):
+        for chunk in in_chunks(rows, progress=options.progress):
             kept: list[tuple[Row, Encoded]] = []
             for row, encoded_row in _encode(chunk, encoder, options, seen, counts, unused):
                 result = _truncate(encoded_row, options, counts)
@@ -286,10 +295,19 @@ def _write(
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
-def in_chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """The rows, some at a time, in order."""
+def in_chunks(rows: SourceRows, *, progress: bool) -> Iterator[list[Row]]:
+    """The rows, some at a time, in order; with a bar on stderr where it takes more than some seconds."""
     chunk: list[Row] = []
-    for row in rows:
+    bar = tqdm(
+        rows.read(),
+        desc=f"tokenizing {pathlib.Path(rows.source).name}",
+        total=rows.count() if progress else None,
+        unit=" rows",
+        delay=_SILENT_SECONDS,
+        disable=not progress,
+        mininterval=0.2 if sys.stderr.isatty() else 10.0,
+    )
+    for row in bar:
         chunk.append(row)
         if len(chunk) == _CHUNK:
             yield chunk
@@ -300,7 +318,7 @@ def in_chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 def _encode(
     chunk: Sequence[Row],
-    encoder: Encoder,
+    encoder: ParallelEncoder,
     options: TokenizeOptions,
     seen: set[bytes],
     counts: dict[str, int],

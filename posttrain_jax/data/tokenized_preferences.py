@@ -23,8 +23,9 @@ from transformers import PreTrainedTokenizerBase
 
 from posttrain_jax import assets
 from posttrain_jax.data.cache_key import SourceRows, cache_key, canonical, tokenizer_fingerprint
-from posttrain_jax.data.chat import Encoded, Encoder
+from posttrain_jax.data.chat import Encoded
 from posttrain_jax.data.columns import unused_text
+from posttrain_jax.data.parallel_encoder import ParallelEncoder
 from posttrain_jax.data.preferences import Comparison, Preference, to_preference
 from posttrain_jax.data.rows import Row, RowError
 from posttrain_jax.data.sources import Spec, weighted_sources
@@ -345,7 +346,6 @@ def _write(
     folder: pathlib.Path, rows: SourceRows, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions
 ) -> None:
     """Reads, converts, encodes and truncates every row, a chunk at a time."""
-    encoder = Encoder(tokenizer, chat=options.chat)
     counts = dict.fromkeys(
         ("rows", "bad", "duplicates", "truncated", "dropped", "difference_cut", "lost", "ties", "repeated"), 0
     )
@@ -353,8 +353,12 @@ def _write(
     files: dict[str, int] = {}
     seen: set[bytes] = set()
     kept: list[_Summary] = []
-    with StoreWriter(folder) as writer, (folder / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
-        for chunk in in_chunks(rows.read()):
+    with (
+        ParallelEncoder(tokenizer, chat=options.chat) as encoder,
+        StoreWriter(folder) as writer,
+        (folder / "rejected.jsonl").open("w", encoding="utf-8") as rejected,
+    ):
+        for chunk in in_chunks(rows, progress=options.progress):
             for row, result in _encode(chunk, encoder, options, seen, counts, unused):
                 outcome = result if isinstance(result, RowError) else _fit(row, *result, options, counts)
                 if isinstance(outcome, RowError):
@@ -393,7 +397,7 @@ def _write(
 
 def _encode(
     chunk: Sequence[Row],
-    encoder: Encoder,
+    encoder: ParallelEncoder,
     options: TokenizeOptions,
     seen: set[bytes],
     counts: dict[str, int],
