@@ -1,7 +1,8 @@
 """What becomes of every column of a row: it is read, or it is left unused and counted, or the row is refused.
 
 Refused is a text that could be part of the prompt, for a model trained without it answers another question: a column
-whose name holds one of PROMPT_WORDS (`question`, `input_text`) and none of ABOUT_WORDS (`prompt_id`, `question_type`).
+whose name holds one of PROMPT_WORDS (`question`, `input_text`) and none of ABOUT_WORDS (`prompt_id`, `question_type`);
+of preferences without a prompt, any column whose name holds none of ABOUT_WORDS.
 Two kinds are let through, and counted: one whose texts all stand in what was read (the `prompt` that UltraChat repeats
 beside its `messages`), and one that holds all that was read (Alpaca's rendered `text`).
 """
@@ -18,12 +19,13 @@ _PROMPT_WORDS = """
     prompt prompts question questions instruction instructions input inputs context contexts system history query
     queries conversation conversations message messages dialogue dialog chat turns passage passages paragraph
     article document documents background premise problem post user human request persona tool tools function
-    functions image images audio video videos"""
+    functions image images audio video videos body scenario hint hints examples demonstrations evidence choices
+    options"""
 _ABOUT_WORDS = """
     id ids uid uuid idx index key hash fingerprint type types kind category class style level format version split
     source sources origin dataset model language lang license author url date time timestamp created name names meta
     metadata info length len tokens count num number score scores rating ratings label labels quality difficulty
-    perplexity embedding embeddings topic domain subject tag tags"""
+    perplexity embedding embeddings topic domain subject tag tags config configs window labelling labeling template"""
 PROMPT_WORDS, ABOUT_WORDS = frozenset(_PROMPT_WORDS.split()), frozenset(_ABOUT_WORDS.split())
 # Columns that only a chat has a place for; `data.text_as=chat` makes chats of text rows.
 _OF_CHATS = ("system", "system_prompt", "history", "tools", "functions")
@@ -60,23 +62,28 @@ class Columns(Mapping[str, Any]):
         """The columns that are not null."""
         return {name for name, value in self._row.items() if value is not None}
 
-    def unused(self, prompt: Sequence[str], answers: Sequence[str], *, is_chat: bool) -> tuple[str, ...]:
+    def unused(
+        self, prompt: Sequence[str], answers: Sequence[str], *, is_chat: bool, needs_prompt: bool = False
+    ) -> tuple[str, ...]:
         """The columns (and keys of messages, `messages[].time`) that hold something and were not read.
 
         Args:
           prompt: the texts of the prompt, as the row was read.
           answers: those of what is trained.
           is_chat: whether the row was read as a chat.
+          needs_prompt: whether answers without a prompt make no sense.
 
         Raises:
           RowError: one of them could be part of the prompt.
         """
         found = []
+        is_missing = needs_prompt and not any(text.strip() for text in prompt)
         for name, value in self._row.items():
             if name in self._read:
                 found += [f"{name}[].{key}" for key in _unknown_keys(value)]
             elif value not in (None, "", [], {}):
-                if may_be_prompt(name) and any(texts_in(value)) and not _repeats(value, prompt, answers):
+                is_suspect = may_be_prompt(name) or (is_missing and _words(name).isdisjoint(ABOUT_WORDS))
+                if is_suspect and any(texts_in(value)) and not _repeats(value, prompt, answers):
                     raise RowError(name, _refusal(name, self._read, is_chat))
                 found.append(name)
         return tuple(found)
@@ -84,12 +91,16 @@ class Columns(Mapping[str, Any]):
 
 def may_be_prompt(name: str) -> bool:
     """Whether a column (or a key of a message) of this name could hold a part of the prompt."""
-    words = set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name).lower()))
+    words = _words(name)
     return name.lower() == "text" or bool(words & PROMPT_WORDS and not words & ABOUT_WORDS)
 
 
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name).lower()))
+
+
 def texts_in(value: Any) -> Iterator[str]:
-    """The texts that a value holds; of messages, what was said."""
+    """The texts that a value holds; of messages, what was said; of an image or another object, its kind."""
     if isinstance(value, str):
         if value.strip():
             yield value
@@ -100,6 +111,8 @@ def texts_in(value: Any) -> Iterator[str]:
         said = [value[key] for key in ("content", "value") if key in value]
         for item in said or value.values():
             yield from texts_in(item)
+    elif value is not None and not isinstance(value, bool | int | float):
+        yield type(value).__name__
 
 
 def same_text(text: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain_jax.data.rows import Row, RowError, one_line
+from posttrain_jax.data.rows import Row, one_line
 from posttrain_jax.errors import InputError
 
 # What libraries say of damaged bytes is whatever their decoders stumbled over: Arrow's own errors have ValueError,
@@ -72,26 +72,23 @@ def saved_by_datasets(path: pathlib.Path) -> bool:
 
 
 def _row(value: dict[str, Any], source: str, number: int) -> Row:
-    try:
-        return Row({key: _plain(item, key) for key, item in value.items()}, source, number)
-    except RowError as error:
-        return Row({}, source, number, error)
+    return Row({key: _plain(item) for key, item in value.items()}, source, number)
 
 
-def _plain(value: Any, column: str) -> Any:
-    """A column's value as JSON has it: lists, objects without their null keys, text, numbers. Raises RowError for bytes
-    that are not UTF-8."""
+def _plain(value: Any) -> Any:
+    """A column's value as JSON has it: lists, objects without their null keys, text, numbers. Bytes that are no text
+    (an image's) stay bytes."""
     if isinstance(value, dict):
-        return {key: _plain(item, f"{column}.{key}") for key, item in value.items() if item is not None}
+        return {key: _plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise RowError(column, f"is not UTF-8 at its byte {error.start}") from None
+        except UnicodeDecodeError:
+            return value
     if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist(), column)
+        return _plain(value.tolist())
     if isinstance(value, list | tuple):
-        return [_plain(item, f"{column}[{i}]") for i, item in enumerate(value)]
+        return [_plain(item) for item in value]
     return value
 
 

@@ -280,5 +280,6 @@ def describe_kind(value: Any) -> str:
         str: "text",
         list: "a list",
         dict: "an object",
+        bytes: "bytes that are not UTF-8",
     }
     return names.get(type(value), f"a {type(value).__name__}")

@@ -106,6 +106,7 @@ def to_preference(row: Mapping[str, Any], *, text_as: str = "plain") -> Preferen
         [text for prompt, _ in said for text in prompt],
         [text for _, answers in said for text in answers],
         is_chat=bool(preference.completions[0].messages),
+        needs_prompt=True,
     )
     return dataclasses.replace(preference, subset="" if subset is None else str(subset), unused=unused)
 

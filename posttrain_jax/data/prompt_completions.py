@@ -86,8 +86,10 @@ def _is_whole(value: Any) -> bool:
 
 def _prompt(row: Columns, text_as: str) -> Prompt:
     """The prompt as text or as messages."""
-    for column in ("prompt", "conversations", "messages"):
+    for column in ("prompt", "conversations", "messages", "context"):
         value = row.get(column)
+        if column == "context" and not isinstance(value, list):
+            break
         if isinstance(value, str) and column == "prompt":
             return value if text_as == "plain" else user_turns(row, value, column)
         if value is not None:

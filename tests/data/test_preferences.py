@@ -98,6 +98,7 @@ RANKED = {"completions": ["Hello!", "No."], "ranks": [1, 2]}
         ({"instruction": "Do", "input": None}, "Do"),
         ({"context": "Here", "question": "what?"}, "Here\nwhat?"),
         ({"query": "Hi?", "prompt": None}, "Hi?"),
+        ({"context": [{"role": "user", "content": "Hi?"}]}, "Hi?"),
     ],
 )
 @pytest.mark.parametrize(
@@ -345,6 +346,7 @@ PAIR = {"prompt": "x", "chosen": "a", "rejected": "b"}
             "without their prompt",
         ),
         (RANKED, "prompt", "is missing"),
+        ({**SAID, "headline": "Hi?"}, "headline", "could be part of the prompt"),
         ({**RANKED, "question": None}, "question", "is null"),
         ({**PAIR, "margin": 10**400}, "margin", "not a finite number"),
         ({**PAIR, "margin": 1e300}, "margin", "not a finite number"),

@@ -11,6 +11,7 @@ import random
 import pytest
 
 from posttrain_jax.data.formats import to_conversation
+from posttrain_jax.data.rows import RowError
 from posttrain_jax.data.sources import read_rows, source_files, weighted_sources
 from posttrain_jax.errors import InputError
 
@@ -403,3 +404,16 @@ def test_tfds(tmp_path: pathlib.Path):
     rows = [row.value for row in read_rows(f"tfds:tiny_chat?data_dir={tmp_path}")]
     contents = {to_conversation(row).messages[0]["content"] for row in rows}
     assert contents == {"é0", "é1", "é2"}
+
+
+def test_bytes_of_parquet_are_text_where_they_can_be(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    rows = [{"text": "é".encode(), "image": b"\xff\xd8"}, {"text": b"\xff", "image": None}]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    ((first, _), (second, _)) = rows_of(path)
+    assert first == {"text": "é", "image": b"\xff\xd8"}
+    with pytest.raises(RowError, match="image: could be part of the prompt"):
+        to_conversation(first)
+    with pytest.raises(RowError, match="text: is bytes that are not UTF-8, not text"):
+        to_conversation(second)
