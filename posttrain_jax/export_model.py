@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerFast
 
 from posttrain_jax.errors import InputError
 from posttrain_jax.models.config import LoraConfig, ModelConfig
-from posttrain_jax.models.hf_config import config_to_hf, reward_config
+from posttrain_jax.models.hf_config import reward_config
+from posttrain_jax.models.hf_config_out import config_to_hf
 from posttrain_jax.models.hf_weights import save_safetensors
 from posttrain_jax.models.peft import merge_lora
 from posttrain_jax.models.reward_head import fold_gain

@@ -1,8 +1,9 @@
-"""`ModelConfig` from a Hugging Face `config.json`, and back.
+"""`ModelConfig` from a Hugging Face `config.json`; `hf_config_out.py` is the way back.
 
 Files written by transformers 4 (`rope_theta`, `rope_scaling`, `rope_local_base_freq`) and 5 (`rope_parameters`) are
-both read, through transformers' own config classes, so that its defaults are ours. Written is the form of 4, which
-both read. Whatever the transformer here would compute differently is refused by name.
+both read, through transformers' own config classes, so that its defaults are ours. What transformers would compute from
+a file is what counts: a key that changes it is honoured or refused by name (`hf_keys.py`), and so is a value of which
+nothing can be made.
 
 A `...ForSequenceClassification` with one label is a reward model. It has no vocabulary projection, so its config is
 read as `tied_embeddings`, whatever the file says: its parameters have no `head`.
@@ -10,65 +11,49 @@ read as `tied_embeddings`, whatever the file says: its parameters have no `head`
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import pathlib
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 
-from posttrain_jax.errors import InputError
-from posttrain_jax.models.config import ModelConfig, RopeConfig
+from posttrain_jax.errors import InputError, shown
+from posttrain_jax.models.config import ModelConfig, RopeConfig, check_sizes
+from posttrain_jax.models.hf_keys import check_keys, check_values, say_once
 
-FAMILIES = ("gemma2", "gemma3", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("gemma2", "gemma3", "gemma3_text", "llama", "ministral", "mistral", "qwen2", "qwen3")
 """The `model_type`s that are known; "gemma3" (with images) is read as its text model."""
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
-_ARCHITECTURES = {
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-_REWARD_ARCHITECTURES = {
-    "gemma2": "Gemma2ForSequenceClassification",
-    "gemma3_text": "Gemma3TextForSequenceClassification",
-    "llama": "LlamaForSequenceClassification",
-    "mistral": "MistralForSequenceClassification",
-    "qwen2": "Qwen2ForSequenceClassification",
-    "qwen3": "Qwen3ForSequenceClassification",
-}
-_REWARD_FIELDS = ("num_labels", "id2label", "label2id", "score_bias")
+REWARD_FIELDS = ("num_labels", "id2label", "label2id", "score_bias")
 """What the config.json of a reward model says more; `score_bias` is ours, for transformers' head has no bias."""
 
-_NOT_KEPT = (
-    "quantization_config",
-    "auto_map",
-    "torch_dtype",
-    "dtype",
-    "transformers_version",
-    "rope_parameters",
-    *_REWARD_FIELDS,
-)
-"""Fields of an original config.json that an export drops: no longer true, or (`rope_parameters`) silently ignored by
-transformers 4, which would then use its default RoPE."""
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+"""What a file calls its layers with and without a sliding window."""
 
-_ALWAYS_OURS = (
-    "architectures",
-    "model_type",
-    "vocab_size",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
+_WITH_ATTENTION_BIAS = ("gemma2", "gemma3_text", "llama", "qwen3")
+"""Families whose linear layers in the attention, all four, have a bias if attention_bias says so."""
+
+_NOT_OURS = ("auto_map", "dtype", "quantization_config", "torch_dtype")
+"""Fields that do not describe the computation, and that transformers may trip over."""
+
+_ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+"""RoPE type -> the keys that it has of its own."""
+
+_ROPE_ALWAYS = (
     "rope_theta",
-    "rope_scaling",
-    "rope_local_base_freq",
-    *_REWARD_FIELDS,
+    "rope_type",
+    "type",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
 )
-_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -115,18 +100,34 @@ def config_from_hf(source: str | pathlib.Path | dict[str, Any]) -> ModelConfig:
 
 def is_reward_config(fields: dict[str, Any]) -> bool:
     """Whether a config.json is that of a reward model (`architectures` ends with ForSequenceClassification)."""
-    return any(name.endswith("ForSequenceClassification") for name in fields.get("architectures") or ())
+    return any(name.endswith("ForSequenceClassification") for name in _architectures(fields))
+
+
+def _architectures(fields: dict[str, Any]) -> list[str]:
+    names = fields.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"config.json: architectures is {shown(names)}, but must be a list of names.")
+    return names
 
 
 def text_config(fields: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config.json that describes the text model (all of it, except for multimodal Gemma 3)."""
+    """The part of a config.json that describes the text model (all of it, except for multimodal Gemma 3).
+
+    A mistral whose layers differ is a ministral, as for transformers.
+    """
+    if fields.get("model_type") == "mistral" and "layer_types" in fields:
+        return {**fields, "model_type": "ministral"}
     if fields.get("model_type") != "gemma3":
         return fields
-    text = dict(fields.get("text_config") or {})
+    text = fields.get("text_config") or {}
+    if not isinstance(text, dict):
+        raise InputError(f"config.json: text_config is {shown(text)}, but must be an object.")
+    text = dict(text)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config"):
         if fields.get(key) is not None:
             text.setdefault(key, fields[key])
-    text |= {key: fields[key] for key in ("architectures", *_REWARD_FIELDS) if fields.get(key) is not None}
+    outer = ("architectures", "tie_word_embeddings", *REWARD_FIELDS)
+    text |= {key: fields[key] for key in outer if fields.get(key) is not None}
     return {**text, "model_type": "gemma3_text"}
 
 
@@ -136,44 +137,59 @@ def _config_from_dict(fields: dict[str, Any], where: str, generation: dict[str, 
         raise InputError(
             f"{where}: model_type {model_type!r} is not supported; known: {', '.join(FAMILIES)}."
         )
+    if model_type == "gemma3":
+        check_keys(fields, "gemma3", where)
     fields = text_config(fields)
-    if fields.get("quantization_config"):
-        method = fields["quantization_config"].get("quant_method", "unknown")
+    quantised = fields.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
         raise InputError(
-            f"{where}: the weights are quantised ({method}), which is not supported; use the original."
+            f"{where}: the weights are quantised ({shown(method)[:40]}), which is not supported; use the original."
         )
     if fields.get("per_layer_config"):
         raise InputError(f"{where}: per_layer_config (layers of different shapes) is not supported.")
+    if fields.get("is_causal", True) is not True:
+        raise InputError(
+            f"{where}: is_causal is {shown(fields['is_causal'])}; only causal models are supported (true)."
+        )
+    check_keys(fields, fields["model_type"], where)
+    check_values(fields, where)
+    _check_rope_form(fields, where)
     try:
-        hf = AutoConfig.for_model(**{k: v for k, v in fields.items() if k != "quantization_config"})
+        # A copy, for transformers writes into the dicts that it is given.
+        theirs = copy.deepcopy({key: value for key, value in fields.items() if key not in _NOT_OURS})
+        hf = AutoConfig.for_model(**theirs)
+        values = hf.to_dict()
     except Exception as error:  # transformers validates with exceptions of its own
-        raise InputError(f"{where}: transformers refuses it: {' '.join(str(error).split())}") from error
-    config = _from_transformers(hf, where, generation)
+        raise InputError(f"{where}: transformers refuses it: {' '.join(str(error).split())[:300]}") from error
+    config = _from_transformers(values, where, generation)
+    check_sizes(config, where)
     if not is_reward_config(fields):
         return config
     if hf.num_labels != 1:
         raise InputError(
-            f"{where}: a {fields['architectures'][0]} with {hf.num_labels} labels is a classifier, which is not "
+            f"{where}: a {_architectures(fields)[0]} with {hf.num_labels} labels is a classifier, which is not "
             "supported; a reward model has one (num_labels 1)."
         )
     return reward_config(config)
 
 
-def _from_transformers(hf: PreTrainedConfig, where: str, generation: dict[str, Any]) -> ModelConfig:
-    values = hf.to_dict()
+def _from_transformers(values: dict[str, Any], where: str, generation: dict[str, Any]) -> ModelConfig:
     model_type: str = values["model_type"]
     gemma = model_type in ("gemma2", "gemma3_text")
-    activation = values.get("hidden_activation") if gemma else values["hidden_act"]
+    activation = values["hidden_activation"] if gemma else values["hidden_act"]
     if activation not in ACTIVATIONS:
         raise InputError(
-            f"{where}: activation {activation!r} is not supported; known: {', '.join(ACTIVATIONS)}."
+            f"{where}: activation {shown(activation)} is not supported; known: {', '.join(ACTIVATIONS)}."
         )
     if values.get("use_bidirectional_attention"):
         raise InputError(f"{where}: use_bidirectional_attention is not supported; only causal models are.")
     n_layers, head_dim = values["num_hidden_layers"], _head_dim(values)
     window, local = _windows(values, where)
+    if model_type == "ministral" and len(set(local)) < 2:
+        model_type = "mistral"  # as all its layers are alike
     rope, rope_local = _ropes(values, where)
-    bias = bool(values.get("attention_bias", False))
+    bias = model_type in _WITH_ATTENTION_BIAS and bool(values["attention_bias"])
     return ModelConfig(
         model_type=model_type,
         vocab_size=values["vocab_size"],
@@ -184,26 +200,26 @@ def _from_transformers(hf: PreTrainedConfig, where: str, generation: dict[str, A
         head_dim=head_dim,
         d_ff=values["intermediate_size"],
         max_length=values["max_position_embeddings"],
-        norm_eps=values["rms_norm_eps"],
+        norm_eps=_number(values, "rms_norm_eps", where, zero=True),
         norm_plus_one=gemma,
         sandwich_norms=gemma,
         qk_norm=model_type in ("qwen3", "gemma3_text"),
         qkv_bias=model_type == "qwen2" or bias,
-        o_bias=bias and model_type != "qwen2",
+        o_bias=bias,
         mlp_bias=model_type == "llama" and bool(values.get("mlp_bias", False)),
         activation=ACTIVATIONS[activation],
         embed_scale=float(values["hidden_size"]) ** 0.5 if gemma else 1.0,
-        query_scale=(values["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5,
-        attn_softcap=float(values.get("attn_logit_softcapping") or 0.0) if gemma else 0.0,
-        logits_softcap=float(values.get("final_logit_softcapping") or 0.0) if gemma else 0.0,
+        query_scale=(_number(values, "query_pre_attn_scalar", where) if gemma else head_dim) ** -0.5,
+        attn_softcap=_cap(values, "attn_logit_softcapping", where) if model_type == "gemma2" else 0.0,
+        logits_softcap=_cap(values, "final_logit_softcapping", where) if gemma else 0.0,
         tied_embeddings=bool(values["tie_word_embeddings"]),
         rope=rope,
         rope_local=rope_local,
         sliding_window=window,
         local_layers=local,
-        bos_token_id=values.get("bos_token_id"),
-        eos_token_ids=_ids(generation.get("eos_token_id", values.get("eos_token_id"))),
-        pad_token_id=values.get("pad_token_id"),
+        bos_token_id=_id(values, "bos_token_id", where),
+        eos_token_ids=_ids(generation if "eos_token_id" in generation else values, "eos_token_id", where),
+        pad_token_id=_id(values, "pad_token_id", where),
     )
 
 
@@ -211,155 +227,120 @@ def _head_dim(values: dict[str, Any]) -> int:
     return values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
 
 
-def _ids(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+def _number(values: dict[str, Any], key: str, where: str, *, zero: bool = False) -> float:
+    """A positive number (or 0, where that makes sense)."""
+    value = values.get(key)
+    right = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e30
+    if not right or (value == 0 and not zero):
+        raise InputError(f"{where}: {key} is {shown(value)}, but must be a positive number.")
+    return float(value)
+
+
+def _cap(values: dict[str, Any], key: str, where: str) -> float:
+    """A soft cap; 0 where there is none."""
+    return 0.0 if values.get(key) is None else _number(values, key, where)
+
+
+def _ids(values: dict[str, Any], key: str, where: str) -> tuple[int, ...]:
+    """Token ids; a negative one, as some files have it, stands for none."""
+    value = values.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(isinstance(index, bool) or not isinstance(index, int) for index in ids):
+        raise InputError(f"{where}: {key} is {shown(value)}, but must be a token id, or a list of them.")
+    return tuple(index for index in ids if index >= 0)
+
+
+def _id(values: dict[str, Any], key: str, where: str) -> int | None:
+    index = next(iter(_ids(values, key, where)), None)
+    if index is not None and index >= values["vocab_size"]:  # it would be looked up in the embedding
+        say_once(f"{where}: {key} is {shown(index)}, beyond the vocabulary, and is not used.")
+        return None
+    return index
 
 
 def _windows(values: dict[str, Any], where: str) -> tuple[int, tuple[bool, ...]]:
-    """(sliding window, which layers are local). Mistral slides in every layer; others say it by layer_types."""
-    window, n_layers = values.get("sliding_window") or 0, values["num_hidden_layers"]
+    """(sliding window, which layers are local). Mistral slides in every layer, llama in none; others say it by
+    layer_types."""
+    n_layers = values["num_hidden_layers"]
+    if values["model_type"] == "llama":
+        return 0, ()
     if values["model_type"] == "mistral":
-        return window, (True,) * n_layers if window else ()
-    types = values.get("layer_types") or [_GLOBAL] * n_layers
-    unknown = sorted(set(types) - {_LOCAL, _GLOBAL})
+        types = [LOCAL if values["sliding_window"] is not None else GLOBAL] * n_layers
+    else:
+        types = values["layer_types"]
+    unknown = sorted(set(types) - {LOCAL, GLOBAL})
     if unknown:
-        raise InputError(f"{where}: layer type {unknown[0]!r} is not supported; known: {_LOCAL}, {_GLOBAL}.")
+        raise InputError(f"{where}: layer type {unknown[0]!r} is not supported; known: {LOCAL}, {GLOBAL}.")
     if len(types) != n_layers:
         raise InputError(f"{where}: layer_types names {len(types)} layers but the model has {n_layers}.")
-    local = tuple(kind == _LOCAL for kind in types)
-    if not any(local):
+    if LOCAL not in types:
         return 0, ()
-    if not window:
+    window = values["sliding_window"]
+    if window is None:
         raise InputError(f"{where}: layer_types has sliding_attention but there is no sliding_window.")
-    return window, local
+    if not 0 < window < 2**31:
+        raise InputError(f"{where}: sliding_window is {shown(window)}, but must be a positive whole number.")
+    return window, tuple(kind == LOCAL for kind in types)
+
+
+def _check_rope_form(fields: dict[str, Any], where: str) -> None:
+    """Refuses rope_parameters in the form of another family, which transformers passes over or falls over."""
+    if fields.get("partial_rotary_factor") not in (None, 1.0):
+        raise InputError(f"{where}: partial_rotary_factor is not supported; RoPE turns whole heads here.")
+    ropes = fields.get("rope_parameters")
+    if not isinstance(ropes, dict) or not ropes:
+        return
+    if fields["model_type"] == "gemma3_text":
+        other = sorted(set(ropes) - {GLOBAL, LOCAL})
+        if other:
+            raise InputError(
+                f"{where}: rope_parameters has {shown(other[0])} beside its layer types, which transformers ignores "
+                f"for gemma3; give {GLOBAL} and {LOCAL}."
+            )
+    elif GLOBAL in ropes or LOCAL in ropes:
+        raise InputError(f"{where}: rope_parameters differ between layer types, which only gemma3 can.")
 
 
 def _ropes(values: dict[str, Any], where: str) -> tuple[RopeConfig, RopeConfig]:
     """(global layers' RoPE, local layers' RoPE)."""
     fields = values["rope_parameters"]
-    if _GLOBAL in fields or _LOCAL in fields:
-        if _GLOBAL not in fields or _LOCAL not in fields:
-            raise InputError(f"{where}: rope_parameters must give both {_GLOBAL} and {_LOCAL}.")
-        return _rope(fields[_GLOBAL], where), _rope(fields[_LOCAL], where)
+    if values["model_type"] == "gemma3_text":
+        return _rope(fields[GLOBAL], where), _rope(fields[LOCAL], where)
     rope = _rope(fields, where)
     return rope, rope
 
 
 def _rope(fields: dict[str, Any], where: str) -> RopeConfig:
     kind = fields.get("rope_type", "default")
-    if (fields.get("partial_rotary_factor") or 1.0) != 1.0:
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
+        raise InputError(
+            f"{where}: RoPE scaling {shown(kind)} is not supported; known: {', '.join(_ROPE_KEYS)}."
+        )
+    if fields.get("partial_rotary_factor") not in (None, 1.0):
         raise InputError(f"{where}: partial_rotary_factor is not supported; RoPE turns whole heads here.")
-    theta = float(fields["rope_theta"])
+    for key, value in fields.items():
+        if key not in (*_ROPE_KEYS[kind], *_ROPE_ALWAYS) and value is not None:
+            raise InputError(
+                f"{where}: RoPE of type {kind} has {shown(key)} = {shown(value)}, which transformers ignores; name "
+                "the type that it belongs to (rope_type), or remove it."
+            )
+    theta = _number(fields, "rope_theta", where)
     if kind == "default":
         return RopeConfig(theta)
+    factor = _number(fields, "factor", where)
     if kind == "linear":
-        return RopeConfig(theta, "linear", float(fields["factor"]))
-    if kind == "llama3":
-        low, high = float(fields["low_freq_factor"]), float(fields["high_freq_factor"])
-        return RopeConfig(
-            theta, "llama3", float(fields["factor"]), low, high, fields["original_max_position_embeddings"]
+        return RopeConfig(theta, "linear", factor)
+    low, high = _number(fields, "low_freq_factor", where), _number(fields, "high_freq_factor", where)
+    if high <= low:
+        raise InputError(
+            f"{where}: RoPE's high_freq_factor ({high:g}) must be above low_freq_factor ({low:g})."
         )
-    raise InputError(f"{where}: RoPE scaling {kind!r} is not supported; known: default, linear, llama3.")
+    original = _number(fields, "original_max_position_embeddings", where)
+    if original != int(original):
+        raise InputError(f"{where}: original_max_position_embeddings is {original}, but must be whole.")
+    return RopeConfig(theta, "llama3", factor, low, high, int(original))
 
 
 def reward_config(config: ModelConfig) -> ModelConfig:
     """The config of a reward model made of the model of `config`: the same without a vocabulary projection."""
     return dataclasses.replace(config, tied_embeddings=True)
-
-
-def config_to_hf(
-    config: ModelConfig,
-    original: dict[str, Any] | None = None,
-    *,
-    reward: bool = False,
-    score_bias: float = 0.0,
-) -> dict[str, Any]:
-    """The contents of a config.json that transformers 4 and 5 load as the same model.
-
-    Args:
-      original: the config.json that the model came with; its other fields are kept.
-      reward: a reward model, `...ForSequenceClassification` with one label.
-      score_bias: of a reward model: what its scores are above those that transformers computes.
-    """
-    config = reward_config(config) if reward else config
-    written = _fields(config)
-    if reward:
-        written["architectures"] = [_REWARD_ARCHITECTURES[config.model_type]]
-        written |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-        written |= {"score_bias": score_bias} if score_bias else {}
-    if original is None:
-        return written
-    kept = {key: value for key, value in text_config(original).items() if key not in _NOT_KEPT}
-    merged = {**kept, **{key: written[key] for key in _ALWAYS_OURS if key in written}}
-    return merged if config_from_hf(merged) == config else written
-
-
-def _fields(config: ModelConfig) -> dict[str, Any]:
-    gemma = config.model_type in ("gemma2", "gemma3_text")
-    eos: int | list[int] | None = list(config.eos_token_ids) or None
-    if len(config.eos_token_ids) == 1:
-        eos = config.eos_token_ids[0]
-    activation = "silu" if config.activation == "silu" else "gelu_pytorch_tanh"
-    fields: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[config.model_type]],
-        "model_type": config.model_type,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.d_ff,
-        "max_position_embeddings": config.max_length,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tied_embeddings,
-        "rope_theta": config.rope.theta,
-        "rope_scaling": _rope_scaling(config.rope),
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos,
-        "pad_token_id": config.pad_token_id,
-        "attention_dropout": 0.0,
-        "hidden_activation" if gemma else "hidden_act": activation,
-    }
-    layer_types = [_LOCAL if local else _GLOBAL for local in config.local_layers] or [
-        _GLOBAL
-    ] * config.n_layers
-    match config.model_type:
-        case "llama":
-            fields |= {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
-        case "mistral":
-            fields |= {"sliding_window": config.sliding_window or None}
-        case "qwen2" | "qwen3":
-            fields |= {"use_sliding_window": config.any_local, "layer_types": layer_types}
-            fields |= {"sliding_window": config.sliding_window if config.any_local else None}
-            if config.model_type == "qwen3":
-                fields |= {"attention_bias": config.qkv_bias}
-        case "gemma2" | "gemma3_text":
-            scalar = config.query_scale**-2
-            fields |= {
-                "attention_bias": config.qkv_bias,
-                "query_pre_attn_scalar": round(scalar) if abs(scalar - round(scalar)) < 1e-6 else scalar,
-                "sliding_window": config.sliding_window or None,
-                "layer_types": layer_types,
-                "attn_logit_softcapping": config.attn_softcap or None,
-                "final_logit_softcapping": config.logits_softcap or None,
-            }
-            if config.model_type == "gemma3_text":
-                fields |= {"rope_local_base_freq": config.rope_local.theta}
-    return fields
-
-
-def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
-    if rope.scaling == "none":
-        return None
-    if rope.scaling == "linear":
-        return {"rope_type": "linear", "factor": rope.factor}
-    return {
-        "rope_type": "llama3",
-        "factor": rope.factor,
-        "low_freq_factor": rope.low_freq_factor,
-        "high_freq_factor": rope.high_freq_factor,
-        "original_max_position_embeddings": rope.original_max_position,
-    }

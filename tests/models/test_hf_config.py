@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Iterator
 
 import pytest
 from transformers import AutoConfig
 
 from posttrain_jax.errors import InputError
-from posttrain_jax.models.config import RopeConfig
-from posttrain_jax.models.hf_config import config_from_hf, config_to_hf
+from posttrain_jax.models import hf_keys
+from posttrain_jax.models.config import ModelConfig, RopeConfig
+from posttrain_jax.models.hf_config import config_from_hf
+from posttrain_jax.models.hf_config_out import config_to_hf
 
 LLAMA = {
     "model_type": "llama",
@@ -130,6 +133,141 @@ def test_generation_config_says_what_ends_a_generation(tmp_path: pathlib.Path) -
 def test_what_would_be_silently_wrong_is_refused(fields: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         config_from_hf(fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({**LLAMA, "rope_interleaved": True}, "'rope_interleaved' is True. transformers reads no such key"),
+        ({**LLAMA, "embedding_multiplier": 12.0}, "'embedding_multiplier' is 12.0"),
+        ({**LLAMA, "use_qk_norm": True}, "'use_qk_norm' is True"),
+        ({**LLAMA, "is_causal": False}, "is_causal is False"),
+        ({"model_type": "gemma3", "text_config": GEMMA3, "attn_scale": 2.0}, "'attn_scale' is 2.0"),
+        ({"model_type": "gemma3", "text_config": [GEMMA3]}, "text_config is .*must be an object"),
+        ({**GEMMA3, "rope_parameters": {**LINEAR, "rope_theta": 1e4}}, "'factor' beside its layer types"),
+        ({**QWEN2, "rope_parameters": {"full_attention": {}}}, "rope_parameters differ between layer types"),
+        ({**LLAMA, "rope_scaling": {"factor": 8.0}}, "RoPE of type default has 'factor' = 8.0"),
+        ({**LLAMA, "rope_scaling": {**LINEAR, "beta_fast": 1}}, "RoPE of type linear has 'beta_fast' = 1"),
+        ({**LLAMA, "rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "must be above low_freq_factor"),
+        ({**LLAMA, "num_key_value_heads": 3}, "4 attention heads cannot share 3 key-value heads"),
+        ({**LLAMA, "head_dim": 3}, "head width is 3"),
+        ({**LLAMA, "model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
+        ({**GEMMA3, "final_logit_softcapping": 0.0}, "final_logit_softcapping is 0"),
+        ({**LLAMA, "architectures": "LlamaForCausalLM"}, "architectures is 'Llama.*must be a list"),
+        ({**LLAMA, "quantization_config": "gptq"}, "gptq"),
+    ],
+)
+def test_keys_and_values_of_no_sense_are_refused_by_name(fields: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        config_from_hf(fields)
+
+
+HUB = {
+    "smollm2": {
+        **LLAMA,
+        "attention_bias": False,
+        "is_llama_config": True,
+        "pretraining_tp": 1,
+        "rope_interleaved": False,
+        "rope_scaling": None,
+        "torch_dtype": "bfloat16",
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+        "use_cache": True,
+    },
+    "vicuna": {
+        **LLAMA,
+        "max_sequence_length": 2048,
+        "_name_or_path": "vicuna",
+        "temperature": 0.9,
+        "do_sample": True,
+    },
+    "qwen2.5": {**QWEN2, "max_window_layers": 28, "use_sliding_window": False, "use_mrope": False},
+    "gemma2": {
+        **GEMMA3,
+        "model_type": "gemma2",
+        "cache_implementation": "hybrid",
+        "hidden_act": "gelu_pytorch_tanh",
+        "sliding_window_size": 4096,
+    },
+    "gemma3": {
+        **GEMMA3,
+        "_sliding_window_pattern": 6,
+        "cache_implementation": "hybrid",
+        "attn_logit_softcapping": None,
+        "use_bidirectional_attention": False,
+    },
+}
+"""What real files say beside the sizes."""
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_files_of_the_hub_are_read_without_a_word(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    config_from_hf(HUB[name])
+    assert not [record for record in caplog.records if record.name.startswith("posttrain_jax")]
+
+
+def test_what_nobody_reads_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    config_from_hf({**LLAMA, "my_note": "x" * 99, "eos_token_id": [2, -1], "pad_token_id": 32})
+    assert "ignored, as transformers does for a llama model: my_note = 'xxx" in caplog.text
+    assert "pad_token_id is 32, beyond the vocabulary, and is not used" in caplog.text
+    assert len(caplog.text) < 800
+
+
+@pytest.mark.parametrize("family", [*hf_keys._READ_BY, "gemma3"])
+def test_every_key_of_transformers_is_known(family: str) -> None:
+    """A key that a newer transformers adds to a family must be looked at, before it is read past."""
+    read = hf_keys._GEMMA3_WITH_IMAGES if family == "gemma3" else hf_keys._READ_BY[family]
+    ignored = {"attn_logit_softcapping"} if family == "gemma3_text" else {"is_encoder_decoder"}
+    known = {*hf_keys._READ, *hf_keys._HARMLESS, *hf_keys._HARMLESS_BY.get(family, ()), *read, *ignored}
+    assert set(AutoConfig.for_model(family).to_dict()) - known <= {"is_encoder_decoder"}
+
+
+VALUES = (
+    "x",
+    "",
+    -1,
+    0,
+    1,
+    10**12,
+    10**400,
+    0.5,
+    -2.5,
+    float("nan"),
+    float("inf"),
+    True,
+    None,
+    [],
+    [1, "a"],
+    {"a": 1},
+)
+
+
+@pytest.mark.parametrize("family", hf_keys._READ_BY)
+def test_any_value_of_any_key_is_read_or_refused_in_a_sentence(family: str) -> None:
+    """And what is read can be exported, and is the same model then."""
+    base = {**LLAMA, "model_type": family, "head_dim": 4}
+    base |= (
+        {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1} if family != "llama" else {}
+    )
+    keys = sorted({*hf_keys._READ, *hf_keys._READ_BY[family]} - {"model_type"})
+    ropes = [{"rope_scaling": {**LLAMA3, key: value}} for key in LLAMA3 for value in VALUES]
+    configs = [read_or_refused({**base, **change}) for change in [*one_changed(keys), *ropes]]
+    read = [config for config in configs if config]
+    assert len(read) > 100
+    for config in read:
+        assert config_from_hf(config_to_hf(config)) == config
+
+
+def one_changed(keys: list[str]) -> Iterator[dict]:
+    yield from ({key: value} for key in keys for value in VALUES)
+
+
+def read_or_refused(fields: dict) -> ModelConfig | None:
+    try:
+        return config_from_hf(fields)
+    except InputError as error:
+        assert 20 < len(str(error)) < 500  # noqa: PT017
+        return None
 
 
 def test_damaged_files(tmp_path: pathlib.Path) -> None:
