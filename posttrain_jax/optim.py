@@ -111,10 +111,8 @@ def make_optimizer(
     elif name == "lion":
         rule = optax.lion(schedule, beta1, beta2, weight_decay=weight_decay, mask=decay_mask)
     elif name == "adafactor":
-        # optax's own decay is not multiplied by the learning rate; what it returns here is already a descent.
-        factored = optax.adafactor(None, multiply_by_parameter_scale=False)
         decay = optax.add_decayed_weights(weight_decay, decay_mask)
-        rule = optax.chain(factored, optax.scale(-1.0), decay, optax.scale_by_learning_rate(schedule))
+        rule = optax.chain(scale_by_adafactor(), decay, optax.scale_by_learning_rate(schedule))
     elif name == "rmsprop":
         decay = optax.add_decayed_weights(weight_decay, decay_mask)
         rule = optax.chain(
@@ -131,6 +129,52 @@ def make_optimizer(
     else:
         raise InputError(f"optim.name is {name!r}; use one of {', '.join(OPTIMIZERS)}.")
     return optax.chain(divide_and_clip(clip_norm), rule)
+
+
+def stacked_axes(path: str) -> int:
+    """How many leading axes of a leaf are copies of one parameter: its layers, and an ensemble's members."""
+    return sum(part in ("layers", "members") for part in path.split("/"))
+
+
+def scale_by_adafactor() -> optax.GradientTransformation:
+    """Adafactor's update of each layer's (and member's) matrix by itself: factored moments, clipped to an RMS of 1.
+
+    Algorithm 4 and section 6 of arXiv:1804.04235 with optax's defaults. optax takes a leaf for one matrix, so of a
+    stack of layers it would clip all by the RMS of all, and factor over the layers where they are many.
+    """
+    factored, clip = optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
+
+    def each(path: tuple, function: Callable[..., Any]) -> Callable[..., Any]:
+        for _ in range(stacked_axes(leaf_path(path))):
+            function = jax.vmap(function)
+        return function
+
+    def joined(count: Array, states: list[tuple[Array, Array, Array]], like: PyTree) -> optax.FactoredState:
+        moments = (jax.tree.unflatten(jax.tree.structure(like), part) for part in zip(*states, strict=True))
+        return optax.FactoredState(count, *moments)
+
+    def init(params: PyTree) -> optax.FactoredState:
+        def one(leaf: Array) -> tuple[Array, Array, Array]:
+            state = factored.init(leaf)
+            return state.v_row, state.v_col, state.v
+
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        return joined(jnp.zeros((), jnp.int32), [each(path, one)(leaf) for path, leaf in leaves], params)
+
+    def update(
+        gradients: PyTree, state: optax.FactoredState, params: PyTree = None
+    ) -> tuple[PyTree, optax.FactoredState]:
+        def one(gradient: Array, *moments: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+            scaled, new = factored.update(gradient, optax.FactoredState(state.count, *moments), gradient)
+            return clip.update(scaled, optax.EmptyState())[0], (new.v_row, new.v_col, new.v)
+
+        moments = (jax.tree.leaves(part) for part in (state.v_row, state.v_col, state.v))
+        leaves = zip(jax.tree_util.tree_leaves_with_path(gradients), *moments, strict=True)
+        done = [each(path, one)(leaf, *rest) for (path, leaf), *rest in leaves]
+        updates = jax.tree.unflatten(jax.tree.structure(gradients), [scaled for scaled, _ in done])
+        return updates, joined(state.count + 1, [new for _, new in done], gradients)
+
+    return optax.GradientTransformation(init, update)
 
 
 def scale_by_adam_tf(beta1: float, beta2: float, eps: float) -> optax.GradientTransformation:
@@ -197,7 +241,8 @@ def divide_and_clip(clip_norm: float) -> optax.GradientTransformationExtraArgs:
     """Turns gradient sums into the clipped mean in one multiplication: times min(1, clip_norm / norm) / count.
 
     The count and the mean's norm come as extra arguments of `update`, since the caller has them; nothing of the
-    size of the parameters is written in between (on a CPU that is two passes over memory less).
+    size of the parameters is written in between (on a CPU that is two passes over memory less). The members of an
+    ensemble are models of their own, each clipped by its own norm.
 
     Args:
       clip_norm: largest global norm of the mean gradient; 0 = no clipping.
@@ -212,11 +257,16 @@ def divide_and_clip(clip_norm: float) -> optax.GradientTransformationExtraArgs:
         norm: Array | None = None,
         **_: Any,
     ) -> tuple[PyTree, optax.EmptyState]:
-        norm = global_norm(sums) / count if norm is None else norm
-        factor = 1.0 / jnp.asarray(count, jnp.float32)
-        if clip_norm:
-            factor = factor * jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30))
-        return jax.tree.map(lambda leaf: leaf * factor, sums), state
+        def factor(norm: Array) -> Array:
+            mean = 1.0 / jnp.asarray(count, jnp.float32)
+            return mean * jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30)) if clip_norm else mean
+
+        if clip_norm and isinstance(sums, dict) and set(sums) == {"members"}:
+            factors_E = factor(jax.vmap(global_norm)(sums["members"]) / count)
+            scaled = jax.vmap(lambda member, by: jax.tree.map(lambda leaf: leaf * by, member))
+            return {"members": scaled(sums["members"], factors_E)}, state
+        by = factor(global_norm(sums) / count if norm is None else norm)
+        return jax.tree.map(lambda leaf: leaf * by, sums), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 

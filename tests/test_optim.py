@@ -86,6 +86,56 @@ def test_weights_below_one_still_give_the_mean():
     np.testing.assert_allclose(metrics["train/grad_norm"].sum, 4.0, rtol=1e-6)
 
 
+def test_adafactor_clips_each_matrix_by_itself():
+    """Second step, equal entries g: beta2 = 1 - 2^-0.8 = 0.42565, v = 0.42565 g1^2 + 0.57435 g2^2.
+
+    Three layers stay at g = 1: 1 / 1 = 1. One goes from 1 to 30: 30 / sqrt(0.42565 + 0.57435 * 900) = 1.318, clipped
+    to 1. The RMS of all four, 1.088, would make the three 0.919 and the fourth 1.212. So for members too.
+    """
+    for path in ("layers", "members"):
+        optimizer = make_optimizer("adafactor", lambda step: 1.0, clip_norm=0.0)
+        params = {
+            path: {"kernel": jnp.zeros((4, 2, 3)), "scale": jnp.zeros((4, 3))},
+            "embed": jnp.zeros((4, 3)),
+        }
+        first = jax.tree.map(jnp.ones_like, params)
+        second = jax.tree.map(jnp.copy, first)
+        for name in ("kernel", "scale"):
+            second[path][name] = second[path][name].at[2].set(30.0)
+        second["embed"] = second["embed"].at[2].set(30.0)
+        _, state = optimizer.update(first, optimizer.init(params), params)
+        updates, _ = optimizer.update(second, state, params)
+        np.testing.assert_allclose(updates[path]["kernel"], -np.ones((4, 2, 3)), rtol=1e-5)
+        np.testing.assert_allclose(updates[path]["scale"], -np.ones((4, 3)), rtol=1e-5)
+        rms = np.sqrt((3 + 900 / (0.42565 + 0.57435 * 900)) / 4)
+        np.testing.assert_allclose(updates["embed"][0], -np.ones(3) / rms, rtol=1e-4)  # one matrix
+
+
+def test_a_stack_of_layers_is_updated_as_the_layers_alone_are():
+    """Also where there are more layers than rows, which optax would factor over: 130 layers of 130 x 129."""
+    key = jax.random.key(0)
+    stack = jax.random.normal(key, (130, 130, 129)) * jnp.arange(1, 131.0)[:, None, None]
+    optimizer = make_optimizer("adafactor", lambda step: 1.0, clip_norm=0.0)
+    whole, alone = {"layers": {"kernel": stack}}, {"kernel": stack[7]}
+    state, own = optimizer.init(whole), optimizer.init(alone)
+    assert (
+        max(leaf.size for leaf in jax.tree.leaves(state)) == 130 * 130
+    )  # factored: no moment of a whole matrix
+    for scale in (1.0, 3.0):
+        updates, state = optimizer.update(jax.tree.map(lambda leaf, s=scale: s * leaf, whole), state, whole)
+        expected, own = optimizer.update(jax.tree.map(lambda leaf, s=scale: s * leaf, alone), own, alone)
+        np.testing.assert_allclose(updates["layers"]["kernel"][7], expected["kernel"], rtol=1e-5)
+
+
+def test_members_of_an_ensemble_are_clipped_each_by_its_own_norm():
+    """(3, 4) has norm 5 and becomes (0.6, 0.8); (0.3, 0.4) has norm 0.5 and stays, at a count of 1."""
+    optimizer = make_optimizer("sgd", lambda step: 1.0, clip_norm=1.0)
+    params = {"members": {"kernel": jnp.zeros((2, 2))}}
+    gradients = {"members": {"kernel": jnp.array([[6.0, 8.0], [0.6, 0.8]])}}
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params, count=2.0)
+    np.testing.assert_allclose(updates["members"]["kernel"], [[-0.6, -0.8], [-0.3, -0.4]], rtol=1e-6)
+
+
 def test_clipping_by_hand():
     """Gradient (3, 4) has norm 5; clipped to 1 it is (0.6, 0.8), and SGD at rate 1 subtracts it."""
     optimizer = make_optimizer("sgd", lambda step: 1.0, clip_norm=1.0)

@@ -229,9 +229,9 @@ def _head_dim(values: dict[str, Any]) -> int:
 
 def _number(values: dict[str, Any], key: str, where: str, *, zero: bool = False) -> float:
     """A positive number (or 0, where that makes sense)."""
-    value = values.get(key)
-    right = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e30
-    if not right or (value == 0 and not zero):
+    value: Any = values.get(key)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value < 1e30 or (value == 0 and not zero):
         raise InputError(f"{where}: {key} is {shown(value)}, but must be a positive number.")
     return float(value)
 
