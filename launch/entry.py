@@ -17,7 +17,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from launch.config import check_arguments
-from posttrain_jax.errors import InputError, file_error
+from posttrain_jax.errors import InputError, file_error, without_secrets
 
 FOLDER_FLAGS = ("workdir", "out", "dir")
 """What entry points call the folder or file that they write."""
@@ -56,7 +56,7 @@ def tell(error: BaseException) -> int | None:
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, InputError):
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {without_secrets(str(error))}", file=sys.stderr, flush=True)
         return 2
     if isinstance(error, OSError) and file_error(error) is error:
         file = error.filename2 or error.filename  # of a renaming, the new name
@@ -109,10 +109,10 @@ def _parse(argv: Sequence[str], example: str) -> Sequence[str]:
         check_folders()
         return left
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {without_secrets(str(error))}", file=sys.stderr, flush=True)
         sys.exit(2)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        print(f"error: {error}\nexample: {example}", file=sys.stderr, flush=True)
+        print(f"error: {without_secrets(str(error))}\nexample: {example}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

@@ -69,7 +69,7 @@ class Options:
 
 
 # They change how the answers are computed, or where things lie, not what the answers are.
-FREE_OPTIONS = ("prompts", "out", "batch_size", "fsdp", "tensor")
+FREE_OPTIONS = ("prompts", "prompts_file_sha256", "out", "batch_size", "fsdp", "tensor")
 
 
 def define_flags() -> None:
@@ -354,8 +354,15 @@ def describe(options: Options, loaded: LoadedModel, encoded: list[np.ndarray]) -
         **dataclasses.asdict(options),
         "step": loaded.source.step,
         "prompts_sha256": digest.hexdigest(),
+        "prompts_file_sha256": file_sha256(Path(options.prompts)),
     }
     return json.loads(json.dumps(description))  # as it is read back: tuples become lists
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file's bytes: what tells launch.win_rate that the prompts are still those that were answered."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def options_path(out: Path) -> Path:

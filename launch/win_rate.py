@@ -27,8 +27,8 @@ from absl import flags
 
 from launch import entry
 from launch.evaluate import show_progress
-from launch.generate import Prompt, options_path, read_prompts
-from posttrain_jax.errors import InputError
+from launch.generate import Prompt, file_sha256, options_path, read_prompts
+from posttrain_jax.errors import InputError, without_secrets
 
 if TYPE_CHECKING:
     from posttrain_jax.data.sources import Row
@@ -134,7 +134,7 @@ def compare(options: Options) -> dict[str, Any]:
     record = {
         "a": options.a,
         "b": options.b,
-        "judge": options.judge,
+        "judge": without_secrets(options.judge),
         "judge_model": options.judge_model or None,
         "template": VERSION,
         "resamples": options.resamples,
@@ -328,8 +328,9 @@ def prompts_of(path: str, prompts: str) -> dict[str | int, Prompt]:
     if not prompts:
         description = options_path(Path(path).expanduser())
         try:
-            prompts = str(json.loads(description.read_text("utf-8"))["prompts"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            made = json.loads(description.read_text("utf-8"))
+            prompts, sha256 = str(made["prompts"]), made.get("prompts_file_sha256")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{path}: its rows have no column prompt or messages, and {description.name} beside it does not say "
                 "what they answer; give --prompts."
@@ -337,6 +338,10 @@ def prompts_of(path: str, prompts: str) -> dict[str | int, Prompt]:
         if not Path(prompts).is_file():
             raise InputError(
                 f"{description} names the prompts {prompts}, which are not there; give --prompts."
+            )
+        if sha256 is not None and file_sha256(Path(prompts)) != sha256:
+            raise InputError(
+                f"{prompts} was changed since {path} answered it; give the prompts as they were with --prompts."
             )
     return {prompt.id: prompt for prompt in read_prompts(prompts)}
 

@@ -1,9 +1,12 @@
-"""The exception that means "your input is wrong, and here is what to do", and what a file system refused."""
+"""What "your input is wrong, and here is what to do" is said by, what a file system refused, and what is never said."""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
+
+_URL = re.compile(r"\b[A-Za-z][\w+.-]*://[^\s'\"<>]+")
 
 
 class InputError(Exception):
@@ -17,6 +20,23 @@ def shown(value: object, limit: int = 80) -> str:
     """A value of the input as an error shows it: its repr, cut where it is long."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 4]} ..."
+
+
+class StepNotTaken(InputError):
+    """What a train step raises in every process, before it changed the state: the loop saves the state, then ends."""
+
+
+def without_secrets(text: str) -> str:
+    """The text with what its URLs may keep secret as ***: name and password before an @, and the values of a query."""
+
+    def hidden(url: re.Match[str]) -> str:
+        scheme, _, rest = url[0].partition("://")
+        path, mark, query = rest.partition("?")
+        name, at, host = path.rpartition("@")
+        values = re.sub(r"([^&;=]*=)?[^&;]+", lambda part: f"{part[1] or ''}***", query)
+        return f"{scheme}://{'***' if at else name}{at}{host}{mark}{values}"
+
+    return _URL.sub(hidden, text)
 
 
 # What a person can put right: no room, no right to write, a file where a folder should be, a disk that fails.

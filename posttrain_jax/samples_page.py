@@ -33,7 +33,7 @@ def write_page(samples: Path, page: Path) -> None:
         f"<h1>Samples of {len(prompts)} prompts</h1>\n{sections}\n</html>\n"
     )
     partial = page.with_suffix(".partial")
-    partial.write_text(text, "utf-8")
+    partial.write_text(text, "utf-8", errors="replace")  # half a character, as a cut answer may end with
     partial.replace(page)
 
 
@@ -52,7 +52,7 @@ def _section(prompt: str, answers: list[dict[str, Any]]) -> str:
 def _line(row: dict[str, Any]) -> str:
     score = f"{row['score']:.3f}" if "score" in row else ""
     cut = "" if row.get("finish_reason") == "stop" else " <span class=cut title='no end token'>(cut)</span>"
-    return (
-        f"<tr><td class=number>{row['step']}<td class=number>{score}<td class=number>{row.get('tokens', '')}"
-        f"<td class=answer>{html.escape(row['answer'])}{cut}</tr>"
+    numbers = "".join(
+        f"<td class=number>{html.escape(str(value))}" for value in (row["step"], score, row.get("tokens", ""))
     )
+    return f"<tr>{numbers}<td class=answer>{html.escape(row['answer'])}{cut}</tr>"

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from posttrain_jax.checkpoint import Checkpoints, explain
-from posttrain_jax.errors import InputError
+from posttrain_jax.errors import InputError, StepNotTaken
 from posttrain_jax.metrics import (
     Accumulator,
     MetricsWriter,
@@ -315,12 +315,21 @@ def _train(
     status = "complete"
     if start == 0:
         run.evaluate(state, 0)
-    step = start
+    step = saved = start
     try:
         while step < task.steps and not run.stopped:
+            rows_before = task.rows.get_state()
             rows = next(task.rows)
             run.start_profile(step + 1)
-            state, metrics = task.train_step(state, task.put(rows.arrays))
+            try:
+                state, metrics = task.train_step(state, task.put(rows.arrays))
+            except StepNotTaken:
+                if step > saved:
+                    run.drain()
+                    run.writer.sync()
+                    checkpoints.save(state, {**run.meta(git_hash), "rows": rows_before}, {})
+                    checkpoints.close()
+                raise
             step += 1
             run.pending.append(_Pending(step, metrics, rows.row_ids))
             if len(run.pending) > task.ahead:
@@ -340,6 +349,7 @@ def _train(
                 run.drain()
                 run.writer.sync()
                 checkpoints.save(state, run.meta(git_hash), evaluated)
+                saved = step
             if stop and not last:
                 status = "preempted"
                 break

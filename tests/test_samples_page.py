@@ -60,3 +60,13 @@ def test_a_section_for_each_prompt_and_a_line_for_each_answer(tmp_path: Path):
     first += [("td", text) for text in ("9", "-1.250", "2", "no")]
     second = [("h2", "user: Hi"), ("td", "0"), ("td", ""), ("td", ""), ("td", "A (cut)")]
     assert found == first + second
+
+
+def test_nothing_of_a_row_is_markup(tmp_path: Path):
+    mark = "<script>alert('x')</script>"
+    chat = [{"role": mark, "content": mark}, {"role": "user", "content": [{"text": mark}]}]
+    row = {"step": mark, "prompt": chat, "answer": mark + "\ud83d", "finish_reason": mark, "tokens": mark}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    write_page(tmp_path / "samples.jsonl", tmp_path / "samples.html")
+    page = (tmp_path / "samples.html").read_text("utf-8")
+    assert "<script" not in page and page.count("&lt;script&gt;") == 6

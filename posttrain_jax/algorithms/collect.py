@@ -104,11 +104,13 @@ class Collector:
         """What is learnt from, and what is said of it (see `rollouts/experience.py`; names without a prefix).
 
         Raises:
+          StepNotTaken: a reward function failed at every answer.
           InputError: engine and trainer are further apart than `max_logp_difference`.
         """
         params = combine(state.params, state.frozen)
         answered = self.answers(params, prompts, seed, training=True)
         rollouts, scored = answered.rollouts, answered.scored
+        scored.require_scores()
         if scored.error:
             say(
                 f"A reward function failed at {sum(scored.failures.values())} answers, which are not learnt from; "
@@ -177,6 +179,8 @@ class Evaluation:
             params = combine(state.params, state.frozen)
             self._answered = self._collector.answers(params, self._prompts, EVAL_SEED)
             self._step = int(state.step)
+            if self._step == 0:  # said now, not after days; later a function may be out of reach for a while
+                self._answered.scored.require_scores()
         return self._answered
 
     def metrics(self, state: TrainState) -> dict[str, float]:
@@ -190,6 +194,8 @@ class Evaluation:
         values |= _failures(scored)
         if self._gold is not None:
             gold = self._gold(rollouts, training=False)
+            if self._step == 0:
+                gold.require_scores()
             values |= _with_error("eval/gold", gold.scores, count) | _failures(gold)
         return values
 

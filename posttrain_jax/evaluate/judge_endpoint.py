@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit, urlunsplit
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.errors import InputError, without_secrets
 from posttrain_jax.evaluate.judge import Question, Reply, parse_verdict
 
 MOST_WORDS = 300
+_SHORTEST_SECRET = 4  # a shorter one would be taken out of words that only look like it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +24,8 @@ class Endpoint:
     """Where the judge is and how it is asked.
 
     Attributes:
-      url: base URL, as in http://127.0.0.1:8000/v1.
+      url: base URL, as in http://127.0.0.1:8000/v1. A name and password before the host, and what stands after a
+        question mark, are sent with every question, and said nowhere.
       model: what the server calls the model.
       api_key: bearer token; "" for a server without one.
       max_tokens: most tokens of a reply.
@@ -40,7 +45,17 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
-            raise InputError(f"The judge's URL is {self.url!r}; it must start with http:// or https://.")
+            raise InputError(
+                f"The judge's URL is {without_secrets(self.url)!r}; it must start with http:// or https://."
+            )
+        try:
+            is_place = bool(self._parts.hostname) and self._parts.port != 0
+        except ValueError:  # no number where the port should be
+            is_place = False
+        if not is_place:
+            raise InputError(
+                "The judge's URL names no host and port; in its name and password write / as %2F, : as %3A, @ as %40."
+            )
         if not self.model:
             raise InputError("A judge behind a URL needs the name that the server has for the model.")
         if self.max_tokens < 1 or self.parallel < 1 or self.retries < 0 or not self.timeout > 0:
@@ -50,6 +65,29 @@ class Endpoint:
             )
         if not self.api_key.isascii():
             raise InputError("The API key must be plain ASCII: it travels in an HTTP header.")
+
+    @property
+    def _parts(self) -> SplitResult:
+        return urlsplit(self.url)
+
+    @property
+    def base_url(self) -> str:
+        """The URL without what stands after the question mark."""
+        return urlunsplit(self._parts._replace(query="", fragment=""))
+
+    @property
+    def query(self) -> dict[str, str]:
+        """What stands after the question mark."""
+        return dict(parse_qsl(self._parts.query, keep_blank_values=True))
+
+    def hide(self, text: str) -> str:
+        """The text without the endpoint's secrets."""
+        parts = self._parts
+        secrets = [self.api_key, parts.password or "", *self.query.values()]
+        for secret in sorted({*secrets, *map(unquote, secrets)}, key=len, reverse=True):
+            if len(secret) >= _SHORTEST_SECRET:
+                text = text.replace(secret, "***")
+        return without_secrets(text)
 
 
 class EndpointJudge:
@@ -61,23 +99,32 @@ class EndpointJudge:
 
     def __init__(self, endpoint: Endpoint) -> None:
         try:
+            import httpx
             import openai
         except ImportError as error:
             raise InputError(
                 "A judge behind a URL needs the package openai; run: pip install -e '.[judge]'"
             ) from error
         self._endpoint = endpoint
-        self._client = openai.OpenAI(
-            base_url=endpoint.url,
-            api_key=endpoint.api_key or "none",
-            max_retries=endpoint.retries,
-            timeout=endpoint.timeout,
-        )
+        try:
+            self._client = openai.OpenAI(
+                base_url=endpoint.base_url,
+                default_query=endpoint.query,
+                api_key=endpoint.api_key or "none",
+                max_retries=endpoint.retries,
+                timeout=endpoint.timeout,
+            )
+        except (httpx.InvalidURL, ValueError) as error:
+            raise InputError(endpoint.hide(f"The judge's URL cannot be used: {error}.")) from None
 
     @property
     def name(self) -> str:
-        """URL, model, and the limit of its reply."""
-        return f"{self._endpoint.url} {self._endpoint.model} max_tokens={self._endpoint.max_tokens}"
+        """URL (of its query a hash), model, and the limit of its reply."""
+        end = self._endpoint
+        query = hashlib.sha256(json.dumps(end.query).encode()).hexdigest()[:16] if end.query else ""
+        return (
+            f"{without_secrets(end.base_url)}{query and '?'}{query} {end.model} max_tokens={end.max_tokens}"
+        )
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
         """See `Judge.ask`.
@@ -107,6 +154,12 @@ class EndpointJudge:
             raise failure
 
     def _reply(self, question: Question) -> Reply:
+        try:
+            return self._asked(question)
+        except InputError as error:
+            raise InputError(self._endpoint.hide(str(error))) from None
+
+    def _asked(self, question: Question) -> Reply:
         import openai
         from openai.types.chat import ChatCompletion
 

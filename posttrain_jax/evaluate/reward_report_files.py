@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,8 +25,8 @@ def write_report(report: dict[str, Any], folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    (folder / "report.json").write_text(text + "\n", "utf-8")
-    (folder / "report.md").write_text(report_text(report), "utf-8")
+    (folder / "report.json").write_text(text + "\n", "utf-8", errors="replace")
+    (folder / "report.md").write_text(report_text(report), "utf-8", errors="replace")
     _draw(folder / "calibration.png", report, _draw_calibration)
     _draw(folder / "scores.png", report, _draw_histogram)
     _draw(folder / "margins.png", report, _draw_margins)
@@ -71,7 +72,7 @@ def report_text(report: dict[str, Any]) -> str:
     settings, splits = report["settings"], report["splits"]
     lines = ["# Reward model", ""]
     if report["about"]:
-        lines += [*(f"- {name}: {text}" for name, text in report["about"].items()), ""]
+        lines += [*(f"- {_plain(name)}: {_plain(text)}" for name, text in report["about"].items()), ""]
     lines += _table(
         ("split", "pairs", "groups", "ties", "accuracy", "loss", "mean margin", "calibration error"),
         [
@@ -101,7 +102,7 @@ def report_text(report: dict[str, Any]) -> str:
 
 
 def _split_text(name: str, part: dict[str, Any]) -> list[str]:
-    lines = [f"## {name}", ""]
+    lines = [f"## {_plain(name)}", ""]
     binned = {
         "label margin": part.get("by_label_margin"),
         "predicted margin": part["by_predicted_margin"],
@@ -155,9 +156,14 @@ def _split_text(name: str, part: dict[str, Any]) -> list[str]:
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     numbers = ["---", *["---:"] * (len(header) - 1)]
     return [
-        *("| " + " | ".join(str(cell) for cell in row) + " |" for row in (header, numbers, *rows)),
+        *("| " + " | ".join(_plain(cell) for cell in row) + " |" for row in (header, numbers, *rows)),
         "",
     ]
+
+
+def _plain(cell: Any) -> str:
+    """A text of the data's or the user's in a line of Markdown: neither HTML nor the end of a cell."""
+    return html.escape(" ".join(str(cell).split()), quote=False).replace("|", "\\|")
 
 
 def _percent(estimate: dict[str, float] | None) -> str:
@@ -183,7 +189,7 @@ def _draw(path: Path, report: dict[str, Any], panel: Callable[[Any, dict[str, An
     )
     for axis, (name, part) in zip(axes[0], splits.items(), strict=True):
         panel(axis, part)
-        axis.set_title(name, fontsize=10)
+        axis.set_title(name, fontsize=10, parse_math=False)
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import logging
 import multiprocessing
 import re
@@ -23,6 +24,7 @@ ALARM_SECONDS = 5
 KILL_SECONDS = 30.0
 START_SECONDS = 120.0
 MEMORY = 4 << 30  # bytes of address space
+_READY = b"ready"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +84,9 @@ class Judge:
         """
         connection = self._started()
         try:
-            connection.send((reference, answer))
+            connection.send_bytes(json.dumps([reference, answer]).encode())
             if connection.poll(self._kill_seconds):
-                return connection.recv()
+                return Verdict(**json.loads(connection.recv_bytes()))
             error = f"the comparison took longer than {self._kill_seconds:g} s"
         except (EOFError, OSError):
             error = "the comparison ended its process"
@@ -114,7 +116,7 @@ class Judge:
             self._process.start()
             theirs.close()
             try:
-                ready = self._connection.poll(START_SECONDS) and self._connection.recv()
+                ready = self._connection.poll(START_SECONDS) and self._connection.recv_bytes() == _READY
             except EOFError:
                 ready = False
             if not ready:
@@ -133,13 +135,13 @@ def _work(connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    connection.send(True)  # ready
+    connection.send_bytes(_READY)
     while True:
         try:
-            reference, answer = connection.recv()
+            reference, answer = json.loads(connection.recv_bytes())
         except EOFError:
             return
-        connection.send(compare_here(reference, answer))
+        connection.send_bytes(json.dumps(dataclasses.asdict(compare_here(reference, answer))).encode())
 
 
 def compare_here(reference: str, answer: str) -> Verdict:

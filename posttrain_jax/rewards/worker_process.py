@@ -14,14 +14,16 @@ import itertools
 import operator
 import os
 import pathlib
+import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping
-from multiprocessing.connection import Connection
 from typing import Any, SupportsFloat
 
 from posttrain_jax.errors import InputError
 from posttrain_jax.rewards.answer import Answer
+from posttrain_jax.rewards.messages import TOKEN_BYTES, Messages, as_json
 
 RAISED, TIMED_OUT, DIED = "raised", "timed_out", "died"
 NOT_FINITE, NOT_A_NUMBER, WRONG_COUNT = "not_finite", "not_a_number", "wrong_count"
@@ -49,27 +51,37 @@ class Reply:
 
 
 def main(descriptor: int, parent: int) -> None:
-    """Loads the functions that the first message names, says "" (or what is wrong), then answers calls by `Reply`."""
+    """Loads the functions that the first message names, says "" (or what is wrong), then answers calls by `Reply`,
+    until the other end is gone."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     # Where memory runs out, the kernel is to end this process and not the one that trains.
     with contextlib.suppress(OSError):
         pathlib.Path("/proc/self/oom_score_adj").write_text("1000")
-    connection = Connection(descriptor)
+    # The other end may be gone at any time, and a function may have closed this one.
+    with contextlib.suppress(EOFError, OSError), socket.socket(fileno=descriptor) as connection:
+        connection.set_inheritable(False)  # it is not for what a function starts
+        _serve(Messages(connection, connection.recv(TOKEN_BYTES, socket.MSG_WAITALL)))
+
+
+def _serve(messages: Messages) -> None:
     functions = {}
-    wanted: dict[str, tuple[str, dict[str, Any]]] = connection.recv()
+    wanted: dict[str, list[Any]] = messages.next()
     try:
         for name, (path, arguments) in wanted.items():
             functions[name] = load_function(path, arguments)
     except InputError as error:
-        connection.send(str(error))
+        messages.send(as_json(str(error), "The error"))
         return
-    connection.send("")
+    messages.send(as_json("", "No error"))
     while True:
-        try:
-            name, answers = connection.recv()
-        except EOFError:
-            return
-        connection.send(call(functions[name], answers))
+        name, answers = messages.next()
+        reply = call(functions[name], [_answer(fields) for fields in answers])
+        messages.send(as_json(dataclasses.asdict(reply), "The reply"))
+
+
+def _answer(fields: dict[str, Any]) -> Answer:
+    tuples = {name: tuple(fields[name]) for name in ("prompt_ids", "token_ids")}
+    return Answer(**{**fields, **tuples})
 
 
 def load_function(path: str, arguments: Mapping[str, Any]) -> Callable[[list[Answer]], object]:
@@ -144,7 +156,7 @@ def call(function: Callable[[list[Answer]], object], answers: list[Answer]) -> R
                 errors.append(f"it returned {_show(value)} for an answer")
         return dataclasses.replace(reply, error=errors[0] if errors else "")
     except BaseException as error:  # sys.exit() too: the next answer needs this process
-        return _failed(count, RAISED, _say(error))
+        return _failed(count, RAISED, f"{_say(error)}{_place(error, function)}")
 
 
 def _number(value: object) -> tuple[float, str | None]:
@@ -176,6 +188,18 @@ def _say(error: BaseException) -> str:
     except Exception:
         message = type(error).__name__
     return message[:_LONGEST].removesuffix(".")
+
+
+def _place(error: BaseException, function: Callable[[list[Answer]], object]) -> str:
+    """Where it was raised: the last line in the function's own file, else the last line that Python has."""
+    function = function.func if isinstance(function, functools.partial) else function
+    try:
+        home = inspect.getfile(inspect.unwrap(function) if inspect.isroutine(function) else type(function))
+    except TypeError:  # a function in C
+        home = ""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    last = ([None, *frames] + [frame for frame in frames if frame.filename == home])[-1]
+    return "" if last is None else f" ({last.filename}:{last.lineno})"
 
 
 def _end_with(parent: int) -> None:

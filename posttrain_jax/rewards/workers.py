@@ -4,7 +4,8 @@ A function that raises, hangs, returns nonsense or takes its process down costs 
 the function's `failure_score`, and the failure is counted. The batch is never lost, and nothing waits for ever.
 
 Written by hand rather than on concurrent.futures or pebble: in both the workers share a pipe and a lock, so one that
-is killed at the wrong moment breaks the pool or stops it for good. Here every worker has a pipe of its own.
+is killed at the wrong moment breaks the pool or stops it for good. Here every worker has a socket of its own, on which
+`messages` are data, never pickles.
 """
 
 from __future__ import annotations
@@ -15,19 +16,20 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
 
 from posttrain_jax.errors import InputError
 from posttrain_jax.rewards.answer import Answer
+from posttrain_jax.rewards.messages import TOKEN_BYTES, Messages, as_json
 from posttrain_jax.rewards.worker_process import (
     DIED,
     NOT_A_NUMBER,
@@ -43,6 +45,7 @@ FAILURES = (RAISED, TIMED_OUT, DIED, NOT_FINITE, NOT_A_NUMBER, WRONG_COUNT)
 
 START_ATTEMPTS = 3
 _END_SECONDS = 5.0
+_SEND_SECONDS = 30.0  # for a message to a process that waits for one
 _LONGEST_WAIT_SECONDS = 3600.0  # poll() cannot wait for ever
 _START = "from posttrain_jax.rewards.worker_process import main; main({descriptor}, {parent})"
 
@@ -57,7 +60,7 @@ class PythonReward:
 
     Attributes:
       path: "module:function", as Python would import it.
-      arguments: keyword arguments of every call.
+      arguments: keyword arguments of every call: plain values, as in JSON.
       seconds: time limit for one answer (the limit of a call is that times its answers).
       answers_per_call: how many answers it gets at once. More than 1 is for functions that are faster so; when such
         a call fails as a whole, its answers are asked for again one by one.
@@ -87,6 +90,7 @@ class PythonReward:
             raise InputError(
                 f"The failure score of {self.path} is {self.failure_score}; write a finite number."
             )
+        as_json(self.arguments, f"The arguments of {self.path}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +101,7 @@ class Scores:
       scores_N: float32, finite; `failure_score` where the function failed.
       failures: for each answer one of FAILURES, or None where its score is the function's.
       counts: how many answers failed in which way; every one of FAILURES is there.
-      errors: the first error of each kind that occurred, in one line.
+      errors: the first error of each kind that occurred, in one line, in the answers' order.
     """
 
     scores_N: np.ndarray
@@ -120,7 +124,7 @@ class _Worker:
     """A process and what it is doing; `deadline` is of its start until it is ready, then of its call."""
 
     process: subprocess.Popen
-    connection: Connection
+    messages: Messages
     deadline: float
     ready: bool = False
     call: _Call | None = None
@@ -211,7 +215,7 @@ class RewardWorkers:
                 found.scores_N,
                 found.failures,
                 {kind: Counter(found.failures)[kind] for kind in FAILURES},
-                {kind: error for kind, (_, error) in sorted(found.errors.items())},
+                {kind: error for kind, (_, error) in sorted(found.errors.items(), key=lambda item: item[1])},
             )
             for name, found in results.items()
         }
@@ -234,7 +238,9 @@ class RewardWorkers:
             raise
 
     def _started(self) -> _Worker:
-        ours, theirs = Pipe()
+        ours, theirs = socket.socketpair()
+        ours.settimeout(_SEND_SECONDS)
+        token = os.urandom(TOKEN_BYTES)
         descriptor = theirs.fileno()
         # Imports are looked up as here; a set of strings has the same order in every process.
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONHASHSEED": "0"}
@@ -260,10 +266,11 @@ class RewardWorkers:
             raise
         finally:
             theirs.close()
-        worker = _Worker(process, ours, time.monotonic() + self._start_seconds)
+        worker = _Worker(process, Messages(ours, token), time.monotonic() + self._start_seconds)
         wanted = {name: (each.path, dict(each.arguments)) for name, each in self._functions.items()}
         try:
-            ours.send(wanted)
+            ours.sendall(token)
+            worker.messages.send(as_json(wanted, "The arguments of a reward function"))
         except OSError:
             pass  # it is dead already, which `_listen` will notice
         except BaseException:
@@ -276,8 +283,10 @@ class RewardWorkers:
             if not pending or not worker.ready or worker.call is not None:
                 continue
             call = pending.popleft()
+            given = [vars(answers[index]) for index in call.places]
+            text = as_json((call.name, given), "A row of the data, or its prompt,")
             try:
-                worker.connection.send((call.name, [answers[index] for index in call.places]))
+                worker.messages.send(text)
             except OSError:  # it died while it had nothing to do
                 pending.appendleft(call)
                 self._died(place, pending, {})
@@ -292,22 +301,27 @@ class RewardWorkers:
             worker.deadline for worker in self._workers if worker.call is not None or not worker.ready
         )
         heard = wait(
-            [worker.connection for worker in self._workers], min(max(0.0, until - now), _LONGEST_WAIT_SECONDS)
+            [worker.messages.fileno() for worker in self._workers],
+            min(max(0.0, until - now), _LONGEST_WAIT_SECONDS),
         )
         now = time.monotonic()
         for place, worker in enumerate(self._workers):
-            if worker.connection in heard:
+            found: list[Any] = []
+            if worker.messages.fileno() in heard:
                 try:
-                    message = worker.connection.recv()
+                    found = worker.messages.read()
                 except (EOFError, OSError):
                     self._died(place, pending, results)
                     continue
-                if worker.call is None:
-                    self._ready(worker, message)
-                else:
-                    call, worker.call = worker.call, None
-                    self._failures_in_row = 0
-                    self._done(call, message, pending, results)
+                except ValueError:
+                    self._died(place, pending, results, how="its reply cannot be read")
+                    continue
+            if found and not worker.ready:
+                self._ready(worker, found[0])
+            elif found and worker.call is not None:
+                call, worker.call = worker.call, None
+                self._failures_in_row = 0
+                self._done(call, Reply(**found[0]), pending, results)
             elif now >= worker.deadline and (worker.call is not None or not worker.ready):
                 self._late(place, pending, results)
 
@@ -316,9 +330,11 @@ class RewardWorkers:
             raise InputError(message)
         worker.ready = True
 
-    def _died(self, place: int, pending: deque[_Call], results: dict[str, _Results]) -> None:
+    def _died(
+        self, place: int, pending: deque[_Call], results: dict[str, _Results], *, how: str = ""
+    ) -> None:
         worker = self._workers[place]
-        how = _how_it_ended(worker.process)
+        how = how or _how_it_ended(worker.process)
         self._replace(place)
         if worker.call is None:
             self._count_failure(how)
@@ -375,12 +391,12 @@ def _end(worker: _Worker) -> None:
         worker.process.kill()
     with contextlib.suppress(subprocess.TimeoutExpired):
         worker.process.wait(_END_SECONDS)
-    worker.connection.close()
+    worker.messages.close()
 
 
 def _how_it_ended(process: subprocess.Popen) -> str:
     try:
         status = process.wait(_END_SECONDS)
     except subprocess.TimeoutExpired:
-        return "it closed its pipe"
+        return "it closed its socket"
     return f"signal {-status}, {signal.strsignal(-status)}" if status < 0 else f"it exited with {status}"

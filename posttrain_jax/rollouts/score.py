@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.errors import InputError, StepNotTaken
 from posttrain_jax.load_model import LoadedModel, load_members
 from posttrain_jax.losses.reward import combine_scores_mean, combine_scores_min, combine_scores_uncertainty
 from posttrain_jax.masking import whiten_biased
@@ -100,19 +100,38 @@ class Scored:
         learnt from. (An answer without an end whose score `missing_end` replaces needs no function.)
       components: float32 `[N]` each, by name; `PythonReward.failure_score` where it failed.
       failed: bool `[N]` of each reward function, by name.
-      error: the first error of a function, or "".
+      errors: the first error of each function that failed, by name (in process 0).
     """
 
     scores: np.ndarray
     has_score: np.ndarray
     components: dict[str, np.ndarray]
     failed: dict[str, np.ndarray]
-    error: str
+    errors: dict[str, str]
 
     @property
     def failures(self) -> dict[str, int]:
         """How many answers each reward function failed at, by name."""
         return {name: int(failed_N.sum()) for name, failed_N in self.failed.items()}
+
+    @property
+    def error(self) -> str:
+        """The first of `errors`, or ""."""
+        return next(iter(self.errors.values()), "")
+
+    def require_scores(self) -> None:
+        """Refuses scores of a reward function that gave none.
+
+        Raises:
+          StepNotTaken: a function failed at every answer; says the first error and its place.
+        """
+        for name, failed_N in self.failed.items():
+            if failed_N.all():
+                raise StepNotTaken(
+                    f"The reward function {name} failed at all {failed_N.size} answers, the first time by: "
+                    f"{self.errors.get(name, 'an error that process 0 names')}. Correct it, then start the run again; "
+                    "it goes on where it stopped."
+                )
 
 
 class Scorer:
@@ -167,12 +186,12 @@ class Scorer:
         Raises:
           InputError: they all have the same score, or none has one.
         """
-        components, failed, error = self._components(rollouts)
+        components, failed, errors = self._components(rollouts)
         joined = np.asarray(self._joined(components, rollouts), np.float64)[~_any(failed, rollouts)]
         if not joined.size:
             raise InputError(
                 f"score.normalise cannot be used: a reward function failed at every answer of the policy at the start; "
-                f"first: {error}"
+                f"first: {next(iter(errors.values()), '')}"
             )
         if not joined.std() > 0:
             raise InputError(
@@ -193,23 +212,29 @@ class Scorer:
         self.is_normalised = True
 
     def __call__(self, rollouts: Rollouts, *, training: bool) -> Scored:
-        """Every answer's score; what is relative to the other answers (whitening) is done for `training` alone."""
-        components, failed, error = self._components(rollouts)
+        """Every answer's score; what is relative to the other answers (whitening) is done for `training` alone.
+
+        Raises:
+          InputError: a reward model whose scores are not finite.
+        """
+        components, failed, errors = self._components(rollouts)
         score = jnp.float32(self._gain) * self._joined(components, rollouts) + jnp.float32(self._bias)
         has_score = ~_any(failed, rollouts)
         if training and self._options.join == "piecewise":
             score = whiten_biased(score, jnp.asarray(has_score), shift_mean=True)
         if self._options.missing_end == "replace":
             has_score = has_score | ~rollouts.ended
-        return Scored(self._shaped(score, rollouts), has_score, components, failed, error)
+        return Scored(self._shaped(score, rollouts), has_score, components, failed, errors)
 
-    def _components(self, rollouts: Rollouts) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], str]:
-        """Scores by name, where functions failed by name, and the first error."""
+    def _components(
+        self, rollouts: Rollouts
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, str]]:
+        """Scores by name, where functions failed by name, and the first error of each."""
         components: dict[str, np.ndarray] = {}
         failed: dict[str, np.ndarray] = {}
-        error = ""
+        errors: dict[str, str] = {}
         if self._workers is not None:
-            components, failed, error = self._by_functions(self._workers, rollouts)
+            components, failed, errors = self._by_functions(self._workers, rollouts)
         for name, reward in self._models.items():
             found_EN = np.stack([self._by_model(member, rollouts) for member in reward.members])
             found_N = np.asarray(reward.combine_scores(jnp.asarray(found_EN)), np.float32)
@@ -220,30 +245,31 @@ class Scorer:
                     "trained well?"
                 )
             components[name] = found_N
-        return components, failed, error
+        return components, failed, errors
 
     def _by_functions(
         self, workers: RewardWorkers, rollouts: Rollouts
-    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], str]:
-        """Scores and failures by name, and (in process 0) the first error. Process 0 alone asks the functions and tells
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, str]]:
+        """Scores and failures by name, and (in process 0) first errors. Process 0 alone asks the functions and tells
         the others: asked twice, one that is short of time or that draws need not say the same, and processes that
         learn from unlike scores, or of which one stops, wait for each other for ever."""
         names = self._functions
         scores_FN = np.zeros((len(names), len(rollouts.answers)), np.float32)
         failed_FN = np.zeros(scores_FN.shape, bool)
-        error = ""
+        errors: dict[str, str] = {}
         if jax.process_index() == 0:
             found = workers.score(self._answers(rollouts))
             for place, name in enumerate(names):
                 scores_FN[place] = found[name].scores_N
                 failed_FN[place] = [failure is not None for failure in found[name].failures]
-                error = error or next(iter(found[name].errors.values()), "")
+                if found[name].errors:
+                    errors[name] = next(iter(found[name].errors.values()))
         if jax.process_count() > 1:
             scores_FN, failed_FN = multihost_utils.broadcast_one_to_all((scores_FN, failed_FN))
         return (
             {name: np.asarray(scores_N) for name, scores_N in zip(names, scores_FN, strict=True)},
             {name: np.asarray(failed_N) for name, failed_N in zip(names, failed_FN, strict=True)},
-            error,
+            errors,
         )
 
     def _by_model(self, member: LoadedModel, rollouts: Rollouts) -> np.ndarray:

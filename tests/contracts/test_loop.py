@@ -20,7 +20,7 @@ from launch.train import run
 from posttrain_jax import train_loop
 from posttrain_jax.algorithms import sft
 from posttrain_jax.checkpoint import Checkpoints, restore_params
-from posttrain_jax.errors import InputError
+from posttrain_jax.errors import InputError, StepNotTaken
 from posttrain_jax.metrics import Accumulator, as_json, progress_line, truncate_after
 from posttrain_jax.train_loop import LoopOptions, Summary, train
 from posttrain_jax.types import Metric, Task
@@ -249,6 +249,28 @@ def test_a_crashed_run_ends_as_one_that_never_crashed(tmp_path: Path, name: str)
     if name == "lora":
         assert not (whole / "checkpoints/7/params/embed").exists()
         assert any(np.asarray(want["layers"]["attn"]["q"]["lora_b"]).ravel())
+
+
+def test_a_step_that_is_not_taken_loses_nothing(tmp_path: Path):
+    """The third of 4 steps, where the next checkpoint is of the last: step 2 is saved, and the rows are read again."""
+    config = tiny_config(log__every=1, checkpoint__every=0)
+    task = make_task(config, tmp_path)
+    read: list[np.ndarray] = []
+
+    def step(state, batch):
+        read.append(np.asarray(batch.tokens))
+        if len(read) == 3:
+            raise StepNotTaken("The reward function f failed at all 8 answers.")
+        return task.train_step(state, batch)
+
+    with pytest.raises(InputError, match="failed at all 8 answers"):
+        train(dataclasses.replace(task, train_step=step), options(config), tmp_path)
+    assert completed_steps(tmp_path) == [2]
+    assert not (tmp_path / "summary.json").exists()
+    task = make_task(config, tmp_path)
+    train(dataclasses.replace(task, train_step=step), options(config), tmp_path)
+    np.testing.assert_array_equal(read[2], read[3])
+    assert len(read) == 5 and [row["step"] for row in lines(tmp_path) if "train/loss" in row] == [1, 2, 3, 4]
 
 
 def test_a_new_start_forgets_the_frozen_parameters_of_one_without_checkpoints(tmp_path: Path):

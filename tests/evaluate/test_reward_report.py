@@ -351,3 +351,13 @@ def test_settings_that_make_no_sense():
         reward_report([])
     with pytest.raises(InputError, match="Two splits have one name"):
         reward_report([pairs, pairs])
+
+
+def test_names_out_of_the_data_are_no_markup(tmp_path):
+    """Neither in the tables of Markdown, nor for the plots, which read $...$ as mathematics."""
+    pairs = pairs_of([1, -1], split="$\\frac", subsets_N=["<img src=x>|\n# a", "b\ud83d"])
+    report = reward_report([pairs], resamples=50, about={"model": "<b>"})
+    text = report_text(report)
+    assert "| &lt;img src=x&gt;\\| # a |" in text and "- model: &lt;b&gt;" in text
+    write_report(report, tmp_path)
+    assert (tmp_path / "report.md").stat().st_size and (tmp_path / "margins.png").stat().st_size

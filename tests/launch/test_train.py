@@ -311,3 +311,21 @@ def test_overrides_reach_the_run(processes, tmp_path: Path):
     assert (config["train"]["steps"], config["optim"]["lr"], config["data"]["pack"]) == (1, 5e-4, False)
     samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     assert [(row["step"], row["prompt"]) for row in samples] == [(0, "Hi"), (1, "Hi")]
+
+
+@pytest.mark.slow
+def test_a_reward_function_that_fails_at_every_answer_ends_the_run(processes, tmp_path):
+    """Before the first step: the data have no column "solution"."""
+    ended = processes.run(
+        "launch.train",
+        "--config=configs/ppo/smollm2_sentiment.py:tiny",
+        "--config.score.functions=('tests.rollouts.letter_lengths:wrong_column',)",
+        f"--workdir={tmp_path}",
+    )
+    assert ended.code == 2, ended
+    error = ended.err.splitlines()[-1]
+    assert error.startswith(
+        "error: The reward function tests.rollouts.letter_lengths:wrong_column failed at all "
+    )
+    assert "KeyError: 'solution' (" in error and "letter_lengths.py:" in error
+    assert "Traceback" not in ended.err and not (tmp_path / "summary.json").exists()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import http.server
 import json
 import os
+import re
 import signal
 import socket
+import threading
 import time
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -225,7 +230,8 @@ def test_a_server_that_is_full_is_asked_again(flags, tmp_path):
 
 def test_an_endpoint_that_cannot_be_reached_exits_with_2(files, tmp_path):
     a, b = files
-    url = f"http://127.0.0.1:{free_port()}/v1"
+    place = f"127.0.0.1:{free_port()}/v1"
+    url = f"http://anna:hunter22@{place}?api_key=swordfish"
     done = launch(
         "win_rate",
         f"--a={a}",
@@ -236,8 +242,58 @@ def test_an_endpoint_that_cannot_be_reached_exits_with_2(files, tmp_path):
         "--retries=1",
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: The judge 'j' at {url} cannot be reached (")
-    assert done.stderr.count("\n") == 1
+    shown = f"http://***@{place}?api_key=***"
+    assert done.stderr.startswith(f"error: The judge 'j' at {shown} cannot be reached (")
+    assert done.stderr.count("\n") == 1 and not re.search("hunter22|swordfish", done.stderr)
+
+
+class TellTale(http.server.BaseHTTPRequestHandler):
+    """A judge that says A, or with a wrong key says which: it keeps the paths and the keys that it was sent."""
+
+    asked: ClassVar[list[tuple[str, str]]] = []
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.asked.append((self.path, self.headers["Authorization"]))
+        right = "swordfish" in self.path
+        message = {"role": "assistant", "content": "A"}
+        choice = {"index": 0, "finish_reason": "stop", "message": message}
+        body = {"id": "1", "object": "chat.completion", "created": 1, "model": "j", "choices": [choice]}
+        if not right:
+            body = {
+                "error": {"message": f"no such key: {self.path} {self.headers['Authorization']} hunter22"}
+            }
+        self.send_response(200 if right else 401)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_what_a_judges_url_keeps_secret_is_sent_and_said_nowhere(files, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv(KEY_VARIABLE, "bearer-of-it")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), TellTale) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        host = f"127.0.0.1:{server.server_port}/v1"
+        url = f"http://anna:hunter22@{host}?api_key=swordfish&api-version=7"
+        asked = options(tmp_path, url, a=files[0], b=files[1], judge_model="j")
+        record = compare(asked)
+        with pytest.raises(InputError, match="refuses the API key") as raised:
+            compare(dataclasses.replace(asked, judge=url.replace("swordfish", "sword-fish-2"), retries=0))
+        server.shutdown()
+    assert record["judge"] == f"http://***@{host}?api_key=***&api-version=***"
+    path, key = TellTale.asked[0]
+    assert path == "/v1/chat/completions?api_key=swordfish&api-version=7"
+    assert base64.b64decode(key.removeprefix("Basic ")) == b"anna:hunter22"
+    texts = [file.read_text() for file in (tmp_path / "out").iterdir()]
+    said = "\n".join([*texts, str(raised.value), *capfd.readouterr()])
+    assert not re.search("hunter22|swordfish|sword-fish-2|bearer-of-it", said)
+    for odd in ("http://anna:hunter22/7@h/v1", "http://:x@/v1", "http://h:port/v1"):
+        with pytest.raises(InputError, match="names no host and port") as raised:
+            Endpoint(odd, "j")
+        assert "hunter" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +364,12 @@ def test_a_model_of_ours_as_the_judge_of_what_launch_generate_wrote(judge_folder
     assert record["b_over_a"]["win_rate"]["value"] == pytest.approx(0.5)
     assert (record["b_over_a"]["prompts"], record["b_over_a"]["pairs"]) == (3, 6)
     assert "3 prompts, 6 pairs in both orders" in capsys.readouterr().out
-    # The same files with the prompts given, and with the options gone.
+    # The same files with other prompts, with the prompts given, and with the options gone.
+    text = prompts.read_text()
+    prompts.write_text(text.replace("Why?", "Who?"))
+    with pytest.raises(InputError, match=r"prompts\.jsonl was changed since .*a\.jsonl answered it"):
+        read_pairs(asked)
+    prompts.write_text(text)
     (tmp_path / "a.jsonl.options.json").unlink()
     with pytest.raises(InputError, match=r"a\.jsonl\.options\.json beside it does not say"):
         read_pairs(asked)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import decimal
+import json
 import os
 import pathlib
+import pickle
 import signal
 import subprocess
 import sys
@@ -148,6 +152,74 @@ def prints(answers):
     for _ in answers:
         print("a line on stdout")
     return [0.0] * len(answers)
+
+
+class Bomb:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (pathlib.Path(self.file),)
+
+
+def writes_everywhere(answers):
+    """Into every open descriptor: lengths of pickles, JSON, and pickles that run."""
+    for answer in answers:
+        bomb = pickle.dumps(Bomb(answer.row["file"]))
+        junk = len(bomb).to_bytes(4, "big") + bomb + b'{"values": [9.0]}\n' + bytes(100) + b"\xff" * 8
+        for number in descriptors():
+            with contextlib.suppress(OSError):
+                os.write(number, junk)
+    return [1.0] * len(answers)
+
+
+def floods(answers):
+    while answers:
+        for number in descriptors():
+            with contextlib.suppress(OSError):
+                os.write(number, bytes(1000))
+    return []
+
+
+def closes_everything(answers):
+    if answers:
+        os.closerange(3, 100)
+    return [1.0] * len(answers)
+
+
+def descriptors():
+    return [int(name) for name in os.listdir("/proc/self/fd") if int(name) > 2]
+
+
+ROW = {
+    "bytes": b"\x00\xff",
+    "day": datetime.date(2024, 2, 29),
+    "moment": datetime.datetime(2024, 2, 29, 12, 30, 1, 5, tzinfo=datetime.UTC),
+    "time": datetime.time(1, 2, 3),
+    "long": datetime.timedelta(days=-1, seconds=5, microseconds=7),
+    "decimal": decimal.Decimal("0.10"),
+    "numbers": [1, -2.5, True, None, 1e300, float("inf")],
+    "deep": {"a": [{"$posttrain_jax": ["bytes", "x"]}], "é\ud800": "日本"},
+    "keys": {1: "one", (2, "b"): "two", None: 3},
+}
+
+
+def row_is_whole(answers):
+    return [float(repr(answer.row) == repr(ROW)) for answer in answers]
+
+
+def raises_in_a_library(answers):
+    return [json.loads(answer.text) for answer in answers]
+
+
+class Called:
+    def __call__(self, answers):
+        raise ValueError("called")
+
+
+called = Called()
 
 
 def cannot_be_used(answers):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+import reward_cases
 
 from posttrain_jax.errors import InputError
 from posttrain_jax.rewards.answer import Answer
@@ -99,7 +101,9 @@ def test_every_failure_is_counted_and_costs_its_own_answer_only(workers):
         assert found.counts == {
             "raised": 2, "timed_out": 2, "died": 2, "not_finite": 4, "not_a_number": 4, "wrong_count": 0
         }  # fmt: skip
-        assert found.errors["raised"] == "KeyError: 'no such column'"
+        assert re.fullmatch(
+            r"KeyError: 'no such column' \(/.*tests/rewards/reward_cases\.py:\d+\)", found.errors["raised"]
+        )
         assert found.errors["timed_out"] == "it took longer than 2 s for an answer"
         assert found.errors["died"] == "its process died: signal 9, Killed"
         assert found.errors["not_finite"] == "it returned nan (a float) for an answer"
@@ -136,7 +140,8 @@ def test_a_call_that_fails_as_a_whole_is_repeated_answer_by_answer():
         failure_score=-1.0,
     )
     assert found.scores_N.tolist() == [1.0, 2.0, -1.0, 4.0, 5.0]
-    assert found.counts == counts(raised=1) and found.errors == {"raised": "ValueError: not these"}
+    assert found.counts == counts(raised=1) and list(found.errors) == ["raised"]
+    assert found.errors["raised"].startswith("ValueError: not these (")
     found = score(
         "by_text",
         [answer(text) for text in ("1", "kill", "3", "hang", "nan", "6")],
@@ -145,6 +150,42 @@ def test_a_call_that_fails_as_a_whole_is_repeated_answer_by_answer():
     )
     assert found.scores_N.tolist() == [1.0, 0.0, 3.0, 0.0, 0.0, 6.0]
     assert found.counts == counts(died=1, timed_out=1, not_finite=1)
+
+
+@pytest.mark.parametrize(
+    ("function", "line"),
+    [
+        ("raises_in_a_library", "return [json.loads(answer.text) for answer in answers]"),
+        ("called", 'raise ValueError("called")'),
+    ],
+)
+def test_an_error_names_the_place_in_the_users_own_code(function, line):
+    error = score(function, [answer("no JSON")]).errors["raised"]
+    path, number = re.fullmatch(r".* \((.*):(\d+)\)", error).groups()
+    assert pathlib.Path(path).read_text().splitlines()[int(number) - 1].strip() == line
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_what_a_function_writes_to_its_socket_is_never_run(tmp_path):
+    """Nor does it cost an answer its score."""
+    file = tmp_path / "ran"
+    found = score("writes_everywhere", [answer(file=str(file)) for _ in range(3)])
+    assert found.scores_N.tolist() == [1.0] * 3 and found.counts == counts()
+    assert not file.exists()
+    found = score("floods", [answer()], seconds=0.5)
+    assert found.counts == counts(timed_out=1)
+    found = score("closes_everything", [answer()])
+    assert found.counts == counts(died=1)
+
+
+def test_every_value_of_a_row_arrives_as_it_was():
+    assert score("row_is_whole", [answer(**reward_cases.ROW)]).scores_N.tolist() == [1.0]
+    with pytest.raises(
+        InputError, match="A row of the data, or its prompt, holds a object, which cannot be given"
+    ):
+        score("length", [answer(odd=[object()])])
+    with pytest.raises(InputError, match="The arguments of reward_cases:scaled holds a set"):
+        reward("scaled", arguments={"by": {1}})
 
 
 def test_a_process_killed_from_outside_loses_nothing(tmp_path):

@@ -24,3 +24,8 @@ def length_without_x(answers: list[Answer]) -> list[float]:
     if any("x" in answer.text for answer in answers):
         raise ValueError("an x")
     return [float(len(answer.token_ids)) for answer in answers]
+
+
+def wrong_column(answers: list[Answer]) -> list[float]:
+    """Fails at every answer whose row has no column "solution"."""
+    return [float(answer.row["solution"]) for answer in answers]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from algorithms.tiny import untrained_reward_run
 
 from configs.reward_model.smollm2_135m import get_config
 from posttrain_jax.data.prompts import Prompt
-from posttrain_jax.errors import InputError
+from posttrain_jax.errors import InputError, StepNotTaken
 from posttrain_jax.export_model import export_hf
 from posttrain_jax.models.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.config import ModelConfig
@@ -80,6 +81,21 @@ def test_an_answer_that_did_not_end_the_thought_of_its_prompt_has_no_result():
     scored = by_number(drawn, training=True)
     by_number.close()
     assert scored.scores.tolist() == [0.0, 1.0, 0.0]
+
+
+def test_a_function_that_fails_at_every_answer_is_refused():
+    """By its first error and its place; a function beside it that works changes nothing, one good answer does."""
+    name = "tests.rollouts.letter_lengths:wrong_column"
+    functions = {one: PythonReward(one) for one in (LENGTH, name)}
+    both = scorer(ScoreOptions(dict.fromkeys(functions, 1.0)), functions=functions)
+    drawn = rollouts(["ab", "cd"], [True, True])
+    scored = both(drawn, training=True)
+    with pytest.raises(StepNotTaken, match="wrong_column failed at all 2 answers") as raised:
+        scored.require_scores()
+    assert re.search(r"KeyError: 'solution' \(/.*letter_lengths\.py:\d+\)\. Correct it", str(raised.value))
+    solved = dataclasses.replace(drawn.prompts[0], row={"solution": 3})
+    both(dataclasses.replace(drawn, prompts=[solved, drawn.prompts[1]]), training=True).require_scores()
+    both.close()
 
 
 @pytest.mark.slow
