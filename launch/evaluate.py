@@ -2,8 +2,8 @@
 
 `eval.task` of the config says what: held_out (loss and perplexity on held-out rows), ifeval (instructions that a
 program can check), math (arithmetic and word problems), multiple_choice (by log-probability), kl (how far it has moved
-from a reference model, on answers that it writes). `launch.compare` tests the difference between two models on the same
-rows.
+from a reference model, on answers that it writes). What it is evaluated on is printed first. `launch.compare` tests the
+difference between two models on the same rows.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def evaluate(name: str, config: ConfigDict, out: Path) -> dict[str, Any]:
         raise InputError(f"eval.bootstrap is {config.eval.bootstrap}; it must be 0 (off) or more.")
     if not 0 <= config.seed < 2**31:
         raise InputError(f"seed is {config.seed}; it must be between 0 and 2147483647.")
-    if "max_length" in config.data and config.data.max_length < 2:
+    if "max_length" in config.data and config.data.max_length < 2 and config.data.max_length != -1:
         raise InputError(f"data.max_length is {config.data.max_length}; it must be at least 2.")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -85,6 +85,7 @@ def evaluate(name: str, config: ConfigDict, out: Path) -> dict[str, Any]:
         "model": name,
         "step": loaded.source.step,
         "task": task,
+        "data": result.data,
         "metrics": {key: dataclasses.asdict(value) for key, value in result.metrics.items()},
         "counts": result.counts,
         "by_type": result.by_type,

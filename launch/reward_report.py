@@ -29,6 +29,7 @@ from posttrain_jax.errors import InputError
 
 if TYPE_CHECKING:
     from posttrain_jax.data.tokenized_preferences import PreferenceData
+    from posttrain_jax.evaluate.own_data import HeldOutData
     from posttrain_jax.load_model import LoadedModel
 
 EXAMPLE = (
@@ -103,6 +104,7 @@ def report(options: Options) -> dict[str, Any]:
     Raises:
       InputError: a bad flag, a language model, data that cannot be read or hold no comparison.
     """
+    from posttrain_jax.evaluate.own_data import run_config
     from posttrain_jax.evaluate.reward_report import reward_report
     from posttrain_jax.evaluate.reward_report_files import write_report, write_rows
     from posttrain_jax.evaluate.score_pairs import Combination, score_pairs
@@ -123,6 +125,8 @@ def report(options: Options) -> dict[str, Any]:
     members = load_members(options.model, dtype=options.dtype, param_dtype=options.dtype, mesh=mesh)
     run = run_config(members[0])
     first = in_distribution(options, run)
+    for name, source in {IN_DISTRIBUTION: first.text(), **further}.items():
+        print(f"data: {name}: {source}", flush=True)
     splits = read_splits(options, members[0], run, first, further)
     for data in splits.values():
         print(data.text())
@@ -163,33 +167,14 @@ def report(options: Options) -> dict[str, Any]:
     return result
 
 
-@dataclasses.dataclass(frozen=True)
-class InDistribution:
-    """The first split: data, which part of them ("" = all of them), and the seed that draws it."""
-
-    data: Any
-    part: str
-    seed: int
-
-    def text(self) -> str:
-        """What it is, for the report."""
-        return f"{self.data}, held out by {self.part} with seed {self.seed}" if self.part else f"{self.data}"
-
-
-def run_config(loaded: LoadedModel) -> dict[str, Any] | None:
-    """The config of the run in a workdir; None for any other MODEL."""
-    from posttrain_jax.models.hf_config import read_json
-
-    return read_json(loaded.source.path / "config.json") if loaded.source.kind == "workdir" else None
-
-
-def in_distribution(options: Options, run: dict[str, Any] | None) -> InDistribution:
+def in_distribution(options: Options, run: dict[str, Any] | None) -> HeldOutData:
     """What --data and --held_out say, or what the run held out.
 
     Raises:
       InputError: neither says anything, or they contradict.
     """
     from posttrain_jax.data.split import split_amount
+    from posttrain_jax.evaluate.own_data import HeldOutData, held_out_by
 
     seed = options.seed if options.seed is not None else 0 if run is None else run["seed"]
     if options.held_out and split_amount(options.held_out) is None:
@@ -197,21 +182,23 @@ def in_distribution(options: Options, run: dict[str, Any] | None) -> InDistribut
             f"--held_out is {options.held_out!r}; write split:60 (prompts) or split:0.1 (a share of them)."
         )
     if options.data:
-        return InDistribution(options.data, options.held_out, seed)
+        return HeldOutData(options.data, options.held_out, seed)
     if options.held_out:
         raise InputError(
             "--held_out is a part of --data; give both, or neither for what a workdir's run held out."
         )
     if run is None:
         raise InputError(f"--data is needed: {options.model} is no workdir, so it names no data of its own.")
-    held_out = run["data"]["eval"]
-    if not held_out:
+    if not run["data"]["eval"]:
         raise InputError(
             f"--data is needed: the run in {options.model} held nothing out (its data.eval is empty)."
         )
-    if split_amount(held_out) is None:
-        return InDistribution(held_out, "", seed)
-    return InDistribution(run["data"]["train"], held_out, seed)
+    if seed != run["seed"]:
+        raise InputError(
+            f"--seed is {seed}, and the run in {options.model} held its rows out with seed {run['seed']}: another seed "
+            "would take rows that it was trained on; leave --seed out, or give --data."
+        )
+    return held_out_by(run, options.model)
 
 
 def read_names(given: Sequence[str]) -> dict[str, str]:
@@ -276,7 +263,7 @@ def read_splits(
     options: Options,
     loaded: LoadedModel,
     run: dict[str, Any] | None,
-    first: InDistribution,
+    first: HeldOutData,
     further: dict[str, str],
 ) -> dict[str, PreferenceData]:
     """The data of every split, by its name, tokenised by the model's tokenizer and, of a workdir, by the run's rules.
@@ -288,16 +275,15 @@ def read_splits(
     from posttrain_jax.data.tokenized import TokenizeOptions
     from posttrain_jax.data.tokenized_preferences import build_preferences
     from posttrain_jax.evaluate.tasks import need_tokenizer
-    from posttrain_jax.experiment_data import data_spec
+    from posttrain_jax.experiment_data import data_spec, tokenize_options
 
     tokenizer = need_tokenizer(loaded)
     # The run's chat template is its tokenizer's by now.
-    rules = TokenizeOptions(
-        max_length=options.max_length or (run["data"]["max_length"] if run else MAX_LENGTH),
-        truncate=run["data"]["truncate"] if run else "drop",
-        on_bad_row=run["data"]["on_bad_row"] if run else "stop",
-        ignore_columns=run["data"].get("ignore_columns", "") if run else "",
-    )
+    rules = TokenizeOptions(max_length=MAX_LENGTH, truncate="drop")
+    if run is not None:
+        rules = tokenize_options(run["data"] | {"chat_template": ""})
+    if options.max_length:
+        rules = dataclasses.replace(rules, max_length=options.max_length)
     data = build_preferences(data_spec(first.data), tokenizer, rules)
     if first.part:
         amount = split_amount(first.part)

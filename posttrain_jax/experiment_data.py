@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +33,29 @@ class Rows:
     held_out: list[PackedRows]
 
 
+def tokenize_options(data: Mapping[str, Any]) -> TokenizeOptions:
+    """How rows become sequences, as `config.data` says: an experiment's, an evaluation's, or that of a run's
+    config.json, which may be older than a key."""
+    of_some = {"train_on": "all_turns", "ignore_columns": ""}  # preferences have no train_on
+    rules = {**of_some, **data}
+    return TokenizeOptions(
+        max_length=rules["max_length"],
+        truncate=rules["truncate"],
+        train_on=rules["train_on"],
+        chat=ChatOptions(template=rules["chat_template"]),
+        on_bad_row=rules["on_bad_row"],
+        ignore_columns=rules["ignore_columns"],
+        progress=jax.process_index() == 0,
+    )
+
+
 def rows_from_config(config: Config, tokenizer: PreTrainedTokenizerBase, workdir: Path) -> Rows:
     """Reads, tokenises (or finds in the cache), splits and packs `config.data`, and says what it did.
 
     Raises:
       InputError: bad rows, a missing file, nothing left to train on.
     """
-    options = TokenizeOptions(
-        max_length=config.data.max_length,
-        truncate=config.data.truncate,
-        train_on=config.data.train_on,
-        chat=ChatOptions(template=config.data.chat_template),
-        on_bad_row=config.data.on_bad_row,
-        ignore_columns=config.data.ignore_columns,
-        progress=jax.process_index() == 0,
-    )
+    options = tokenize_options(config.data)
     train = build(data_spec(config.data.train), tokenizer, options, rejected_path=workdir / "rejected.jsonl")
     say(train.text())
     held_out: TokenizedData | None = None
@@ -106,14 +114,7 @@ def preferences_from_config(
     Raises:
       InputError: bad rows, a missing file, nothing left to train on, a group that does not fit.
     """
-    options = TokenizeOptions(
-        max_length=config.data.max_length,
-        truncate=config.data.truncate,
-        chat=ChatOptions(template=config.data.chat_template),
-        on_bad_row=config.data.on_bad_row,
-        ignore_columns=config.data.ignore_columns,
-        progress=jax.process_index() == 0,
-    )
+    options = tokenize_options(config.data)
     train = build_preferences(
         data_spec(config.data.train), tokenizer, options, rejected_path=workdir / "rejected.jsonl"
     )

@@ -17,6 +17,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = eval_config("ifeval")
     answers(config, max_new_tokens=1280)
     config.data.eval = "asset:ifeval"  # or any rows with prompt, instruction_id_list, kwargs
+    config.data.prompt = "{prompt}"  # {column} of the row
     config.data.first = 0  # only so many prompts; 0 = all
     config.data.on_bad_row = "stop"  # stop, skip
 

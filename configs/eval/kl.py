@@ -1,9 +1,10 @@
 """How far a model has moved from its reference: KL(policy || reference) on answers that the policy writes.
 
-Command: python -m launch.evaluate --model=runs/dpo --config=configs/eval/kl.py --config.reference.model=MODEL --out=DIR
+Command: python -m launch.evaluate --model=runs/dpo --config=configs/eval/kl.py --out=DIR
 k1 and k3 (Schulman, "Approximating KL divergence", 2020) per answer and per token, and the length of the answers, with
-intervals over prompts. By default the first 32 instructions of alpaca_en_demo and the model that
-configs/dpo/smollm2_135m.py starts from. Variant: `:tiny` (two short prompts).
+intervals over prompts. By default a workdir answers the first 32 prompts that its run held out, encoded as the run
+does, beside the model that the run started from; any other MODEL needs reference.model, and answers the first 32
+instructions of alpaca_en_demo. Variant: `:tiny` (two short prompts).
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ def get_config(variant: str = "") -> ConfigDict:
     """The evaluation; see the module's docstring for the variants."""
     config = eval_config("kl")
     config.reference = ConfigDict()
-    config.reference.model = "asset:smollm2-135m-instruct"  # a MODEL with the same tokens
-    config.data.eval = "asset:alpaca_en_demo"  # rows to ask: asset:NAME, path, folder, hf:NAME, tfds:NAME
-    config.data.prompt = "{instruction}"  # {column} of the row
+    config.reference.model = ""  # a MODEL with the same tokens; "" = what the run in a workdir started from
+    config.data.eval = ""  # rows to ask: asset:NAME, path, folder, hf:NAME, tfds:NAME; "" = as said above
+    config.data.prompt = "{instruction}"  # {column} of a row of data.eval
     config.data.render = "auto"  # chat, text, auto (chat where the tokenizer has a template)
     config.data.first = 32  # only so many rows; 0 = all
     config.data.on_bad_row = "stop"  # stop, skip

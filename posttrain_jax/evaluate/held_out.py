@@ -10,24 +10,38 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
-from posttrain_jax.chat_template import ChatOptions
 from posttrain_jax.data.loader import eval_batch_count, eval_batches
 from posttrain_jax.data.packing import PackedRows, pack
 from posttrain_jax.data.split import hold_out, split_amount
-from posttrain_jax.data.tokenized import TokenizeOptions, build
+from posttrain_jax.data.tokenized import TokenizedData, TokenizeOptions, build
 from posttrain_jax.errors import InputError
+from posttrain_jax.evaluate.own_data import HeldOutData, held_out_by, run_config
 from posttrain_jax.evaluate.sequence_sums import sequence_sums
 from posttrain_jax.evaluate.statistics import Estimate, bootstrap_means, interval
-from posttrain_jax.evaluate.tasks import Progress, TaskResult, local_source, need_tokenizer
+from posttrain_jax.evaluate.tasks import Progress, TaskResult, check_first, need_tokenizer, say_data
+from posttrain_jax.experiment_data import data_spec, tokenize_options
 from posttrain_jax.load_model import LoadedModel
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sharding import shard_multiple
 from posttrain_jax.types import PyTree
+
+DEMO = ("asset:alpaca_en_demo", "split:99")
+"""What is evaluated on where neither `config.data` nor the model says anything: configs/sft/smollm2_135m.py's split."""
+
+RULES: dict[str, Any] = {
+    "max_length": 1024,
+    "truncate": "right",
+    "on_bad_row": "stop",
+    "train_on": "all_turns",
+    "ignore_columns": "",
+}
+"""How rows become sequences where neither `config.data` nor a run says anything."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,10 +193,13 @@ def from_config(
     Raises:
       InputError: anything wrong with config or data.
     """
+    source = data_of(config, loaded)
+    rows_to_read = held_out_rows(config, loaded, out)
+    said = say_data(sum(len(part.source) for part in rows_to_read), source.text(), first=config.data.first)
     found = held_out_loss(
         loaded.model,
         loaded.params,
-        held_out_rows(config, loaded, out),
+        rows_to_read,
         batch_rows=config.eval.batch_rows,
         mesh=mesh,
         bootstrap=config.eval.bootstrap,
@@ -208,7 +225,46 @@ def from_config(
         }
         for name, loss, trained, correct, length in zip(*columns, strict=True)
     ]
-    return TaskResult(found.metrics, found.counts(), rows)
+    return TaskResult(found.metrics, found.counts(), rows, data=said)
+
+
+def data_of(config: Config, loaded: LoadedModel) -> HeldOutData:
+    """What `config.data` names; where it names nothing, what the run in a workdir held out, and for any other model
+    DEMO.
+
+    Raises:
+      InputError: a part of nothing, or a run that held nothing out of which a loss is a language model's.
+    """
+    given, run = config.data, run_config(loaded)
+    own = {} if run is None else run["data"]
+    if given.train or given.eval not in ("", own.get("eval")):
+        if not given.eval:
+            raise InputError("data.eval is empty; give a path, a data set, or split:NUMBER of data.train.")
+        if split_amount(given.eval) is None:
+            return HeldOutData(given.eval, "", config.seed)
+        if not given.train:
+            raise InputError(f"data.eval={given.eval} is a part of data.train, which is empty.")
+        # Of a run's own rows another seed would hold out some that it was trained on.
+        seed = run["seed"] if run is not None and given.train == own["train"] else config.seed
+        return HeldOutData(given.train, given.eval, seed)
+    if run is None:
+        return HeldOutData(*DEMO, config.seed)
+    if run["algorithm"] != "sft":
+        raise InputError(
+            f"The run in {loaded.source.name} ({run['algorithm']}) held out no rows of the kind that this evaluation "
+            "reads, texts or conversations; give some in data.eval."
+        )
+    return held_out_by(run, loaded.source.name)
+
+
+def rules_of(config: Config, loaded: LoadedModel) -> TokenizeOptions:
+    """How rows become sequences: what `config.data` leaves open is as in the run of a workdir, else as in RULES."""
+    run = run_config(loaded)
+    rules = {**RULES, "max_length": min(RULES["max_length"], loaded.config.max_length)}
+    rules |= {} if run is None else {name: run["data"][name] for name in RULES if name in run["data"]}
+    given = {name: config.data[name] for name in RULES if config.data[name] not in ("", -1)}
+    # The run's chat template is its tokenizer's by now.
+    return tokenize_options({**rules, **given, "chat_template": config.data.chat_template})
 
 
 def held_out_rows(config: Config, loaded: LoadedModel, out: Path) -> list[PackedRows]:
@@ -218,26 +274,25 @@ def held_out_rows(config: Config, loaded: LoadedModel, out: Path) -> list[Packed
       InputError: the model has no tokenizer, or anything wrong with the data.
     """
     tokenizer = need_tokenizer(loaded)
-    if not config.data.eval:
-        raise InputError("data.eval is empty; give a path, a data set, or split:NUMBER of data.train.")
-    if config.data.max_length > loaded.config.max_length:
+    source, options = data_of(config, loaded), rules_of(config, loaded)
+    if options.max_length > loaded.config.max_length:
         raise InputError(
-            f"data.max_length={config.data.max_length} is more than the model's context of {loaded.config.max_length}."
+            f"data.max_length={options.max_length} is more than the model's context of {loaded.config.max_length}."
         )
-    options = TokenizeOptions(
-        max_length=config.data.max_length,
-        truncate=config.data.truncate,
-        train_on=config.data.train_on,
-        chat=ChatOptions(template=config.data.chat_template),
-        on_bad_row=config.data.on_bad_row,
-        ignore_columns=config.data.ignore_columns,
-    )
-    amount = split_amount(config.data.eval)
-    if amount is not None and not config.data.train:
-        raise InputError(f"data.eval={config.data.eval} is a part of data.train, which is empty.")
-    spec = config.data.eval if amount is None else config.data.train
-    data = build(local_source(spec), tokenizer, options, rejected_path=out / "rejected.jsonl")
+    check_first(config.data.first)
+    data = build(data_spec(source.data), tokenizer, options, rejected_path=out / "rejected.jsonl")
     print(data.text(), file=sys.stderr)
+    amount = split_amount(source.part)
     if amount is not None:
-        data = hold_out(data, amount, seed=config.seed)[1]
-    return pack(data, config.data.max_length, packed=config.data.pack)
+        data = hold_out(data, amount, seed=source.seed)[1]
+    return pack(_first(data, config.data.first), options.max_length, packed=config.data.pack)
+
+
+def _first(data: TokenizedData, count: int) -> TokenizedData:
+    """The first `count` sequences of all sources together; 0 = all."""
+    kept, left = [], count
+    for source in data.sources if count else ():
+        if left:
+            kept.append(source.select(np.arange(min(left, len(source)))))
+            left -= len(kept[-1])
+    return dataclasses.replace(data, sources=tuple(kept)) if count else data

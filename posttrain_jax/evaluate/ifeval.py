@@ -29,12 +29,13 @@ from posttrain_jax.evaluate.answers import Answering, answer_all, answering, wit
 from posttrain_jax.evaluate.tasks import (
     Items,
     Progress,
+    PromptTemplate,
     TaskResult,
     column,
     read_items,
+    say_data,
     summarise,
     task_rows,
-    text_column,
 )
 from posttrain_jax.load_model import LoadedModel
 
@@ -163,17 +164,24 @@ def _quiet_root_logger() -> Iterator[None]:
 
 
 def load_prompts(
-    source: str, checkers: Checkers, *, first: int = 0, on_bad_row: str = "stop"
+    source: str,
+    checkers: Checkers,
+    *,
+    prompt: str = "{prompt}",
+    first: int = 0,
+    on_bad_row: str = "stop",
 ) -> Items[Prompt]:
-    """Prompts in the format of the paper's data: key, prompt, instruction_id_list, kwargs.
+    """Prompts in the format of the paper's data: key, prompt, instruction_id_list, kwargs; `prompt` is a template of
+    what is asked.
 
     Raises:
       InputError: a row that is not of this format, an instruction of an unknown type, or arguments that it does not
         take; names file and line. Or: a check needs the sentence model, which can be neither found nor fetched.
     """
+    template = PromptTemplate(prompt)
     found = read_items(
         task_rows(source),
-        lambda row, key: _prompt(row, key, checkers),
+        lambda row, key: _prompt(row, key, checkers, template),
         key="key",
         first=first,
         on_bad_row=on_bad_row,
@@ -183,8 +191,8 @@ def load_prompts(
     return found
 
 
-def _prompt(row: Row, key: str | int, checkers: Checkers) -> Prompt:
-    text = text_column(row.value, "prompt")
+def _prompt(row: Row, key: str | int, checkers: Checkers, template: PromptTemplate) -> Prompt:
+    text = template.fill(row.value)
     names, given = column(row.value, "instruction_id_list"), column(row.value, "kwargs")
     if not isinstance(names, list) or not names:
         raise RowError("instruction_id_list", "must be a list of instruction types")
@@ -215,9 +223,14 @@ def from_config(config: Config, loaded: LoadedModel, *, progress: Progress | Non
     """
     checkers = Checkers()
     prompts = load_prompts(
-        config.data.eval, checkers, first=config.data.first, on_bad_row=config.data.on_bad_row
+        config.data.eval,
+        checkers,
+        prompt=config.data.prompt,
+        first=config.data.first,
+        on_bad_row=config.data.on_bad_row,
     )
-    return ifeval(
+    said = say_data(len(prompts.items), config.data.eval, first=config.data.first, skipped=prompts.skipped)
+    result = ifeval(
         loaded,
         prompts,
         checkers,
@@ -226,6 +239,7 @@ def from_config(config: Config, loaded: LoadedModel, *, progress: Progress | Non
         seed=config.seed,
         progress=progress,
     )
+    return dataclasses.replace(result, data=said)
 
 
 def ifeval(

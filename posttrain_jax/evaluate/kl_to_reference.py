@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -21,14 +22,17 @@ from transformers import PreTrainedTokenizerBase
 
 from posttrain_jax.data.sources import Row
 from posttrain_jax.errors import InputError
+from posttrain_jax.evaluate.own_data import held_out_by, held_out_prompts, run_config
 from posttrain_jax.evaluate.tasks import (
     Progress,
     PromptTemplate,
     TaskResult,
+    check_first,
     encode_prompt,
     is_chat,
     need_tokenizer,
     read_items,
+    say_data,
     summarise,
     task_rows,
 )
@@ -40,6 +44,9 @@ from posttrain_jax.sampling.choose import Sampling
 from posttrain_jax.sampling.generate import GenerateOptions, Sample, generate
 from posttrain_jax.sampling.score import score_samples
 from posttrain_jax.types import PyTree
+
+DEMO = "asset:alpaca_en_demo"
+"""Asked where neither `data.eval` nor a run says anything."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,26 +199,19 @@ def from_config(config: Config, loaded: LoadedModel, *, mesh: Mesh, progress: Pr
     Raises:
       InputError: the reference cannot be loaded or has another vocabulary, or a row cannot be used.
     """
-    if not config.reference.model:
-        raise InputError("reference.model is empty; give the MODEL that the policy is compared with.")
     tokenizer = need_tokenizer(loaded)
-    template = PromptTemplate(config.data.prompt)
-
-    def convert(row: Row, key: str | int) -> _Prompt:
-        return _Prompt(key, f"{row.source}, line {row.line}", template.fill(row.value))
-
-    items = read_items(
-        task_rows(config.data.eval), convert, first=config.data.first, on_bad_row=config.data.on_bad_row
-    )
-    chat = is_chat(loaded, config.data.render)
-    prompts = [encode_prompt(loaded, item.text, chat=chat, name=item.where) for item in items.items]
+    reference_name = _reference_of(config, loaded)
+    items, prompts, skipped, source = _prompts_of(config, loaded)
+    said = say_data(len(items), source, first=config.data.first, skipped=skipped)
+    if jax.process_index() == 0:
+        print(f"reference: {reference_name}", flush=True)
     reference = load_model(
-        config.reference.model, dtype=config.model.dtype, mesh=mesh, attention=config.model.attention
+        reference_name, dtype=config.model.dtype, mesh=mesh, attention=config.model.attention
     )
     require_language_model(reference)
     if reference.config.vocab_size != loaded.config.vocab_size:
         raise InputError(
-            f"{loaded.source.name} has {loaded.config.vocab_size} tokens and {config.reference.model} has "
+            f"{loaded.source.name} has {loaded.config.vocab_size} tokens and {reference_name} has "
             f"{reference.config.vocab_size}; the KL is of models with the same tokens."
         )
     options = GenerateOptions(
@@ -237,10 +237,54 @@ def from_config(config: Config, loaded: LoadedModel, *, mesh: Mesh, progress: Pr
             scored[1],
             tokenizer,
         )
-        for place, item in enumerate(items.items)
+        for place, item in enumerate(items)
     ]
-    counts = {"samples": len(samples), "skipped_rows": items.skipped}
-    return summarise(rows, counts=counts, by_type={}, bootstrap=config.eval.bootstrap, seed=config.seed)
+    counts = {"samples": len(samples), "skipped_rows": skipped}
+    result = summarise(rows, counts=counts, by_type={}, bootstrap=config.eval.bootstrap, seed=config.seed)
+    return dataclasses.replace(result, data=f"{said}; reference: {reference_name}")
+
+
+def _reference_of(config: Config, loaded: LoadedModel) -> str:
+    """`reference.model`, or the MODEL that the run in a workdir started from.
+
+    Raises:
+      InputError: neither says one.
+    """
+    if config.reference.model:
+        return str(config.reference.model)
+    run = run_config(loaded)
+    if run is None or run["model"]["init"] in ("", "random"):
+        why = "no run's workdir" if run is None else "of a run that started from random parameters"
+        raise InputError(
+            f"reference.model is empty, and {loaded.source.name} is {why}; give the MODEL that it is compared with."
+        )
+    return str(run["model"]["init"])
+
+
+def _prompts_of(config: Config, loaded: LoadedModel) -> tuple[list[_Prompt], list[np.ndarray], int, str]:
+    """What is asked: the prompts, their tokens, how many rows were left out, and where they come from.
+
+    Raises:
+      InputError: the rows cannot be used, or neither `data.eval` nor a run says any.
+    """
+    check_first(config.data.first)
+    run = run_config(loaded)
+    if not config.data.eval and run is not None:
+        source = held_out_by(run, loaded.source.name)
+        own = held_out_prompts(run, loaded, source)
+        own = own[: config.data.first or None]
+        asked = [_Prompt(one.key, one.key, one.text) for one in own]
+        return asked, [one.tokens for one in own], 0, f"the prompts of {source.text()}"
+    template = PromptTemplate(config.data.prompt)
+
+    def convert(row: Row, key: str | int) -> _Prompt:
+        return _Prompt(key, f"{row.source}, line {row.line}", template.fill(row.value))
+
+    name = config.data.eval or DEMO
+    items = read_items(task_rows(name), convert, first=config.data.first, on_bad_row=config.data.on_bad_row)
+    chat = is_chat(loaded, config.data.render)
+    prompts = [encode_prompt(loaded, item.text, chat=chat, name=item.where) for item in items.items]
+    return items.items, prompts, items.skipped, name
 
 
 def _row(

@@ -21,6 +21,7 @@ from posttrain_jax.evaluate.tasks import (
     PromptTemplate,
     TaskResult,
     read_items,
+    say_data,
     summarise,
     task_rows,
     text_column,
@@ -164,7 +165,10 @@ def from_config(config: Config, loaded: LoadedModel, *, progress: Progress | Non
             first=config.data.first,
             on_bad_row=config.data.on_bad_row,
         )
-        return math_problems(
+        said = say_data(
+            len(problems.items), config.data.eval, first=config.data.first, skipped=problems.skipped
+        )
+        result = math_problems(
             loaded,
             problems,
             judge,
@@ -173,3 +177,4 @@ def from_config(config: Config, loaded: LoadedModel, *, progress: Progress | Non
             seed=config.seed,
             progress=progress,
         )
+        return dataclasses.replace(result, data=said)

@@ -37,6 +37,7 @@ from posttrain_jax.evaluate.tasks import (
     is_chat,
     need_tokenizer,
     read_items,
+    say_data,
     summarise,
     task_rows,
 )
@@ -372,7 +373,10 @@ def from_config(
         first=config.data.first,
         on_bad_row=config.data.on_bad_row,
     )
-    return multiple_choice(
+    said = say_data(
+        len(questions.items), config.data.eval, first=config.data.first, skipped=questions.skipped
+    )
+    result = multiple_choice(
         loaded,
         questions,
         render=config.data.render,
@@ -382,3 +386,4 @@ def from_config(
         seed=config.seed,
         progress=progress,
     )
+    return dataclasses.replace(result, data=said)

@@ -7,6 +7,7 @@ import string
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
+import jax
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
@@ -34,12 +35,14 @@ class TaskResult:
       rows: one JSON object per row; each holds "id" and "metrics" (name -> (sum, count), which `comparison` pairs),
         and for a task "prompt" (the text that was asked).
       by_type: kind of row or check -> its counts.
+      data: what was evaluated on, as `say_data` said it.
     """
 
     metrics: dict[str, Estimate]
     counts: dict[str, int]
     rows: list[dict[str, Any]]
     by_type: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    data: str = ""
 
 
 def summarise(
@@ -53,6 +56,23 @@ def summarise(
     """The result of rows that carry their "metrics"; `counts` come after the number of rows."""
     metrics = ratio_estimates([row["metrics"] for row in rows], resamples=bootstrap, seed=seed)
     return TaskResult(metrics, {"rows": len(rows), **counts}, rows, by_type)
+
+
+def say_data(count: int, source: str, *, first: int = 0, skipped: int = 0) -> str:
+    """Prints what is evaluated on, before that takes its time, and returns it.
+
+    Args:
+      count: rows, prompts or sequences that are used.
+      source: where they come from, in words.
+      first: `data.first`.
+      skipped: rows that could not be used.
+    """
+    text = f"{count:,} of {source}"
+    text += f", the first of them (data.first={first})" if first else ""
+    text += f"; {skipped:,} rows could not be used and are left out" if skipped else ""
+    if jax.process_index() == 0:
+        print(f"data: {text}", flush=True)
+    return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +126,7 @@ def read_items(
     """
     if on_bad_row not in ("stop", "skip"):
         raise InputError(f"data.on_bad_row is {on_bad_row!r}; use stop or skip.")
-    if first < 0:
-        raise InputError(f"data.first is {first}; it must be 0 (all rows) or more.")
+    check_first(first)
     items: list[Item] = []
     ids: set[str | int] = set()
     skipped = 0
@@ -133,6 +152,12 @@ def read_items(
     if not items:
         raise InputError(f"There is nothing to evaluate: none of the {skipped} rows can be used.")
     return Items(items, skipped)
+
+
+def check_first(first: int) -> None:
+    """Raises InputError where `data.first` is no number of rows."""
+    if first < 0:
+        raise InputError(f"data.first is {first}; it must be 0 (all rows) or more.")
 
 
 def column(row: dict[str, Any], name: str) -> Any:

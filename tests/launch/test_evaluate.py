@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 
 import pytest
 from entry_points import ROOT
 from tiny_model import launch, save_tiny_model
 
-from launch.config import load_file
+from launch.config import flatten, load_file
 from launch.evaluate import TASKS, evaluate
+from posttrain_jax.data.split import hold_out
+from posttrain_jax.data.tokenized import TokenizeOptions, build
 from posttrain_jax.errors import InputError
+from posttrain_jax.evaluate import kl_to_reference, own_data
 from posttrain_jax.evaluate.held_out import held_out_loss, held_out_rows
 from posttrain_jax.load_model import load_model
 
@@ -54,7 +59,8 @@ def test_the_files_hold_what_the_function_found(model, tmp_path, capsys):
     total = sum(row["loss"] for row in rows) / sum(row["trained_tokens"] for row in rows)
     assert total == pytest.approx(saved["metrics"]["loss_per_token"]["value"], rel=1e-9)
     assert {row["row"] for row in rows} == {f"{tmp_path}/rows.jsonl:{n}" for n in range(1, 10)}
-    assert "loss_per_token" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith(f"data: 9 of {tmp_path}/rows.jsonl\n") and "loss_per_token" in out
 
 
 def test_kl_of_a_model_from_itself_and_from_another(model, tmp_path):
@@ -93,6 +99,107 @@ def test_split_takes_the_same_rows_whatever_the_batch(model, tmp_path):
         lines = (tmp_path / "out" / "rows.jsonl").read_text().splitlines()
         names.append({json.loads(line)["row"] for line in lines})
     assert names[0] == names[1] and len(names[0]) == 4
+
+
+def own(tmp_path, model, algorithm="sft", **changes):
+    """The tiny model, as the one of a workdir whose run had these data: of 20 rows 12 fit into its max_length."""
+    rows = [{"prompt": f"question {i}? ", "completion": "yes" * (i % 5 + 1)} for i in range(20)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {
+        "train": str(tmp_path / "own.jsonl"),
+        "eval": "split:4",
+        "max_length": 24,
+        "truncate": "drop",
+        "on_bad_row": "stop",
+        "train_on": "last_turn",
+        "chat_template": "gone.jinja",
+    }
+    run = {"seed": 3, "algorithm": algorithm, "data": data | changes, "model": {"init": str(model)}}
+    (tmp_path / "config.json").write_text(json.dumps(run))
+    loaded = load_model(str(model))
+    return dataclasses.replace(
+        loaded, source=dataclasses.replace(loaded.source, kind="workdir", path=tmp_path)
+    )
+
+
+def names(parts):
+    return [part.row_id(i) for part in parts for i in range(len(part))]
+
+
+def test_a_workdir_is_evaluated_on_what_its_run_held_out(model, tmp_path):
+    """By the run's seed, length and rules, whatever the evaluation's seed."""
+    config, loaded = load_file(CONFIG), own(tmp_path, model)
+
+    def evaluated(**data):
+        config.data.update(data)
+        return names(part.source for part in held_out_rows(config, loaded, tmp_path))
+
+    whole = build(
+        str(tmp_path / "own.jsonl"), loaded.tokenizer, TokenizeOptions(max_length=24, truncate="drop")
+    )
+    held, other = (names(hold_out(whole, 4, seed=seed)[1].sources) for seed in (3, 0))
+    assert len(whole) == 12 and sorted(held) != sorted(other)
+    assert evaluated() == evaluated(eval="split:4") == held
+    assert evaluated(eval="", first=2) == held[:2]
+    # The run's data by name are divided as the run did; a file is read whole, by the run's rules.
+    assert evaluated(first=0, train=str(tmp_path / "own.jsonl"), eval="split:4") == held
+    assert len(evaluated(train="", eval=str(tmp_path / "own.jsonl"))) == 12
+    assert len(evaluated(truncate="right")) == 20
+    loaded = own(tmp_path, model, eval=str(tmp_path / "own.jsonl"))
+    assert len(evaluated(eval="", truncate="")) == 12
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        ({"eval": ""}, "held nothing out .*; say what to evaluate on"),
+        ({"algorithm": "dpo"}, r"\(dpo\) held out no rows of the kind .* give some in data.eval"),
+    ],
+)
+def test_a_run_that_has_no_rows_for_an_evaluation_says_so(model, tmp_path, run, words):
+    with pytest.raises(InputError, match=words):
+        held_out_rows(load_file(CONFIG), own(tmp_path, model, **run), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "row", "data"),
+    [
+        ("sft", {"prompt": "Why? ", "completion": "So."}, {}),
+        ("dpo", {"prompt": "Why? ", "chosen": "So.", "rejected": "No."}, {}),
+        ("ppo", {"prompt": "Why? "}, {"prompt_tokens": 0, "long_prompts": "error"}),
+    ],
+)
+def test_the_prompts_that_a_run_held_out(model, tmp_path, algorithm, row, data):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    loaded = own(tmp_path, model, algorithm, eval=str(path), **data)
+    run = own_data.run_config(loaded) | {"rollout": {"max_new_tokens": 4}}
+    (prompt,) = own_data.held_out_prompts(run, loaded, own_data.held_out_by(run, "run"))
+    assert (prompt.text, prompt.key) == ("Why? ", f"{path}:1")
+    assert prompt.tokens.tolist() == loaded.tokenizer("Why? ")["input_ids"]
+
+
+def test_the_reference_is_what_the_run_started_from(model, tmp_path):
+    config = load_file(f"{ROOT}/configs/eval/kl.py")
+    assert kl_to_reference._reference_of(config, own(tmp_path, model)) == str(model)
+    config.reference.model = "other"
+    assert kl_to_reference._reference_of(config, own(tmp_path, model)) == "other"
+
+
+def test_every_config_of_the_readme_has_the_flags_it_is_shown_with():
+    """Those of the commands, and those that the text gives to all evaluations."""
+    text = (ROOT / "README.md").read_text()
+    for line in text.splitlines():
+        named = re.search(r"--config=(configs/\S+)", line)
+        if named:
+            known = flatten(load_file(named[1]))
+            assert set(re.findall(r"--config\.([\w.]+)=", line)) <= set(known), line
+    for path in sorted((ROOT / "configs/eval").glob("*.py")):
+        if "def get_config(" in path.read_text():
+            known = flatten(load_file(str(path)))
+            assert {"data.eval", "data.first", *(["data.prompt"] if path.stem != "held_out" else [])} <= set(
+                known
+            )
 
 
 @pytest.mark.parametrize(
@@ -136,7 +243,8 @@ def test_every_task_writes_its_rows_and_numbers(model, tmp_path, monkeypatch, ca
     for metric in metrics:
         sums, numbers = zip(*(row["metrics"][metric] for row in rows), strict=True)
         assert saved["metrics"][metric]["value"] == pytest.approx(sum(sums) / sum(numbers))
-    assert metrics[0] in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith("data: 4 of ") and metrics[0] in out and saved["data"] == out.split("\n")[0][6:]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,114 @@
+"""What a run held out: the data that an evaluation of its workdir means where nobody names others."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+
+from posttrain_jax.data.prompts import read_prompts
+from posttrain_jax.data.split import hold_out, split_amount
+from posttrain_jax.data.tokenized import build
+from posttrain_jax.data.tokenized_preferences import build_preferences
+from posttrain_jax.errors import InputError
+from posttrain_jax.evaluate.tasks import need_tokenizer
+from posttrain_jax.experiment_data import data_spec, tokenize_options
+from posttrain_jax.load_model import LoadedModel
+from posttrain_jax.models.hf_config import read_json
+from posttrain_jax.rollouts.draw import encode_prompt
+
+ON_PROMPTS = ("ppo", "rloo")
+ON_PREFERENCES = ("dpo", "kto", "reward_model")
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutData:
+    """Data, which part of them ("split:60"; "" = all of them), and the seed that draws it."""
+
+    data: Any
+    part: str
+    seed: int
+
+    def text(self) -> str:
+        """What it is, in words."""
+        return f"{self.data}, held out by {self.part} with seed {self.seed}" if self.part else f"{self.data}"
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutPrompt:
+    """A prompt of a run's held-out rows, as the run asks it: its "file:line", its tokens, and what they say."""
+
+    key: str
+    tokens: np.ndarray
+    text: str
+
+
+def run_config(loaded: LoadedModel) -> dict[str, Any] | None:
+    """The config of the run in a workdir; None for any other MODEL."""
+    return read_json(loaded.source.path / "config.json") if loaded.source.kind == "workdir" else None
+
+
+def held_out_by(run: dict[str, Any], name: str) -> HeldOutData:
+    """What a run held out.
+
+    Args:
+      run: its config.
+      name: its workdir, for the error.
+
+    Raises:
+      InputError: nothing.
+    """
+    held_out = run["data"]["eval"]
+    if not held_out:
+        raise InputError(
+            f"The run in {name} held nothing out (its data.eval is empty), so it has no rows of its own; say what to "
+            "evaluate on."
+        )
+    if split_amount(held_out) is None:
+        return HeldOutData(held_out, "", run["seed"])
+    return HeldOutData(run["data"]["train"], held_out, run["seed"])
+
+
+def held_out_prompts(run: dict[str, Any], loaded: LoadedModel, source: HeldOutData) -> list[HeldOutPrompt]:
+    """The prompts of what a run held out, encoded as the run encodes them. Of a row that is trained on a prompt is what
+    stands before the first trained token; rows that have nothing there are left out.
+
+    Raises:
+      InputError: the data cannot be read.
+    """
+    tokenizer = need_tokenizer(loaded)
+    spec = data_spec(source.data)
+    data: Any
+    if run["algorithm"] in ON_PROMPTS:
+        encode = functools.partial(
+            encode_prompt,
+            tokenizer=tokenizer,
+            vocab_size=loaded.config.vocab_size,
+            text_tokens=run["data"]["prompt_tokens"],
+        )
+        data = read_prompts(
+            spec,
+            encode,
+            max_tokens=run["data"]["max_length"] - run["rollout"]["max_new_tokens"],
+            long_prompts=run["data"]["long_prompts"],
+            on_bad_row=run["data"]["on_bad_row"],
+        )
+    else:
+        read = build_preferences if run["algorithm"] in ON_PREFERENCES else build
+        data = read(spec, tokenizer, tokenize_options(run["data"] | {"chat_template": ""}))
+    amount = split_amount(source.part)
+    if amount is not None:
+        data = hold_out(data, amount, seed=source.seed)[1]
+    prompts: dict[str, np.ndarray] = {}
+    for part in data.sources:
+        for i in range(len(part)):
+            if run["algorithm"] in ON_PROMPTS:
+                tokens = part.prompts[i].tokens
+            else:
+                first = part.group(i).sequences[0] if run["algorithm"] in ON_PREFERENCES else part.sequence(i)
+                tokens = np.asarray(first.tokens[: int(np.argmax(first.loss_mask))], np.int32)
+            if tokens.size:
+                prompts.setdefault(part.row_id(i), tokens)  # a row may make several groups
+    return [HeldOutPrompt(key, tokens, tokenizer.decode(tokens)) for key, tokens in prompts.items()]
