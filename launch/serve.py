@@ -7,6 +7,7 @@ by side in --slots slots. SIGINT and SIGTERM let the answers that are being writ
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import dataclasses
 import importlib.util
@@ -15,7 +16,9 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +37,7 @@ KEY_VARIABLE = "POSTTRAIN_JAX_API_KEY"
 NEEDED = ("fastapi", "uvicorn", "pydantic")
 DEFAULT_LENGTH = 2048
 LAST_SECONDS = 5  # for errors to reach the clients after --shutdown_seconds
-KEEP_ALIVE_SECONDS = 75  # longer than clients keep an idle connection, so that none closes under a request
+START_SECONDS = 3  # for the program to end by itself after a signal, before clients are let in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Options:
     max_logprobs: int = 20
     max_body_mb: int = 16
     shutdown_seconds: int = 30
+    idle_seconds: int = 75  # longer than clients keep an idle connection, so that none closes under a request
+    control_tokens: bool = False
     dtype: str = "float32"
     fsdp: int = 1
     tensor: int = 1
@@ -78,6 +83,16 @@ def define_flags() -> None:
     flags.DEFINE_integer("max_logprobs", Options.max_logprobs, "Most log-probabilities beside each token.")
     flags.DEFINE_integer("max_body_mb", Options.max_body_mb, "Largest request, in MB; then 413.")
     flags.DEFINE_integer("shutdown_seconds", Options.shutdown_seconds, "How long answers may take to end.")
+    flags.DEFINE_integer(
+        "idle_seconds",
+        Options.idle_seconds,
+        "How long a connection may be idle, and the head and the body of a request may take.",
+    )
+    flags.DEFINE_bool(
+        "control_tokens",
+        Options.control_tokens,
+        "Whether the text of a control token (<|im_end|>) in a chat's message is that token, not its letters.",
+    )
     flags.DEFINE_string("dtype", Options.dtype, "float32 or bfloat16, for weights and arithmetic.")
     flags.DEFINE_integer("fsdp", Options.fsdp, "Devices that share the weights; the answers take the others.")
     flags.DEFINE_integer("tensor", Options.tensor, "Devices that share each layer.")
@@ -100,12 +115,35 @@ def main(argv: Sequence[str]) -> int:
     return serve(options)
 
 
+@contextlib.contextmanager
+def ends_at_a_signal(seconds: float = START_SECONDS) -> Iterator[None]:
+    """Within it, SIGTERM and SIGINT end the process after so long, also while it compiles: Python's own handlers run
+    only when the compiler is done, which can take minutes."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch() -> None:
+        while (number := os.read(reader, 1)) not in (b"", b"\0"):
+            if number[0] in (signal.SIGTERM, signal.SIGINT):
+                time.sleep(seconds)
+                os._exit(0 if number[0] == signal.SIGTERM else 130)
+
+    threading.Thread(target=watch, daemon=True).start()
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield
+        os.write(writer, b"\0")
+    finally:
+        signal.set_wakeup_fd(before)
+
+
 def check(options: Options) -> None:
     """Raises InputError for flags that cannot be meant, before anything is loaded."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"launch.serve needs {' and '.join(missing)}; run: pip install -e '.[serve]'")
     least = {"slots": 1, "max_waiting": 0, "max_logprobs": 1, "max_body_mb": 1, "shutdown_seconds": 0}
+    least["idle_seconds"] = 1
     for name, value in dataclasses.asdict(options).items():
         if name in least and value < least[name]:
             raise InputError(f"--{name}={value} must be at least {least[name]}.")
@@ -131,21 +169,26 @@ def serve(options: Options) -> int:
                 file=sys.stderr,
                 flush=True,
             )
-        return run(load(options), options, listener)
+        with ends_at_a_signal():
+            loaded = load(options)
+            limits = limits_of(loaded, options)
+            engine = make_engine(loaded, options, places=limits.places)
+        return run(loaded, options, listener, limits, engine)
 
 
-def run(loaded: LoadedModel, options: Options, listener: socket.socket) -> int:
+def run(
+    loaded: LoadedModel, options: Options, listener: socket.socket, limits: Limits, engine: Engine
+) -> int:
     """Serves a loaded model; see `serve`."""
     import uvicorn
 
     from posttrain_jax.serving.app import Service, make_app
+    from posttrain_jax.serving.connection import timed_connection
     from posttrain_jax.serving.worker import Worker
 
     def end() -> None:
         server.should_exit = True
 
-    limits = limits_of(loaded, options)
-    engine = make_engine(loaded, options, places=limits.places)
     worker = Worker(loaded.model, loaded.params, engine, capacity=limits.answers, on_failure=end)
     service = Service(
         name=options.served_model_name,
@@ -154,6 +197,7 @@ def run(loaded: LoadedModel, options: Options, listener: socket.socket) -> int:
         worker=worker,
         api_key=options.api_key,
         max_body_bytes=options.max_body_mb * 10**6,
+        idle_seconds=options.idle_seconds,
         stopping=lambda: server.should_exit,
     )
 
@@ -169,7 +213,9 @@ def run(loaded: LoadedModel, options: Options, listener: socket.socket) -> int:
             make_app(service),
             log_config=None,
             access_log=False,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            http=timed_connection(options.idle_seconds),
+            ws="none",
+            timeout_keep_alive=options.idle_seconds,
             timeout_graceful_shutdown=options.shutdown_seconds + LAST_SECONDS,
         )
     )
@@ -178,7 +224,12 @@ def run(loaded: LoadedModel, options: Options, listener: socket.socket) -> int:
     start(listener, options)
     print(f"serving {options.served_model_name} at {url(listener)}/v1", flush=True)
     server.run(sockets=[listener])
-    return 1 if worker.failed else 0
+    code = 1 if worker.failed else 0
+    if threading.active_count() > 1:  # one compiles or tokenizes still, and Python would wait for it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
@@ -226,22 +277,24 @@ def limits_of(loaded: LoadedModel, options: Options) -> Limits:
         )
     if options.max_logprobs > vocabulary:
         raise InputError(f"--max_logprobs={options.max_logprobs} is more than the vocabulary, {vocabulary}.")
+    assert loaded.tokenizer is not None  # `load` checked it
+    places = options.max_model_len or min(context, DEFAULT_LENGTH)
     return Limits(
-        places=options.max_model_len or min(context, DEFAULT_LENGTH),
+        places=places,
         vocabulary=vocabulary,
         alternatives=options.max_logprobs,
+        characters=places * max(map(len, loaded.tokenizer.get_vocab())),
+        control_tokens=options.control_tokens,
         answers=options.slots + options.max_waiting,
         stop_token_ids=stop_token_ids(loaded.config, loaded.tokenizer),
     )
 
 
 def make_engine(loaded: LoadedModel, options: Options, *, places: int) -> Engine:
-    """An engine that can do what requests may ask for, with its decode loop compiled."""
-    import numpy as np
-
+    """An engine that can do what requests may ask for, with its programs compiled, so that no request waits for one."""
     from posttrain_jax.models.tokenizer import stop_token_ids
     from posttrain_jax.sampling.choose import Needs
-    from posttrain_jax.sampling.engine import Engine, Request
+    from posttrain_jax.sampling.engine import Engine
     from posttrain_jax.serving.bodies import MOST_STOPS
 
     stops = stop_token_ids(loaded.config, loaded.tokenizer)
@@ -262,9 +315,10 @@ def make_engine(loaded: LoadedModel, options: Options, *, places: int) -> Engine
         stop_width=len(stops) + MOST_STOPS,
         tokenizer=copy.deepcopy(loaded.tokenizer),  # tokenizers are not safe to share between threads
     )
-    engine.submit(Request(tokens=np.zeros(1, np.int32), max_new_tokens=min(2, places - 1)))
-    while engine.busy:
-        engine.step()
+    started = time.monotonic()
+    print(f"compiling the programs for up to {places} tokens ...", end=" ", file=sys.stderr, flush=True)
+    programs = engine.warm_up()
+    print(f"{programs} programs, done in {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
     return engine
 
 

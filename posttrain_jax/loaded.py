@@ -21,9 +21,9 @@ from posttrain_jax.models.reward_head import scores
 from posttrain_jax.models.tokenizer import stop_token_ids
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.choose import Sampling
-from posttrain_jax.sampling.engine import bucket
 from posttrain_jax.sampling.generate import GenerateOptions, Sample, generate
 from posttrain_jax.sampling.prompts import encode_chat, encode_text
+from posttrain_jax.sampling.shapes import bucket
 from posttrain_jax.types import Array, PyTree
 
 Message = dict[str, Any]

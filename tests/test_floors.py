@@ -19,6 +19,7 @@ FLOORS = {
     "posttrain_jax.trees": 0,
     "posttrain_jax.stop_rules": 0,
     "posttrain_jax.template_sandbox": 0,
+    "posttrain_jax.memory_maps": 0,
     "posttrain_jax.losses": 1,
     "posttrain_jax.sharding": 1,
     "posttrain_jax.optim": 1,

@@ -21,6 +21,7 @@ from posttrain_jax.metrics import say
 from posttrain_jax.rollouts.draw import RolloutOptions, Rollouts, put_rollouts, roll_out, shown_prompt
 from posttrain_jax.rollouts.experience import Experience, policy_params
 from posttrain_jax.rollouts.score import Scored, Scorer
+from posttrain_jax.sampling.engine import Engine
 from posttrain_jax.sampling.score import Difference
 from posttrain_jax.trees import combine
 from posttrain_jax.types import Metric, Metrics, PyTree, TrainState
@@ -46,7 +47,8 @@ class Collector:
     """Answers prompts with a state's policy and makes experience of the answers.
 
     Attributes:
-      policy: what answers (its parameters come with every call).
+      policy: what answers (its parameters come with every call), and
+      engine: what writes its answers, the same one for the whole run.
       options: how answers are drawn.
       row_length: T, of a prompt with its answer.
       scorer: what learning is rewarded by.
@@ -57,6 +59,7 @@ class Collector:
     """
 
     policy: Policy
+    engine: Engine
     options: RolloutOptions
     row_length: int
     scorer: Scorer
@@ -80,6 +83,7 @@ class Collector:
           seed: of the draws.
         """
         return roll_out(
+            self.engine,
             self.policy.model,
             policy_params(params),
             prompts,

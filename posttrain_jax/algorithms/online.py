@@ -50,6 +50,7 @@ from posttrain_jax.experiment import (
 from posttrain_jax.metrics import say
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.optim import apply_gradients, gradient_sums, new_state, scale_and_delay
+from posttrain_jax.rollouts.draw import rollout_engine
 from posttrain_jax.rollouts.experience import Networks, experience_of
 from posttrain_jax.rollouts.score import Scorer
 from posttrain_jax.sharding import batch_sharding, jit_step, put_batch, replicated
@@ -293,6 +294,7 @@ def online_task(config: Config, workdir: Path, policy: Policy, mesh: Mesh, onlin
     start = policy.init_params(mesh, key) if config.rollout.reference == "frozen" else {}
     collector = Collector(
         policy=policy,
+        engine=rollout_engine(policy.model, options, row_length=row_length, mesh=mesh),
         options=options,
         row_length=row_length,
         scorer=scorer,

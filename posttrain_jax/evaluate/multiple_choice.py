@@ -42,7 +42,7 @@ from posttrain_jax.evaluate.tasks import (
     task_rows,
 )
 from posttrain_jax.load_model import LoadedModel
-from posttrain_jax.sampling.engine import bucket
+from posttrain_jax.sampling.shapes import bucket
 from posttrain_jax.sharding import shard_multiple
 
 ROW_TOKENS = 512

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from posttrain_jax.errors import InputError
 from posttrain_jax.models.block_attention import BLOCK, BlockRule, RowPlaces, block_attention
 from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.models.kv_cache import READ_BLOCK
 from posttrain_jax.sharding import BATCH_AXES, ambient_mesh
 from posttrain_jax.types import Array
 
@@ -168,6 +169,64 @@ def attend_cache(
     weights = weights.reshape(batch, groups, -1, places).astype(q_BTHK.dtype)
     out = jnp.einsum("bgns,bgsk->bgnk", weights, v_BGSK, preferred_element_type=jnp.float32)
     out = (out.reshape(batch, groups, -1, time, width) / total).astype(q_BTHK.dtype)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, width)
+
+
+def attend_reading(
+    q_BTHK: Array,
+    k_LBSGK: Array,
+    v_LBSGK: Array,
+    *,
+    layer: Array,
+    start: Array,
+    is_local: Array,
+    config: ModelConfig,
+) -> Array:
+    """The same function over one layer of what was read so far (`kv_cache.init_reading`), `[B, T, H, K]`: the queries
+    are those at the places `start` ... `start + T - 1`, whose own keys are written already.
+
+    Goes over READ_BLOCK places at a time up to the last query's, so that a prompt's beginning does not pay for the room
+    that its end may need; the softmax is corrected from block to block (arXiv:2205.14135, algorithm 1).
+    """
+    batch, time, heads, width = q_BTHK.shape
+    groups = k_LBSGK.shape[3]
+    q_BGNK = q_BTHK.reshape(batch, time, groups, -1, width).transpose(0, 2, 3, 1, 4)
+    q_BGNK = q_BGNK.reshape(batch, groups, -1, width)
+    place_T = start + jnp.arange(time)
+
+    def block_of(array_LBSGK: Array, first: Array) -> Array:
+        at = (layer, 0, first, 0, 0)
+        return jax.lax.dynamic_slice(array_LBSGK, at, (1, batch, READ_BLOCK, groups, width))[0]
+
+    def one_block(number: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, out = carry
+        first = number * READ_BLOCK
+        keys = block_of(k_LBSGK, first).astype(q_BTHK.dtype)
+        scores = jnp.einsum("bgnk,bjgk->bgnj", q_BGNK, keys, preferred_element_type=jnp.float32)
+        scores = scores * config.query_scale
+        if config.attn_softcap:
+            scores = config.attn_softcap * jnp.tanh(scores / config.attn_softcap)
+        gap_TJ = place_T[:, None] - (first + jnp.arange(READ_BLOCK))[None]
+        allowed_TJ = gap_TJ >= 0
+        if config.any_local:
+            allowed_TJ &= jnp.logical_not(is_local) | (gap_TJ < config.sliding_window)
+        shape = scores.shape
+        scores = scores.reshape(batch, groups, -1, time, READ_BLOCK)
+        scores = jnp.where(allowed_TJ[None, None, None], scores, MASKED_SCORE).reshape(shape)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
+        weights, kept = jnp.exp(scores - new_top), jnp.exp(top - new_top)
+        values = block_of(v_LBSGK, first).astype(q_BTHK.dtype)
+        more = jnp.einsum(
+            "bgnj,bjgk->bgnk", weights.astype(q_BTHK.dtype), values, preferred_element_type=jnp.float32
+        )
+        total = total * kept + jnp.sum(weights, axis=-1, keepdims=True)
+        return new_top, total, out * kept + more
+
+    nothing = jnp.zeros((*q_BGNK.shape[:3], 1), jnp.float32)
+    carry = (nothing + MASKED_SCORE, nothing, jnp.zeros(q_BGNK.shape, jnp.float32))
+    blocks = (start + time - 1) // READ_BLOCK + 1
+    _, total, out_BGNK = jax.lax.fori_loop(0, blocks, one_block, carry)
+    out = (out_BGNK / total).astype(q_BTHK.dtype).reshape(batch, groups, -1, time, width)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, width)
 
 

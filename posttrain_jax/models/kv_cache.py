@@ -3,6 +3,9 @@
 Values lie as `[B, G, S, K]`. Keys lie in C = S / J blocks of J places, `[B, G, C, K, J]`, so that the product with a
 query reads them in order: within a block the places are side by side, and on a CPU a block of 64 x 64 is in cache while
 it is read (one block of all places takes twice as long, experiments/LOG.md). Elsewhere all places are one block.
+
+Prompts are read into an `init_reading` of their own, all layers in one array, and put into the cache when they are
+whole (`put_rows`): so what reads does not depend on the size of the cache.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.types import Array, PyTree
 
 CPU_BLOCK = 64
+READ_BLOCK = 256
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: str = "float32") -> PyTree:
@@ -22,20 +26,34 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: str = "float
     `layers`: for each layer `k` `[B, G, C, K, J]` and `v` `[B, G, S, K]`; `positions` `[B, S]` (-1 = empty); `length`
     `[B]`, how many places of a row are taken. S is the next multiple of the blocks' width J.
     """
+    layers = init_layers(config, batch, length, dtype)
+    return {
+        "layers": layers,
+        "positions": jnp.full((batch, layers[0]["v"].shape[2]), -1, jnp.int32),
+        "length": jnp.zeros((batch,), jnp.int32),
+    }
+
+
+def init_layers(config: ModelConfig, batch: int, length: int, dtype: str = "float32") -> list[PyTree]:
+    """The `layers` of an empty cache."""
     groups, width = config.n_kv_heads, config.head_dim
     block = CPU_BLOCK if jax.default_backend() == "cpu" else length
     blocks = -(-length // block)
-    return {
-        "layers": [
-            {
-                "k": jnp.zeros((batch, groups, blocks, width, block), dtype),
-                "v": jnp.zeros((batch, groups, blocks * block, width), dtype),
-            }
-            for _ in range(config.n_layers)
-        ],
-        "positions": jnp.full((batch, blocks * block), -1, jnp.int32),
-        "length": jnp.zeros((batch,), jnp.int32),
-    }
+    return [
+        {
+            "k": jnp.zeros((batch, groups, blocks, width, block), dtype),
+            "v": jnp.zeros((batch, groups, blocks * block, width), dtype),
+        }
+        for _ in range(config.n_layers)
+    ]
+
+
+def init_reading(config: ModelConfig, batch: int, length: int, dtype: str = "float32") -> PyTree:
+    """Room for the keys and values of B prompts that are being read, `k` and `v` `[L, B, S, G, K]`; S is the next
+    multiple of the READ_BLOCK places that attention looks at together."""
+    places = -(-length // READ_BLOCK) * READ_BLOCK
+    shape = (config.n_layers, batch, places, config.n_kv_heads, config.head_dim)
+    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
 
 def append(layer: PyTree, k_BTGK: Array, v_BTGK: Array, index_BT: Array) -> PyTree:
@@ -74,23 +92,13 @@ def put_rows(layer: PyTree, k_RTGK: Array, v_RTGK: Array, row_R: Array) -> PyTre
     }
 
 
-def resize(cache: PyTree, config: ModelConfig, length: int) -> PyTree:
-    """The same cache with at least `length` places a row; fewer than before only if no more are taken."""
-    batch = cache["length"].shape[0]
-    empty = init_cache(config, batch, length, cache["layers"][0]["v"].dtype)
-
-    return {
-        "layers": jax.tree.map(_fit, cache["layers"], empty["layers"]),
-        "positions": _fit(cache["positions"], empty["positions"]),
-        "length": cache["length"],
-    }
-
-
-def _fit(old: Array, new: Array) -> Array:
-    """`old`, cut or continued with `new` along the axis in which their shapes differ, if they do."""
-    for axis, (have, size) in enumerate(zip(old.shape, new.shape, strict=True)):
-        if size < have:
-            return jax.lax.slice_in_dim(old, 0, size, axis=axis)
-        if size > have:
-            return jnp.concatenate([old, jax.lax.slice_in_dim(new, have, size, axis=axis)], axis=axis)
-    return old
+def grow(layer: PyTree, length: int) -> PyTree:
+    """The same layer with at least `length` places a row, which is not less than it has."""
+    blocks, block = layer["k"].shape[2], layer["k"].shape[-1]
+    keys, values = [(0, 0)] * 5, [(0, 0)] * 4
+    if jax.default_backend() == "cpu":
+        keys[2] = (0, -(-length // block) - blocks)
+        values[2] = (0, keys[2][1] * block)
+    else:
+        keys[4] = values[2] = (0, length - block)
+    return {"k": jnp.pad(layer["k"], keys), "v": jnp.pad(layer["v"], values)}

@@ -22,6 +22,7 @@ from posttrain_jax.models.attention import (
     AttentionMask,
     attend,
     attend_cache,
+    attend_reading,
     default_implementation,
 )
 from posttrain_jax.models.config import LoraConfig, ModelConfig
@@ -178,12 +179,14 @@ class Shared:
       mask: who may attend to whom.
       rope_global, rope_local: (cos, sin) tables, each `[B, T, K // 2]` float32.
       cache_index_BT: where in the cache each token of this call is written (out of range = nowhere), or None.
+      start: the place of this call's first token in what is being read (`read`), or None.
     """
 
     mask: AttentionMask
     rope_global: tuple[Array, Array]
     rope_local: tuple[Array, Array]
-    cache_index_BT: Array | None
+    cache_index_BT: Array | None = None
+    start: Array | None = None
 
 
 class Attention(nn.Module):
@@ -197,9 +200,8 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self, x_BTD: Array, shared: Shared, is_local: Array, cache: dict[str, Array] | None
-    ) -> tuple[Array, dict[str, Array]]:
-        """The update of the residual stream, and this layer's cache with the new keys and values written (without
-        a cache: the keys and values themselves, `[B, T, G, K]`)."""
+    ) -> tuple[Array, dict[str, Array] | None]:
+        """The update of the residual stream, and the cache, if there is one, with the new keys and values written."""
         config = self.config
         batch, time, _ = x_BTD.shape
 
@@ -231,7 +233,23 @@ class Attention(nn.Module):
         q_BTHK = apply_rope(q_BTHK, cos, sin)
         k_BTGK = apply_rope(k_BTGK, cos, sin)
 
-        if cache is not None:
+        if cache is not None and shared.start is not None:  # `read`: all layers in one array
+            at = (cache["layer"], 0, shared.start, 0, 0)
+            cache = {
+                "k": jax.lax.dynamic_update_slice(cache["k"], k_BTGK[None].astype(cache["k"].dtype), at),
+                "v": jax.lax.dynamic_update_slice(cache["v"], v_BTGK[None].astype(cache["v"].dtype), at),
+                "layer": cache["layer"],
+            }
+            out_BTHK = attend_reading(
+                q_BTHK,
+                cache["k"],
+                cache["v"],
+                layer=cache["layer"],
+                start=shared.start,
+                is_local=is_local,
+                config=config,
+            )
+        elif cache is not None:
             assert shared.cache_index_BT is not None  # `extend` gives both
             cache = append(cache, k_BTGK, v_BTGK, shared.cache_index_BT)
             out_BTHK = attend_cache(
@@ -243,7 +261,6 @@ class Attention(nn.Module):
                 config=config,
             )
         else:
-            cache = {"k": k_BTGK, "v": v_BTGK}
             out_BTHK = attend(
                 checkpoint_name(q_BTHK, "query"),
                 checkpoint_name(k_BTGK, "key"),
@@ -289,27 +306,26 @@ class Block(nn.Module):
     lora: LoraConfig
     dtype: Any
     implementation: str
-    keep_kv: bool = False
 
     @nn.compact
     def __call__(
         self, x_BTD: Array, shared: Shared, is_local: Array, cache: dict[str, Array] | None = None
     ) -> tuple[Array, dict[str, Array] | None]:
-        """The new residual stream and what `Attention` says of the cache (nothing, unless it is wanted)."""
+        """The new residual stream, and the cache as `Attention` leaves it."""
         config = self.config
 
         def norm(name: str) -> RMSNorm:
             return RMSNorm(config.norm_eps, config.norm_plus_one, self.dtype, name=name)
 
         attention = Attention(config, self.lora, self.dtype, self.implementation, name="attn")
-        update_BTD, kv = attention(norm("attn_norm")(x_BTD), shared, is_local, cache)
+        update_BTD, cache = attention(norm("attn_norm")(x_BTD), shared, is_local, cache)
         if config.sandwich_norms:
             update_BTD = norm("post_attn_norm")(update_BTD)
         x_BTD = checkpoint_name(constrain_activations(x_BTD + update_BTD), "residual")
         update_BTD = GatedMLP(config, self.lora, self.dtype, name="mlp")(norm("mlp_norm")(x_BTD))
         if config.sandwich_norms:
             update_BTD = norm("post_mlp_norm")(update_BTD)
-        return constrain_activations(x_BTD + update_BTD), kv if self.keep_kv else None
+        return constrain_activations(x_BTD + update_BTD), cache
 
 
 class Embedding(nn.Module):
@@ -353,9 +369,8 @@ class Transformer(nn.Module):
         positions_BT: Array,
         segment_ids_BT: Array,
         branches_BT: Array | None = None,
-        keep_kv: bool = False,
-    ) -> tuple[Array, dict[str, Array] | None]:
-        """The hidden states, and with `keep_kv` every layer's keys and values, `[L, B, T, G, K]` each."""
+    ) -> Array:
+        """The hidden states."""
         config = self.config
         x_BTD = constrain_activations(Embedding(config, self.dtype, name="embed")(tokens_BT))
         if not config.tied_embeddings and self.is_initializing():
@@ -364,7 +379,6 @@ class Transformer(nn.Module):
             mask=AttentionMask.packed_rows(segment_ids_BT, positions_BT, branches_BT),
             rope_global=rope_tables(positions_BT, config.head_dim, config.rope),
             rope_local=rope_tables(positions_BT, config.head_dim, config.rope_local),
-            cache_index_BT=None,
         )
         layers = nn.scan(
             nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False),
@@ -372,10 +386,10 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0),
             length=config.n_layers,
-        )(config, self.lora, self.dtype, self.implementation, keep_kv, name="layers")
-        x_BTD, kv = layers(x_BTD, shared, jnp.asarray(_local_layers(config)))
+        )(config, self.lora, self.dtype, self.implementation, name="layers")
+        x_BTD, _ = layers(x_BTD, shared, jnp.asarray(_local_layers(config)))
         norm = RMSNorm(config.norm_eps, config.norm_plus_one, self.dtype, name="final_norm")
-        return norm(x_BTD), kv
+        return norm(x_BTD)
 
 
 def extend(
@@ -401,7 +415,7 @@ def extend(
         rope_local=_written(rope_tables(positions_BT, config.head_dim, config.rope_local)),
         cache_index_BT=index_BT,
     )
-    block = Block(config, module.lora, module.dtype, module.implementation, keep_kv=True)
+    block = Block(config, module.lora, module.dtype, module.implementation)
     x_BTD = constrain_activations(
         Embedding(config, module.dtype).apply({"params": params["embed"]}, tokens_BT)
     )
@@ -414,6 +428,40 @@ def extend(
     x_BTD = norm.apply({"params": params["final_norm"]}, x_BTD)
     length_B = cache["length"] + jnp.sum(real_BT, axis=1)
     return x_BTD, {"layers": layers, "positions": positions_BS, "length": length_B}
+
+
+def read(
+    module: Transformer, params: PyTree, tokens_BT: Array, start: Array, reading: PyTree
+) -> tuple[Array, PyTree]:
+    """The same layers, scanned, over T further tokens of B prompts; see `Model.read`."""
+    config = module.config
+    positions_BT = jnp.broadcast_to(start + jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
+    positions_BT = positions_BT.astype(jnp.int32)
+    shared = Shared(
+        mask=AttentionMask.packed_rows(jnp.ones_like(positions_BT), positions_BT),
+        rope_global=rope_tables(positions_BT, config.head_dim, config.rope),
+        rope_local=rope_tables(positions_BT, config.head_dim, config.rope_local),
+        start=start,
+    )
+    block = Block(config, module.lora, module.dtype, module.implementation)
+
+    def one_layer(carry: tuple[Array, PyTree], layer: PyTree) -> tuple[tuple[Array, PyTree], None]:
+        x_BTD, reading = carry
+        cache = {**reading, "layer": layer["number"]}
+        x_BTD, cache = block.apply({"params": layer["weights"]}, x_BTD, shared, layer["is_local"], cache)
+        return (x_BTD, {"k": cache["k"], "v": cache["v"]}), None
+
+    x_BTD = constrain_activations(
+        Embedding(config, module.dtype).apply({"params": params["embed"]}, tokens_BT)
+    )
+    layers = {
+        "weights": params["layers"],
+        "number": jnp.arange(config.n_layers),
+        "is_local": jnp.asarray(_local_layers(config)),
+    }
+    (x_BTD, reading), _ = jax.lax.scan(one_layer, (x_BTD, reading), layers)
+    norm = RMSNorm(config.norm_eps, config.norm_plus_one, module.dtype)
+    return norm.apply({"params": params["final_norm"]}, x_BTD), reading
 
 
 def _written(tables: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -495,7 +543,6 @@ class Model:
         positions_BT: Array | None = None,
         branches_BT: Array | None = None,
         cache: PyTree | None = None,
-        keep_kv: bool = False,
         logits: bool = True,
     ) -> ModelOutput:
         """Runs the decoder.
@@ -510,7 +557,6 @@ class Model:
             and b alone. Positions go on after the prompt in every branch. Not with a cache.
           cache: from `kv_cache.init_cache`; the real tokens are appended to each row. Segments cannot be packed in
             a cache.
-          keep_kv: without a cache: return every layer's keys and values `k`, `v` `[L, B, T, G, K]` as `cache`.
           logits: also project all positions on the vocabulary, `[B, T, V]` float32. For notebooks, parity
             and decoding; train steps use `heads.token_logps`, which never holds such an array.
         """
@@ -522,8 +568,8 @@ class Model:
                 positions_BT = positions_BT + cache["length"][:, None]
         positions_BT = positions_BT.astype(jnp.int32)
         if cache is None:
-            hidden_BTD, cache = self.module.apply(
-                {"params": params}, tokens_BT, positions_BT, segment_ids_BT, branches_BT, keep_kv
+            hidden_BTD = self.module.apply(
+                {"params": params}, tokens_BT, positions_BT, segment_ids_BT, branches_BT
             )
         else:
             hidden_BTD, cache = extend(self.module, params, tokens_BT, positions_BT, segment_ids_BT, cache)
@@ -532,6 +578,21 @@ class Model:
             logits_BTV=self.logits(params, hidden_BTD) if logits else None,
             cache=cache,
         )
+
+    def read(
+        self, params: PyTree, tokens_BT: Array, *, start: Array, reading: PyTree
+    ) -> tuple[Array, PyTree]:
+        """Reads T further tokens of B prompts, all from the place `start` on: the hidden states `[B, T, D]`, and
+        `reading` (`kv_cache.init_reading`) with their keys and values. What lies behind a prompt's end is undefined,
+        as are the hidden states there.
+
+        Args:
+          params: stacked layers, as they are trained.
+          tokens_BT: int32 token ids; `start + T` is within the room of `reading`.
+          start: int32 scalar; what lies before it was read by earlier calls.
+          reading: as above.
+        """
+        return read(self.module, params, tokens_BT, start, reading)
 
     def logits(self, params: PyTree, hidden_BTD: Array) -> Array:
         """Float32 logits `[..., V]` of hidden states `[..., D]`, soft-capped where the family does."""

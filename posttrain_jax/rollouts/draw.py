@@ -22,7 +22,8 @@ from posttrain_jax.data.formats import read_tools
 from posttrain_jax.data.prompts import Prompt
 from posttrain_jax.data.sources import RowError
 from posttrain_jax.models.transformer import Model
-from posttrain_jax.sampling.choose import Sampling
+from posttrain_jax.sampling.choose import Needs, Sampling
+from posttrain_jax.sampling.engine import Engine
 from posttrain_jax.sampling.generate import GenerateOptions, Sample, generate
 from posttrain_jax.sampling.prompts import encode_chat, encode_text
 from posttrain_jax.sharding import batch_sharding
@@ -164,7 +165,23 @@ def shown_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Any:
     return prompt.row.get("messages") or prompt.row.get("prompt") or tokenizer.decode(prompt.tokens)
 
 
+def rollout_engine(model: Model, options: RolloutOptions, *, row_length: int, mesh: Mesh) -> Engine:
+    """The engine of a whole run, greedy evaluation included: `roll_out` brings it each step's parameters, and nothing
+    is compiled for it twice."""
+    return Engine(
+        model,
+        None,
+        slots=options.batch_size,
+        places=row_length,
+        new_tokens=options.max_new_tokens,
+        needs=Needs(draw=True),
+        stop_width=len(options.stop_token_ids),
+        mesh=mesh,
+    )
+
+
 def roll_out(
+    engine: Engine,
     model: Model,
     params: PyTree,
     prompts: Sequence[Prompt],
@@ -176,12 +193,14 @@ def roll_out(
     """Draws `options.samples` answers to every prompt. The same arguments give the same answers.
 
     Args:
+      engine: see `rollout_engine`. Between two calls it holds no parameters and no cache.
       model, params: the policy.
       prompts: what is answered.
       options: how.
       row_length: T, at least the longest prompt and `max_new_tokens` together.
       seed: of the draws.
     """
+    engine.load(params)
     samples = generate(
         model,
         params,
@@ -195,7 +214,9 @@ def roll_out(
             batch_size=options.batch_size,
         ),
         names=[prompt.row_id for prompt in prompts],
+        engine=engine,
     )
+    engine.unload()
     _give_back_memory()
     return as_rows([prompts[sample.prompt] for sample in samples], samples, options, row_length)
 

@@ -1,9 +1,13 @@
-"""What the engine runs on the device: prompts into slots (`admit`, `share`), and tokens for all slots (`decode`).
+"""What the engine runs on the device: prompts are read (`read`), put into slots (`fill`, `copy_row`), begun on
+(`begin`: the first token), and answered (`decode`: tokens for all slots).
 
-A slot is a row of the cache with the state of the answer that is being written in it. The functions take the slots
+A slot is a row of the cache, and of the state of the answer that is being written in it. The functions take these
 and give them back with the same buffers (donated). The cache is one pair of arrays a layer, written in place; every
 row's tokens lie at its places 0, 1, 2 ..., so an answer is the same in every slot, and a prompt stays readable in its
 slot until the next one comes.
+
+Few programs do all this, whatever the prompts: `read` has some lengths of chunks (`sampling/shapes.py`), `begin` two
+numbers of rows, and only `decode`, with what moves a layer at a time, depends on the size of the cache.
 """
 
 from __future__ import annotations
@@ -46,12 +50,11 @@ class Orders:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Slots:
-    """The state of B slots with S places in the cache each and room for N new tokens.
+class State:
+    """What B slots are at, beside their cache, with room for N new tokens each.
 
     Attributes:
-      cache: see `kv_cache.init_cache`.
-      hidden_BD: the hidden state of the prompt's last token, from which an answer's first token is drawn.
+      length_B: how many places of the cache are taken.
       orders: how each slot's prompt is to be answered.
       keys_B: typed PRNG keys, one a sample.
       token_B: the latest token, which the cache does not hold yet.
@@ -64,8 +67,7 @@ class Slots:
       recent_BW: the last tokens, for bad words; W = 0 without them.
     """
 
-    cache: PyTree
-    hidden_BD: Array
+    length_B: Array
     orders: Orders
     keys_B: Array
     token_B: Array
@@ -82,11 +84,24 @@ class Slots:
     recent_BW: Array
 
 
-@functools.partial(jax.jit, static_argnames=("model", "rows", "places", "new_tokens", "needs", "stop_width"))
-def empty_slots(
-    *, model: Model, rows: int, places: int, new_tokens: int, needs: Needs, stop_width: int
-) -> Slots:
-    """Slots with nothing in them."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """P prompts that are being read: see `kv_cache.init_reading`.
+
+    Attributes:
+      k_LPSGK, v_LPSGK: keys and values so far.
+      hidden_PD: the hidden state of each prompt's last token, from which an answer's first token is drawn.
+    """
+
+    k_LPSGK: Array
+    v_LPSGK: Array
+    hidden_PD: Array
+
+
+@functools.partial(jax.jit, static_argnames=("model", "rows", "new_tokens", "needs", "stop_width"))
+def empty_state(*, model: Model, rows: int, new_tokens: int, needs: Needs, stop_width: int) -> State:
+    """Of slots with nothing in them."""
     vocab = model.config.vocab_size if needs.penalties else 0
     width = needs.words_width
 
@@ -99,9 +114,8 @@ def empty_slots(
             for field in dataclasses.fields(SamplingRows)
         }
     )
-    slots = Slots(
-        cache=kv_cache.init_cache(model.config, rows, places, model.dtype),
-        hidden_BD=zeros(model.config.d_model, dtype=model.dtype),
+    return State(
+        length_B=zeros(),
         orders=Orders(
             ids_B3=zeros(3, dtype="uint32"),
             limit_B=zeros(),
@@ -124,222 +138,228 @@ def empty_slots(
         counts_BV=zeros(vocab),
         recent_BW=zeros(width),
     )
-    return _constrain(slots, model)
 
 
-def _constrain(slots: Slots, model: Model) -> Slots:
-    """Rows over data and fsdp, key heads over tensor where they divide."""
+@functools.partial(jax.jit, static_argnames=("model", "rows", "places"))
+def empty_layers(*, model: Model, rows: int, places: int) -> list[PyTree]:
+    """A cache with nothing in it; see `kv_cache.init_layers`."""
+    return _split(kv_cache.init_layers(model.config, rows, places, model.dtype), rows_axis=0, heads_axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "rows", "places"))
+def empty_reading(*, model: Model, rows: int, places: int) -> Reading:
+    """Room for so many prompts of so many tokens."""
+    kv = kv_cache.init_reading(model.config, rows, places, model.dtype)
+    kv = _split(kv, rows_axis=1, heads_axis=3)
+    return Reading(kv["k"], kv["v"], jnp.zeros((rows, model.config.d_model), model.dtype))
+
+
+def _split(arrays: PyTree, *, rows_axis: int, heads_axis: int) -> PyTree:
+    """The arrays with their rows over data and fsdp, and their key heads over tensor where they divide."""
     mesh = ambient_mesh()
     if mesh is None:
-        return slots
-    heads = "tensor" if model.config.n_kv_heads % mesh.shape["tensor"] == 0 else None
-    heads_spec = P(BATCH_AXES, heads)
-    layers = jax.tree.map(
-        lambda leaf: jax.lax.with_sharding_constraint(leaf, heads_spec), slots.cache["layers"]
-    )
-    return dataclasses.replace(slots, cache={**slots.cache, "layers": layers})
+        return arrays
+
+    def one(leaf: Array) -> Array:
+        axes: list[tuple[str, ...] | str | None] = [None] * leaf.ndim
+        axes[rows_axis] = BATCH_AXES
+        axes[heads_axis] = "tensor" if leaf.shape[heads_axis] % mesh.shape["tensor"] == 0 else None
+        return jax.lax.with_sharding_constraint(leaf, P(*axes))
+
+    return jax.tree.map(one, arrays)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "needs"), donate_argnames="slots")
-def admit(
-    params: PyTree,
-    slots: Slots,
-    tokens_PT: Array,
-    lengths_P: Array,
-    source_R: Array,
-    slot_R: Array,
-    orders_R: Orders,
-    *,
-    model: Model,
-    needs: Needs,
-) -> Slots:
-    """Reads P prompts once each, puts them into R slots and draws each answer's first token.
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="reading")
+def read(
+    params: PyTree, reading: Reading, tokens_PT: Array, start: Array, lengths_P: Array, *, model: Model
+) -> Reading:
+    """Reads the next T tokens of P prompts, those from the place `start` on.
 
     Args:
       params: stacked layers, as they are trained.
-      tokens_PT, lengths_P: prompts, padded on the right.
-      source_R: which of the prompts goes into the slot (samples of one prompt share it).
-      slot_R: which slot; one out of range = nowhere, so that R can be padded.
-      orders_R: how they are answered.
+      reading: what was read of them before.
+      tokens_PT: padded on the right where a prompt has fewer.
+      start: int32 scalar, the same for all.
+      lengths_P: tokens of the whole prompts.
     """
-    real_PT = (jnp.arange(tokens_PT.shape[1])[None] < lengths_P[:, None]).astype(jnp.int32)
-    output = model.apply(params, tokens_PT, segment_ids_BT=real_PT, keep_kv=True, logits=False)
-    last_P11 = jnp.maximum(lengths_P - 1, 0)[:, None, None]
-    hidden_PD = jnp.take_along_axis(output.hidden_BTD, last_P11, axis=1)[:, 0]
-    layers = [
-        kv_cache.put_rows(
-            layer, output.cache["k"][number][source_R], output.cache["v"][number][source_R], slot_R
-        )
-        for number, layer in enumerate(slots.cache["layers"])
-    ]
-    prompt_BV = slots.prompt_BV
-    if needs.penalties:
-        prompt_RT = jnp.where(real_PT == 1, tokens_PT, model.config.vocab_size)[source_R]
-        rows_R1 = jnp.arange(slot_R.shape[0])[:, None]
-        seen_RV = jnp.zeros((slot_R.shape[0], model.config.vocab_size), bool)
-        seen_RV = seen_RV.at[rows_R1, prompt_RT].set(True, mode="drop")
-        prompt_BV = prompt_BV.at[slot_R].set(seen_RV, mode="drop")
-    slots = dataclasses.replace(
-        slots,
-        cache={**slots.cache, "layers": layers},
-        hidden_BD=slots.hidden_BD.at[slot_R].set(hidden_PD[source_R], mode="drop"),
-        prompt_BV=prompt_BV,
-    )
-    logits_RV = model.logits(params, hidden_PD)[source_R]
-    return _constrain(_start(slots, slot_R, lengths_P[source_R], orders_R, logits_RV, needs), model)
+    kv = {"k": reading.k_LPSGK, "v": reading.v_LPSGK}
+    hidden_PTD, kv = model.read(params, tokens_PT, start=start, reading=kv)
+    kv = _split(kv, rows_axis=1, heads_axis=3)
+    last_P, time = lengths_P - 1 - start, tokens_PT.shape[1]
+    hidden_P1D = jnp.take_along_axis(hidden_PTD, jnp.clip(last_P, 0, time - 1)[:, None, None], axis=1)
+    is_here_P1 = ((last_P >= 0) & (last_P < time))[:, None]
+    return Reading(kv["k"], kv["v"], jnp.where(is_here_P1, hidden_P1D[:, 0], reading.hidden_PD))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "needs"), donate_argnames="slots")
-def share(
+# What moves prompts works on a layer at a time: one small program for all layers, where one for all of them together
+# takes seconds to compile.
+
+
+@functools.partial(jax.jit, donate_argnames="layer")
+def fill(layer: PyTree, reading: Reading, number: Array, slot_P: Array) -> PyTree:
+    """The cache's layer of this number, with the P prompts put into slots (one out of range = nowhere)."""
+    places = layer["v"].shape[2]
+
+    def of_layer(array_LPSGK: Array) -> Array:
+        return jax.lax.dynamic_index_in_dim(array_LPSGK, number, keepdims=False)[:, :places]
+
+    layer = kv_cache.put_rows(layer, of_layer(reading.k_LPSGK), of_layer(reading.v_LPSGK), slot_P)
+    return _split(layer, rows_axis=0, heads_axis=1)
+
+
+@functools.partial(jax.jit, donate_argnames="layer")
+def copy_row(layer: PyTree, source: Array, slot: Array) -> PyTree:
+    """A layer of the cache in which a slot (out of range = none) holds what another one holds."""
+    layer = jax.tree.map(lambda leaf: leaf.at[slot].set(leaf[source], mode="drop"), layer)
+    return _split(layer, rows_axis=0, heads_axis=1)
+
+
+@functools.partial(jax.jit, static_argnames="places")
+def grow(layer: PyTree, *, places: int) -> PyTree:
+    """A layer of the cache with more places."""
+    return _split(kv_cache.grow(layer, places), rows_axis=0, heads_axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "needs"), donate_argnames="state")
+def begin(
     params: PyTree,
-    slots: Slots,
-    source_R: Array,
+    state: State,
+    hidden_RD: Array,
     length_R: Array,
+    prompt_RV: Array,
     slot_R: Array,
     orders_R: Orders,
     *,
     model: Model,
     needs: Needs,
-) -> Slots:
-    """As `admit`, of prompts that other slots hold already, so that nothing is read.
+) -> State:
+    """Draws the first token of the answers to R prompts that the cache holds.
 
     Args:
       params: for the vocabulary projection.
-      source_R: which slot holds the prompt; whatever it holds behind it is not used.
-      length_R: the prompt's tokens.
-      slot_R, orders_R: see `admit`.
+      state: of the slots.
+      hidden_RD: the hidden state of each prompt's last token.
+      length_R: its tokens.
+      prompt_RV: bool, which tokens it holds; V = 0 without penalties.
+      slot_R: where it lies (out of range = nowhere, so that R can be padded).
+      orders_R: how it is answered.
     """
-
-    def copy(values: Array) -> Array:
-        return values.at[slot_R].set(values[source_R], mode="drop")
-
-    logits_RV = model.logits(params, slots.hidden_BD[source_R])
-    slots = dataclasses.replace(
-        slots,
-        cache={**slots.cache, "layers": jax.tree.map(copy, slots.cache["layers"])},
-        hidden_BD=copy(slots.hidden_BD),
-        prompt_BV=copy(slots.prompt_BV),
-    )
-    return _constrain(_start(slots, slot_R, length_R, orders_R, logits_RV, needs), model)
-
-
-def _start(
-    slots: Slots, slot_R: Array, length_R: Array, orders_R: Orders, logits_RV: Array, needs: Needs
-) -> Slots:
-    """Draws the first token of the answers to R prompts that the slots hold."""
-    rows, places = slots.cache["positions"].shape
 
     def put(old_B: Array, new_R: Array) -> Array:
         return old_B.at[slot_R].set(new_R.astype(old_B.dtype), mode="drop")
 
-    place_1S = jnp.arange(places, dtype=jnp.int32)[None]
-    cache = {
-        **slots.cache,
-        "positions": put(slots.cache["positions"], jnp.where(place_1S < length_R[:, None], place_1S, -1)),
-        "length": put(slots.cache["length"], length_R),
-    }
+    rows = state.length_B.shape[0]
     key_R = jax.vmap(lambda ids: sample_keys(ids[0], ids[1:2], ids[2:3])[0])(orders_R.ids_B3)
     zero_R = jnp.zeros(slot_R.shape, jnp.int32)
-    slots = dataclasses.replace(
-        slots,
-        cache=cache,
-        orders=jax.tree.map(put, slots.orders, orders_R),
-        keys_B=slots.keys_B.at[slot_R].set(key_R, mode="drop"),
-        count_B=put(slots.count_B, zero_R),
-        stopped_B=put(slots.stopped_B, zero_R),
-        counts_BV=slots.counts_BV.at[slot_R].set(0, mode="drop"),
-        recent_BW=put(slots.recent_BW, orders_R.prompt_end_BW),
+    state = dataclasses.replace(
+        state,
+        length_B=put(state.length_B, length_R),
+        orders=jax.tree.map(put, state.orders, orders_R),
+        keys_B=state.keys_B.at[slot_R].set(key_R, mode="drop"),
+        count_B=put(state.count_B, zero_R),
+        stopped_B=put(state.stopped_B, zero_R),
+        prompt_BV=put(state.prompt_BV, prompt_RV),
+        counts_BV=state.counts_BV.at[slot_R].set(0, mode="drop"),
+        recent_BW=put(state.recent_BW, orders_R.prompt_end_BW),
     )
+    logits_RV = model.logits(params, hidden_RD)
     logits_BV = jnp.zeros((rows, logits_RV.shape[1]), jnp.float32).at[slot_R].set(logits_RV, mode="drop")
     new_B = jnp.zeros(rows, bool).at[slot_R].set(True, mode="drop")
-    return _record(slots, logits_BV, new_B, needs, keep=slots.live_B)
+    return _record(state, logits_BV, new_B, needs, keep=state.live_B)
 
 
-def _record(slots: Slots, logits_BV: Array, active_B: Array, needs: Needs, keep: Array) -> Slots:
+def _record(state: State, logits_BV: Array, active_B: Array, needs: Needs, keep: Array) -> State:
     """Draws a token for every active row and writes it down; `keep` says which other rows stay live."""
-    orders = slots.orders
+    orders = state.orders
     allowed_BV = logits_BV
     rows_B1 = jnp.arange(active_B.shape[0])[:, None]
     if needs.penalties:
-        allowed_BV = penalise(allowed_BV, slots.prompt_BV, slots.counts_BV, orders.sampling)
+        allowed_BV = penalise(allowed_BV, state.prompt_BV, state.counts_BV, orders.sampling)
     if needs.bad_words:
-        allowed_BV = ban_words(allowed_BV, slots.recent_BW, needs.bad_words)
+        allowed_BV = ban_words(allowed_BV, state.recent_BW, needs.bad_words)
     if needs.min_tokens:
-        early_B1 = (slots.count_B < orders.min_tokens_B)[:, None] & (orders.stop_BW >= 0)
+        early_B1 = (state.count_B < orders.min_tokens_B)[:, None] & (orders.stop_BW >= 0)
         banned_BW = jnp.where(early_B1, orders.stop_BW, allowed_BV.shape[1])
         allowed_BV = allowed_BV.at[rows_B1, banned_BW].set(-jnp.inf, mode="drop")
-    choice = choose(logits_BV, allowed_BV, slots.keys_B, slots.count_B, orders.sampling, needs)
-    token_B = jnp.where(active_B, choice.token_B, slots.token_B)
-    place_B = jnp.where(active_B, slots.count_B, slots.tokens_BN.shape[1])
+    choice = choose(logits_BV, allowed_BV, state.keys_B, state.count_B, orders.sampling, needs)
+    token_B = jnp.where(active_B, choice.token_B, state.token_B)
+    place_B = jnp.where(active_B, state.count_B, state.tokens_BN.shape[1])
 
     def write(old_BN: Array, new_B: Array) -> Array:
         return old_BN.at[rows_B1[:, 0], place_B].set(new_B, mode="drop")
 
     stopped_B = active_B & jnp.any(token_B[:, None] == orders.stop_BW, axis=1)
-    count_B = slots.count_B + active_B
-    counts_BV, recent_BW = slots.counts_BV, slots.recent_BW
+    count_B = state.count_B + active_B
+    counts_BV, recent_BW = state.counts_BV, state.recent_BW
     if needs.penalties:
         counts_BV = counts_BV.at[rows_B1[:, 0], token_B].add(active_B.astype(jnp.int32))
     if needs.bad_words and recent_BW.shape[1]:
         moved_BW = jnp.concatenate([recent_BW[:, 1:], token_B[:, None]], axis=1)
         recent_BW = jnp.where(active_B[:, None], moved_BW, recent_BW)
     return dataclasses.replace(
-        slots,
+        state,
         token_B=token_B,
         count_B=count_B,
         live_B=jnp.where(active_B, ~stopped_B & (count_B < orders.limit_B), keep),
-        stopped_B=slots.stopped_B | stopped_B,
-        tokens_BN=write(slots.tokens_BN, token_B),
-        logps_BN=write(slots.logps_BN, choice.logp_B),
-        sample_logps_BN=write(slots.sample_logps_BN, choice.sample_logp_B),
-        alternatives_BNK=write(slots.alternatives_BNK, choice.alternatives_BK),
-        alternative_logps_BNK=write(slots.alternative_logps_BNK, choice.alternative_logps_BK),
+        stopped_B=state.stopped_B | stopped_B,
+        tokens_BN=write(state.tokens_BN, token_B),
+        logps_BN=write(state.logps_BN, choice.logp_B),
+        sample_logps_BN=write(state.sample_logps_BN, choice.sample_logp_B),
+        alternatives_BNK=write(state.alternatives_BNK, choice.alternatives_BK),
+        alternative_logps_BNK=write(state.alternative_logps_BNK, choice.alternative_logps_BK),
         counts_BV=counts_BV,
         recent_BW=recent_BW,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("model", "needs"), donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("model", "needs"), donate_argnames=("layers", "state"))
 def decode(
-    params: PyTree, slots: Slots, steps: Array, until_finished: Array, *, model: Model, needs: Needs
-) -> Slots:
+    params: PyTree,
+    layers: list[PyTree],
+    state: State,
+    steps: Array,
+    until_finished: Array,
+    *,
+    model: Model,
+    needs: Needs,
+) -> tuple[list[PyTree], State]:
     """Up to `steps` tokens for every live slot, in one loop on the device.
 
     It ends early when no slot is live, and with `until_finished` as soon as a slot's answer ends, so that its
     slot can be given to the next prompt. `params` may hold `transformer.decode_layers`.
     """
-    before = jnp.sum(slots.live_B)
+    before = jnp.sum(state.live_B)
+    place_1S = jnp.arange(layers[0]["v"].shape[2], dtype=jnp.int32)[None]
+    positions_BS = jnp.where(place_1S < state.length_B[:, None], place_1S, -1)
 
-    def go_on(carry: tuple[Array, Slots]) -> Array:
-        step, slots = carry
-        live = jnp.sum(slots.live_B)
+    def go_on(carry: tuple[Array, list[PyTree], Array, State]) -> Array:
+        step, _, _, state = carry
+        live = jnp.sum(state.live_B)
         return (step < steps) & (live > 0) & ~(until_finished & (live < before))
 
-    def one_token(carry: tuple[Array, Slots]) -> tuple[Array, Slots]:
-        step, slots = carry
-        live_B = slots.live_B
+    def one_token(
+        carry: tuple[Array, list[PyTree], Array, State],
+    ) -> tuple[Array, list[PyTree], Array, State]:
+        step, layers, positions_BS, state = carry
+        live_B = state.live_B
         output = model.apply(
             params,
-            slots.token_B[:, None],
+            state.token_B[:, None],
             segment_ids_BT=live_B.astype(jnp.int32)[:, None],
-            cache=slots.cache,
+            cache={"layers": layers, "positions": positions_BS, "length": state.length_B},
             logits=False,
         )
-        logits_BV = model.logits(params, output.hidden_BTD[:, 0])
-        slots = dataclasses.replace(slots, cache=output.cache)
-        return step + 1, _record(slots, logits_BV, live_B, needs, keep=live_B)
+        cache = output.cache
+        state = dataclasses.replace(state, length_B=cache["length"])
+        state = _record(state, model.logits(params, output.hidden_BTD[:, 0]), live_B, needs, keep=live_B)
+        return step + 1, cache["layers"], cache["positions"], state
 
-    return _constrain(jax.lax.while_loop(go_on, one_token, (jnp.int32(0), slots))[1], model)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "places"))
-def resize(slots: Slots, *, model: Model, places: int) -> Slots:
-    """The same slots with more places in the cache (or fewer, if no more are taken)."""
-    cache = kv_cache.resize(slots.cache, model.config, places)
-    return _constrain(dataclasses.replace(slots, cache=cache), model)
+    carry = (jnp.int32(0), layers, positions_BS, state)
+    _, layers, _, state = jax.lax.while_loop(go_on, one_token, carry)
+    return _split(layers, rows_axis=0, heads_axis=1), state
 
 
-@functools.partial(jax.jit, donate_argnames="slots")
-def release(slots: Slots, ended_B: Array) -> Slots:
+@functools.partial(jax.jit, donate_argnames="state")
+def release(state: State, ended_B: Array) -> State:
     """Ends the answers of some slots where they are."""
-    return dataclasses.replace(slots, live_B=slots.live_B & ~ended_B)
+    return dataclasses.replace(state, live_B=state.live_B & ~ended_B)

@@ -1,11 +1,12 @@
 """The generation engine: a fixed number of slots, prompts that wait, and answers that come out as they end.
 
 A finished answer gives its slot to the next prompt at once (continuous batching, as in Orca, OSDI 2022), so long
-answers do not hold up short ones. Prompts are padded to a few lengths (`bucket`) and read 1, 4, 16 ... at a time;
-samples of one prompt share one reading, also those that start later, for as long as a slot holds the prompt. So the
-number of compiled programs is small: one decode loop, for every bucket of prompt lengths one reader for each power of 4
-up to GROUP_TOKENS tokens (times the powers of 2 of samples, where prompts have several), and one that shares for each
-power of 2 of slots; `compiled_programs` counts those that were needed.
+answers do not hold up short ones. Prompts are read in chunks of a few lengths, on a CPU one prompt at a time; samples
+of one prompt share one reading, also those that start later, for as long as a slot holds the prompt.
+
+So the number of compiled programs is small and does not depend on the prompts: three that read, two that draw first
+tokens, and for each size of the cache (256 places, 512 ... up to `places`) one decode loop and some that only move
+data. `warm_up` compiles them all; otherwise each is compiled when it is first needed.
 
 What is drawn for a sample depends on its request's (seed, prompt, sample) alone: not on the number of slots, the slot,
 the other requests or their order (but for ties in floating point that a program for other shapes may break
@@ -15,139 +16,73 @@ differently).
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from posttrain_jax.errors import InputError
-from posttrain_jax.models import transformer
+from posttrain_jax.memory_maps import make_room
 from posttrain_jax.models.transformer import Model
-from posttrain_jax.sampling.choose import GREEDY, Needs, Sampling, SamplingRows
-from posttrain_jax.sampling.decode import Orders, admit, decode, empty_slots, release, resize, share
+from posttrain_jax.sampling.choose import Needs
 from posttrain_jax.sampling.prompts import REPLACEMENT
-from posttrain_jax.sharding import shard_multiple
+from posttrain_jax.sampling.requests import Decoder, Request, Update, check_prompt
+from posttrain_jax.sampling.shapes import mesh_of, next_chunk
+from posttrain_jax.sampling.slots import Held, Slots, Written
 from posttrain_jax.types import PyTree
 
-SMALLEST_BUCKET = 16
-GROUP_TOKENS = 2048
 STOP_STRING_STEPS = 8
-FIRST_PLACES = 256
 FEWEST_STEPS = 16
-
-
-class Decoder(Protocol):
-    """What stop strings need of a tokenizer."""
-
-    def decode(self, token_ids: Any, *, skip_special_tokens: bool) -> str: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One answer that is wanted.
-
-    Attributes:
-      tokens: the prompt's ids, 1-D, not empty.
-      max_new_tokens: most tokens of the answer, the stop token included.
-      min_new_tokens: no stop token before so many.
-      stop_token_ids: an answer ends with one of these.
-      stop_strings: an answer ends with the token that completes one of these in its text, where the text of the
-        first `min_new_tokens` does not count.
-      sampling: how tokens are drawn.
-      seed, prompt, sample: what the random numbers depend on.
-    """
-
-    tokens: np.ndarray
-    max_new_tokens: int
-    min_new_tokens: int = 0
-    stop_token_ids: tuple[int, ...] = ()
-    stop_strings: tuple[str, ...] = ()
-    sampling: Sampling = GREEDY
-    seed: int = 0
-    prompt: int = 0
-    sample: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """What became of a request since the last `step`.
-
-    Attributes:
-      ticket: what `submit` returned.
-      tokens, logprobs, sample_logprobs: the new tokens; see `Sample`.
-      alternatives: for each new token the likeliest ones as (id, log-probability) pairs, the likeliest first.
-      finish_reason: None while there is more to come, else "stop" or "length".
-      stop_string: the stop string that ended it, if one did, and
-      stop_at: where that begins in the answer's text, in characters.
-    """
-
-    ticket: int
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    sample_logprobs: np.ndarray
-    alternatives: list[list[tuple[int, float]]]
-    finish_reason: str | None
-    stop_string: str | None = None
-    stop_at: int | None = None
-
-
-def bucket(size: int, smallest: int = SMALLEST_BUCKET) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, 128 ...: at most a half more than asked for."""
-    power = max(smallest, 1 << max(size - 1, 0).bit_length())
-    return power * 3 // 4 if size <= power * 3 // 4 and power > smallest else power
-
-
-def check_prompt(model: Model, prompt: np.ndarray, name: str, max_new_tokens: int) -> None:
-    """Raises InputError, with the prompt's name, for a prompt that the model cannot answer."""
-    config = model.config
-    if prompt.ndim != 1 or prompt.size == 0:
-        raise InputError(f"{name} has no tokens; a model needs at least one token to go on from.")
-    if not np.issubdtype(prompt.dtype, np.integer):
-        raise InputError(f"{name} holds {prompt.dtype} values; token ids are whole numbers.")
-    if prompt.min() < 0 or prompt.max() >= config.vocab_size:
-        wrong = int(prompt[(prompt < 0) | (prompt >= config.vocab_size)][0])
-        raise InputError(f"{name} holds the token id {wrong}; the model knows 0 to {config.vocab_size - 1}.")
-    if prompt.size > config.max_length - (max_new_tokens > 0):
-        raise InputError(
-            f"{name} has {prompt.size} tokens, which leaves no room for an answer in the model's context of "
-            f"{config.max_length}; shorten it."
-        )
 
 
 @dataclasses.dataclass
 class _Running:
-    """A request that has a slot, and how many of its tokens were handed out."""
+    """A request that has a slot.
+
+    Attributes:
+      ticket, request: as `submit` knows them.
+      begun: whether its prompt was read and its first token drawn.
+      seen: how many of its tokens were handed out.
+    """
 
     ticket: int
     request: Request
+    begun: bool = False
     seen: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unread:
+    """A prompt that is to be read, and the slots that wait for it."""
+
+    tokens: np.ndarray
+    slots: list[int]
 
 
 class Engine:
     """Answers requests in `slots` slots. Not thread-safe: one thread calls it.
 
     Args:
-      model, params: as `load_model` or a train state holds them, sharded or not. The engine does not copy them, but on
-        a CPU it keeps the layers' weights a second time, as decoding reads them fastest (XLA's CPU backend would copy
-        each layer's part of the stack for every token), but not with an adapter in bfloat16.
+      model: what answers.
+      params: as `load_model` or a train state holds them, sharded or not; None = `load` will bring them. The engine
+        does not copy them, but on a CPU it keeps the layers' weights a second time, as decoding reads them fastest
+        (XLA's CPU backend would copy each layer's part of the stack for every token), but not with an adapter in
+        bfloat16.
       slots: answers written side by side.
       places: prompt and answer together have to fit in so many tokens; at most the model's context. The cache starts
-        with FIRST_PLACES and doubles as answers grow, for a step costs what the cache has, not what is in it.
+        with 256 places and doubles as answers grow, for a step costs what the cache has, not what is in it.
       new_tokens: most tokens of an answer.
       needs: what the requests may ask for; each of them is checked against it.
       stop_width: most stop tokens of a request.
       tokenizer: needed for stop strings.
+      mesh: where the parameters lie; needed where there are none yet and they will lie on several devices.
     """
 
     def __init__(
         self,
         model: Model,
-        params: PyTree,
+        params: PyTree | None,
         *,
         slots: int,
         places: int,
@@ -155,38 +90,59 @@ class Engine:
         needs: Needs,
         stop_width: int = 4,
         tokenizer: Decoder | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         self._model = model
         self._needs = needs
         self._places = min(places, model.config.max_length)
-        self._cached = min(FIRST_PLACES, self._places)
-        self._new_tokens = new_tokens
+        self._new_tokens = min(new_tokens, self._places)
         self._stop_width = max(stop_width, 1)
         self._tokenizer = tokenizer
-        self._mesh = mesh_of(params)
-        self._rows = shard_multiple(slots, self._mesh)
+        if params is not None:
+            mesh = mesh_of(params)
+        self._slots = Slots(
+            model,
+            slots=slots,
+            places=self._places,
+            new_tokens=self._new_tokens,
+            needs=needs,
+            stop_width=self._stop_width,
+            mesh=mesh if mesh is not None and mesh.size > 1 else None,
+        )
+        rows = self._slots.rows
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
-        self._running: list[_Running | None] = [None] * self._rows
-        self._held: list[np.ndarray | None] = []  # the prompt that each slot's cache begins with
+        self._running: list[_Running | None] = [None] * rows
+        self._held: list[Held | None] = [None] * rows
+        self._unread: collections.deque[_Unread] = collections.deque()
+        self._group: list[_Unread] = []  # what is being read, from the place `_start` on
+        self._start = 0
         self._tickets = 0
-        self._shapes: set[tuple[int, ...]] = set()  # of the programs that were needed
-        self.set_params(params)
-        with self._on_mesh():
-            self._slots = empty_slots(
-                model=model,
-                rows=self._rows,
-                places=self._cached,
-                new_tokens=min(new_tokens, self._places),
-                needs=needs,
-                stop_width=self._stop_width,
-            )
+        if params is not None:
+            self.load(params)
 
-    def set_params(self, params: PyTree) -> None:
-        """Goes on with other parameters of the same shapes (after a training step)."""
-        self._params = params
-        self._held = [None] * self._rows
-        with self._on_mesh():
-            self._decode_params = decode_params(self._model, params)
+    def load(self, params: PyTree) -> None:
+        """Goes on with these parameters (the first ones, or others of the same shapes after a training step): nothing
+        is compiled again. Prompts that were read with others are read anew."""
+        self._forget()
+        self._start = 0
+        self._slots.load(params)
+
+    def unload(self) -> None:
+        """Gives the memory of parameters and cache back, until the next `load`; no request may be open."""
+        assert not self.busy
+        self._forget()
+        self._slots.unload()
+
+    def warm_up(self) -> int:
+        """Compiles every program that requests may need, while there are none; how many they are."""
+        assert not self.busy
+        self._forget()
+        with self._slots.on_mesh():
+            self._slots.warm_up()
+        return self.compiled_programs
+
+    def _forget(self) -> None:
+        self._held = [None] * self._slots.rows
 
     @property
     def busy(self) -> bool:
@@ -200,9 +156,8 @@ class Engine:
 
     @property
     def compiled_programs(self) -> int:
-        """How many programs this engine's requests have needed so far: a decode loop for every size of the cache, and
-        one for every shape in which prompts were read or shared."""
-        return len(self._shapes)
+        """How many programs this engine has needed so far, the small ones that only move data included."""
+        return len(self._slots.shapes)
 
     def submit(self, request: Request, name: str = "the prompt") -> int:
         """Adds a request to those that wait; its ticket.
@@ -238,7 +193,7 @@ class Engine:
         if self._needs.union(needs) != self._needs:
             raise InputError(f"{name} asks for sampling options that this engine was not made for: {needs}.")
         try:
-            self._orders([request], 1)
+            self._slots.orders([request])
         except OverflowError as error:
             raise InputError(
                 f"{name} comes with a number that is too large for the engine: {error}."
@@ -247,200 +202,180 @@ class Engine:
     def cancel(self, ticket: int) -> None:
         """Forgets a request; nothing more is said of it."""
         self._waiting = collections.deque(item for item in self._waiting if item[0] != ticket)
-        ended_B = np.zeros(self._rows, bool)
+        ended_B = np.zeros(len(self._running), bool)
         for row, running in enumerate(self._running):
             if running is not None and running.ticket == ticket:
-                ended_B[row] = True
+                ended_B[row] = running.begun
                 self._running[row] = None
+                for unread in [*self._group, *self._unread]:
+                    if row in unread.slots:
+                        unread.slots.remove(row)
+        self._unread = collections.deque(unread for unread in self._unread if unread.slots)
         if ended_B.any():
-            with self._on_mesh():
-                self._slots = release(self._slots, ended_B)
+            with self._slots.on_mesh():
+                self._slots.release(ended_B)
 
     def step(self, steps: int = 1 << 20) -> list[Update]:
         """Gives free slots to waiting requests, then decodes at most `steps` tokens a slot (fewer when an answer ends
         and another request waits for its slot). Returns what is new, for each request that has a slot.
         """
-        with self._on_mesh():
-            self._admit()
-            if not any(self._running):
-                return []
-            if any(running is not None and running.request.stop_strings for running in self._running):
-                steps = min(steps, STOP_STRING_STEPS)
-            taken = max(len(running.request.tokens) + running.seen for running in self._running if running)
-            self._fit(taken + min(steps, FEWEST_STEPS))
-            if self._cached < self._places:
-                steps = min(steps, self._cached - taken)
-            self._shapes.add((self._cached,))
-            self._slots = decode(
-                self._decode_params,
-                self._slots,
-                np.int32(steps),
-                np.bool_(bool(self._waiting)),
-                model=self._model,
-                needs=self._needs,
-            )
-            return self._collect()
+        self.read()
+        return self.write(steps)
 
-    def _fit(self, tokens: int) -> None:
-        """Makes room for so many tokens a slot; gives room back when no slot is taken."""
-        size = FIRST_PLACES if not any(self._running) else self._cached
-        while size < tokens:
-            size *= 2
-        size = min(size, self._places)
-        if size != self._cached:
-            fits = [prompt is not None and len(prompt) < size for prompt in self._held]
-            self._held = [prompt if fit else None for prompt, fit in zip(self._held, fits, strict=True)]
-            self._slots = resize(self._slots, model=self._model, places=size)
-            self._cached = size
+    def read(self, tokens: int | None = None) -> None:
+        """The first half of `step`: gives free slots to waiting requests and reads their prompts; with `tokens` only
+        about so many of them now and the rest in later calls, so that other answers go on in between."""
+        make_room()
+        with self._slots.on_mesh():
+            self._admit()
+            left = 1 << 62 if tokens is None else tokens
+            while left > 0 and (self._unread or self._group):
+                left -= self._read_chunk()
+            self._begin()
+
+    def write(self, steps: int) -> list[Update]:
+        """The second half of `step`: decodes for the requests whose prompts were read."""
+        running = self._begun()
+        if not running:
+            return []
+        if any(one.request.stop_strings for one in running):
+            steps = min(steps, STOP_STRING_STEPS)
+        slots = self._slots
+        with slots.on_mesh():
+            taken = max(len(one.request.tokens) + one.seen for one in running)
+            slots.grow(slots.size_for(taken + min(steps, FEWEST_STEPS)))
+            if slots.cached < self._places:
+                steps = min(steps, slots.cached - taken)
+            slots.decode(steps, until_finished=bool(self._waiting))
+            return self._collect(slots.written())
+
+    def _begun(self) -> list[_Running]:
+        return [running for running in self._running if running is not None and running.begun]
 
     def _admit(self) -> None:
-        """Fills the free slots in the order of the requests: those whose prompt a slot holds by one program run, the
-        others by one for each group of like length."""
+        """Gives free slots to the requests that waited longest, and notes which prompts are to be read."""
         free = [row for row, running in enumerate(self._running) if running is None]
         taken = [self._waiting.popleft() for _ in range(min(len(free), len(self._waiting)))]
         if not taken:
             return
-        self._fit(max(len(request.tokens) for _, request in taken) + FEWEST_STEPS)
-        held = {_key(prompt): row for row, prompt in enumerate(self._held) if prompt is not None}
-        shared: list[tuple[int, int]] = []  # slots: from, to
-        groups: dict[int, dict[bytes, list[int]]] = {}  # by length and prompt: the slots it goes to
-        for row, (ticket, request) in zip(free, taken, strict=False):
-            self._running[row] = _Running(ticket, request)
-            self._held[row] = request.tokens
-            prompt = _key(request.tokens)
-            if prompt in held:
-                shared.append((held[prompt], row))
+        everywhere = range(len(self._held))
+        size = self._slots.size_for(max(len(request.tokens) for _, request in taken) + FEWEST_STEPS)
+        shared = any(self._holder(request, everywhere) is not None for _, request in taken)
+        if size < self._slots.cached and not self._begun() and not shared:
+            self._slots.clear(size)  # nothing in it is needed any more, and a step costs less
+            self._forget()
+        self._slots.grow(size)
+        # A request whose prompt lies in a free slot goes there, so that no other prompt is written over it.
+        others = []
+        for ticket, request in taken:
+            row = self._holder(request, free)
+            if row is None:
+                others.append((ticket, request))
             else:
-                groups.setdefault(bucket(len(request.tokens)), {}).setdefault(prompt, []).append(row)
-        if shared:  # first, as the others may be written over what is shared
-            self._share(*(list(side) for side in zip(*shared, strict=True)))
-        for length, prompts in sorted(groups.items()):
-            alike = list(prompts.values())
-            while alike:
-                size = _group_size(len(alike), length)
-                self._read(alike[:size], length)
-                alike = alike[size:]
+                free.remove(row)
+                self._running[row] = _Running(ticket, request)
+        for (ticket, request), row in zip(others, free, strict=False):
+            source = self._holder(request, everywhere)
+            self._running[row] = _Running(ticket, request)
+            if source is None:
+                self._held[row] = None
+                self._will_read(request.tokens, row)
+            else:
+                self._slots.copy(source, row)
+                self._held[row] = self._held[source]
 
-    def _share(self, sources: list[int], slots: list[int]) -> None:
-        """Puts prompts that slots hold into other slots too."""
-        requests, slot_R = self._taken(slots)
-        rows = len(slot_R)
-        source_R, length_R = np.zeros(rows, np.int32), np.ones(rows, np.int32)
-        source_R[: len(sources)] = sources
-        length_R[: len(sources)] = [len(request.tokens) for request in requests]
-        self._shapes.add((rows, self._cached))
-        self._slots = share(
-            self._params,
-            self._slots,
-            source_R,
-            length_R,
-            slot_R,
-            self._orders(requests, rows),
-            model=self._model,
-            needs=self._needs,
-        )
+    def _holder(self, request: Request, rows: Iterable[int]) -> int | None:
+        """Which of the slots holds the request's prompt."""
+        for row in rows:
+            held = self._held[row]
+            if held is not None and np.array_equal(held.tokens, request.tokens):
+                return row
+        return None
 
-    def _read(self, group: list[list[int]], length: int) -> None:
-        """Reads each of the group's prompts once and puts it into all its slots.
+    def _will_read(self, tokens: np.ndarray, row: int) -> None:
+        for unread in [*self._group, *self._unread]:
+            if np.array_equal(unread.tokens, tokens):
+                unread.slots.append(row)
+                return
+        self._unread.append(_Unread(tokens, [row]))
 
-        As many rows are read as the mesh divides; those beyond the prompts are empty.
-        """
-        prompts = shard_multiple(len(group), self._mesh)
-        tokens_PT = np.zeros((prompts, length), np.int32)
-        lengths_P = np.ones(prompts, np.int32)
-        for source, alike in enumerate(group):
-            tokens = self._held[alike[0]]
-            assert tokens is not None  # `_admit` put it there
-            tokens_PT[source, : len(tokens)] = tokens
-            lengths_P[source] = len(tokens)
-        requests, slot_R = self._taken([row for alike in group for row in alike])
-        rows = len(slot_R)
-        source_R = np.zeros(rows, np.int32)
-        source_R[: len(requests)] = [source for source, alike in enumerate(group) for _ in alike]
-        self._shapes.add((prompts, length, rows, self._cached))
-        self._slots = admit(
-            self._params,
-            self._slots,
-            tokens_PT,
-            lengths_P,
-            source_R,
-            slot_R,
-            self._orders(requests, rows),
-            model=self._model,
-            needs=self._needs,
-        )
+    def _read_chunk(self) -> int:
+        """Reads a chunk of the prompts whose turn it is, and puts them into their slots when they are whole; how many
+        tokens it read."""
+        if not self._group:
+            count = min(self._slots.read_rows, len(self._unread))
+            self._group, self._start = [self._unread.popleft() for _ in range(count)], 0
+        longest = max(len(unread.tokens) for unread in self._group)
+        chunk = next_chunk(longest - self._start)
+        tokens_PT = np.zeros((self._slots.read_rows, chunk), np.int32)
+        lengths_P = np.ones(self._slots.read_rows, np.int32)
+        for row, unread in enumerate(self._group):
+            part = unread.tokens[self._start : self._start + chunk]
+            tokens_PT[row, : len(part)] = part
+            lengths_P[row] = len(unread.tokens)
+        self._slots.read(tokens_PT, self._start, lengths_P)
+        self._start += chunk
+        if self._start >= longest:
+            self._place_group()
+        return chunk
 
-    def _taken(self, slots: list[int]) -> tuple[list[Request], np.ndarray]:
-        """The requests that were given these slots, and the slots, filled up to a power of 2 with one out of range."""
-        slot_R = np.full(1 << (len(slots) - 1).bit_length(), self._rows, np.int32)
-        slot_R[: len(slots)] = slots
-        running = [self._running[slot] for slot in slots]
-        return [one.request for one in running if one is not None], slot_R
+    def _place_group(self) -> None:
+        """Puts the prompts that were read into the slots that wait for them."""
+        hidden_PD = self._slots.hidden_PD()
+        slot_P = np.full(self._slots.read_rows, self._slots.rows, np.int32)
+        for number, unread in enumerate(self._group):
+            if unread.slots:
+                slot_P[number] = unread.slots[0]
+        self._slots.fill(slot_P)
+        for number, unread in enumerate(self._group):
+            for slot in unread.slots:
+                if slot != slot_P[number]:
+                    self._slots.copy(int(slot_P[number]), slot)
+                self._held[slot] = Held(unread.tokens, hidden_PD[number])
+        self._group = []
 
-    def _orders(self, requests: list[Request], rows: int) -> Orders:
-        requests = requests + [requests[0]] * (rows - len(requests))  # the rest goes nowhere
-        stop_RW: Any = np.full((rows, self._stop_width), -1, np.int32)
-        for row, request in enumerate(requests):
-            stop_RW[row, : len(request.stop_token_ids)] = request.stop_token_ids
+    def _begin(self) -> None:
+        """Draws the first token of every answer whose prompt is in its slot by now."""
+        ready, held_of, requests = [], [], []
+        for row, (running, held) in enumerate(zip(self._running, self._held, strict=True)):
+            if running is not None and held is not None and not running.begun:
+                running.begun = True
+                ready.append(row)
+                held_of.append(held)
+                requests.append(running.request)
+        if ready:
+            self._slots.begin(held_of, ready, requests)
 
-        def host_array(values: Any, dtype: type) -> Any:
-            return np.asarray(values, dtype)
-
-        width = self._needs.words_width
-        end_RW: Any = np.full((rows, width), -1, np.int32)
-        for row, request in enumerate(requests):
-            end = request.tokens[-width:] if width else request.tokens[:0]
-            end_RW[row, width - len(end) :] = end
-        ids = [(request.seed % 2**32, request.prompt, request.sample) for request in requests]
-        room = [self._places - len(request.tokens) for request in requests]
-        limits = [min(request.max_new_tokens, left) for request, left in zip(requests, room, strict=True)]
-        return Orders(
-            ids_B3=host_array(ids, np.uint32),
-            limit_B=host_array(limits, np.int32),
-            min_tokens_B=host_array([request.min_new_tokens for request in requests], np.int32),
-            stop_BW=stop_RW,
-            prompt_end_BW=end_RW,
-            sampling=SamplingRows.of([request.sampling for request in requests]),
-        )
-
-    def _collect(self) -> list[Update]:
-        slots = self._slots
-        parts = (
-            slots.count_B,
-            slots.live_B,
-            slots.stopped_B,
-            slots.tokens_BN,
-            slots.logps_BN,
-            slots.sample_logps_BN,
-        )
-        counts, live, stopped, tokens, logps, sample_logps = (_fetch(part) for part in parts)
-        best = _fetch(slots.alternatives_BNK) if self._needs.alternatives else None
-        best_logps = _fetch(slots.alternative_logps_BNK) if self._needs.alternatives else None
-        updates, cut_B = [], np.zeros(self._rows, bool)
+    def _collect(self, written: Written) -> list[Update]:
+        updates, cut_B = [], np.zeros(len(self._running), bool)
         for row, running in enumerate(self._running):
-            if running is None:
+            if running is None or not running.begun:
                 continue
-            count, reason, stop_string, stop_at = int(counts[row]), None, None, None
-            if not live[row]:
-                reason = "stop" if stopped[row] else "length"
+            count, reason, stop_string, stop_at = int(written.count_B[row]), None, None, None
+            if not written.live_B[row]:
+                reason = "stop" if written.stopped_B[row] else "length"
             if running.request.stop_strings:
-                found = self._find_stop(tokens[row, :count], running)
+                found = self._find_stop(written.tokens_BN[row, :count], running)
                 if found is not None:
                     count, stop_at, stop_string = found
                     reason, cut_B[row] = "stop", True
             new = slice(running.seen, count)
             alternatives: list[list[tuple[int, float]]] = []
-            if best is not None and best_logps is not None:
+            if self._needs.alternatives:
                 alternatives = [
                     list(zip(ids.tolist(), values.tolist(), strict=True))
-                    for ids, values in zip(best[row, new], best_logps[row, new], strict=True)
+                    for ids, values in zip(
+                        written.alternatives_BNK[row, new],
+                        written.alternative_logps_BNK[row, new],
+                        strict=True,
+                    )
                 ]
             updates.append(
                 Update(
                     running.ticket,
-                    tokens[row, new].copy(),
-                    logps[row, new].copy(),
-                    sample_logps[row, new].copy(),
+                    written.tokens_BN[row, new].copy(),
+                    written.logps_BN[row, new].copy(),
+                    written.sample_logps_BN[row, new].copy(),
                     alternatives,
                     reason,
                     stop_string,
@@ -450,8 +385,8 @@ class Engine:
             running.seen = count
             if reason is not None:
                 self._running[row] = None
-        if (cut_B & live).any():
-            self._slots = release(self._slots, cut_B)
+        if (cut_B & written.live_B).any():
+            self._slots.release(cut_B)
         return updates
 
     def _find_stop(self, tokens: np.ndarray, running: _Running) -> tuple[int, int, str] | None:
@@ -477,60 +412,3 @@ class Engine:
             if first is not None:
                 return count, *first
         return None
-
-    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
-        return jax.set_mesh(self._mesh) if self._mesh is not None else contextlib.nullcontext()
-
-
-_turned = jax.jit(transformer.decode_layers, static_argnames="lora_scale")
-
-
-def decode_params(model: Model, params: PyTree) -> PyTree:
-    """The parameters as decoding reads them: themselves, but a copy in another layout on a CPU; see `Engine`. That copy
-    has its adapters in the kernels, which bfloat16 is too coarse for (`transformer.lora_matmul`)."""
-    coarse = model.lora.rank > 0 and jnp.dtype(model.dtype) != jnp.float32
-    if jax.default_backend() != "cpu" or coarse:
-        return params
-    layers = _turned(params["layers"], lora_scale=model.lora.scale if model.lora.rank else 0.0)
-    return {**params, "layers": layers}
-
-
-def _key(prompt: np.ndarray) -> bytes:
-    """The same for the same token ids, whatever their type."""
-    return prompt.astype(np.int32).tobytes()
-
-
-def _group_size(prompts: int, length: int) -> int:
-    """How many prompts to read together: 1, 4, 16 ..., at most GROUP_TOKENS tokens."""
-    most = max(1, min(prompts, GROUP_TOKENS // length))
-    return 4 ** ((most.bit_length() - 1) // 2)
-
-
-def _fetch(array: jax.Array) -> np.ndarray:
-    """The whole array on this host, also when it is spread over several."""
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def mesh_of(params: PyTree) -> Mesh | None:
-    """The mesh that the parameters lie on, or None when it is a single device."""
-    sharding = jax.tree.leaves(params)[0].sharding
-    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
-        return None
-    assert isinstance(sharding.mesh, Mesh)  # of an array that exists
-    return sharding.mesh
-
-
-def total_tokens(updates: Iterable[Update]) -> int:
-    """How many tokens the updates hold."""
-    return sum(len(update.tokens) for update in updates)
-
-
-def places_for(prompts: Sequence[np.ndarray], max_new_tokens: int) -> int:
-    """Places of a slot that holds the longest prompt and its answer, rounded up to few sizes."""
-    longest = max((len(prompt) for prompt in prompts), default=1) + max_new_tokens
-    step = 64 if longest <= 1024 else 256
-    return -(-longest // step) * step

@@ -10,8 +10,10 @@ import numpy as np
 from posttrain_jax.errors import InputError
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.choose import GREEDY, Needs, Sampling
-from posttrain_jax.sampling.engine import Decoder, Engine, Request, Update, check_prompt, places_for
+from posttrain_jax.sampling.engine import Engine
 from posttrain_jax.sampling.prompts import special_tokens, split_stops
+from posttrain_jax.sampling.requests import Decoder, Request, Update, check_prompt
+from posttrain_jax.sampling.shapes import bucket, places_for
 from posttrain_jax.types import PyTree
 
 LONG_PROMPTS = ("error", "cut")
@@ -112,9 +114,12 @@ def generate(
     tokenizer: Decoder | None = None,
     names: Sequence[str] = (),
     ids: Sequence[int] = (),
+    engine: Engine | None = None,
 ) -> list[Sample]:
     """All answers, in order of prompt and sample; everything else as `generate_as_finished`."""
-    samples = generate_as_finished(model, params, prompts, options, tokenizer=tokenizer, names=names, ids=ids)
+    samples = generate_as_finished(
+        model, params, prompts, options, tokenizer=tokenizer, names=names, ids=ids, engine=engine
+    )
     return sorted(samples, key=lambda sample: (sample.prompt, sample.sample))
 
 
@@ -128,6 +133,7 @@ def generate_as_finished(
     names: Sequence[str] = (),
     ids: Sequence[int] = (),
     done: Collection[tuple[int, int]] = (),
+    engine: Engine | None = None,
 ) -> Iterator[Sample]:
     """Every answer as soon as it is finished, in whatever order that is.
 
@@ -143,6 +149,8 @@ def generate_as_finished(
       names: what to call each prompt in an error; default "prompt 0", "prompt 1" ...
       ids: each prompt's number below 2^31, by which its random numbers are drawn; default its place in the list.
       done: (prompt, sample) pairs that are not wanted any more.
+      engine: of this model, with these parameters and room for what is asked; None = one for these prompts. A run that
+        draws again and again keeps one, for every other size is compiled anew.
 
     Raises:
       InputError: a bad option; an empty prompt, one that is too long, or a token id that is not in the
@@ -164,7 +172,7 @@ def generate_as_finished(
     ids = list(ids) if len(ids) else list(range(len(prompts)))
     if len(ids) != len(prompts):
         raise InputError(f"There are {len(ids)} ids for {len(prompts)} prompts.")
-    return _answers(model, params, rows, ids, cuts, limits, options, tokenizer, frozenset(done))
+    return _answers(model, params, rows, ids, cuts, limits, options, tokenizer, frozenset(done), engine)
 
 
 def _shorten(
@@ -205,6 +213,7 @@ def _answers(
     options: GenerateOptions,
     tokenizer: Decoder | None,
     done: frozenset[tuple[int, int]],
+    engine: Engine | None,
 ) -> Iterator[Sample]:
     wanted = [
         (prompt, sample)
@@ -222,12 +231,12 @@ def _answers(
         return
     special, strings = split_stops(options.stop_strings, special_tokens(tokenizer))
     stops = tuple(sorted({*special, *(() if options.ignore_eos else options.stop_token_ids)}))
-    engine = Engine(
+    engine = engine or Engine(
         model,
         params,
         slots=min(options.batch_size, len(prompts) * options.num_samples),
         places=places_for(prompts, max(limits)),
-        new_tokens=max(limits),
+        new_tokens=bucket(max(limits)),
         needs=Needs.of(options.sampling, min_tokens=options.min_new_tokens),
         stop_width=len(stops),
         tokenizer=tokenizer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from posttrain_jax.data.spans import ChatTemplate
 from posttrain_jax.errors import InputError
 
 REPLACEMENT = "\ufffd"
+PRIVATE_USE = range(0xE000, 0xF900)  # of Unicode
 
 
 def encode_chat(
@@ -22,8 +24,14 @@ def encode_chat(
     *,
     tools: Sequence[dict[str, Any]] | None = None,
     chat: ChatOptions = DEFAULT_CHAT,
+    control_tokens: bool = True,
 ) -> np.ndarray:
     """int32 ids of a conversation up to where the assistant starts to write.
+
+    Args:
+      tokenizer, messages, tools, chat: whose template is rendered, of what, and how.
+      control_tokens: whether the text of a special token (`<|im_end|>`) in a message is that token; if not, it is read
+        as its letters, and the template alone writes special tokens.
 
     Raises:
       InputError: there is no chat template, or it refuses these messages.
@@ -35,10 +43,59 @@ def encode_chat(
         )
     try:
         template = ChatTemplate(tokenizer, chat, tools=bool(tools))
-        text = template.prompt(list(messages), list(tools) if tools else None)
+        given = list(messages), list(tools) if tools else None
+        text = template.prompt(*given)
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not control_tokens:
+            ids = _spelled_out(tokenizer, template, *given, ids)
     except RowError as error:
         raise InputError(f"{error.column}: {error.reason}.") from error
-    return np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
+    return np.asarray(ids, np.int32)
+
+
+def _spelled_out(
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    ids: list[int],
+) -> list[int]:
+    """The ids of the rendered messages, with the special tokens that stand in what was written in them spelled out.
+    Which ones do is seen from a second rendering, in which a character that nobody uses stands in their place.
+
+    Raises:
+      InputError: the template changes what was written, so that this cannot be told.
+    """
+    special = special_tokens(tokenizer)
+    pattern = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
+    written = [str(value) for message in messages for key, value in message.items() if key != "role"]
+    if not special or not any(pattern.search(text) for text in written):
+        return ids
+    mark = next(chr(code) for code in PRIVATE_USE if not any(chr(code) in text for text in written))
+    marked = [
+        {
+            key: pattern.sub(mark, value) if key != "role" and isinstance(value, str) else value
+            for key, value in message.items()
+        }
+        for message in messages
+    ]
+    found = re.findall(f"{mark}|{pattern.pattern}", template.prompt(marked, tools))
+    controls = set(special.values())
+    if sum(token in controls for token in ids) != len(found):
+        raise InputError(
+            "a message holds the text of a control token, and the chat template changes it; leave it out."
+        )
+    spelled: list[int] = []
+    order = iter(found)
+    for token in ids:
+        if token not in controls or next(order) != mark:
+            spelled.append(token)
+            continue
+        text = str(tokenizer.convert_ids_to_tokens(token))
+        for part in (text[:1], text[1:]):  # apart, they are no control token
+            letters = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+            spelled += [letter for letter in letters if letter not in controls]
+    return spelled
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:

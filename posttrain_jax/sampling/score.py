@@ -24,10 +24,11 @@ from jax.sharding import PartitionSpec as P
 from posttrain_jax.errors import InputError
 from posttrain_jax.losses.logprobs import Projection
 from posttrain_jax.masking import shift_left
+from posttrain_jax.memory_maps import make_room
 from posttrain_jax.models.heads import sum_logps
 from posttrain_jax.models.transformer import Model, head_VD
-from posttrain_jax.sampling.engine import bucket, mesh_of
 from posttrain_jax.sampling.generate import Sample
+from posttrain_jax.sampling.shapes import bucket, mesh_of
 from posttrain_jax.sharding import BATCH_AXES, ambient_mesh, shard_multiple
 from posttrain_jax.types import Array, Batch, PyTree
 
@@ -107,7 +108,7 @@ def score_samples(
 
 def _rows(texts: Sequence[np.ndarray], answers: Sequence[int], rows: int) -> dict[str, np.ndarray]:
     """The leaves of a Batch, one text a row, padded on the right; the loss mask is on each text's answer."""
-    length = bucket(max(len(text) for text in texts))
+    length = bucket(max(len(text) for text in texts), smallest=64)
     shape = (rows, length)
     tokens, mask, segments = (np.zeros(shape, np.int32) for _ in range(3))
     for row, (text, answer) in enumerate(zip(texts, answers, strict=True)):
@@ -131,6 +132,7 @@ def token_scores(
     Returns:
       Two float32 `[B, T]`, at the place before the token; they are computed while the caller goes on.
     """
+    make_room()
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         return _token_scores(params, _put(arrays, mesh), model=model)
 

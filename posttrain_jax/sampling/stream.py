@@ -9,13 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from posttrain_jax.memory_maps import make_room
 from posttrain_jax.models.kv_cache import init_cache
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.choose import Needs, Sampling, SamplingRows, choose, sample_keys
-from posttrain_jax.sampling.engine import bucket, check_prompt, decode_params
+from posttrain_jax.sampling.requests import check_prompt
+from posttrain_jax.sampling.shapes import bucket
+from posttrain_jax.sampling.slots import decode_params
 from posttrain_jax.types import Array, PyTree
 
 READ_TOKENS = 64
+SMALLEST_CACHE = 512  # so that a conversation that grows needs few programs
 
 
 class Stream:
@@ -42,6 +46,7 @@ class Stream:
         """
         prompt = np.asarray(prompt)
         check_prompt(self._model, prompt, "the conversation", max_new_tokens)
+        make_room()
         limit = min(max_new_tokens, self._model.config.max_length - len(prompt))
         key_B = sample_keys(self._seed, jnp.asarray([self._turn]), jnp.asarray([0]))
         rows, needs = SamplingRows.of([sampling]), Needs.of(sampling)
@@ -62,7 +67,7 @@ class Stream:
 
     def _read_prompt(self, prompt: list[int], limit: int) -> Array:
         """Brings the cache to hold exactly `prompt`; the logits of what follows."""
-        capacity = bucket(len(prompt) + limit)
+        capacity = bucket(len(prompt) + limit, SMALLEST_CACHE)
         keep = next(
             (i for i, (old, new) in enumerate(zip(self._read, prompt, strict=False)) if old != new),
             min(len(self._read), len(prompt)),

@@ -1,13 +1,15 @@
 """The web application: OpenAI's paths over the engine, with its errors.
 
-/v1/models, /v1/completions, /v1/chat/completions, and /health, which needs no key.
+/v1/models, /v1/completions, /v1/chat/completions, and /health, which alone needs no key.
 """
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import secrets
@@ -23,8 +25,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
 from posttrain_jax.errors import InputError
-from posttrain_jax.sampling.engine import Request as EngineRequest
-from posttrain_jax.sampling.engine import Update
+from posttrain_jax.sampling.requests import Request as EngineRequest
+from posttrain_jax.sampling.requests import Update
 from posttrain_jax.serving.bodies import Body, ChatBody, CompletionBody
 from posttrain_jax.serving.forms import ChatForm, CompletionForm, Form, JsonObject, usage
 from posttrain_jax.serving.orders import Limits, Order, order_of
@@ -34,6 +36,9 @@ from posttrain_jax.serving.token_text import Vocabulary
 from posttrain_jax.serving.worker import Answers, Full, Scoring, Stopped, Worker
 
 T = TypeVar("T")
+
+LONG_TEXT = 20_000  # characters that take some 10 ms to tokenize
+END_SECONDS = 5.0  # that the engine's thread is waited for: it may be in the middle of compiling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Service:
       worker: the engine's thread; started and stopped with the application.
       api_key: clients must send it as a bearer token; "" = anyone may ask.
       max_body_bytes: of one request.
+      idle_seconds: how long the body of a request may take.
       stopping: whether the server is shutting down.
     """
 
@@ -56,6 +62,7 @@ class Service:
     worker: Worker
     api_key: str
     max_body_bytes: int
+    idle_seconds: float
     stopping: Callable[[], bool]
 
 
@@ -96,6 +103,25 @@ STOPPED = ApiError(503, "the server is shutting down.", code="service_unavailabl
 TOO_LARGE = ApiError(413, "the body is too large (--max_body_mb).")
 
 
+class Readers:
+    """Threads that make prompts into tokens: long ones wait for each other, and short ones do not wait for them."""
+
+    def __init__(self) -> None:
+        self._short = concurrent.futures.ThreadPoolExecutor(2, "short prompts")
+        self._long = concurrent.futures.ThreadPoolExecutor(1, "long prompts")
+
+    async def order_of(self, body: Body, service: Service, vocabulary: Vocabulary) -> Order:
+        """See `orders.order_of`."""
+        pool = self._long if body.characters > LONG_TEXT else self._short
+        read = functools.partial(order_of, body, service.tokenizer, vocabulary, service.limits)
+        return await asyncio.get_running_loop().run_in_executor(pool, read)
+
+    def close(self) -> None:
+        """Forgets what waits."""
+        for pool in (self._short, self._long):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
 def make_app(service: Service) -> FastAPI:
     """The application; its start and end are those of the engine's thread."""
 
@@ -104,15 +130,12 @@ def make_app(service: Service) -> FastAPI:
         del app
         service.worker.start()
         yield
+        readers.close()
         service.worker.stop()
-        await asyncio.to_thread(service.worker.join)
+        await asyncio.to_thread(service.worker.join, END_SECONDS)
 
-    app = FastAPI(
-        title="posttrain_jax",
-        lifespan=lifespan,
-        docs_url=None,
-        redoc_url=None,
-    )
+    readers = Readers()
+    app = FastAPI(title="posttrain_jax", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, service=service)
     _handle_errors(app)
     vocabulary = Vocabulary(service.tokenizer)
@@ -139,34 +162,43 @@ def make_app(service: Service) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         form = CompletionForm(service.name, vocabulary, alternatives=body.alternatives)
-        return await _answer(request, body, form, service, vocabulary)
+        return await _answer(request, body, form, service, vocabulary, readers)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:
         form = ChatForm(service.name, vocabulary, alternatives=body.alternatives)
-        return await _answer(request, body, form, service, vocabulary)
+        return await _answer(request, body, form, service, vocabulary, readers)
 
     return app
 
 
 class Gate:
-    """Lets a request to /v1 in if it has the key, the server can still answer, and its body is not too large."""
+    """Lets a request in if it has the key (/health needs none), the server can still answer, and its body is not too
+    large and comes in time."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
         self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith("/v1"):
+        if scope["type"] == "http" and scope["path"] != "/health":
             error = self._refusal(dict(scope["headers"]))
             if error is not None:
                 await error_response(error)(scope, receive, send)
                 return
-        size = 0
+        size, whole = 0, False
+        end = asyncio.get_running_loop().time() + self._service.idle_seconds
 
         async def limited() -> Message:
-            nonlocal size
-            message = await receive()
+            nonlocal size, whole
+            if whole:  # from now on it waits for the client to hang up
+                return await receive()
+            try:
+                async with asyncio.timeout_at(end):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408) from None
+            whole = not message.get("more_body", False)
             size += len(message.get("body", b""))
             if size > self._service.max_body_bytes:
                 raise HTTPException(413)
@@ -230,6 +262,7 @@ def _handle_errors(app: FastAPI) -> None:
         messages = {
             404: f"there is no {path}; this server has /v1/models, /v1/completions and /v1/chat/completions.",
             405: f"{path} does not take {request.method}.",
+            408: "the body did not come in time (--idle_seconds).",
             413: str(TOO_LARGE),
         }
         message = messages.get(error.status_code, str(error.detail))
@@ -266,11 +299,12 @@ def _check_model(name: str, service: Service) -> None:
 
 
 async def _answer(
-    request: Request, body: Body, form: Form, service: Service, vocabulary: Vocabulary
+    request: Request, body: Body, form: Form, service: Service, vocabulary: Vocabulary, readers: Readers
 ) -> Response:
     """Answers a checked body, whole or as a stream; a client that hangs up costs nothing more."""
     _check_model(body.model, service)
-    order = await asyncio.to_thread(order_of, body, service.tokenizer, vocabulary, service.limits)
+    service.worker.check_room(1)
+    order = await readers.order_of(body, service, vocabulary)
     writing = Writing(order, service, vocabulary)
     if body.stream:
         with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)

@@ -69,17 +69,16 @@ def _prompts(value: Any) -> list[str | list[int]]:
         raise PydanticCustomError(
             "prompt", "must be text, a list of token ids, or a list of either, not empty"
         )
-    prompts = [value] if all(_is_id(item) for item in value) else value
+    prompts = [value] if _are_ids(value) else value
     for prompt in prompts:
-        if not isinstance(prompt, str) and not (
-            isinstance(prompt, list) and all(_is_id(item) for item in prompt)
-        ):
+        if not isinstance(prompt, str) and not (isinstance(prompt, list) and _are_ids(prompt)):
             raise PydanticCustomError("prompt", "must be text, a list of token ids, or a list of either")
     return [_text(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
+def _are_ids(values: list[Any]) -> bool:
+    """Whether all of them are whole numbers of 32 bits; a body may hold millions, and others wait meanwhile."""
+    return set(map(type, values)) <= {int} and (not values or -(2**31) < min(values) <= max(values) < 2**31)
 
 
 def _content(value: Any) -> str:
@@ -151,6 +150,11 @@ class Body(pydantic.BaseModel):
         return self
 
     @property
+    def characters(self) -> int:
+        """How much there is to tokenize; a token id counts as one."""
+        raise NotImplementedError
+
+    @property
     def limit(self) -> int | None:
         """Most tokens of an answer; None = as many as there is room for."""
         raise NotImplementedError
@@ -176,6 +180,11 @@ class CompletionBody(Body):
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise PydanticCustomError("best_of", "best_of is not supported by this server; leave it out")
         return self
+
+    @property
+    def characters(self) -> int:
+        """Of all prompts."""
+        return sum(map(len, self.prompt))
 
     @property
     def limit(self) -> int | None:
@@ -245,6 +254,11 @@ class ChatBody(Body):
         if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs to be true")
         return self
+
+    @property
+    def characters(self) -> int:
+        """Of all messages."""
+        return sum(len(message.content) for message in self.messages)
 
     @property
     def limit(self) -> int | None:

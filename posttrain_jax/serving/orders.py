@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from posttrain_jax.errors import InputError
 from posttrain_jax.sampling.choose import Needs, Sampling
-from posttrain_jax.sampling.engine import Request
 from posttrain_jax.sampling.prompts import encode_chat, encode_text, split_stops
+from posttrain_jax.sampling.requests import Request
 from posttrain_jax.serving.bodies import GREEDY_BELOW, Body, ChatBody, CompletionBody
 from posttrain_jax.serving.token_text import Vocabulary
 
@@ -26,6 +26,8 @@ class Limits:
       alternatives: most log-probabilities beside each token.
       answers: most answers of one request, scored prompts included.
       stop_token_ids: what ends an answer of this model.
+      characters: no text of more has `places` tokens or fewer.
+      control_tokens: whether a control token's text in a message is that token.
     """
 
     places: int
@@ -33,6 +35,8 @@ class Limits:
     alternatives: int
     answers: int
     stop_token_ids: tuple[int, ...]
+    characters: int
+    control_tokens: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +108,8 @@ def order_of(body: Body, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabul
             f"{field} is {alternatives}; this server reports at most {limits.alternatives} (--max_logprobs)."
         )
     echo = isinstance(body, CompletionBody) and bool(body.echo)
-    prompts = _prompts(body, tokenizer, echo)
+    _check_lengths(body, limits)
+    prompts = _prompts(body, tokenizer, limits, echo)
     if n * len(prompts) > limits.answers:
         raise InputError(
             f"the request asks for {n * len(prompts)} answers (prompts times n); this server takes at most "
@@ -127,9 +132,31 @@ def order_of(body: Body, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabul
     return order
 
 
-def _prompts(body: Body, tokenizer: PreTrainedTokenizerBase, echo: bool) -> list[Prompt]:
+def _check_lengths(body: Body, limits: Limits) -> None:
+    """Refuses a text that cannot fit before it is tokenized, which takes a second for one or two million characters.
+
+    Raises:
+      InputError: names the text.
+    """
     if isinstance(body, ChatBody):
-        return [Prompt(encode_chat(tokenizer, [message.for_template() for message in body.messages]))]
+        sizes = {"the conversation": body.characters}
+    else:
+        assert isinstance(body, CompletionBody)
+        name = "prompt {}" if len(body.prompt) > 1 else "the prompt"
+        texts = [prompt if isinstance(prompt, str) else "" for prompt in body.prompt]
+        sizes = {name.format(index): len(text) for index, text in enumerate(texts)}
+    for name, size in sizes.items():
+        if size > limits.characters:
+            raise InputError(
+                f"{name} has {size:,} characters, and this model's maximum context length here, {limits.places} tokens "
+                f"(--max_model_len), holds {limits.characters:,} at most; shorten it."
+            )
+
+
+def _prompts(body: Body, tokenizer: PreTrainedTokenizerBase, limits: Limits, echo: bool) -> list[Prompt]:
+    if isinstance(body, ChatBody):
+        messages = [message.for_template() for message in body.messages]
+        return [Prompt(encode_chat(tokenizer, messages, control_tokens=limits.control_tokens))]
     assert isinstance(body, CompletionBody)
     prompts = []
     for given in body.prompt:
@@ -140,7 +167,8 @@ def _prompts(body: Body, tokenizer: PreTrainedTokenizerBase, echo: bool) -> list
             silent = int(added and not given.startswith(tokenizer.bos_token))
             prompts.append(Prompt(tokens, given if echo else "", silent))
         else:
-            text = tokenizer.decode(given) if echo and _decodable(given, tokenizer) else ""
+            is_shown = echo and len(given) <= limits.places and _decodable(given, tokenizer)
+            text = tokenizer.decode(given) if is_shown else ""
             prompts.append(Prompt(np.asarray(given, np.int64), text))
     return prompts
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from posttrain_jax.sampling.engine import Request, Update
+from posttrain_jax.sampling.requests import Request, Update
 from posttrain_jax.serving.orders import Prompt
 from posttrain_jax.serving.prompt_scores import PromptScores
 from posttrain_jax.serving.token_text import Detokenizer, Vocabulary, held_back

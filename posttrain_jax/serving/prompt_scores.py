@@ -1,4 +1,7 @@
-"""Log-probabilities of a prompt's own tokens, with the likeliest alternatives, by the training forward pass."""
+"""Log-probabilities of a prompt's own tokens, with the likeliest alternatives, by the training forward pass.
+
+Prompts are packed into rows of a few lengths, so that few programs are compiled whatever the prompts.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,13 @@ import numpy as np
 
 from posttrain_jax.losses.logprobs import chunk_rows
 from posttrain_jax.masking import shift_left
+from posttrain_jax.memory_maps import make_room
 from posttrain_jax.models.transformer import Model
-from posttrain_jax.sampling.engine import GROUP_TOKENS, bucket, mesh_of
+from posttrain_jax.sampling.shapes import mesh_of
 from posttrain_jax.sharding import shard_multiple
 from posttrain_jax.types import Array, PyTree
+
+ROW_TOKENS = (256, 1024)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,41 +40,66 @@ class PromptScores:
     alternative_logprobs: np.ndarray
 
 
-def group_size(length: int) -> int:
-    """How many prompts of so many tokens are scored at once."""
-    return max(1, GROUP_TOKENS // bucket(length))
+def row_tokens(tokens: int) -> int:
+    """How long a row for so many tokens is: 256, 1024, 2048, 4096 ..."""
+    return next((size for size in ROW_TOKENS if tokens <= size), 1 << (tokens - 1).bit_length())
 
 
 def score_prompts(
     model: Model, params: PyTree, prompts: Sequence[np.ndarray], *, alternatives: int
 ) -> list[PromptScores]:
-    """Scores prompts of like length together, K = `alternatives` at least 1."""
+    """Scores prompts together, K = `alternatives` at least 1."""
     mesh = mesh_of(params)
-    rows = shard_multiple(1 << (len(prompts) - 1).bit_length(), mesh)
-    lengths = [len(prompt) for prompt in prompts]
-    tokens_BT = np.zeros((rows, bucket(max(lengths))), np.int32)
-    lengths_B = np.zeros(rows, np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens_BT[row, : len(prompt)] = prompt
-        lengths_B[row] = len(prompt)
+    length = row_tokens(max(map(len, prompts)))
+    places: list[tuple[int, int]] = []  # of each prompt: its row, and where it begins there
+    row, end = 0, 0
+    for prompt in prompts:
+        if end + len(prompt) > length:
+            row, end = row + 1, 0
+        places.append((row, end))
+        end += len(prompt)
+    together = shard_multiple(1, mesh)
+    shape = (-(-(row + 1) // together) * together, length)
+    tokens_BT, segments_BT, positions_BT = (np.zeros(shape, np.int32) for _ in range(3))
+    for number, (prompt, (row, start)) in enumerate(zip(prompts, places, strict=True), 1):
+        part = slice(start, start + len(prompt))
+        tokens_BT[row, part], segments_BT[row, part] = prompt, number
+        positions_BT[row, part] = np.arange(len(prompt))
+    found: list[tuple[np.ndarray, ...]] = []
+    make_room()
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        scores = _scores(params, tokens_BT, lengths_B, model=model, alternatives=alternatives)
-    logps_BT, best_BTK, best_logps_BTK = (np.asarray(part) for part in scores)
-    return [
-        PromptScores(logps_BT[row, : n - 1], best_BTK[row, :n], best_logps_BTK[row, :n])
-        for row, n in enumerate(lengths)
-    ]
+        for first in range(0, shape[0], together):
+            arrays = (rows[first : first + together] for rows in (tokens_BT, segments_BT, positions_BT))
+            scores = _scores(params, *arrays, model=model, alternatives=alternatives)
+            found.append(tuple(np.asarray(part) for part in scores))
+    logps_BT, best_BTK, best_logps_BTK = (np.concatenate(part) for part in zip(*found, strict=True))
+    scored = []
+    for prompt, (row, start) in zip(prompts, places, strict=True):
+        end = start + len(prompt)
+        scored.append(
+            PromptScores(
+                logps_BT[row, start : end - 1], best_BTK[row, start:end], best_logps_BTK[row, start:end]
+            )
+        )
+    return scored
 
 
 @functools.partial(jax.jit, static_argnames=("model", "alternatives"))
 def _scores(
-    params: PyTree, tokens_BT: Array, lengths_B: Array, *, model: Model, alternatives: int
+    params: PyTree,
+    tokens_BT: Array,
+    segments_BT: Array,
+    positions_BT: Array,
+    *,
+    model: Model,
+    alternatives: int,
 ) -> tuple[Array, Array, Array]:
     """At every place: the next token's log-probability, and the likeliest tokens with theirs. Only one chunk of
     logits exists at a time, as in `losses/logprobs.py`."""
     rows, time = tokens_BT.shape
-    real_BT = (jnp.arange(time)[None] < lengths_B[:, None]).astype(jnp.int32)
-    output = model.apply(params, tokens_BT, segment_ids_BT=real_BT, logits=False)
+    output = model.apply(
+        params, tokens_BT, segment_ids_BT=segments_BT, positions_BT=positions_BT, logits=False
+    )
     positions, width = rows * time, output.hidden_BTD.shape[-1]
     size = chunk_rows(positions, model.config.vocab_size)
     padding = -positions % size

@@ -19,12 +19,14 @@ import numpy as np
 
 from posttrain_jax.errors import InputError
 from posttrain_jax.models.transformer import Model
-from posttrain_jax.sampling.engine import Engine, Request, Update, bucket
-from posttrain_jax.serving.prompt_scores import PromptScores, group_size, score_prompts
+from posttrain_jax.sampling.engine import Engine
+from posttrain_jax.sampling.requests import Request, Update
+from posttrain_jax.serving.prompt_scores import ROW_TOKENS, PromptScores, score_prompts
 from posttrain_jax.types import PyTree
 
 SLICE_SECONDS = 0.05
 MOST_STEPS = 32
+READ_TOKENS = 256  # of waiting prompts between two slices of decoding
 
 
 class Full(Exception):
@@ -136,9 +138,10 @@ class Worker:
         self.stopped = True
         self._commands.put(("stop", []))
 
-    def join(self) -> None:
-        """Waits for the end of the thread."""
-        self._thread.join()
+    def join(self, seconds: float | None = None) -> bool:
+        """Waits for the end of the thread, at most so long (it may be in the middle of compiling); whether it came."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def check_room(self, count: int) -> None:
         """Raises Full if so much work cannot be taken on now, Stopped if none ever will."""
@@ -209,17 +212,17 @@ class Worker:
                 del self._jobs[ticket]
 
     def _score(self) -> None:
-        """Scores the prompt that waits longest, with others of like length and as many alternatives."""
+        """Scores the prompt that waits longest, with others that fit into its row and want as many alternatives."""
         first = self._scorings[0].work
         assert isinstance(first, Scoring)
-
-        def fits(job: _Job) -> bool:
+        group: list[_Job] = []
+        left = max(ROW_TOKENS[-1], len(first.tokens))
+        for job in self._scorings:
             work = job.work
             assert isinstance(work, Scoring)
-            alike = bucket(len(work.tokens)) == bucket(len(first.tokens))
-            return alike and work.alternatives == first.alternatives
-
-        group = [job for job in self._scorings if fits(job)][: group_size(len(first.tokens))]
+            if work.alternatives == first.alternatives and len(work.tokens) <= left:
+                group.append(job)
+                left -= len(work.tokens)
         prompts = [job.work.tokens for job in group]
         scores = score_prompts(self._model, self._params, prompts, alternatives=first.alternatives)
         for job, score in zip(group, scores, strict=True):
@@ -227,9 +230,10 @@ class Worker:
             job.deliver(score)
 
     def _decode(self) -> None:
-        """One slice of decoding, as many tokens as take about SLICE_SECONDS."""
+        """Reads some of the prompts that wait, and decodes a slice, as many tokens as take about SLICE_SECONDS."""
+        self._engine.read(READ_TOKENS)
         start = time.monotonic()
-        updates = self._engine.step(self._steps)
+        updates = self._engine.write(self._steps)
         most = max((len(update.tokens) for update in updates), default=0)
         seconds = (time.monotonic() - start) / max(most, 1)
         self._steps = min(max(int(SLICE_SECONDS / max(seconds, 1e-6)), 1), MOST_STEPS)

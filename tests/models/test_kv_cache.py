@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from posttrain_jax.models import kv_cache
 from posttrain_jax.models.attention import AttentionMask, attend_cache
 from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.models.transformer import make_model
 
 CONFIG = ModelConfig("llama", 61, 32, 2, 4, 2, 8, 48, query_scale=8**-0.5)
 BLOCKS = pytest.mark.parametrize("block", [kv_cache.CPU_BLOCK, 0], ids=["blocks", "one block"])
@@ -75,19 +78,36 @@ def test_sequences_are_put_into_rows(monkeypatch, block, time):
 
 
 @BLOCKS
-def test_more_room_and_less_keep_what_is_held(monkeypatch, block):
-    cache = empty(monkeypatch, 2, 64, block)
+def test_more_room_keeps_what_is_held(monkeypatch, block):
     k, v = jnp.asarray(random(2, 64, 2, 8)), jnp.asarray(random(2, 64, 2, 8))
-    cache["layers"] = [kv_cache.put_rows(layer, k, v, jnp.arange(2)) for layer in cache["layers"]]
-    cache["positions"] = cache["positions"].at[:, :60].set(jnp.arange(60))
-    cache["length"] += 60
-    more = kv_cache.resize(cache, CONFIG, 192)
-    assert more["positions"].shape == (2, 192) and (more["positions"][:, 60:] == -1).all()
-    for layer in more["layers"]:
-        np.testing.assert_array_equal(keys(layer)[:, :64], k)
-        np.testing.assert_array_equal(values(layer)[:, :64], v)
-    again = kv_cache.resize(more, CONFIG, 64)
-    jax.tree.map(np.testing.assert_array_equal, again, cache)
+    layer = kv_cache.put_rows(empty(monkeypatch, 2, 64, block)["layers"][0], k, v, jnp.arange(2))
+    more = kv_cache.grow(layer, 192)
+    assert jax.tree.map(jnp.shape, more) == jax.tree.map(
+        jnp.shape, empty(monkeypatch, 2, 192, block)["layers"][0]
+    )
+    np.testing.assert_array_equal(keys(more)[:, :64], k)
+    np.testing.assert_array_equal(values(more)[:, :64], v)
+
+
+def test_a_prompt_that_is_read_in_parts_attends_as_the_whole_does():
+    """In chunks of unlike lengths over READ_BLOCK places at a time, with a window in the local layer and soft-capped
+    scores: the hidden states of the whole forward, for two prompts at a time."""
+    config = dataclasses.replace(
+        CONFIG, max_length=600, sliding_window=40, local_layers=(True, False), attn_softcap=20.0, head_dim=8
+    )
+    model = make_model(config, attention="xla")
+    params = model.init(jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(0, 61, (2, 600)).astype(np.int32)
+    whole = model.apply(params, jnp.asarray(tokens), logits=False).hidden_BTD
+    reading = kv_cache.init_reading(config, 2, 600)
+    assert reading["k"].shape == (2, 2, 768, 2, 8)
+    parts = []
+    for start, stop in ((0, 256), (256, 384), (384, 512)):
+        hidden, reading = model.read(
+            params, jnp.asarray(tokens[:, start:stop]), start=jnp.int32(start), reading=reading
+        )
+        parts.append(np.asarray(hidden))
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), np.asarray(whole)[:, :512], atol=2e-5)
 
 
 @pytest.mark.parametrize("time", [1, 3])

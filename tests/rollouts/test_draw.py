@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import platform
 from pathlib import Path
@@ -9,19 +10,26 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from posttrain_jax.data.prompts import Prompt
 from posttrain_jax.data.sources import RowError
 from posttrain_jax.models.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.models.transformer import make_model
 from posttrain_jax.rollouts.draw import (
     RolloutOptions,
     _give_back_memory,
     as_rows,
     encode_prompt,
     put_rollouts,
+    roll_out,
+    rollout_engine,
     truncate,
 )
-from posttrain_jax.sampling.generate import Sample
+from posttrain_jax.sampling import decode as device
+from posttrain_jax.sampling.choose import Sampling
+from posttrain_jax.sampling.generate import GenerateOptions, Sample, generate
 from posttrain_jax.sharding import make_mesh
 
 OPTIONS = RolloutOptions(4, 1.0, 1, 2, (9,))
@@ -95,6 +103,32 @@ def test_free_memory_is_given_back():
     before = resident()
     _give_back_memory()
     assert resident() < before - 300e6 and above[0] == 1
+
+
+def test_one_engine_draws_for_a_whole_run():
+    """Prompts of other lengths with other parameters, and greedy ones: the answers of an engine made for them alone,
+    and no program more than for the first."""
+    config = ModelConfig("llama", 97, 32, 2, 4, 2, 8, 48, max_length=96, query_scale=8**-0.5)
+    model = make_model(config)
+    options = RolloutOptions(8, 1.0, 2, 4, (9,))
+    one_device = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"))
+    engine = rollout_engine(model, options, row_length=64, mesh=one_device)
+    compiled, drawn, asked_of = [], [], []
+    for step, (lengths, temperature) in enumerate([((5, 40), 1.0), ((56, 1, 30), 1.0), ((17,), 0.0)]):
+        params = model.init(jax.random.key(step))
+        prompts = [prompt(*range(3, 3 + length)) for length in lengths]
+        asked = dataclasses.replace(options, temperature=temperature)
+        drawn.append(roll_out(engine, model, params, prompts, asked, row_length=64, seed=step))
+        asked_of.append((params, [one.tokens for one in prompts], temperature))
+        compiled.append(device.decode._cache_size() + device.read._cache_size())
+    assert compiled[0] == compiled[1] == compiled[2]
+    for step, (rows, (params, prompts, temperature)) in enumerate(zip(drawn, asked_of, strict=True)):
+        sampling = Sampling(temperature)
+        how = GenerateOptions(
+            8, stop_token_ids=(9,), sampling=sampling, num_samples=2, seed=step, batch_size=4
+        )
+        alone = generate(model, params, prompts, how)
+        assert [answer.tolist() for answer in rows.answers] == [sample.tokens.tolist() for sample in alone]
 
 
 def test_some_rows():

@@ -15,8 +15,8 @@ from posttrain_jax.errors import InputError
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.transformer import decode_layers, make_model
 from posttrain_jax.sampling.choose import Needs, Sampling
-from posttrain_jax.sampling.decode import decode, empty_slots
-from posttrain_jax.sampling.engine import bucket
+from posttrain_jax.sampling.decode import decode, empty_layers, empty_state
+from posttrain_jax.sampling.shapes import bucket
 from posttrain_jax.sampling.stream import Stream
 from posttrain_jax.sharding import make_mesh, tree_shardings
 
@@ -215,16 +215,17 @@ def test_the_decode_loop_copies_neither_cache_nor_weights():
     """Beside its arguments, which it writes in place, the loop holds the logits of one position and little more."""
     config = dataclasses.replace(CONFIG, vocab_size=1024, max_length=4096, d_model=64, head_dim=16)
     model = make_model(config)
-    slots = jax.eval_shape(
-        lambda: empty_slots(model=model, rows=4, places=4096, new_tokens=8, needs=Needs(), stop_width=1)
+    slots = jax.eval_shape(lambda: empty_layers(model=model, rows=4, places=4096))
+    state = jax.eval_shape(
+        lambda: empty_state(model=model, rows=4, new_tokens=8, needs=Needs(), stop_width=1)
     )
     params = model.abstract_params()
     layers = jax.eval_shape(functools.partial(decode_layers, lora_scale=0.0), params["layers"])
     params = {**params, "layers": layers}
     count, flag = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.bool)
-    compiled = decode.lower(params, slots, count, flag, model=model, needs=Needs()).compile()
+    compiled = decode.lower(params, slots, state, count, flag, model=model, needs=Needs()).compile()
     memory = compiled.memory_analysis()
-    cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(slots.cache))
+    cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(slots))
     assert memory.alias_size_in_bytes >= cache_bytes
     # Scores of one layer (4 rows x 4 heads x 4096 places) a few times over, against 8.4 MB of cache.
     assert memory.temp_size_in_bytes < cache_bytes / 4

@@ -11,14 +11,17 @@ import pytest
 from answers import answers
 
 from posttrain_jax.errors import InputError
-from posttrain_jax.models import attention as attention_module
 from posttrain_jax.models.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.config import LoraConfig, ModelConfig
 from posttrain_jax.models.transformer import make_model
+from posttrain_jax.sampling import decode as device
 from posttrain_jax.sampling import engine as engine_module
+from posttrain_jax.sampling import slots as slots_module
 from posttrain_jax.sampling.choose import Needs, Sampling
-from posttrain_jax.sampling.engine import Engine, Request, decode_params
+from posttrain_jax.sampling.engine import Engine
 from posttrain_jax.sampling.generate import GenerateOptions, Sample, generate_as_finished
+from posttrain_jax.sampling.requests import Request
+from posttrain_jax.sampling.slots import decode_params
 from posttrain_jax.serving.pieces import Writer, join
 from posttrain_jax.serving.token_text import Vocabulary
 from posttrain_jax.sharding import make_mesh, tree_shardings
@@ -105,16 +108,9 @@ def test_a_mesh_gives_the_same_samples(model, params, shape):
 
 
 @pytest.mark.parametrize("attention", ["blocks", "splash"])
-def test_any_number_of_prompts_of_any_length_is_read_on_a_mesh(attention, monkeypatch):
-    """Training's kernels want rows of 128 tokens, as many as the mesh divides: a short prompt, and a single one of 128
-    tokens on 8 devices, are read all the same, with the same answers. Splash runs in Pallas' interpreter here."""
-    splash, widths = attention_module._attend_splash, []
-
-    def interpreted(q_BTHK, *rest):
-        widths.append(q_BTHK.shape[1])
-        return splash(q_BTHK, *rest, interpret=True)
-
-    monkeypatch.setattr(attention_module, "_attend_splash", interpreted)
+def test_any_number_of_prompts_of_any_length_is_read_on_a_mesh(attention):
+    """Training's kernels want rows of 128 tokens, as many as the mesh divides: a short prompt, and a single one of 120
+    tokens on 8 devices, are read all the same, with the same answers."""
     config = dataclasses.replace(CONFIG, max_length=256)
     mesh = make_mesh(data=8, fsdp=1, tensor=1)
     plain = make_model(config)
@@ -125,7 +121,6 @@ def test_any_number_of_prompts_of_any_length_is_read_on_a_mesh(attention, monkey
         want = answers(plain, params, prompts, max_new_tokens=3)
         got = answers(make_model(config, attention=attention), sharded, prompts, max_new_tokens=3)
         assert_same(got, want)
-    assert set(widths) == ({128} if attention == "splash" else set())
 
 
 def test_noise_is_never_used_twice(model, params):
@@ -151,9 +146,9 @@ def test_samples_of_a_prompt_share_one_reading(model, params, slots, more, monke
     together. Answers of unlike length, so that slots come free one by one."""
     lengths_read = []
 
-    def counted(params, slots, tokens_PT, lengths_P, *rest, **options):
+    def counted(params, reading, tokens_PT, start, lengths_P, **options):
         lengths_read.extend(lengths_P.tolist())
-        return read(params, slots, tokens_PT, lengths_P, *rest, **options)
+        return read(params, reading, tokens_PT, start, lengths_P, **options)
 
     options = {
         "max_new_tokens": 12,
@@ -165,8 +160,8 @@ def test_samples_of_a_prompt_share_one_reading(model, params, slots, more, monke
     options |= {"temperature": 1.1, "top_k": 50}  # no top_p: at its edge a tie may fall the other way
     together = answers(model, params, PROMPTS[:3], batch_size=15, **options)
     assert len({len(sample.tokens) for sample in together}) > 2
-    read = engine_module.admit
-    monkeypatch.setattr(engine_module, "admit", counted)
+    read = device.read
+    monkeypatch.setattr(device, "read", counted)
     assert_same(answers(model, params, PROMPTS[:3], batch_size=slots, **options), together)
     assert sorted(lengths_read) == sorted(len(prompt) for prompt in PROMPTS[:3])
 
@@ -174,7 +169,7 @@ def test_samples_of_a_prompt_share_one_reading(model, params, slots, more, monke
 def test_shared_prompts_survive_cancels_growth_and_what_is_written_behind_them(model, params, monkeypatch):
     """Few prompts, one of them as long as the context allows, asked for at random times and cancelled at random, in a
     cache that starts with 16 places: every answer is that of the prompt alone."""
-    monkeypatch.setattr(engine_module, "FIRST_PLACES", 16)
+    monkeypatch.setattr(slots_module, "FIRST_PLACES", 16)
     monkeypatch.setattr(engine_module, "FEWEST_STEPS", 3)
     prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[4], np.arange(95) % 97]
     alone = [sample.tokens for sample in answers(model, params, prompts, max_new_tokens=25, batch_size=1)]
@@ -209,30 +204,81 @@ def test_few_programs_for_samples(model, params):
             engine.submit(Request(PROMPTS[prompt], 4, sampling=Sampling(1.0), prompt=prompt, sample=sample))
     while engine.busy:
         engine.step()
-    # Both prompts lie in the bucket of 16: read one after the other, each for its 8 slots.
-    assert engine.compiled_programs == 2
+    # Each prompt is read once, put into a slot, copied into the 7 others, and begun on in all of them.
+    assert engine.compiled_programs == len(("read", "fill", "copy", "begin", "decode"))
 
 
-def test_few_programs_are_compiled(model, params):
-    """40 prompts of all lengths, 4 slots: a decode loop and at most three readers for each of five buckets."""
+def test_what_was_compiled_ahead_is_all_that_any_request_needs(monkeypatch):
+    """Prompts of 1 to 500 tokens, alone and in groups, answers that make the cache grow, cancels, other parameters:
+    nothing is compiled after `warm_up`."""
+    monkeypatch.setattr(slots_module, "FIRST_PLACES", 128)
+    model = make_model(dataclasses.replace(CONFIG, max_length=512))
+    params = sharp(model.init(jax.random.key(3)))
+    engine = Engine(model, params, slots=3, places=512, new_tokens=300, needs=Needs(draw=True))
+    programs = engine.warm_up()
+    assert programs == 3 + 2 + 3 * len(("fill", "copy", "decode")) + 2  # 128, 256 and 512 places; grown twice
+    compiled = cache_sizes()
     rng = np.random.default_rng(0)
-    engine = Engine(model, params, slots=4, places=96, new_tokens=12, needs=Needs())
-    for index in range(40):
-        tokens = rng.integers(0, 97, rng.integers(1, 64))
-        engine.submit(Request(tokens, max_new_tokens=int(rng.integers(1, 12)), prompt=index))
-    before = decode_programs()
     finished = 0
+    for turn in range(8):
+        for _ in range(rng.integers(1, 6)):
+            tokens = rng.integers(0, 97, rng.integers(1, 500))
+            limit = int(rng.integers(1, 300))
+            tickets = [
+                engine.submit(Request(tokens, limit, sampling=Sampling(1.0), sample=sample))
+                for sample in range(rng.integers(1, 4))
+            ]
+        engine.cancel(tickets[0])
+        while engine.busy:
+            finished += sum(update.finish_reason is not None for update in engine.step(40))
+        if turn == 3:
+            engine.load(jax.tree.map(lambda leaf: leaf * 1.01, params))
+        if turn == 5:
+            engine.unload()
+            engine.load(params)
+    assert finished > 20
+    assert (cache_sizes(), engine.compiled_programs) == (compiled, programs)
+
+
+def cache_sizes() -> dict[str, int]:
+    """How many programs of the engine this process has compiled, by name."""
+    programs = (
+        device.read,
+        device.fill,
+        device.copy_row,
+        device.begin,
+        device.grow,
+        device.decode,
+        device.release,
+    )
+    return {program.__name__: program._cache_size() for program in programs}
+
+
+def test_a_long_prompt_is_read_in_parts_while_others_are_written(model, params):
+    """The worker reads a chunk, decodes, reads another; every answer is that of its prompt alone, also of the one that
+    is cancelled in the middle of its reading and asked for again."""
+    model = make_model(dataclasses.replace(CONFIG, max_length=2048))
+    long = np.arange(700) % 97
+    prompts = [PROMPTS[0], long, PROMPTS[1], PROMPTS[2]]
+    alone = [
+        sample.tokens.tolist() for sample in answers(model, params, prompts, max_new_tokens=30, batch_size=1)
+    ]
+    engine = Engine(model, params, slots=2, places=1024, new_tokens=30, needs=Needs())
+    asked = {engine.submit(Request(prompt, 30)): number for number, prompt in enumerate(prompts)}
+    got: dict[int, list[int]] = {number: [] for number in range(4)}
+    events, cancelled = [], False
     while engine.busy:
-        finished += sum(update.finish_reason is not None for update in engine.step())
-    assert finished == 40
-    assert decode_programs() - before <= engine.compiled_programs <= 1 + 2 * 6
-
-
-def decode_programs() -> int:
-    """How many programs of the engine this process has compiled."""
-    from posttrain_jax.sampling import decode
-
-    return sum(program._cache_size() for program in (decode.decode, decode.admit, decode.share))
+        engine.read(256)
+        for update in engine.write(4):
+            number = asked[update.ticket]
+            events.append(number)
+            got[number] += update.tokens.tolist()
+        if len(events) == 2 and not cancelled:
+            engine.cancel(1)  # after two chunks of three
+            asked[engine.submit(Request(long, 30))] = 1
+            cancelled = True
+    assert [got[number] for number in range(4)] == alone
+    assert events[:3] == [0, 0, 0] and 2 in events[: events.index(1)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -385,7 +431,7 @@ def test_the_cache_grows_with_the_answers_and_shrinks_after_them(params, monkeyp
     model = make_model(dataclasses.replace(CONFIG, max_length=256))
     limits = [3, 150, 20, 90]
     whole = answers(model, params, PROMPTS[:4], max_new_tokens=limits, batch_size=2, **DRAWN)
-    monkeypatch.setattr(engine_module, "FIRST_PLACES", 64)
+    monkeypatch.setattr(slots_module, "FIRST_PLACES", 64)
     monkeypatch.setattr(engine_module, "FEWEST_STEPS", 3)
     assert_same(answers(model, params, PROMPTS[:4], max_new_tokens=limits, batch_size=2, **DRAWN), whole)
 
@@ -395,7 +441,7 @@ def test_the_cache_grows_with_the_answers_and_shrinks_after_them(params, monkeyp
         engine.submit(Request(prompt, limit))
         while engine.busy:
             engine.step()
-            sizes.append(engine._slots.cache["positions"].shape[1])
+            sizes.append(engine._slots._layers[0]["v"].shape[2])
     assert sizes == [64, 64, 128, 256, 64]
 
 
@@ -452,7 +498,7 @@ def test_other_parameters_can_be_put_in(model, params):
     engine.submit(Request(PROMPTS[0], 8))
     (before,) = engine.step()
     other = jax.tree.map(lambda leaf: leaf + 0.05 * jax.random.normal(jax.random.key(1), leaf.shape), params)
-    engine.set_params(other)
+    engine.load(other)
     engine.submit(Request(PROMPTS[0], 8))
     (after,) = engine.step()
     (want,) = answers(model, other, PROMPTS[:1], max_new_tokens=8)

@@ -8,7 +8,7 @@ import pytest
 
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.transformer import make_model
-from posttrain_jax.serving.prompt_scores import score_prompts
+from posttrain_jax.serving.prompt_scores import row_tokens, score_prompts
 from posttrain_jax.sharding import make_mesh, tree_shardings
 
 CONFIG = ModelConfig(
@@ -62,3 +62,7 @@ def test_a_token_that_is_the_likeliest_has_the_likeliest_ones_number_to_the_last
         prompt.append(int(scores.alternatives[-1, 0]))
     (scores,) = score_prompts(model, params, [np.asarray(prompt, np.int32)], alternatives=1)
     assert scores.logprobs.tolist() == scores.alternative_logprobs[:-1, 0].tolist()
+
+
+def test_rows_have_few_lengths():
+    assert [row_tokens(n) for n in (1, 256, 257, 1024, 1025, 2049)] == [256, 256, 1024, 1024, 2048, 4096]

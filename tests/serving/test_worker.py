@@ -14,8 +14,9 @@ from posttrain_jax.errors import InputError
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.transformer import make_model
 from posttrain_jax.sampling.choose import Needs
-from posttrain_jax.sampling.engine import Engine, Request
+from posttrain_jax.sampling.engine import Engine
 from posttrain_jax.sampling.generate import GenerateOptions, generate
+from posttrain_jax.sampling.requests import Request
 from posttrain_jax.serving.prompt_scores import score_prompts
 from posttrain_jax.serving.worker import Answers, Full, Scoring, Stopped, Worker
 
