@@ -9,8 +9,11 @@ it resumes with the same bits when the cache was emptied or JAX is another versi
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,12 +26,15 @@ from posttrain_jax.assets import cache_root
 from posttrain_jax.completions import map_completions, policy_logps_of
 from posttrain_jax.data.preference_rows import RowShape
 from posttrain_jax.data.tokenized_preferences import PreferenceSource
+from posttrain_jax.errors import InputError
 from posttrain_jax.metrics import say
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.trees import fingerprint
 from posttrain_jax.types import PyTree
 
-FORMAT_VERSION = 2
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 3
 
 
 def reference_logps(
@@ -65,8 +71,8 @@ def reference_logps(
     for source in sources:
         index = hashlib.sha256(np.ascontiguousarray(source.index, np.int64).tobytes()).hexdigest()
         name = _digest(FORMAT_VERSION, model, identity, index, shape, source.store.meta["sha256"])
-        own = workdir / "reference_logps" / f"{name}.npy"
-        shared = root / f"{_digest(name, jax.__version__, jax.default_backend())}.npy"
+        own = workdir / "reference_logps" / f"{name}.npz"
+        shared = root / f"{_digest(name, jax.__version__, jax.default_backend())}.npz"
         kept = _read(own, len(source.store.lines))
         found = _read(shared, len(source.store.lines)) if kept is None else kept
         if not _everywhere(found is not None) or found is None:
@@ -77,6 +83,7 @@ def reference_logps(
             found = map_completions(
                 logps, params, source, shape, mesh, groups=groups, micro_batches=micro_batches
             )
+            _require_finite(found, source)
             _write(shared, found)
         if found is not kept:
             _write(own, found)
@@ -93,16 +100,40 @@ def _everywhere(found: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.asarray(found))))
 
 
+def _require_finite(logps: np.ndarray, source: PreferenceSource) -> None:
+    wrong = np.flatnonzero(~np.isfinite(logps).all(axis=1))
+    if len(wrong):
+        store = source.store
+        where = f"{store.meta['files'][store.files[wrong[0]]]}:{store.lines[wrong[0]]}"
+        raise InputError(
+            f"The reference's log-probability of {len(wrong):,} completions is no finite number, first of {where}; "
+            "are the weights of model.init whole, or is model.dtype too small for them?"
+        )
+
+
 def _read(path: Path, sequences: int) -> np.ndarray | None:
-    try:
-        found = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    """What `_write` wrote; None where it is not there, or (which is said) is not that any more."""
+    if not path.exists():
         return None
-    return found if found.shape == (sequences, 2) and found.dtype == np.float32 else None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found, digest = file["logps"], str(file["sha256"])
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, TypeError):
+        found, digest = np.zeros(0, np.float32), ""
+    if found.shape == (sequences, 2) and found.dtype == np.float32 and _sha256(found) == digest:
+        return found
+    log.warning(
+        "The reference log-probabilities in %s are not as they were written; they are computed again.", path
+    )
+    return None
+
+
+def _sha256(values: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
 
 
 def _write(path: Path, values: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-        np.save(file, values)
+        np.savez(file, logps=values, sha256=_sha256(values))
     os.replace(file.name, path)

@@ -7,6 +7,7 @@
     lines.npy      int64 [S]   its line (or number) in that file
     meta.json                  file names, the report, a hash of the sequences
     rejected.jsonl             bad rows with their reasons
+    sha256.json                a hash of every other file, checked when the folder is read
 
 A folder is written under a temporary name and renamed when it is complete, so that a reader sees all of it or
 nothing, and of two processes that build the same folder one wins and both read the winner's.
@@ -18,6 +19,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -28,6 +30,9 @@ from typing import Any
 
 import numpy as np
 
+log = logging.getLogger(__name__)
+
+_SUMS = "sha256.json"
 _ARRAYS = {
     "tokens": np.int32,
     "loss_mask": np.bool_,
@@ -117,7 +122,13 @@ class StoreWriter:
 
 
 def read_store(folder: pathlib.Path) -> StoredSequences | None:
-    """Maps a folder back into memory; None when it is not there or is damaged."""
+    """Maps a folder back into memory; None when it is not there, or (which is said) is not as it was written."""
+    if not folder.exists():
+        return None
+    problem = _damage(folder)
+    if problem is not None:
+        log.warning("The cache %s is not as it was written (%s); it is made again.", folder, problem)
+        return None
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         arrays = {name: _map(folder / f"{name}.npy", dtype) for name, dtype in _ARRAYS.items()}
@@ -131,6 +142,31 @@ def read_store(folder: pathlib.Path) -> StoredSequences | None:
         and len(store.tokens) == len(store.loss_mask) == store.offsets[-1]
     )
     return store if whole else None
+
+
+def _damage(folder: pathlib.Path) -> str | None:
+    """What is wrong with the files of a folder, in words, or None.
+
+    Every start reads all of them for it: 0.65 GiB/s on one core, so a second for each 130 million tokens.
+    """
+    try:
+        sums = json.loads((folder / _SUMS).read_text(encoding="utf-8"))
+        files = _sums(folder)
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{_SUMS}: {error}"
+    if not isinstance(sums, dict) or sums.keys() != files.keys():
+        return "other files"
+    wrong = [name for name, digest in files.items() if sums[name] != digest]
+    return f"{wrong[0]} has changed" if wrong else None
+
+
+def _sums(folder: pathlib.Path) -> dict[str, str]:
+    sums = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != _SUMS:
+            with path.open("rb") as file:
+                sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
 
 
 def _map(path: pathlib.Path, dtype: type) -> np.ndarray:
@@ -160,6 +196,7 @@ def publish(
     scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield scratch
+        (scratch / _SUMS).write_text(json.dumps(_sums(scratch)), encoding="utf-8")
         if folder.exists() and read(folder) is None:
             broken = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-broken-", dir=folder.parent))
             with contextlib.suppress(OSError):  # another process may have moved it away first

@@ -294,10 +294,11 @@ def build_preferences(
         rows = SourceRows(source)
         kept = [options.max_length, options.truncate, options.ignore_columns]
         key = cache_key(rows, tokenizer_key, ["preferences", FORMAT_VERSION, *kept])
-        if _read(root / key) is None:
+        found = _read(root / key)
+        if found is None:
             with publish(root / key, read=_read) as scratch:
                 _write(scratch, rows, tokenizer, options)
-        found = _read(root / key)
+            found = _read(root / key)
         if found is None:
             raise InputError(
                 f"the preference data in {root / key} cannot be read back; delete it and try again"

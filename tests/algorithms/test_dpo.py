@@ -259,7 +259,7 @@ def test_the_defaults_are_the_configs():
     assert preference_config().dpo.to_dict() == dpo.DEFAULTS
 
 
-def test_the_reference_is_computed_once(data, tmp_path, capsys):
+def test_the_reference_is_computed_once(data, tmp_path, capsys, caplog):
     """A second run reads the file; other parameters make another one; a run whose cache is lost has its own."""
     mesh = make_mesh(1, 1, 1)
     model, params = tiny_model("llama"), tiny_params("llama")
@@ -291,3 +291,13 @@ def test_the_reference_is_computed_once(data, tmp_path, capsys):
     assert "computed once" not in capsys.readouterr().out
     ask(params, "third")
     assert "computed once" in capsys.readouterr().out
+    # Of the right shape, and changed: not trusted, in the run's own copy and in the cache.
+    for file in (*cache.iterdir(), *(tmp_path / "third").rglob("*.npz")):
+        with np.load(file) as kept:
+            np.savez(file, logps=np.full_like(kept["logps"], np.nan), sha256=kept["sha256"])
+    np.testing.assert_array_equal(ask(params, "third"), first)
+    assert caplog.text.count("are not as they were written; they are computed again") == 2
+    with pytest.raises(
+        InputError, match=r"log-probability of \d+ completions is no finite number, first of .*:1;"
+    ):
+        ask(jax.tree.map(lambda leaf: leaf * np.nan, params), "fourth")

@@ -196,12 +196,23 @@ def test_what_the_key_depends_on(make, smollm2, write_jsonl, tmp_path):
 
 
 def test_a_cached_build_is_read_back(make, write_jsonl, tmp_path):
-    """What is in the cache comes back: here it was changed behind the cache's back."""
+    """The second build leaves the folder of the first as it is."""
     path = write_jsonl(GOOD)
     make(path)
     (name,) = entries(tmp_path)
+    before = (tmp_path / "cache" / "tokenized" / name).stat()
+    make(path)
+    after = (tmp_path / "cache" / "tokenized" / name).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_a_changed_entry_is_built_again_and_said(make, write_jsonl, tmp_path, caplog):
+    path = write_jsonl(GOOD)
+    expected = make(path).sources[0].sequence(0).tokens.tolist()
+    (name,) = entries(tmp_path)
     np.load(tmp_path / "cache" / "tokenized" / name / "tokens.npy", mmap_mode="r+")[0] = 4711
-    assert make(path).sources[0].sequence(0).tokens[0] == 4711
+    assert make(path).sources[0].sequence(0).tokens.tolist() == expected
+    assert "tokens.npy has changed); it is made again" in caplog.text
 
 
 def test_a_damaged_entry_is_built_again(make, write_jsonl, tmp_path):
