@@ -78,6 +78,7 @@ def base_config() -> ConfigDict:
 
     config.eval = ConfigDict()
     config.eval.every = 0  # steps; 0 = before the first and after the last
+    config.eval.weights = "raw"  # which it looks at: raw (the last), ema (their moving average, optim.ema)
     config.eval.batch_rows = 8
     config.eval.prompts = ()  # answered at every evaluation, into samples.jsonl
     config.eval.max_new_tokens = 128

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib.util
 import json
 import math
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -136,6 +138,29 @@ FREE_KEYS = (
 )
 
 
+# Keys that may change from a checkpoint on where --allow_change names them: the state that was saved fits all values.
+CHANGEABLE = (
+    "optim.lr",
+    "optim.schedule",
+    "optim.warmup",
+    "optim.warmup_start",
+    "optim.min_lr_ratio",
+    "optim.decay_share",
+    "optim.beta1",
+    "optim.beta2",
+    "optim.eps",
+    "optim.weight_decay",
+    "optim.clip_norm",
+    "train.steps",
+    "train.epochs",
+    "data.eval",
+    "eval.",
+    "stop.",
+)
+# Of these the best checkpoint so far was judged by: with another value it could not be compared.
+JUDGED_BY = ("data.eval", "eval.weights", "eval.temperature")
+
+
 # key: (least, greatest) value that makes sense, both included; not every algorithm has every key.
 BOUNDS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**31 - 1),
@@ -199,46 +224,129 @@ def check_values(config: ConfigDict) -> None:
     for key, what in (("model.init", 'a MODEL, or "random"'), ("data.train", "the rows to train on")):
         if not flat[key]:
             raise InputError(f"{key} is not set; it must be {what}.")
+    if config.eval.weights not in ("raw", "ema"):
+        raise InputError(f"eval.weights is {config.eval.weights!r}; use raw (the last weights) or ema.")
+    if config.eval.weights == "ema" and not config.optim.ema:
+        raise InputError(
+            "eval.weights is 'ema', but optim.ema is 0, so no moving average of the weights is kept."
+        )
     targets, known = set(config.model.lora.targets), LoraConfig().targets
     if config.model.lora.rank and (not targets or not targets <= set(known)):
         raise InputError(f"model.lora.targets is {tuple(sorted(targets))}; use some of {', '.join(known)}.")
 
 
-def save_or_check(config: ConfigDict, workdir: Path, *, resumes: bool, write: bool) -> dict[str, Any]:
-    """Writes the resolved config into the workdir; where checkpoints wait to be resumed, it must be theirs.
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A key that a run goes on with another value of; None = it was, or is, not there."""
+
+    key: str
+    before: Any
+    now: Any
+
+    def text(self) -> str:
+        """Both values, for a person."""
+        then, now = ("absent" if value is None else repr(value) for value in (self.before, self.now))
+        return f"{self.key} ({then} then, {now} now)"
+
+
+def resolve(config: ConfigDict) -> dict[str, Any]:
+    """The config as it is written: plain JSON values."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def changes(config: ConfigDict, workdir: Path, allowed: Sequence[str] = ()) -> list[Change]:
+    """The keys that differ from those that the run in a workdir was started with, in order.
 
     Args:
       config: of this start.
-      workdir: the run's folder.
-      resumes: whether there is a checkpoint to go on from.
-      write: False only compares (every process but the first).
+      workdir: the run's folder, with a checkpoint to go on from.
+      allowed: keys that may differ besides FREE_KEYS, of those in CHANGEABLE (or that the run's version had not).
 
     Raises:
-      InputError: the workdir was started with another config; names the keys that differ, with both values.
+      InputError: another key differs; names all that do, with both values, and what to do.
     """
-    resolved = json.loads(json.dumps(config.to_dict()))
+    now = flatten(ConfigDict(resolve(config)))
+    for key in allowed:
+        if key not in now:
+            near = difflib.get_close_matches(key, now, n=1, cutoff=0.0)[0]
+            raise InputError(f"--allow_change={key}: there is no such key; the nearest is {near!r}.")
+    from posttrain_jax.metrics import say
+
+    before = _saved(workdir / "config.json")
+    if before is None:
+        say(f"{workdir / 'config.json'} is gone; the run goes on with the config of this start.")
+        return []
+    found = [
+        Change(key, _plain(before.get(key)), _plain(now.get(key)))
+        for key in sorted(before.keys() | now.keys())
+        if _plain(before.get(key)) != _plain(now.get(key))
+    ]
+    refused = [
+        change for change in found if not change.key.startswith(FREE_KEYS) and change.key not in allowed
+    ]
+    if refused:
+        could = [change.key for change in refused if _may_change(change)]
+        advice = f", or --allow_change={','.join(could)} to go on with the new values" if could else ""
+        raise InputError(
+            f"{workdir} was started with another config: {'; '.join(change.text() for change in refused)}. "
+            f"Use the same values to resume, or a new --workdir{advice if len(could) == len(refused) else ''}."
+        )
+    for change in found:
+        if change.key in allowed:
+            _check_change(change, config)
+    return found
+
+
+def _saved(path: Path) -> dict[str, Any] | None:
+    """The flat config that a run wrote, or None."""
+    if not path.is_file():
+        return None
+    try:
+        saved = json.loads(path.read_text("utf-8"))
+        return flatten(ConfigDict(saved))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"{path} is no config in JSON ({error}); restore it, or use a new --workdir."
+        ) from error
+
+
+def _may_change(change: Change) -> bool:
+    return change.before is None or change.key.startswith(CHANGEABLE)
+
+
+def _check_change(change: Change, config: ConfigDict) -> None:
+    if not _may_change(change):
+        raise InputError(
+            f"--allow_change={change.key}: what was saved does not fit another value of it, so it cannot change in the "
+            f"middle of a run; use a new --workdir. These can: {', '.join(name.rstrip('.') for name in CHANGEABLE)}."
+        )
+    if change.key == "data.eval" and any(
+        str(value).startswith("split:") for value in (change.before, change.now)
+    ):
+        raise InputError(
+            f"{change.text()}: a split takes its rows from the training data, which would be others; give a file."
+        )
+    if change.key in JUDGED_BY and config.checkpoint.best_metric:
+        raise InputError(
+            f'{change.text()}: the best checkpoint so far was judged by it; set checkpoint.best_metric to "", or use '
+            "a new --workdir."
+        )
+
+
+def write(resolved: dict[str, Any], workdir: Path, *, step: int = 0, changed: Sequence[Change] = ()) -> None:
+    """Writes `config.json`, and what has changed from `step` on into `config_history.jsonl`."""
+    if changed:
+        from posttrain_jax.metrics import say
+
+        say(f"From step {step} on another config: {'; '.join(change.text() for change in changed)}.")
+        values = {change.key: [change.before, change.now] for change in changed}
+        line = {"step": step, "time": time.time(), "changes": values}
+        with (workdir / "config_history.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
     path = workdir / "config.json"
-    if path.is_file() and resumes:
-        try:
-            saved = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"{path} is not JSON ({error}); restore it, or use a new --workdir.") from error
-        before, now = flatten(ConfigDict(saved)), flatten(ConfigDict(resolved))
-        differing = [
-            f"{key} ({before.get(key, 'absent')!r} then, {now.get(key, 'absent')!r} now)"
-            for key in sorted(before.keys() | now.keys())
-            if _plain(before.get(key)) != _plain(now.get(key)) and not key.startswith(FREE_KEYS)
-        ]
-        if differing:
-            raise InputError(
-                f"{workdir} was started with another config: {'; '.join(differing)}. "
-                "Use the same values to resume, or a new --workdir."
-            )
-    if write:
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(resolved, indent=2) + "\n")
-        partial.replace(path)
-    return resolved
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(resolved, indent=2) + "\n")
+    partial.replace(path)
 
 
 def _plain(value: Any) -> Any:

@@ -78,12 +78,17 @@ def evaluate(name: str, config: ConfigDict, out: Path) -> dict[str, Any]:
         raise InputError(f"The folder {out} cannot be made: {error.strerror}.") from error
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     loaded = load_model(
-        name, dtype=config.model.dtype, mesh=mesh, attention=config.model.attention, ema=config.model.ema
+        name,
+        dtype=config.model.dtype,
+        mesh=mesh,
+        attention=config.model.attention,
+        ema=config.model.ema or None,
     )
     result = run(task, config, loaded, out, mesh)
     record = {
         "model": name,
         "step": loaded.source.step,
+        "weights": loaded.source.weights,
         "task": task,
         "data": result.data,
         "metrics": {key: dataclasses.asdict(value) for key, value in result.metrics.items()},

@@ -30,7 +30,11 @@ def define_flags() -> None:
     flags.DEFINE_string("dtype", "float32", "Type of the weights in the export: float32 or bfloat16.")
     flags.DEFINE_bool("adapter_only", False, "Write the LoRA adapter alone, in PEFT's format, not merged.")
     flags.DEFINE_integer("member", None, "Which model of an ensemble of reward models, from 0.")
-    flags.DEFINE_bool("ema", False, "The moving average of the weights instead of the last ones.")
+    flags.DEFINE_bool(
+        "ema",
+        None,
+        "The moving average of the weights (--noema: the last ones); default: those that the run evaluates.",
+    )
     flags.DEFINE_bool("overwrite", False, "Replace what is in the folder.")
 
 
@@ -67,11 +71,11 @@ def export(
     *,
     dtype: str = "float32",
     adapter_only: bool = False,
-    ema: bool = False,
+    ema: bool | None = None,
     member: int | None = None,
     overwrite: bool = False,
 ) -> int | None:
-    """Writes the folder `out`; returns the step of the checkpoint that was taken.
+    """Writes the folder `out` and says which weights; returns the step of the checkpoint that was taken.
 
     Raises:
       InputError: no such run, step or member, a run without an adapter, or something in the folder already.
@@ -91,6 +95,9 @@ def export(
             has = f"the members 0 to {count - 1}" if count else "no ensemble, so it has no members"
             raise InputError(f"--member={member}: {name} holds {has}.")
         loaded = load_members(source, ema=ema)[member]
+    if loaded.source.weights:
+        which = "moving average of the weights" if loaded.source.weights == "ema" else "last weights"
+        print(f"Exporting the {which} of {name}.")
     if adapter_only:
         _export_adapter(loaded, out)
         return loaded.source.step

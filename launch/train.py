@@ -20,6 +20,9 @@ EXAMPLE = "python -m launch.train --config=configs/sft/smollm2_135m.py --workdir
 
 CONFIG = config_flag.define()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; what is there is resumed.")
+ALLOW_CHANGE = flags.DEFINE_list(
+    "allow_change", [], "Config keys with which a run may go on changed, such as optim.lr,train.steps."
+)
 COORDINATOR = flags.DEFINE_string(
     "coordinator", "", 'HOST:PORT of process 0, for several processes; "auto" on a Cloud TPU pod.'
 )
@@ -56,13 +59,13 @@ def main(argv: Sequence[str]) -> int:
         processes.connect(*several, seconds=CONNECT_SECONDS.value)
         entry.set_up_jax()
         with processes.ends_with_its_peers():
-            run(CONFIG.value, workdir)
+            run(CONFIG.value, workdir, allowed=ALLOW_CHANGE.value)
         return 0
     for signum in asked_to_end():
         if signum != signal.SIGINT:
             signal.signal(signum, _leave)
     entry.set_up_jax()
-    run(CONFIG.value, workdir)
+    run(CONFIG.value, workdir, allowed=ALLOW_CHANGE.value)
     return 0
 
 
@@ -71,8 +74,13 @@ def _leave(signum: int, frame: Any) -> None:
     raise SystemExit(0)
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
+def run(config: ConfigDict, workdir: Path, *, allowed: Sequence[str] = ()) -> None:
     """Trains in this process; the workdir is made if it is not there.
+
+    Args:
+      config: the experiment.
+      workdir: the run's folder.
+      allowed: keys that may differ from those that the run was started with.
 
     Raises:
       InputError: anything wrong with config, model or data; another run is in the workdir.
@@ -87,23 +95,31 @@ def run(config: ConfigDict, workdir: Path) -> None:
     except OSError as error:
         raise InputError(f"The workdir {workdir} cannot be made: {error.strerror}.") from error
     with locked(workdir):
-        _run(config, workdir, known[config.algorithm])
+        _run(config, workdir, known[config.algorithm], allowed)
 
 
-def _run(config: ConfigDict, workdir: Path, from_config: Callable[[ConfigDict, Path], Task]) -> None:
+def _run(
+    config: ConfigDict,
+    workdir: Path,
+    from_config: Callable[[ConfigDict, Path], Task],
+    allowed: Sequence[str],
+) -> None:
     import jax
 
     from posttrain_jax.train_loop import LoopOptions, train
     from posttrain_jax.workdir import completed_steps
 
     config_flag.check_values(config)
-    resolved = config_flag.save_or_check(
-        config, workdir, resumes=bool(completed_steps(workdir)), write=jax.process_index() == 0
-    )
-    (workdir / "summary.json").unlink(missing_ok=True)
+    resolved = config_flag.resolve(config)
+    steps = completed_steps(workdir)
+    first = jax.process_index() == 0
+    changed = config_flag.changes(config, workdir, allowed) if steps else []
+    if first and not steps:
+        config_flag.write(resolved, workdir)
     options = LoopOptions(
         log_every=config.log.every,
         eval_every=config.eval.every,
+        eval_weights=config.eval.weights,
         checkpoint_every=config.checkpoint.every,
         keep=config.checkpoint.keep,
         best_metric=config.checkpoint.best_metric,
@@ -114,7 +130,16 @@ def _run(config: ConfigDict, workdir: Path, from_config: Callable[[ConfigDict, P
         wandb_project=config.log.wandb_project,
         config=resolved,
     )
-    train(from_config(config, workdir), options, workdir)
+    task = from_config(config, workdir)
+    if steps and steps[-1] > task.steps:
+        raise InputError(
+            f"The run in {workdir} has reached step {steps[-1]}, and train.steps is {task.steps} now; give more steps, "
+            "or a new --workdir."
+        )
+    if first and steps:
+        config_flag.write(resolved, workdir, step=steps[-1], changed=changed)
+    (workdir / "summary.json").unlink(missing_ok=True)
+    train(task, options, workdir)
 
 
 if __name__ == "__main__":

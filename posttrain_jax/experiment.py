@@ -8,6 +8,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Generic
 
@@ -279,8 +280,12 @@ def steps_from_config(config: Config, rows: Sequence[RowSource]) -> int:
         raise InputError("Set exactly one of train.steps and train.epochs to more than 0.")
     if config.train.steps > 0:
         return config.train.steps
+    if not math.isfinite(config.train.epochs):
+        raise InputError(f"train.epochs is {config.train.epochs}; it must be a number, such as 3 or 0.5.")
     total = sum(len(part) for part in rows)
-    return max(1, math.ceil(config.train.epochs * total / config.train.rows_per_step))
+    # The number as it is written: 1.1 x 100 rows are 110, and in floating point a little more.
+    steps = Fraction(repr(config.train.epochs)) * total / config.train.rows_per_step
+    return max(1, math.ceil(steps))
 
 
 @dataclasses.dataclass(frozen=True)

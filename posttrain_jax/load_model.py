@@ -57,12 +57,14 @@ class Source:
       kind: "hf" (a folder), "gguf" (a file), "adapter" (a PEFT folder) or "workdir".
       path: the folder or file.
       step: which checkpoint of a workdir; None = the newest (a loaded model names the one it was).
+      weights: of a workdir that was loaded, "raw" (the last) or "ema" (their moving average).
     """
 
     name: str
     kind: str
     path: pathlib.Path
     step: int | None = None
+    weights: str = ""
 
     @property
     def model_folder(self) -> pathlib.Path:
@@ -223,7 +225,7 @@ def load_model(
     param_dtype: str = "float32",
     mesh: Mesh | None = None,
     attention: str = "auto",
-    ema: bool = False,
+    ema: bool | None = None,
 ) -> LoadedModel:
     """Loads a MODEL.
 
@@ -233,7 +235,8 @@ def load_model(
       param_dtype: what the parameters are stored as.
       mesh: the parameters are sharded on it as training shards them; None = whole on the default device.
       attention: see `make_model`.
-      ema: of a workdir, the moving average of the weights instead of the last ones.
+      ema: of a workdir, the moving average of the weights (True) or the last ones; None = those that its run's own
+        evaluations look at (`eval.weights`).
 
     Raises:
       InputError: anything wrong with the model, said in one sentence; an ensemble, for which there is `load_members`.
@@ -241,6 +244,8 @@ def load_model(
     source = model if isinstance(model, Source) else resolve(model)
     if ema and source.kind != "workdir":
         raise InputError(f"{source.name} is no workdir, so it has no moving average of its weights.")
+    if ema is None:
+        ema = source.kind == "workdir" and _evaluates_average(source.path)
     if source.kind == "adapter":
         return _load_adapter(source, dtype=dtype, param_dtype=param_dtype, mesh=mesh, attention=attention)
     count = member_count(source)
@@ -269,7 +274,7 @@ def load_model(
             for name, part in abstract.items()
         }
         params, step = restore_params(source.path, wanted, step=source.step, shardings=shardings, ema=ema)
-        source = dataclasses.replace(source, step=step)
+        source = dataclasses.replace(source, step=step, weights="ema" if ema else "raw")
         if reward:
             params.pop("head", None)
     tokenizer = load_tokenizer(source.path if source.kind == "gguf" else source.model_folder)
@@ -294,7 +299,7 @@ def load_members(
     param_dtype: str = "float32",
     mesh: Mesh | None = None,
     attention: str = "auto",
-    ema: bool = False,
+    ema: bool | None = None,
 ) -> list[LoadedModel]:
     """Loads the reward models of an ensemble, or a list of the one that any other reward model is.
 
@@ -312,6 +317,8 @@ def load_members(
         )
         require_score_head(single)
         return [single]
+    if ema is None:
+        ema = _evaluates_average(source.path)
     config = load_config(source)
     definition = make_model(config, dtype=dtype, attention=attention, lora=_workdir_lora(source.path))
     saved = saved_parameters(source.path, step=source.step)
@@ -330,7 +337,7 @@ def load_members(
         ema=ema,
     )
     members = params.pop("members")
-    source = dataclasses.replace(source, step=step)
+    source = dataclasses.replace(source, step=step, weights="ema" if ema else "raw")
     tokenizer = load_tokenizer(source.model_folder)
     original, generation = _descriptions(source.model_folder)
     loaded = []
@@ -383,6 +390,12 @@ def _workdir_lora(workdir: pathlib.Path) -> LoraConfig:
         raise InputError(
             f"{workdir / 'config.json'}: model.lora is {shown(fields)}, which no run writes there; restore the file."
         ) from error
+
+
+def _evaluates_average(workdir: pathlib.Path) -> bool:
+    """Whether the evaluations of the run in this workdir look at the moving average of the weights."""
+    section = read_json(workdir / "config.json").get("eval", {})
+    return isinstance(section, dict) and section.get("weights") == "ema"
 
 
 def _run_model(workdir: pathlib.Path) -> dict[str, Any]:

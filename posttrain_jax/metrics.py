@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import sys
 import time
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +53,33 @@ def to_host(metrics: Metrics) -> dict[str, Metric]:
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Drops the lines of a JSON Lines file whose "step" lies beyond `step`, and a torn last line. Atomic."""
+    """Drops the lines of a JSON Lines file whose "step" lies beyond `step`, and a torn last line. Atomic.
+
+    Lines that are not as they were written (an object with a whole "step") are dropped too, and counted in a line.
+    """
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            if line and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError):
-            continue
+    kept, odd = [], 0
+    *whole, torn = path.read_bytes().split(b"\n")
+    for line in [*whole, torn] if _step_of(torn) is not None else whole:
+        found = _step_of(line)
+        if found is None:
+            odd += bool(line.strip())
+        elif found <= step:
+            kept.append(line)
+    if odd and step >= 0:
+        say(f"{path}: {odd} lines that are no objects with a step were dropped.")
     partial = path.with_suffix(".partial")
     partial.write_bytes(b"".join(line + b"\n" for line in kept))
     partial.replace(path)
+
+
+def _step_of(line: bytes) -> int | None:
+    try:
+        found = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, int) and not isinstance(found, bool) else None
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
@@ -109,6 +123,14 @@ class _Board:
         self._writer.close()
 
 
+def wandb_id(path: Path, *, new: bool) -> str:
+    """The run's name at W&B, drawn when it starts from the beginning: a folder's name may be used again."""
+    if new or not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{secrets.token_hex(8)}\n")
+    return path.read_text().strip()
+
+
 class MetricsWriter:
     """`metrics.jsonl`, TensorBoard events, and W&B if asked, for one run.
 
@@ -137,7 +159,7 @@ class MetricsWriter:
                 raise InputError(
                     'log.wandb_project needs the package wandb: pip install -e ".[wandb]", or leave it "".'
                 ) from error
-            run_id = f"{workdir.name}-{zlib.crc32(str(workdir.absolute()).encode()):08x}"
+            run_id = wandb_id(workdir / "wandb_id", new=last_kept < 0)
             try:
                 self._wandb = wandb.init(
                     project=wandb_project,

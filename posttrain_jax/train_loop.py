@@ -38,6 +38,11 @@ from posttrain_jax.types import Metric, Metrics, Task, TrainState
 from posttrain_jax.workdir import completed_steps
 
 EXACT_METRICS = ("train/lr", "train/skipped", "train/skipped_in_row")
+MEASURED_BY = (
+    ("data", "eval"),
+    ("eval", "weights"),
+    ("eval", "temperature"),
+)  # keys of what an evaluation gives
 SECONDS = "train/seconds_"  # so begin metrics that no two runs have alike; they are logged and not kept
 
 
@@ -48,9 +53,10 @@ class LoopOptions:
     Attributes:
       log_every: a line in `metrics.jsonl` and on the terminal.
       eval_every: evaluation and samples; 0 = only before the first and after the last step.
+      eval_weights: what they look at: "raw", the last weights, or "ema", their moving average.
       checkpoint_every: 0 = only at the end (and where a signal ends the run).
       keep: the latest checkpoints kept.
-      best_metric: its best checkpoint is kept too; "" = off.
+      best_metric: its best checkpoint is kept too, for which every checkpoint is evaluated; "" = off.
       best_is_high: whether the best is the highest.
       max_skipped: this many skipped updates in a row stop the run.
       profile: "FIRST:LAST" steps traced into `profile/`; "" = off.
@@ -60,6 +66,7 @@ class LoopOptions:
 
     log_every: int
     eval_every: int
+    eval_weights: str
     checkpoint_every: int
     keep: int
     best_metric: str
@@ -122,8 +129,13 @@ class _Run:
         truncate_after(self.skipped_file, last_kept)
         self.accumulator = Accumulator(meta.get("accumulator"))
         self.last: dict[str, float] = dict(meta.get("last", {}))
-        self.best: dict[str, float] = dict(meta.get("best", {}))
-        self.stopped: str = meta.get("stopped", "")
+        # What an earlier start measured in another way, or stopped by another rule, does not count any more.
+        before = meta.get("config", {})
+        same = _sections(before, MEASURED_BY) == _sections(options.config, MEASURED_BY)
+        self.best: dict[str, float] = dict(meta.get("best", {})) if same else {}
+        self.stopped: str = (
+            meta.get("stopped", "") if before.get("stop") == options.config.get("stop") else ""
+        )
         self.skipped = skipped
         self.pending: collections.deque[_Pending] = collections.deque()
         self.started = time.time()
@@ -236,6 +248,8 @@ class _Run:
         Raises:
           InputError: `checkpoint.best_metric` is not among the metrics.
         """
+        if self.options.eval_weights == "ema":
+            state = dataclasses.replace(state, params=state.ema)
         values = self.task.evaluate(state) if self.task.evaluate is not None else {}
         best = self.options.best_metric
         if best and best not in values:
@@ -310,6 +324,11 @@ def _train(
         task.rows.set_state(meta["rows"])
         say(f"Resuming from step {start} ({checkpoints.folder / str(start)}).")
 
+    if state.ema:
+        which = "moving average" if options.eval_weights == "ema" else "last weights"
+        say(
+            f"Evaluations, samples and the best checkpoint look at the {which} (eval.weights={options.eval_weights})."
+        )
     git_hash = _git_hash()
     run = _Run(task, options, workdir, start, meta, skipped=float(state.skipped))
     status = "complete"
@@ -341,11 +360,13 @@ def _train(
                 run.drain()
                 state = task.finish(state)
             evaluated: dict[str, float] = {}
-            if last or (options.eval_every and step % options.eval_every == 0):
+            kept = bool(options.checkpoint_every and step % options.checkpoint_every == 0)
+            measured = options.eval_every and step % options.eval_every == 0
+            if last or measured or (kept and options.best_metric):
                 run.drain()
                 evaluated = run.evaluate(state, step)
             last = last or bool(run.stopped)
-            if last or stop or (options.checkpoint_every and step % options.checkpoint_every == 0):
+            if last or stop or kept:
                 run.drain()
                 run.writer.sync()
                 checkpoints.save(state, run.meta(git_hash), evaluated)
@@ -367,6 +388,10 @@ def _train(
         _write_json(workdir / "summary.json", {**dataclasses.asdict(summary), "metrics": as_json(run.last)})
     say(f"{status} at step {step}: {workdir}")
     return summary
+
+
+def _sections(config: dict[str, Any], keys: tuple[tuple[str, str], ...]) -> list[Any]:
+    return [config.get(section, {}).get(key) for section, key in keys]
 
 
 def _finite(value: float) -> bool:

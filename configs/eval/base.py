@@ -20,7 +20,9 @@ def eval_config(task: str) -> ConfigDict:
     config.model = ConfigDict()
     config.model.dtype = "float32"  # compute dtype
     config.model.attention = "auto"  # auto, xla, cudnn (GPU), splash (TPU)
-    config.model.ema = False  # of a workdir: the moving average of the weights
+    config.model.ema = (
+        False  # of a workdir: the moving average of the weights, also where eval.weights was raw
+    )
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # -1 = the devices that are left

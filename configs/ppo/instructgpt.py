@@ -62,6 +62,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optim.warmup_start = 0.1
     config.optim.beta2 = 0.95
     config.optim.ema = 0.992
+    config.eval.weights = "ema"
     config.mesh.data, config.mesh.fsdp = 1, -1
     config.log.every = 1
     config.eval.every = 50

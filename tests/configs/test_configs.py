@@ -13,7 +13,7 @@ from write_golden import GOLDEN, ROOT, golden_path, render, specs
 
 from configs.base import base_config, online_config, preference_config
 from configs.ppo.letters import get_config as letters
-from launch.config import check_values, flatten, load_file, save_or_check
+from launch.config import changes, check_values, flatten, load_file, resolve, write
 from posttrain_jax.errors import InputError
 
 SPECS = specs()
@@ -106,10 +106,85 @@ def test_two_tiny_steps_are_finite(processes: Processes, spec: str, tmp_path: Pa
 def test_what_a_resume_may_change(tmp_path):
     """How a run is carried out, such as how many answers are written side by side, and not what it is."""
     config = letters("tiny")
-    save_or_check(config, tmp_path, resumes=False, write=True)
+    write(resolve(config), tmp_path)
     config.rollout.batch_size, config.rollout.max_logp_difference = 4, 0.5
     config.score.workers, config.score.seconds, config.mesh.fsdp = 3, 99.0, 2
-    save_or_check(config, tmp_path, resumes=True, write=False)
+    assert [change.key for change in changes(config, tmp_path)] == [
+        "mesh.fsdp",
+        "rollout.batch_size",
+        "rollout.max_logp_difference",
+        "score.seconds",
+        "score.workers",
+    ]
     config.rollout.temperature = 0.5
-    with pytest.raises(InputError, match=r"another config: rollout.temperature \(1.0 then, 0.5 now\)\. Use"):
-        save_or_check(config, tmp_path, resumes=True, write=False)
+    with pytest.raises(
+        InputError, match=r"another config: rollout.temperature \(1.0 then, 0.5 now\)\. Use"
+    ) as caught:
+        changes(config, tmp_path)
+    assert "--allow_change" not in str(caught.value)
+    with pytest.raises(
+        InputError, match=r"--allow_change=rollout.temperature: .* cannot change in the middle"
+    ):
+        changes(config, tmp_path, ("rollout.temperature",))
+
+
+def test_what_a_resume_may_change_where_it_is_said(tmp_path):
+    config = letters("tiny")
+    write(resolve(config), tmp_path)
+    before = config.optim.lr
+    config.optim.lr, config.train.steps, config.eval.every = 0.5, 99, 7
+    with pytest.raises(InputError, match=r"or --allow_change=eval.every,optim.lr,train.steps to go on"):
+        changes(config, tmp_path)
+    with pytest.raises(InputError, match=r"another config: eval.every .*--allow_change=eval.every to go on"):
+        changes(config, tmp_path, ("optim.lr", "train.steps"))
+    with pytest.raises(
+        InputError, match="--allow_change=optim.lrate: there is no such key; the nearest is 'optim.lr'"
+    ):
+        changes(config, tmp_path, ("optim.lrate",))
+    changed = changes(config, tmp_path, ("optim.lr", "train.steps", "eval.every", "optim.eps"))
+    write(resolve(config), tmp_path, step=4, changed=changed)
+    (line,) = (tmp_path / "config_history.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 4
+    assert json.loads(line)["changes"]["optim.lr"] == [before, 0.5]
+    assert changes(config, tmp_path) == []
+
+
+def test_what_the_best_checkpoint_was_judged_by_stays(tmp_path):
+    config = letters("tiny")
+    config.checkpoint.best_metric = "eval/score"
+    write(resolve(config), tmp_path)
+    config.eval.temperature = 0.0
+    with pytest.raises(InputError, match="eval.temperature .* the best checkpoint so far was judged by it"):
+        changes(config, tmp_path, ("eval.temperature",))
+    config.eval.temperature, config.data.eval = -1.0, "held_out.jsonl"
+    with pytest.raises(InputError, match="data.eval .* a split takes its rows from the training data"):
+        changes(config, tmp_path, ("data.eval",))
+
+
+def test_a_key_of_a_newer_version_is_allowed_by_name(tmp_path):
+    config = letters("tiny")
+    old = resolve(config)
+    del old["eval"]["weights"]
+    write(old, tmp_path)
+    with pytest.raises(
+        InputError, match=r"eval.weights \(absent then, 'raw' now\).*--allow_change=eval.weights"
+    ):
+        changes(config, tmp_path)
+    assert [change.key for change in changes(config, tmp_path, ("eval.weights",))] == ["eval.weights"]
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "5", "{", '{"a": 1', '"text"', "[" * 100_000, "\xff", '{"optim.lr": 1}']
+)
+def test_a_config_file_that_is_not_what_was_written(tmp_path, text: str):
+    (tmp_path / "config.json").write_text(text, "latin-1")
+    with pytest.raises(InputError, match="config.json is no config in JSON|was started with another config"):
+        changes(letters("tiny"), tmp_path)
+
+
+@pytest.mark.parametrize(("weights", "ema"), [("ema", 0.0), ("average", 0.9)])
+def test_weights_to_evaluate_that_are_not_there(weights: str, ema: float):
+    config = letters("tiny")
+    config.eval.weights, config.optim.ema = weights, ema
+    with pytest.raises(InputError, match="eval.weights is"):
+        check_values(config)

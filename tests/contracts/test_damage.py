@@ -224,6 +224,30 @@ def test_a_config_that_does_not_fit_is_refused_with_both_values(name: str, workd
     assert completed_steps(workdir) == [2, 4, 6]
 
 
+def test_a_finished_run_goes_on_with_more_steps_and_another_rate(workdir: Path, capsys):
+    """6 steps become 8, the last two with the new rate; the change is recorded, and taken back is a change again."""
+    first = (workdir / "metrics.jsonl").read_text()
+    keys = {"checkpoint__every": 2, "checkpoint__keep": 4, "optim__schedule": "constant", "optim__lr": 5e-4}
+    changed = tiny_config(train__steps=8, **keys)
+    allowed = ("optim.lr", "optim.schedule", "train.steps")
+    with pytest.raises(InputError, match="--allow_change=optim.lr,optim.schedule,train.steps to go on"):
+        run(changed, workdir)
+    assert (workdir / "summary.json").is_file()
+    run(changed, workdir, allowed=allowed)
+    assert "From step 6 on another config: " in capsys.readouterr().out
+    assert completed_steps(workdir) == [2, 4, 6, 8]
+    text = (workdir / "metrics.jsonl").read_text()
+    assert text.startswith(first)
+    rows = [json.loads(line) for line in text.removeprefix(first).splitlines()]
+    rates = {row["step"]: row["train/lr"] for row in rows if "train/lr" in row}
+    assert rates == {7: pytest.approx(5e-4), 8: pytest.approx(5e-4)}
+    (line,) = (workdir / "config_history.jsonl").read_text().splitlines()
+    assert json.loads(line)["changes"]["train.steps"] == [6, 8]
+    with pytest.raises(InputError, match="has reached step 8, and train.steps is 4 now"):
+        run(tiny_config(train__steps=4, **keys), workdir, allowed=("train.steps",))
+    assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 8
+
+
 def test_several_changed_keys_are_all_named(workdir: Path):
     config = tiny_config(checkpoint__every=2, optim__lr=1e-2)
     config.seed = 7

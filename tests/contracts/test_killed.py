@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from entry_points import ROOT
 
 from configs.sft.smollm2_135m import get_config
 from posttrain_jax.checkpoint import restore_params
@@ -112,12 +115,14 @@ def test_sigkill_at_many_moments(processes, reference: Path, tmp_path: Path):
     assert_same_end(workdir, reference)
 
 
-def test_sigterm_saves_and_goes_on(processes, reference: Path, tmp_path: Path):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_saves_and_goes_on(processes, reference: Path, signum: signal.Signals, tmp_path: Path):
     workdir = tmp_path / "run"
     ended = processes.run_until(
-        lambda: '"step": 3' in logged(workdir), signal.SIGTERM, *COMMAND, f"--workdir={workdir}"
+        lambda: '"step": 3' in logged(workdir), signum, *COMMAND, f"--workdir={workdir}"
     )
     assert ended.code == 0, ended.err
+    assert f"{signum.name}: the run saves after this step" in ended.out
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["status"] == "preempted"
     assert 3 <= summary["final_step"] < STEPS
@@ -134,6 +139,32 @@ def test_starting_a_complete_run_again_changes_nothing(processes, reference: Pat
     assert ended.code == 0, ended.err
     assert rows(reference, "metrics.jsonl") == before[0]
     jax.tree.map(np.testing.assert_array_equal, params(reference, ema=False), before[1])
+
+
+def test_a_second_run_is_refused_and_the_first_outlives_its_reader(
+    reference: Path, processes, tmp_path: Path
+):
+    """As in `launch.train ... | head -1`, and then the same command again while it runs."""
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-m", *COMMAND, f"--workdir={workdir}", "--config.train.steps=20"]
+    pipe = subprocess.PIPE
+    first = subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=processes.environment()
+    )
+    try:
+        first.stdout.readline()
+        first.stdout.close()
+        second = processes.run(*COMMAND, f"--workdir={workdir}")
+        assert second.code == 2, second
+        (line,) = second.err.splitlines()
+        assert f"The workdir {workdir} is in use by process {first.pid} on " in line
+        assert first.stderr.read() == ""
+        assert first.wait(120) == 0
+    finally:
+        first.kill()
+        first.wait()
+        first.stderr.close()
+    assert_same_end(workdir, reference)
 
 
 def test_sigterm_while_the_first_step_compiles(processes, tmp_path: Path):

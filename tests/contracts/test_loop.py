@@ -21,7 +21,8 @@ from posttrain_jax import train_loop
 from posttrain_jax.algorithms import sft
 from posttrain_jax.checkpoint import Checkpoints, restore_params
 from posttrain_jax.errors import InputError, StepNotTaken
-from posttrain_jax.metrics import Accumulator, as_json, progress_line, truncate_after
+from posttrain_jax.experiment import steps_from_config
+from posttrain_jax.metrics import Accumulator, as_json, progress_line, truncate_after, wandb_id
 from posttrain_jax.train_loop import LoopOptions, Summary, train
 from posttrain_jax.types import Metric, Task
 from posttrain_jax.workdir import completed_steps
@@ -45,6 +46,7 @@ def options(config: ConfigDict) -> LoopOptions:
     return LoopOptions(
         log_every=config.log.every,
         eval_every=config.eval.every,
+        eval_weights=config.eval.weights,
         checkpoint_every=config.checkpoint.every,
         keep=config.checkpoint.keep,
         best_metric=config.checkpoint.best_metric,
@@ -380,17 +382,26 @@ def test_a_resumed_run_remembers_which_checkpoint_was_best(tmp_path: Path):
     assert Checkpoints(tmp_path, best_metric="eval/loss").restore(task.abstract_state).step == 2
 
 
-def test_a_checkpoint_without_an_evaluation_is_never_the_best(tmp_path: Path):
-    """Evaluations at 2 and 4 only; the checkpoints of 3 and 5 must not inherit their numbers."""
-    config = tiny_config(train__steps=6, checkpoint__every=1, eval__every=2)
+def test_every_checkpoint_is_evaluated_where_the_best_is_kept(tmp_path: Path):
+    """Evaluations every 5 steps and checkpoints every 2 fall together nowhere before the end: 2 is the best, a NaN is
+    none, and of keep=1 the last stays. The evaluations look at the moving average, where it is asked for."""
+    config = tiny_config(
+        train__steps=6, checkpoint__every=2, eval__every=5, optim__ema=0.9, eval__weights="ema"
+    )
     config.checkpoint.best_metric = "eval/loss"
     config.checkpoint.keep = 1
-    values = iter([9.0, 1.0, 5.0, 6.0])
-    task = dataclasses.replace(
-        make_task(config, tmp_path), evaluate=lambda state: {"eval/loss": next(values)}
-    )
-    train(task, options(config), tmp_path)
+    values = {0: 0.5, 2: 3.0, 4: math.nan, 5: 0.5, 6: 6.0}
+    averages = []
+
+    def evaluate(state):
+        averages.append(state.params is state.ema)
+        return {"eval/loss": values[int(state.step)]}
+
+    task = make_task(config, tmp_path)
+    train(dataclasses.replace(task, evaluate=evaluate), options(config), tmp_path)
+    assert [row["step"] for row in lines(tmp_path) if "eval/loss" in row] == [0, 2, 4, 5, 6]
     assert completed_steps(tmp_path) == [2, 6]
+    assert averages == [True] * 5
 
 
 class Meddling(CrashingRows):
@@ -463,6 +474,43 @@ def test_truncate_drops_later_steps_and_a_torn_line(tmp_path: Path):
     truncate_after(path, -1)
     assert path.read_text() == ""
     truncate_after(tmp_path / "absent.jsonl", 2)
+
+
+def test_truncate_counts_the_lines_that_no_run_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "metrics.jsonl"
+    odd = [
+        "5",
+        "[1]",
+        "null",
+        '"step"',
+        "{}",
+        '{"step": "1"}',
+        '{"step": null}',
+        '{"step": true}',
+        "[" * 100_000,
+    ]
+    path.write_bytes(b"\xff\n" + "\n".join(['{"step": 1}', *odd, '{"step": 2}', ""]).encode())
+    truncate_after(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert f"{path}: 10 lines that are no objects with a step were dropped." in capsys.readouterr().out
+
+
+def test_epochs_are_counted_exactly():
+    """1.1 epochs of 100 rows, one a step: 110 (1.1 * 100 is 110.00000000000001 in floating point)."""
+    config = tiny_config(train__steps=0, train__rows_per_step=1)
+    for epochs, steps in ((1.1, 110), (0.07, 7), (2.0, 200), (0.005, 1), (0.011, 2), (1e-9, 1)):
+        config.train.epochs = epochs
+        assert steps_from_config(config, [range(60), range(40)]) == steps, epochs
+    config.train.epochs = math.inf
+    with pytest.raises(InputError, match="train.epochs is inf"):
+        steps_from_config(config, [range(100)])
+
+
+def test_the_name_at_wandb_is_of_the_run_and_not_of_the_folder(tmp_path: Path):
+    first = wandb_id(tmp_path / "run/wandb_id", new=True)
+    assert wandb_id(tmp_path / "run/wandb_id", new=False) == first
+    shutil.rmtree(tmp_path / "run")
+    assert wandb_id(tmp_path / "run/wandb_id", new=True) != first
 
 
 def test_accumulator_comes_back_from_json():

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from entry_points import run_together
+from entry_points import EntryPoint, run_together
 
 from configs.sft.smollm2_135m import get_config
 from posttrain_jax.checkpoint import restore_params
@@ -156,7 +158,16 @@ def cut_back(finished: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_sigterm_to_one_of_two_stops_both_at_the_same_step(processes, tmp_path: Path):
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two processes of one long run, after its third step."""
+
+    workdir: Path
+    running: list[EntryPoint]
+
+
+@pytest.fixture
+def started(processes, tmp_path: Path) -> Iterator[Pair]:
     workdir = tmp_path / "run"
     commands = pair(*COMMAND, f"--workdir={workdir}", "--config.train.steps=4000", "--config.eval.every=0")
     running = [processes.start(*command) for command in commands]
@@ -167,12 +178,27 @@ def test_sigterm_to_one_of_two_stops_both_at_the_same_step(processes, tmp_path: 
             assert time.monotonic() < deadline
             assert all(process.code() is None for process in running), [p.wait(5) for p in running]
             time.sleep(0.05)
-        running[1].send_signal(signal.SIGTERM)
-        ended = [process.wait(120) for process in running]
+        yield Pair(workdir, running)
     finally:
         for process in running:
             process.send_signal(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_of_two_stops_both_at_the_same_step(started: Pair, signum: signal.Signals):
+    started.running[1].send_signal(signum)
+    ended = [process.wait(120) for process in started.running]
     assert [one.code for one in ended] == [0, 0], ended
-    summary = json.loads((workdir / "summary.json").read_text())
+    summary = json.loads((started.workdir / "summary.json").read_text())
     assert summary["status"] == "preempted"
-    assert completed_steps(workdir)[-1] == summary["final_step"] < 4000
+    assert completed_steps(started.workdir)[-1] == summary["final_step"] < 4000
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_the_end_of_one_ends_the_other_with_one_sentence(started: Pair, killed: int):
+    started.running[killed].send_signal(signal.SIGKILL)
+    ended = started.running[1 - killed].wait(60)
+    waits, line = ended.err.splitlines()
+    assert waits.startswith(f"Process {1 - killed} of 2 waits for the others, for up to ")
+    assert line.startswith("error: Another process of this run has ended or cannot be reached")
+    assert ended.code not in (0, 2)

@@ -101,13 +101,24 @@ def test_a_run_is_exported_bit_for_bit_at_the_step_asked_for(full_run, tmp_path)
     assert not (tmp_path / "none").exists()
 
 
-def test_the_average_and_the_type_can_be_chosen(full_run, tmp_path):
+def test_the_average_and_the_type_can_be_chosen(full_run, tmp_path, capsys):
     workdir, _, steps = full_run
     export(str(workdir), tmp_path / "ema", ema=True)
     loaded = load_model(str(tmp_path / "ema"))
     np.testing.assert_allclose(
         loaded.params["embed"]["embedding"], 0.5 * steps[2]["embed"]["embedding"], rtol=1e-6
     )
+    shutil.copytree(workdir, tmp_path / "run")
+    described = json.loads((workdir / "config.json").read_text()) | {"eval": {"weights": "ema"}}
+    (tmp_path / "run/config.json").write_text(json.dumps(described))
+    for ema, taken, says in ((None, "ema", "moving average"), (False, "raw", "last weights")):
+        capsys.readouterr()
+        export(str(tmp_path / "run"), tmp_path / taken, ema=ema, overwrite=True)
+        assert says in capsys.readouterr().out
+        got = load_model(str(tmp_path / taken)).params["embed"]["embedding"]
+        same = got == (loaded.params if taken == "ema" else steps[2])["embed"]["embedding"]
+        assert bool(same.all())
+        assert load_model(str(tmp_path / "run"), ema=ema).source.weights == taken
     export(str(workdir), tmp_path / "half", dtype="bfloat16")
     stored = load_model(str(tmp_path / "half")).params["embed"]["embedding"]
     np.testing.assert_array_equal(
@@ -204,7 +215,10 @@ def test_a_reward_model_says_its_bias_and_cannot_chat(tmp_path):
 def test_from_the_command_line(full_run, tmp_path):
     done = launch("export", f"--workdir={full_run[0]}@1", f"--out={tmp_path}/out")
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"The model of step 1 lies in {tmp_path}/out.\n"
+    assert done.stdout.splitlines() == [
+        f"Exporting the last weights of {full_run[0]}@1.",
+        f"The model of step 1 lies in {tmp_path}/out.",
+    ]
     for arguments, words in (
         ((), "--workdir and --out are needed"),
         ((f"--workdir={full_run[0]}", f"--out={tmp_path}/out"), "is not empty"),
