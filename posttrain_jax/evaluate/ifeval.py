@@ -196,7 +196,7 @@ def _prompt(row: Row, key: str | int, checkers: Checkers, template: PromptTempla
     names, given = column(row.value, "instruction_id_list"), column(row.value, "kwargs")
     if not isinstance(names, list) or not names:
         raise RowError("instruction_id_list", "must be a list of instruction types")
-    unknown = [name for name in names if name not in checkers]
+    unknown = [name for name in names if not isinstance(name, str) or name not in checkers]
     if unknown:
         raise RowError(
             "instruction_id_list", f"holds {unknown[0]!r}; the known types are {', '.join(checkers.types())}"

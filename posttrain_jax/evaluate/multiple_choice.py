@@ -159,7 +159,8 @@ def _choices(value: Any, name: str) -> tuple[list[str], list[str]]:
         parts = _LETTERED.split(value)[1:]
         labels, value = parts[::2], [text.strip() for text in parts[1::2]]
     elif isinstance(value, dict):
-        labels, value = [str(label) for label in value.get("label") or []], value.get("text")
+        given, value = value.get("label") or [], value.get("text")
+        labels = [str(label) for label in given] if isinstance(given, list) else [str(given)]
     if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
         raise RowError(name, "must be a list of texts, none of them empty")
     if len(value) < 2:

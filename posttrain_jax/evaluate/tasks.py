@@ -180,7 +180,7 @@ def text_column(row: dict[str, Any], name: str) -> str:
     """
     value = column(row, name)
     if isinstance(value, int | float) and not isinstance(value, bool):
-        value = f"{value:.15g}"
+        value = str(value) if isinstance(value, int) else f"{value:.15g}"
     if not isinstance(value, str):
         raise RowError(name, f"is a {type(value).__name__}, not text")
     if not value.strip():

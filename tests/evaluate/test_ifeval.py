@@ -142,6 +142,7 @@ GOOD = {
         ({"prompt": None}, "line 2, prompt: is missing"),
         ({"prompt": " "}, "line 2, prompt: is empty"),
         ({"prompt": ["a"]}, "line 2, prompt: is a list, not text"),
+        ({"instruction_id_list": [["a"]], "kwargs": [{}]}, r"holds \['a'\]; the known types"),
         ({"instruction_id_list": None}, "line 2, instruction_id_list: is missing"),
         ({"instruction_id_list": []}, "must be a list of instruction types"),
         ({"instruction_id_list": ["no:such", "x:y"]}, "holds 'no:such'; the known types are change_case:"),

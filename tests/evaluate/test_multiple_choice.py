@@ -214,6 +214,7 @@ def test_numbers_that_could_count_from_0_and_from_1_are_refused(tmp_path):
         ({"choices": "no letters"}, "has 0 choices"),
         ({"choices": ["a", ""]}, "none of them empty"),
         ({"choices": {"text": ["a", "b"], "label": ["x", "x"]}}, "one label for each choice"),
+        ({"choices": {"text": ["a", "b"], "label": 7}}, "one label for each choice"),
         ({"answer": 2}, "is 2, which is no choice"),
         ({"answer": -1}, "is -1, which is no choice"),
         ({"answer": "C"}, "is 'C', which is no choice"),
