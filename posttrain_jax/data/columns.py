@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from posttrain_jax.data.rows import RowError
+from posttrain_jax.data.rows import RowError, one_line
 
 _PROMPT_WORDS = """
     prompt prompts question questions instruction instructions input inputs context contexts system history query
@@ -156,7 +156,7 @@ def unused_text(counts: Mapping[str, int], limit: int = 12) -> str:
     """Unused columns with the number of rows that have each, in a few words; "" for none."""
     by_count: dict[int, list[str]] = {}
     for name, count in counts.items():
-        by_count.setdefault(count, []).append(name)
+        by_count.setdefault(count, []).append(one_line(name, 60))
     parts, shown = [], 0
     for count, names in sorted(by_count.items(), reverse=True):
         taken = names[: max(0, limit - shown)]

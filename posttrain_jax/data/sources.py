@@ -49,7 +49,9 @@ def _weight(source: str, value: Any) -> float:
         weight = math.nan
     if not (0 < weight < math.inf):
         shown = one_line(repr(value), 60)
-        raise InputError(f"data source {source!r} has weight {shown}; a weight must be a positive number")
+        raise InputError(
+            f"data source {_shown(source)!r} has weight {shown}; a weight must be a positive number"
+        )
     return weight
 
 
@@ -71,7 +73,7 @@ def source_files(source: str) -> list[pathlib.Path] | None:
         if path.is_dir():
             return None if saved_by_datasets(path) else _files_in(path)
         if path.suffix not in _READERS:
-            raise InputError(f"data file {source} must end in one of {', '.join(_READERS)}")
+            raise InputError(f"data file {_shown(source)} must end in one of {', '.join(_READERS)}")
         return [_readable(path)]
     except OSError as error:
         raise InputError(f"data file {_shown(source)} cannot be read: {error.strerror or error}") from None
