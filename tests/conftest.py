@@ -42,10 +42,12 @@ os.environ.pop("NPROC", None)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compiled programs are kept between runs, in pytest's cache folder (keyed by program and flags). Ctrl-C works, in
-    the processes that tests start too: a shell's background job, such as CI may be, ignores it."""
+    """Compiled programs are kept between runs, in pytest's cache folder (keyed by program and flags). Ctrl-C and SIGHUP
+    work, in the processes that tests start too: a shell's background job, such as CI may be, ignores them."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     folder = config.rootpath / ".pytest_cache" / "xla" / jax.__version__
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -95,7 +95,10 @@ VALUES = {
     "on_bad_row": ("data.on_bad_row=ignore", ["data.on_bad_row", "'ignore'", "skip"]),
     "train_on": ("data.train_on=all", ["data.train_on", "'all'", "all_turns"]),
     "data_missing": ("data.train=rows/none.jsonl", ["rows/none.jsonl"]),
-    "mixture": ('data.train=[["a.jsonl"]]', ["no mixture of data", '[["SOURCE", weight], ...]']),
+    "mixture": (
+        'data.train=[["a.jsonl"]]',
+        ["a mixture of data holds ['a.jsonl']", '[["SOURCE", weight], ...]'],
+    ),
     "split": ("data.eval=split:0", ["data.eval", "split:"]),
     "model_missing": ("model.init=models/none", ["models/none"]),
     "model_empty": ("model.init=", ["model.init is not set"]),
