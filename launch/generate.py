@@ -478,14 +478,15 @@ def answer_row(
     """
     import numpy as np
 
+    from posttrain_jax.rewards.thoughts import answer_text
+
     if not np.isfinite(sample.logprobs).all():
         raise InputError(
             f"{prompt.where}: the model's log-probabilities are not finite; its weights or --dtype cannot be right."
         )
     text = None
     if loaded.tokenizer is not None:
-        text = loaded.tokenizer.decode(sample.tokens, skip_special_tokens=True)
-        text = text[: sample.stop_at]
+        text = answer_text(loaded.tokenizer, sample.tokens, stop_at=sample.stop_at)
     row = {
         "id": prompt.id,
         "sample": sample.sample,

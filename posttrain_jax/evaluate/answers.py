@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from posttrain_jax.evaluate.tasks import Progress, encode_prompt, is_chat, need_tokenizer
 from posttrain_jax.load_model import LoadedModel
 from posttrain_jax.models.tokenizer import stop_token_ids
-from posttrain_jax.rewards.thoughts import after_thought, prompt_opens_thought
+from posttrain_jax.rewards.thoughts import after_thought, answer_text, prompt_opens_thought
 from posttrain_jax.sampling.choose import Sampling
 from posttrain_jax.sampling.generate import GenerateOptions, Sample, generate_as_finished
 
@@ -117,8 +117,7 @@ def answer_all(
 
 
 def _answer(tokenizer: PreTrainedTokenizerFast, sample: Sample, *, in_thought: bool) -> Answer:
-    text = tokenizer.decode(sample.tokens, skip_special_tokens=True)
-    text = text[: sample.stop_at]
+    text = answer_text(tokenizer, sample.tokens, stop_at=sample.stop_at)
     return Answer(text, len(sample.tokens), sample.finish_reason, in_thought)
 
 

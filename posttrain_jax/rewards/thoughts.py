@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -29,6 +30,39 @@ def prompt_opens_thought(tokenizer: PreTrainedTokenizerBase | None, prompt_ids: 
     if tokenizer is None:
         return False
     return opens_thought(tokenizer.decode(list(prompt_ids[-_LAST_TOKENS:])))
+
+
+def answer_text(
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int] | np.ndarray, *, stop_at: int | None = None
+) -> str:
+    """An answer's text without special tokens, but with `<think>` and `</think>` where the tokenizer has these as such:
+    without them nobody could tell the thought from the answer.
+
+    Args:
+      tokenizer: of the model that wrote it.
+      tokens: of the answer.
+      stop_at: where a stop string begins in the text without any special token; the text ends there.
+    """
+    marks, ids = _special_marks(tokenizer), [int(token) for token in tokens]
+    plain = tokenizer.decode(ids, skip_special_tokens=True)
+    text, start = "", 0
+    for end in [place for place, token in enumerate(ids) if token in marks]:
+        text += tokenizer.decode(ids[start:end], skip_special_tokens=True) + marks[ids[end]]
+        start = end + 1
+    text += tokenizer.decode(ids[start:], skip_special_tokens=True) if start else plain
+    return text if stop_at is None else text[: len(text) - (len(plain) - stop_at)]
+
+
+def _special_marks(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """`<think>` and `</think>` by their ids, as far as they are tokens that a text leaves out."""
+    ids = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in (OPEN, CLOSE)}
+    return {
+        index: mark
+        for mark, index in ids.items()
+        if isinstance(index, int)
+        and tokenizer.convert_ids_to_tokens(index) == mark
+        and not tokenizer.decode([index], skip_special_tokens=True)
+    }
 
 
 def after_thought(text: str, *, in_thought: bool = False) -> str | None:

@@ -22,6 +22,7 @@ from posttrain_jax.data.formats import read_tools
 from posttrain_jax.data.prompts import Prompt
 from posttrain_jax.data.sources import RowError
 from posttrain_jax.models.transformer import Model
+from posttrain_jax.rewards.thoughts import answer_text
 from posttrain_jax.sampling.choose import Needs, Sampling
 from posttrain_jax.sampling.engine import Engine
 from posttrain_jax.sampling.generate import GenerateOptions, Sample, generate
@@ -91,8 +92,8 @@ class Rollouts:
         )
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """The answers as text, without special tokens."""
-        return [tokenizer.decode(answer, skip_special_tokens=True) for answer in self.answers]
+        """The answers as text, without special tokens but those of a thought."""
+        return [answer_text(tokenizer, answer) for answer in self.answers]
 
 
 @jax.tree_util.register_dataclass

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import AddedToken
 
 from posttrain_jax.errors import InputError
 from posttrain_jax.evaluate.answers import Answering, answer_all, without_thinking
-from posttrain_jax.rewards.thoughts import prompt_opens_thought
+from posttrain_jax.models.byte_tokenizer import byte_tokenizer
+from posttrain_jax.rewards.thoughts import answer_text, prompt_opens_thought
 
 
 def test_answers_are_in_order_whatever_the_batch(loaded):
@@ -66,3 +68,18 @@ def test_whether_a_prompt_opens_a_thought_is_told_by_its_tokens(parrot):
     unfinished, plain = answer_all(parrot, ["Q: x\nA: <think>", "x <think> x"], ["a", "b"], options)
     assert unfinished.text and unfinished.without_thinking == ""
     assert plain.without_thinking == plain.text == "xxx"
+
+
+def test_marks_of_a_thought_that_are_special_tokens_are_in_the_text():
+    """Other special tokens are not; a stop string is counted in the text without any."""
+    tokenizer = byte_tokenizer()
+    tokens = tokenizer("a<think>b</think>c<|im_end|>")["input_ids"]
+    assert answer_text(tokenizer, tokens) == "a<think>b</think>c"
+    tokenizer.add_tokens(
+        [AddedToken(mark, special=True) for mark in ("<think>", "</think>")], special_tokens=True
+    )
+    tokens = tokenizer("a<think>b</think>cSTOP<|im_end|>")["input_ids"]
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == "abcSTOP"
+    assert answer_text(tokenizer, tokens) == "a<think>b</think>cSTOP"
+    assert answer_text(tokenizer, tokens, stop_at=3) == "a<think>b</think>c"
+    assert prompt_opens_thought(tokenizer, tokenizer("Hi<think>\n")["input_ids"])
