@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.errors import InputError, without_secrets
 from posttrain_jax.models.config import LoraConfig
 
 
@@ -250,8 +250,11 @@ class Change:
 
 
 def resolve(config: ConfigDict) -> dict[str, Any]:
-    """The config as it is written: plain JSON values."""
-    return json.loads(json.dumps(config.to_dict()))
+    """The config as it is written: plain JSON values, without the secrets of URLs that reward functions are given."""
+    resolved = json.loads(json.dumps(config.to_dict()))
+    if "score" in resolved:
+        resolved["score"]["arguments"] = without_secrets(resolved["score"]["arguments"])
+    return resolved
 
 
 def changes(config: ConfigDict, workdir: Path, allowed: Sequence[str] = ()) -> list[Change]:
@@ -302,8 +305,10 @@ def _saved(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        saved = json.loads(path.read_text("utf-8"))
-        return flatten(ConfigDict(saved))
+        saved = flatten(ConfigDict(json.loads(path.read_text("utf-8"))))
+        if "score.arguments" in saved:  # an older run wrote them with their secrets
+            saved["score.arguments"] = without_secrets(saved["score.arguments"])
+        return saved
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path} is no config in JSON ({error}); restore it, or use a new --workdir."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -188,3 +189,17 @@ def test_weights_to_evaluate_that_are_not_there(weights: str, ema: float):
     config.eval.weights, config.optim.ema = weights, ema
     with pytest.raises(InputError, match="eval.weights is"):
         check_values(config)
+
+
+def test_a_workdir_keeps_no_secrets_of_a_reward_functions_urls(tmp_path: Path):
+    """So a run goes on with a new password; with another host it does not."""
+    config = letters("tiny")
+    config.score.arguments = '{"m:f": {"url": "http://anna:hunter22@h/v1?key=swordfish"}}'
+    write(resolve(config), tmp_path)
+    assert not re.search("hunter22|swordfish", (tmp_path / "config.json").read_text())
+    config.score.arguments = config.score.arguments.replace("hunter22", "hunter33")
+    assert changes(config, tmp_path) == []
+    config.score.arguments = config.score.arguments.replace("@h/", "@other/")
+    with pytest.raises(InputError, match="score.arguments") as raised:
+        changes(config, tmp_path)
+    assert "hunter33" not in str(raised.value)
