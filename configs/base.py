@@ -39,7 +39,9 @@ def base_config() -> ConfigDict:
     config.data.on_bad_row = "stop"  # stop, skip
     config.data.ignore_columns = ""  # columns of the rows that are not read, "a,b"
     config.data.train_on = "all_turns"  # all_turns, last_turn
-    config.data.chat_template = ""  # "" = the model's own; a path or the text
+    config.data.chat_template = ""  # "" = the model's own; a path, the text, or the name of one of several
+    config.data.chat_template_kwargs = ""  # its variables, as JSON: {"enable_thinking": false}
+    config.data.text_as = "plain"  # text prompts and completions: plain (as they are), chat (turns of a chat)
 
     config.train = ConfigDict()
     config.train.steps = 0  # exactly one of steps and epochs

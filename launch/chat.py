@@ -16,6 +16,7 @@ from launch import entry
 from posttrain_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from posttrain_jax.chat_template import ChatOptions
     from posttrain_jax.load_model import LoadedModel
     from posttrain_jax.sampling.choose import Sampling
 
@@ -37,11 +38,15 @@ def define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "Of the random numbers.")
     flags.DEFINE_string("system", "", "System prompt.")
     flags.DEFINE_string("dtype", "float32", "float32 or bfloat16, for weights and arithmetic.")
+    flags.DEFINE_string(
+        "chat_template_kwargs", "", 'Variables of the chat template, as JSON: {"enable_thinking": false}.'
+    )
 
 
 def main(argv: Sequence[str]) -> int:
     """Loads the model and talks until the input ends."""
     del argv
+    from posttrain_jax.chat_template import ChatOptions, read_variables
     from posttrain_jax.load_model import load_model, require_language_model
     from posttrain_jax.sampling.choose import Sampling
 
@@ -54,7 +59,18 @@ def main(argv: Sequence[str]) -> int:
     entry.set_up_jax()
     loaded = load_model(given.model, dtype=given.dtype, param_dtype=given.dtype)
     require_language_model(loaded)
-    talk(Chat(loaded, sampling, system=given.system, max_new_tokens=given.max_new_tokens, seed=given.seed))
+    talk(
+        Chat(
+            loaded,
+            sampling,
+            system=given.system,
+            max_new_tokens=given.max_new_tokens,
+            seed=given.seed,
+            options=ChatOptions(
+                variables=read_variables(given.chat_template_kwargs, "--chat_template_kwargs")
+            ),
+        )
+    )
     return 0
 
 
@@ -72,7 +88,14 @@ class Chat:
     """
 
     def __init__(
-        self, loaded: LoadedModel, sampling: Sampling, *, system: str, max_new_tokens: int, seed: int
+        self,
+        loaded: LoadedModel,
+        sampling: Sampling,
+        *,
+        system: str,
+        max_new_tokens: int,
+        seed: int,
+        options: ChatOptions,
     ) -> None:
         from posttrain_jax.models.tokenizer import stop_token_ids
         from posttrain_jax.sampling.stream import Stream
@@ -89,6 +112,7 @@ class Chat:
         self.tokenizer = loaded.tokenizer
         self.sampling = sampling
         self.max_new_tokens = max_new_tokens
+        self._options = options
         self._stream = Stream(
             loaded.model,
             loaded.params,
@@ -112,7 +136,7 @@ class Chat:
         from posttrain_jax.sampling.prompts import encode_chat, text_pieces
 
         messages = [*self.messages, {"role": "user", "content": text}]
-        prompt = encode_chat(self.tokenizer, messages)
+        prompt = encode_chat(self.tokenizer, messages, chat=self._options)
         tokens: list[int] = []
 
         def drawn() -> Iterator[int]:

@@ -4,15 +4,17 @@ Answers are written as they end, in whatever order that is; when all are there, 
 prompts.
 
 A row of --prompts is {"id": ..., "prompt": "text" | "messages": [{"role", "content"}, ...] | "prompt_ids": [ints]},
-id optional (default: the row's number, from 0); `tools` may stand beside messages. A row of --out is {"id", "sample",
-"text", "token_ids", "logprobs", "finish_reason"}; logprobs are the model's own (nats, no temperature); "in_thought" is
-true where the prompt ended with <think>, so that the text starts inside a thought. Beside --out lies OUT.options.json,
-which says how the answers were made.
+id optional (default: the row's number, from 0); `system` and `tools` may stand beside messages, and a row of training
+data is read as its prompt (`data.prompt_rows`). A text is taken as it is, or with --text_as=chat as a user's turn.
+A row of --out is {"id", "sample", "text", "token_ids", "logprobs", "finish_reason"}; logprobs are the model's own
+(nats, no temperature); "in_thought" is true where the prompt ended with <think>, so that the text starts inside a
+thought. Beside --out lies OUT.options.json, which says how the answers were made.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import hashlib
 import json
@@ -26,6 +28,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from absl import flags
 
 from launch import entry
+from launch.prompt_file import Prompt, encode, noise_id, read_prompts, say_prompts
 from posttrain_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,7 +38,6 @@ if TYPE_CHECKING:
     from posttrain_jax.sampling.generate import GenerateOptions, Sample
 
 EXAMPLE = "python -m launch.generate --model=runs/smollm2 --prompts=prompts.jsonl --out=answers.jsonl"
-SOURCES = ("prompt", "messages", "prompt_ids")
 PROGRESS_SECONDS = 5.0
 
 
@@ -66,10 +68,25 @@ class Options:
     batch_size: int = 16
     fsdp: int = 1
     tensor: int = 1
+    text_as: str = "plain"
+    chat_template_kwargs: str = ""
+    ignore_columns: str = ""
 
 
-# They change how the answers are computed, or where things lie, not what the answers are.
-FREE_OPTIONS = ("prompts", "prompts_file_sha256", "out", "batch_size", "fsdp", "tensor")
+# They change how the answers are computed, or where things lie, not what the answers are; or, the last ones, they are
+# told by the hash of the prompts.
+FREE_OPTIONS = (
+    "prompts",
+    "prompts_file_sha256",
+    "out",
+    "batch_size",
+    "fsdp",
+    "tensor",
+    "text_as",
+    "chat_template_kwargs",
+    "ignore_columns",
+    "template_date",
+)
 
 
 def define_flags() -> None:
@@ -106,15 +123,20 @@ def define_flags() -> None:
     flags.DEFINE_integer("batch_size", Options.batch_size, "Answers decoded side by side.")
     flags.DEFINE_integer("fsdp", Options.fsdp, "Devices that share the weights; the answers take the others.")
     flags.DEFINE_integer("tensor", Options.tensor, "Devices that share each layer.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """One row of --prompts: its id, where it stands, and its columns, checked."""
-
-    id: str | int
-    where: str
-    row: dict[str, Any]
+    flags.DEFINE_enum(
+        "text_as",
+        Options.text_as,
+        ["plain", "chat"],
+        "What a text prompt is: text as it stands, or a user's turn for the chat template.",
+    )
+    flags.DEFINE_string(
+        "chat_template_kwargs",
+        Options.chat_template_kwargs,
+        'Variables of the chat template, as JSON: {"enable_thinking": false}.',
+    )
+    flags.DEFINE_string(
+        "ignore_columns", Options.ignore_columns, 'Columns of --prompts that are not read, "a,b".'
+    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -130,85 +152,6 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def read_prompts(path: str) -> list[Prompt]:
-    """All prompts, in order.
-
-    Raises:
-      InputError: the file is missing or empty, or a row is bad; names the file and the line.
-    """
-    from posttrain_jax.data.sources import RowError, read_rows
-
-    if not Path(path).is_file():
-        raise InputError(f"--prompts={path}: there is no such file.")
-    prompts: list[Prompt] = []
-    first: dict[str | int, str] = {}
-    for number, row in enumerate(read_rows(path)):
-        where = f"{row.source}:{row.line}"
-        try:
-            if row.error is not None:
-                raise row.error
-            prompt = Prompt(_row_id(row.value, number), where, _checked(row.value))
-            if first.setdefault(prompt.id, where) != where:
-                raise RowError("id", f"is {prompt.id!r}, which {first[prompt.id]} has already")
-            prompts.append(prompt)
-        except RowError as error:
-            raise InputError(f"{where}: {error.column} {error.reason}.") from error
-    return prompts
-
-
-def _row_id(row: dict[str, Any], number: int) -> str | int:
-    from posttrain_jax.data.sources import RowError
-
-    name = row.get("id")
-    if name is None:
-        return number
-    if isinstance(name, bool) or not isinstance(name, str | int):
-        raise RowError("id", "must be text or a whole number")
-    return name
-
-
-def noise_id(name: str | int) -> int:
-    """The number below 2^31 by which a prompt's random numbers are drawn: its id, hashed where it is not one."""
-    if isinstance(name, int) and 0 <= name < 1 << 31:
-        return name
-    return int.from_bytes(hashlib.sha256(json.dumps(name).encode()).digest()[:4]) >> 1
-
-
-def _checked(row: dict[str, Any]) -> dict[str, Any]:
-    """The row, if exactly one of SOURCES is in it and is what it should be. Raises RowError."""
-    from posttrain_jax.data.messages import ROLES
-    from posttrain_jax.data.sources import RowError
-
-    given = [key for key in SOURCES if row.get(key) is not None]
-    if len(given) != 1:
-        found = " and ".join(given) if given else f"none of them (its columns: {', '.join(row) or 'none'})"
-        raise RowError("the row", f"needs exactly one of {', '.join(SOURCES)}, but has {found}")
-    value = row[given[0]]
-    if given[0] == "prompt":
-        if not isinstance(value, str):
-            raise RowError("prompt", "must be text (a list of messages goes under messages)")
-    elif not isinstance(value, list):
-        raise RowError(given[0], "must be a list")
-    elif not value:
-        raise RowError(given[0], "is empty")
-    elif given[0] == "prompt_ids":
-        wrong = [item for item in value if isinstance(item, bool) or not isinstance(item, int)]
-        if wrong:
-            raise RowError("prompt_ids", f"holds {json.dumps(wrong[0])}; token ids are whole numbers")
-    else:
-        for i, message in enumerate(value):
-            column = f"messages[{i}]"
-            if not isinstance(message, dict):
-                raise RowError(column, "must be an object with role and content")
-            if message.get("role") not in ROLES:
-                raise RowError(
-                    f"{column}.role", f"is {message.get('role')!r}; it must be one of {', '.join(ROLES)}"
-                )
-            if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-                raise RowError(f"{column}.content", "must be text")
-    return row
-
-
 def generate(options: Options) -> None:
     """Generates what `options.out` lacks and appends it answer by answer.
 
@@ -218,19 +161,27 @@ def generate(options: Options) -> None:
     """
     import jax
 
+    from posttrain_jax.chat_template import ChatOptions, read_variables
     from posttrain_jax.load_model import load_model, require_language_model
     from posttrain_jax.rewards.thoughts import prompt_opens_thought
     from posttrain_jax.sampling.generate import generate_as_finished
     from posttrain_jax.sharding import make_mesh
 
     _asked(options, stop_token_ids=(), bad_words=())  # refuses bad options before the model is read
-    prompts = read_prompts(options.prompts)
+    prompts = read_prompts(options.prompts, text_as=options.text_as, ignore_columns=options.ignore_columns)
+    out = Path(options.out).expanduser()
+    chat = ChatOptions(
+        variables=read_variables(options.chat_template_kwargs, "--chat_template_kwargs"),
+        now=_template_date(out),
+        text_as=options.text_as,
+    )
     alone = (jax.device_count(), options.fsdp, options.tensor) == (1, 1, 1)
     mesh = None if alone else make_mesh(data=-1, fsdp=options.fsdp, tensor=options.tensor)
     loaded = load_model(options.model, dtype=options.dtype, param_dtype=options.dtype, mesh=mesh)
     require_language_model(loaded)
     asked = _asked_of(loaded, options)
-    encoded = [encode(prompt, loaded) for prompt in prompts]
+    encoded = [encode(prompt, loaded.tokenizer, chat, model=loaded.source.name) for prompt in prompts]
+    say_prompts(prompts, encoded, loaded.tokenizer)
     answers = functools.partial(
         generate_as_finished,
         loaded.model,
@@ -242,9 +193,8 @@ def generate(options: Options) -> None:
         ids=[noise_id(prompt.id) for prompt in prompts],
     )
     answers()  # checks every prompt before anything is written
-    out = Path(options.out).expanduser()
     wanted = [(prompt.id, sample) for prompt in prompts for sample in range(options.num_samples)]
-    description = describe(options, loaded, encoded)
+    description = describe(options, loaded, encoded) | {"template_date": str(chat.now)}
     done = take_up(out, wanted, description)
     if len(done) < len(wanted):
         if done:
@@ -257,8 +207,9 @@ def generate(options: Options) -> None:
             with out.open("ab") as file:
                 for sample in answers(done=places):
                     in_thought = prompt_opens_thought(loaded.tokenizer, encoded[sample.prompt].tolist())
-                    append(file, answer_row(sample, prompts[sample.prompt], loaded, in_thought=in_thought))
-                    progress.add(sample)
+                    row = answer_row(sample, prompts[sample.prompt], loaded, in_thought=in_thought)
+                    append(file, row)
+                    progress.add(sample, is_empty=row["text"] is not None and not row["text"].strip())
         except OSError as error:
             raise InputError(
                 f"--out={out} cannot be written ({error.strerror}); the answers before are whole."
@@ -316,33 +267,13 @@ def _asked_of(loaded: LoadedModel, options: Options) -> GenerateOptions:
     return _asked(options, stop_token_ids=stops, bad_words=tuple(sorted(words)))
 
 
-def encode(prompt: Prompt, loaded: LoadedModel) -> np.ndarray:
-    """The prompt's token ids.
-
-    Raises:
-      InputError: names the row; the model has no tokenizer or chat template, or the template refuses the row.
-    """
-    import numpy as np
-
-    from posttrain_jax.sampling.prompts import encode_chat, encode_text
-
-    row = prompt.row
-    if row.get("prompt_ids") is not None:
-        try:
-            ids = np.asarray(row["prompt_ids"], np.int64)
-        except OverflowError as error:
-            raise InputError(f"{prompt.where}: prompt_ids holds a number that is no token id.") from error
-    elif loaded.tokenizer is None:
-        raise InputError(f"{prompt.where}: {loaded.source.name} has no tokenizer; give prompt_ids.")
-    else:
-        try:
-            if row.get("messages") is not None:
-                ids = encode_chat(loaded.tokenizer, row["messages"], tools=row.get("tools"))
-            else:
-                ids = encode_text(loaded.tokenizer, row["prompt"])
-        except InputError as error:
-            raise InputError(f"{prompt.where}: {error}") from error
-    return ids
+def _template_date(out: Path) -> datetime.datetime:
+    """The date that a chat template sees: that of the first start, for answers that are gone on with."""
+    path = options_path(out)
+    try:
+        return datetime.datetime.fromisoformat(json.loads(path.read_text("utf-8"))["template_date"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return datetime.datetime.now().replace(microsecond=0)
 
 
 def describe(options: Options, loaded: LoadedModel, encoded: list[np.ndarray]) -> dict[str, Any]:
@@ -512,12 +443,13 @@ class Progress:
     def __init__(self, *, total: int, done: int) -> None:
         self._total = total
         self._first = self._done = done
-        self._tokens = self._cut = 0
+        self._tokens = self._cut = self._empty = 0
         self._start = self._said = time.monotonic()
         self._terminal = sys.stderr.isatty()
 
-    def add(self, sample: Sample) -> None:
+    def add(self, sample: Sample, *, is_empty: bool) -> None:
         """Counts an answer, and says so if the last time is long enough ago."""
+        self._empty += is_empty
         self._done += 1
         self._tokens += len(sample.tokens)
         self._cut += sample.cut > 0
@@ -539,6 +471,8 @@ class Progress:
 
     def finish(self, out: Path) -> None:
         """Says that all is written."""
+        from posttrain_jax.data.shown_row import empty_warning
+
         now = time.monotonic()
         cut = f" {self._cut} answers are to prompts whose start was left out." if self._cut else ""
         print(
@@ -546,6 +480,9 @@ class Progress:
             f"{self._tokens} tokens in {now - self._start:.1f} s, {self._rate(now)}.{cut}",
             file=sys.stderr,
         )
+        warning = empty_warning(self._empty, self._done - self._first)
+        if warning:
+            print(warning, file=sys.stderr)
 
     def _rate(self, now: float) -> str:
         return f"{self._tokens / max(now - self._start, 1e-9):.1f} tokens/s"

@@ -27,7 +27,8 @@ from absl import flags
 
 from launch import entry
 from launch.evaluate import show_progress
-from launch.generate import Prompt, file_sha256, options_path, read_prompts
+from launch.generate import file_sha256, options_path
+from launch.prompt_file import Prompt, read_prompts
 from posttrain_jax.errors import InputError, without_secrets
 
 if TYPE_CHECKING:
@@ -343,7 +344,7 @@ def prompts_of(path: str, prompts: str) -> dict[str | int, Prompt]:
             raise InputError(
                 f"{prompts} was changed since {path} answered it; give the prompts as they were with --prompts."
             )
-    return {prompt.id: prompt for prompt in read_prompts(prompts)}
+    return {prompt.id: prompt for prompt in read_prompts(prompts, travels=True)}
 
 
 def _checked(row: Row) -> tuple[Key, str, bool]:

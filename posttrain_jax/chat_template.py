@@ -63,6 +63,10 @@ class TemplateRefusalError(InputError):
     """A template does not render these messages; the text says why."""
 
 
+class TemplateLimitError(TemplateRefusalError):
+    """A template takes too long, or writes too much, for these messages."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Rendered:
     """A conversation as text, and the (start, stop) of each `{% generation %}` block in it."""
@@ -132,7 +136,7 @@ class Template:
                 blocks.append(block)
                 running.count(block)
         except LimitError:
-            raise TemplateRefusalError(
+            raise TemplateLimitError(
                 f"it takes more than {self._seconds:g} s or {MOST_CHARACTERS:,} characters to render"
             ) from None
         except jinja2.TemplateError as error:
@@ -188,15 +192,14 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str = "", *, 
 
 
 def shown_dates(source: str, now: datetime.datetime | None = None) -> list[str]:
-    """What a template shows of the date, in texts that change whenever that does; [] for a template without one.
-
-    Raises:
-      InputError: the text is no template.
-    """
+    """What a template shows of the date, in texts that change whenever that does; [] for one that shows none, and for
+    text that is no template (whoever renders it is told)."""
     now = now or datetime.datetime.now()
-    return [
-        now.isoformat() if how is None else now.strftime(how) for how in compile_template(source).date_formats
-    ]
+    try:
+        formats = compile_template(source).date_formats
+    except InputError:
+        return []
+    return [now.isoformat() if how is None else now.strftime(how) for how in formats]
 
 
 def read_variables(text: str, name: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from posttrain_jax.chat_template import resolve_template
 from posttrain_jax.data.loader import Loader, RowSource, eval_batches
 from posttrain_jax.errors import InputError
-from posttrain_jax.experiment_data import eval_rows
+from posttrain_jax.experiment_data import chat_from_config, eval_rows
 from posttrain_jax.export_model import write_model_folder
 from posttrain_jax.load_model import Source, has_adapter, is_reward_model, load_config, load_model, resolve
 from posttrain_jax.metrics import Accumulator, say, to_host
@@ -445,6 +445,7 @@ def task_from_config(
             config.eval.prompts,
             max_new_tokens=config.eval.max_new_tokens,
             seed=config.seed,
+            chat=chat_from_config(config, policy.tokenizer, workdir),
         )
     return Task(
         steps=steps,

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict as Config
 from transformers import PreTrainedTokenizerBase
 
 from posttrain_jax.assets import fetch
-from posttrain_jax.chat_template import ChatOptions
+from posttrain_jax.chat_template import ChatOptions, read_variables, shown_dates
 from posttrain_jax.data.json_text import parse
 from posttrain_jax.data.packing import PackedRows, efficiency, pack
 from posttrain_jax.data.preference_rows import RowShape, row_shape
 from posttrain_jax.data.rows import RowError, one_line
+from posttrain_jax.data.shown_row import shown_row
 from posttrain_jax.data.sources import MIXTURE, weighted_sources
 from posttrain_jax.data.split import Data, hold_out, split_amount, trained_rows
 from posttrain_jax.data.tokenized import TokenizedData, TokenizeOptions, build
@@ -35,18 +39,66 @@ class Rows:
 
 def tokenize_options(data: Mapping[str, Any]) -> TokenizeOptions:
     """How rows become sequences, as `config.data` says: an experiment's, an evaluation's, or that of a run's
-    config.json, which may be older than a key."""
-    of_some = {"train_on": "all_turns", "ignore_columns": ""}  # preferences have no train_on
+    config.json, which may be older than a key; preferences have no `train_on`."""
+    of_some = {"train_on": "all_turns", "ignore_columns": "", "text_as": "plain", "chat_template_kwargs": ""}
     rules = {**of_some, **data}
     return TokenizeOptions(
         max_length=rules["max_length"],
         truncate=rules["truncate"],
         train_on=rules["train_on"],
-        chat=ChatOptions(template=rules["chat_template"]),
+        chat=ChatOptions(
+            template=rules["chat_template"],
+            variables=read_variables(rules["chat_template_kwargs"], "data.chat_template_kwargs"),
+            text_as=rules["text_as"],
+        ),
         on_bad_row=rules["on_bad_row"],
         ignore_columns=rules["ignore_columns"],
         progress=jax.process_index() == 0,
     )
+
+
+def chat_from_config(config: Config, tokenizer: PreTrainedTokenizerBase, workdir: Path) -> ChatOptions:
+    """How the rows of `config.data` become text; the template of `data.chat_template` is the tokenizer's by now.
+
+    The date that a template shows is that of the run's first start, kept in the workdir: what was tokenized belongs to
+    the run, on whatever day it is resumed.
+
+    Raises:
+      InputError: `data.text_as` or `data.chat_template_kwargs` is nothing that can be used.
+    """
+    own = tokenizer.chat_template or ""
+    shows_date = any(shown_dates(one) for one in ([own] if isinstance(own, str) else own.values()))
+    return ChatOptions(
+        variables=read_variables(config.data.chat_template_kwargs, "data.chat_template_kwargs"),
+        now=_first_start(workdir) if shows_date else None,
+        text_as=config.data.text_as,
+    )
+
+
+def kept_date(workdir: Path) -> datetime.datetime | None:
+    """The date that the rows of a run show, where its chat template shows one. Raises InputError."""
+    path = workdir / "template_date.txt"
+    if not path.is_file():
+        return None
+    try:
+        return datetime.datetime.fromisoformat(path.read_text("utf-8").strip())
+    except ValueError as error:
+        raise InputError(f"{path} holds no date ({error}); write one such as 2024-07-26T12:00:00.") from error
+
+
+def _first_start(workdir: Path) -> datetime.datetime:
+    """The date that is kept, which is now where there is none; the same in all processes."""
+    kept = kept_date(workdir)
+    now = kept or datetime.datetime.now().replace(microsecond=0)
+    if jax.process_count() > 1:
+        first = np.asarray([now.toordinal(), now.hour * 3600 + now.minute * 60 + now.second], np.int32)
+        day, second = multihost_utils.broadcast_one_to_all(first).tolist()
+        now = datetime.datetime.fromordinal(day) + datetime.timedelta(seconds=second)
+    if jax.process_index() == 0 and kept is None:
+        partial = workdir / "template_date.partial"
+        partial.write_text(now.isoformat() + "\n", "utf-8")
+        partial.replace(workdir / "template_date.txt")
+    return now
 
 
 def rows_from_config(config: Config, tokenizer: PreTrainedTokenizerBase, workdir: Path) -> Rows:
@@ -55,9 +107,11 @@ def rows_from_config(config: Config, tokenizer: PreTrainedTokenizerBase, workdir
     Raises:
       InputError: bad rows, a missing file, nothing left to train on.
     """
-    options = tokenize_options(config.data)
+    options = dataclasses.replace(
+        tokenize_options(config.data), chat=chat_from_config(config, tokenizer, workdir)
+    )
     train = build(data_spec(config.data.train), tokenizer, options, rejected_path=workdir / "rejected.jsonl")
-    say(train.text())
+    _say_read(train)
     held_out: TokenizedData | None = None
     if config.data.eval:
         amount = split_amount(data_spec(config.data.eval))
@@ -66,8 +120,12 @@ def rows_from_config(config: Config, tokenizer: PreTrainedTokenizerBase, workdir
         else:
             rejected = workdir / "rejected-eval.jsonl"
             held_out = build(data_spec(config.data.eval), tokenizer, options, rejected_path=rejected)
-            say(held_out.text())
+            _say_read(held_out)
             say_trained_rows(train, held_out)
+    first = train.sources[0]
+    shown = first.sequence(0)
+    say(f"first row ({first.row_id(0)}), trained between [[ and ]]:")
+    say(shown_row(tokenizer, shown.tokens, shown.loss_mask))
     rows = pack(train, config.data.max_length, packed=config.data.pack)
     evaluation = [] if held_out is None else pack(held_out, config.data.max_length, packed=config.data.pack)
     count = sum(len(part) for part in rows)
@@ -114,11 +172,13 @@ def preferences_from_config(
     Raises:
       InputError: bad rows, a missing file, nothing left to train on, a group that does not fit.
     """
-    options = tokenize_options(config.data)
+    options = dataclasses.replace(
+        tokenize_options(config.data), chat=chat_from_config(config, tokenizer, workdir)
+    )
     train = build_preferences(
         data_spec(config.data.train), tokenizer, options, rejected_path=workdir / "rejected.jsonl"
     )
-    say(train.text())
+    _say_read(train)
     held_out: PreferenceData | None = None
     if config.data.eval:
         amount = split_amount(data_spec(config.data.eval))
@@ -129,8 +189,12 @@ def preferences_from_config(
             held_out = build_preferences(
                 data_spec(config.data.eval), tokenizer, options, rejected_path=rejected
             )
-            say(held_out.text())
+            _say_read(held_out)
             say_trained_rows(train, held_out)
+    first = train.sources[0]
+    say(f"first row ({first.row_id(0)}), compared or scored between [[ and ]]:")
+    for shown in first.group(0).sequences[:2]:
+        say(shown_row(tokenizer, shown.tokens, shown.loss_mask))
     train, held_out = change(train), None if held_out is None else change(held_out)
     parts = [train] if held_out is None else [train, held_out]
     share = share_prompt(config.data.share_prompt, attention)
@@ -144,6 +208,12 @@ def preferences_from_config(
         + (", completions after a shared prompt." if share else ", every completion with its prompt.")
     )
     return Preferences(train=train, held_out=held_out, shape=shape, eval_shape=eval_shape)
+
+
+def _say_read(data: TokenizedData | PreferenceData) -> None:
+    say(data.text())
+    if data.warning():
+        say(data.warning())
 
 
 def say_trained_rows(train: Data, held_out: Data) -> None:

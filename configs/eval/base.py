@@ -34,6 +34,7 @@ def eval_config(task: str) -> ConfigDict:
 def answers(config: ConfigDict, *, max_new_tokens: int) -> None:
     """Adds the keys of a task that checks what the model writes."""
     config.data.render = "auto"  # chat, text, auto (chat where the tokenizer has a template)
+    config.data.chat_template_kwargs = ""  # variables of the template, as JSON: {"enable_thinking": false}
     config.eval.max_new_tokens = max_new_tokens
     config.eval.temperature = 0.0  # 0 = greedy
     config.eval.stop = ()  # texts that end an answer, such as ("\nQuestion:",) for a base model

@@ -27,7 +27,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.on_bad_row = ""  # stop, skip
     config.data.ignore_columns = ""  # columns of the rows that are not read, "a,b"
     config.data.train_on = ""  # all_turns, last_turn
-    config.data.chat_template = ""  # "" = the model's own; a path or the text
+    config.data.text_as = ""  # text prompts and completions: plain (as they are), chat (turns of a chat)
+    config.data.chat_template_kwargs = ""  # variables of the template, as JSON: {"enable_thinking": false}
+    config.data.chat_template = ""  # "" = the model's own; a path, the text, or the name of one of several
 
     if variant == "tiny":
         config.data.train = "configs/tiny/chats.jsonl"

@@ -22,6 +22,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.eval = ""  # rows to ask: asset:NAME, path, folder, hf:NAME, tfds:NAME; "" = as said above
     config.data.prompt = "{instruction}"  # {column} of a row of data.eval
     config.data.render = "auto"  # chat, text, auto (chat where the tokenizer has a template)
+    config.data.chat_template_kwargs = ""  # variables of the template, as JSON: {"enable_thinking": false}
     config.data.first = 32  # only so many rows; 0 = all
     config.data.on_bad_row = "stop"  # stop, skip
     config.eval.max_new_tokens = 128  # the KL is that of answers cut off here

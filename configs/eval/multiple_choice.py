@@ -23,6 +23,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.first = 0  # only so many rows; 0 = all
     config.data.on_bad_row = "stop"  # stop, skip
     config.data.render = "text"  # text, chat, auto (chat where the tokenizer has a template)
+    config.data.chat_template_kwargs = ""  # variables of the template, as JSON: {"enable_thinking": false}
 
     if variant == "commonsenseqa":
         config.data.eval, config.data.prompt = "asset:commonsenseqa", "Question: {question}\nAnswer:"

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from posttrain_jax.data.prompts import Prompt
+from posttrain_jax.data.shown_row import empty_warning
 from posttrain_jax.experiment import Policy
 from posttrain_jax.metrics import say
 from posttrain_jax.rollouts.draw import RolloutOptions, Rollouts, put_rollouts, roll_out, shown_prompt
@@ -185,6 +186,10 @@ class Evaluation:
             self._step = int(state.step)
             if self._step == 0:  # said now, not after days; later a function may be out of reach for a while
                 self._answered.scored.require_scores()
+            texts = self._answered.rollouts.texts(self._collector.policy.tokenizer)
+            warning = empty_warning(sum(not text.strip() for text in texts), len(texts))
+            if warning:
+                say(warning)
         return self._answered
 
     def metrics(self, state: TrainState) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import json
@@ -14,11 +15,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
+from posttrain_jax.data.columns import unused_text
+from posttrain_jax.data.prompt_rows import is_plain_text, other_columns
 from posttrain_jax.data.prompts import Prompt, PromptData, read_prompts
+from posttrain_jax.data.shown_row import plain_text_warning, shown_row
 from posttrain_jax.data.split import hold_out, split_amount
 from posttrain_jax.errors import InputError
 from posttrain_jax.experiment import Policy
-from posttrain_jax.experiment_data import data_spec, say_trained_rows
+from posttrain_jax.experiment_data import chat_from_config, data_spec, say_trained_rows
 from posttrain_jax.load_model import load_model, require_score_head
 from posttrain_jax.metrics import say
 from posttrain_jax.models.config import LoraConfig, ModelConfig
@@ -243,6 +247,8 @@ def prompts_from_config(config: Config, policy: Policy, workdir: Path) -> tuple[
       InputError: bad rows, a missing file, prompts that are too long.
     """
 
+    chat = chat_from_config(config, policy.tokenizer, workdir)
+
     def read(spec: Any, rejected: str) -> PromptData:
         return read_prompts(
             data_spec(spec),
@@ -251,6 +257,7 @@ def prompts_from_config(config: Config, policy: Policy, workdir: Path) -> tuple[
                 tokenizer=policy.tokenizer,
                 vocab_size=policy.model.config.vocab_size,
                 text_tokens=config.data.prompt_tokens,
+                chat=chat,
             ),
             max_tokens=config.data.max_length - config.rollout.max_new_tokens,
             long_prompts=config.data.long_prompts,
@@ -261,6 +268,16 @@ def prompts_from_config(config: Config, policy: Policy, workdir: Path) -> tuple[
 
     train = read(config.data.train, "rejected.jsonl")
     say(train.text())
+    first = train.sources[0].prompts[0]
+    say(f"first prompt ({first.row_id}): {shown_row(policy.tokenizer, first.tokens)}")
+    others = collections.Counter(
+        name for prompt in train.all() for name in other_columns(prompt.row, text_as=chat.text_as)
+    )
+    if others:
+        say(f"columns that are no part of the prompt and go to the reward: {unused_text(others)}")
+    plain = sum(is_plain_text(prompt.row, chat.text_as) for prompt in train.all())
+    if plain and policy.tokenizer.chat_template:
+        say(plain_text_warning(plain, len(train), "data.text_as=chat"))
     if not config.data.eval:
         return train, []
     amount = split_amount(data_spec(config.data.eval))

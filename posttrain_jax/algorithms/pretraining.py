@@ -11,13 +11,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
 from posttrain_jax.algorithms.sft import token_losses
-from posttrain_jax.chat_template import ChatOptions
 from posttrain_jax.data.loader import Loader
 from posttrain_jax.data.packing import PackedRows, pack
 from posttrain_jax.data.tokenized import TokenizeOptions, build
 from posttrain_jax.errors import InputError
 from posttrain_jax.experiment import Policy
-from posttrain_jax.experiment_data import data_spec
+from posttrain_jax.experiment_data import chat_from_config, data_spec
 from posttrain_jax.metrics import say
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.rollouts.experience import policy_params
@@ -76,7 +75,7 @@ def pretraining_from_config(
         max_length=length,
         truncate="right",
         train_on="all_turns",
-        chat=ChatOptions(template=config.data.chat_template),
+        chat=chat_from_config(config, policy.tokenizer, workdir),
         on_bad_row=config.data.on_bad_row,
         ignore_columns=config.data.ignore_columns,
         progress=jax.process_index() == 0,

@@ -21,7 +21,7 @@ from posttrain_jax.chat_template import DEFAULT_CHAT, ChatOptions, resolve_templ
 from posttrain_jax.data.rows import Row
 from posttrain_jax.data.sources import read_rows, source_files
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Raise it when the same rows become other tokens, or the files another layout."""
 
 _HASHED_WHOLE = 256 * 2**20

@@ -19,10 +19,12 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from posttrain_jax.chat_template import DEFAULT_CHAT, ChatOptions
+from posttrain_jax.chat_template import DEFAULT_CHAT, ChatOptions, has_template
 from posttrain_jax.data.formats import Conversation
+from posttrain_jax.data.prompt_rows import encode_text
 from posttrain_jax.data.rows import RowError
-from posttrain_jax.data.spans import ChatTemplate, EndOfTurn, Span, Turns
+from posttrain_jax.data.spans import ChatTemplate
+from posttrain_jax.data.turns import EndOfTurn, Span, Turns
 from posttrain_jax.errors import InputError
 
 TRAIN_ON = ("all_turns", "last_turn")
@@ -82,6 +84,7 @@ class Encoder:
         self._tokenizer = tokenizer
         self._train_on = train_on
         self._chat = chat
+        self.has_template = has_template(tokenizer, chat)
         self._templates: dict[bool, ChatTemplate] = {}
         self._never_split = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
@@ -178,7 +181,7 @@ class Encoder:
         return stop if stop >= 0 and not self._tokenizer.decode(between).strip() else inside
 
     def _plain(self, text: str) -> Encoded:
-        ids = self._with_eos(self._one_bos(self._ids(text, special=True)))
+        ids = self._with_eos(encode_text(self._tokenizer, text).tolist())
         mask = np.ones(len(ids), bool)
         mask[0] = False
         return Encoded(np.asarray(ids, np.int32), mask)
@@ -186,27 +189,13 @@ class Encoder:
     def _prompt_completion(self, conversation: Conversation) -> Encoded:
         """The completion's tokens are those it has after the prompt, unless they would change the prompt's."""
         prompt, completion = conversation.prompt or "", conversation.completion or ""
-        before = self._one_bos(self._ids(prompt, special=True))
-        whole = self._one_bos(self._ids(prompt + completion, special=True))
+        before = encode_text(self._tokenizer, prompt).tolist()
+        whole = encode_text(self._tokenizer, prompt + completion).tolist()
         if whole[: len(before)] != before:
-            whole = before + self._ids(completion, special=False)
+            whole = before + self._tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
         ids = self._with_eos(whole)
         mask = np.arange(len(ids)) >= max(len(before), 1)
         return Encoded(np.asarray(ids, np.int32), mask)
-
-    def _ids(self, text: str, *, special: bool) -> list[int]:
-        ids = list(self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
-        # A tokenizer that closes every text with EOS (some T5-like ones) would end the prompt.
-        eos = self._tokenizer.eos_token_id
-        return (
-            ids[:-1]
-            if special and ids and ids[-1] == eos and not text.endswith(self._tokenizer.eos_token)
-            else ids
-        )
-
-    def _one_bos(self, ids: list[int]) -> list[int]:
-        bos = self._tokenizer.bos_token_id
-        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
     def _with_eos(self, ids: list[int]) -> list[int]:
         eos = self._tokenizer.eos_token_id

@@ -63,7 +63,13 @@ class Columns(Mapping[str, Any]):
         return {name for name, value in self._row.items() if value is not None}
 
     def unused(
-        self, prompt: Sequence[str], answers: Sequence[str], *, is_chat: bool, needs_prompt: bool = False
+        self,
+        prompt: Sequence[str],
+        answers: Sequence[str],
+        *,
+        is_chat: bool,
+        needs_prompt: bool = False,
+        refuse_of_chats_only: bool = False,
     ) -> tuple[str, ...]:
         """The columns (and keys of messages, `messages[].time`) that hold something and were not read.
 
@@ -72,6 +78,8 @@ class Columns(Mapping[str, Any]):
           answers: those of what is trained.
           is_chat: whether the row was read as a chat.
           needs_prompt: whether answers without a prompt make no sense.
+          refuse_of_chats_only: whether other columns go elsewhere, so that only those are refused that a chat would
+            have shown.
 
         Raises:
           RowError: one of them could be part of the prompt.
@@ -83,7 +91,8 @@ class Columns(Mapping[str, Any]):
                 found += [f"{name}[].{key}" for key in _unknown_keys(value)]
             elif value not in (None, "", [], {}):
                 is_suspect = may_be_prompt(name) or (is_missing and _words(name).isdisjoint(ABOUT_WORDS))
-                if is_suspect and any(texts_in(value)) and not _repeats(value, prompt, answers):
+                is_lost = not is_chat and name in _OF_CHATS if refuse_of_chats_only else is_suspect
+                if is_lost and any(texts_in(value)) and not _repeats(value, prompt, answers):
                     raise RowError(name, _refusal(name, self._read, is_chat))
                 found.append(name)
         return tuple(found)

@@ -26,7 +26,6 @@ from posttrain_jax.data.messages import read_messages as read_messages
 from posttrain_jax.data.messages import read_tools as read_tools
 from posttrain_jax.data.rows import RowError
 
-TEXT_AS = ("plain", "chat")
 # The user's turn where columns make it up: those that are there, in this order, on lines of their own.
 USER_COLUMNS = ("instruction", "context", "input", "question", "query")
 _ANSWER_COLUMNS = ("output", "response", "answer")

@@ -41,13 +41,16 @@ _UNCLEAR = {
 }
 
 
-def read_messages(value: Any, column: str) -> list[Message]:
-    """[{"role", "content", ...}], each with whether it may be trained. Raises RowError."""
+def read_messages(value: Any, column: str, *, empty_answers: bool = False) -> list[Message]:
+    """[{"role", "content", ...}], each with whether it may be trained. Raises RowError.
+
+    `empty_answers`: an assistant's turn may be empty, in what has been said and is not trained.
+    """
     items = read_list(value, column)
-    return [_message(item, f"{column}[{i}]") for i, item in enumerate(items)]
+    return [_message(item, f"{column}[{i}]", empty_answers=empty_answers) for i, item in enumerate(items)]
 
 
-def _message(item: dict[str, Any], where: str) -> Message:
+def _message(item: dict[str, Any], where: str, *, empty_answers: bool) -> Message:
     """One message, and whether it is trained."""
     role = "tool" if item.get("role") == "function" else item.get("role")
     if role is None:
@@ -66,7 +69,7 @@ def _message(item: dict[str, Any], where: str) -> Message:
         raise RowError(f"{where}.tool_calls", f"stands in a {role} turn; only an assistant calls tools")
     if content is None and not calls:
         raise RowError(f"{where}.content", "is null" if "content" in item else "is missing")
-    if role == "assistant" and not calls and not (content or "").strip():
+    if role == "assistant" and not calls and not empty_answers and not (content or "").strip():
         raise RowError(f"{where}.content", "is an empty assistant turn")
     if content is not None:
         message["content"] = content

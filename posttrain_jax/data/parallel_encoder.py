@@ -65,6 +65,7 @@ class ParallelEncoder:
         start_after: float = START_AFTER,
     ) -> None:
         self._encoder = Encoder(tokenizer, train_on=train_on, chat=chat)
+        self.has_template = self._encoder.has_template
         self._arguments = (tokenizer, train_on, chat)
         self._count = helpers
         self._seconds_left = start_after

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import dataclasses
 import functools
 import os
 from typing import Any
@@ -24,82 +23,24 @@ from posttrain_jax.chat_template import (
     ChatOptions,
     Rendered,
     Template,
+    TemplateLimitError,
     TemplateRefusalError,
     resolve_template,
 )
 from posttrain_jax.data.formats import Conversation
-from posttrain_jax.data.rows import RowError
+from posttrain_jax.data.rows import RowError, one_line
+from posttrain_jax.data.turns import EndOfTurn, Span, Turns, TurnShape
 from posttrain_jax.errors import InputError
 
 # Stand-ins for message contents: private-use characters, which no template looks for and no text holds.
 _USER_MARK, _MARK, _NEXT_MARK = "\ue0f0\ue0f1", "\ue0f2\ue0f3", "\ue0f4\ue0f5"
 
 
+_MOST_OVERRUNS = 2
 _KEEP_THOUGHTS = (
     "set data.chat_template to one that keeps thoughts (such as configs/templates/deepseek_r1.jinja), or write them "
     "into content if the template shows that whole"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Span:
-    """One assistant turn in the rendered text.
-
-    Attributes:
-      start: first character that the model writes.
-      stop: end of the trained text before the end-of-turn token, or -1 when the turn runs up to that token.
-    """
-
-    start: int
-    stop: int = -1
-
-
-@dataclasses.dataclass(frozen=True)
-class Turns:
-    """A rendered conversation.
-
-    Attributes:
-      text: all of it.
-      spans: of each assistant message, by its index.
-      untrainable: messages that are not shown as the model would write them, with the reason: the template drops their
-        thought, or puts something else before them than the generation prompt.
-    """
-
-    text: str
-    spans: dict[int, list[Span]]
-    untrainable: dict[int, str]
-
-
-@dataclasses.dataclass(frozen=True)
-class EndOfTurn:
-    """The special tokens, nearly always one, that end a turn; `texts` and `token_ids` belong together."""
-
-    texts: tuple[str, ...]
-    token_ids: tuple[int, ...]
-
-    @property
-    def text(self) -> str:
-        """The tokens' text, joined."""
-        return "".join(self.texts)
-
-
-@dataclasses.dataclass(frozen=True)
-class TurnShape:
-    """How a template surrounds an assistant's turn.
-
-    Attributes:
-      end: what ends a turn.
-      tool_end: what ends a turn that calls tools (Llama 3.1 may end those differently).
-      between_turns: `end` also ends turns that others follow, not only the last.
-      header: text that the template puts before an assistant's content, when it has no generation prompt.
-      prompt: the generation prompt.
-    """
-
-    end: EndOfTurn
-    tool_end: EndOfTurn
-    between_turns: bool
-    header: str
-    prompt: str
 
 
 class ChatTemplate:
@@ -123,6 +64,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         source = resolve_template(tokenizer, options.template, tools=tools)
         self._template = Template(source, tokenizer, variables=options.variables, now=options.now)
+        self._overruns = 0
 
     @functools.cached_property
     def shape(self) -> TurnShape:
@@ -140,9 +82,20 @@ class ChatTemplate:
         return self._rendered(messages, tools, prompt=prompt).text
 
     def prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
-        """The conversation up to where the assistant starts to write. Raises RowError, also for tools not shown."""
+        """The conversation up to where the assistant starts to write. Raises RowError, also for lost tools and calls.
+
+        That is where training begins: a template without a generation prompt gets the header that it writes before an
+        assistant's content.
+        """
         text = self.render(messages, tools, prompt=True)
         self._refuse_lost_tools(messages, tools, text, prompt=True)
+        self._refuse_lost_calls(messages, tools, prompt=True)
+        if "add_generation_prompt" in self._template.source:
+            return text
+        with contextlib.suppress(
+            InputError
+        ):  # a template that cannot be trained on may still be generated with
+            text += self.shape.header if self.shape.header.strip() else ""
         return text
 
     def _rendered(
@@ -154,6 +107,15 @@ class ChatTemplate:
     ) -> Rendered:
         try:
             return self._template.render(messages, tools, prompt=prompt)
+        except TemplateLimitError as error:
+            self._overruns += 1
+            if self._overruns > _MOST_OVERRUNS:  # of thousands of rows, reading them would not end
+                said = one_line(str(messages[-1].get("content", "")), 80)
+                raise InputError(
+                    f"the chat template cannot render {self._overruns} conversations, the last with {said!r}: {error}; "
+                    "check data.chat_template"
+                ) from None
+            raise RowError("messages", f"the chat template refuses them: {error}") from None
         except TemplateRefusalError as error:
             raise RowError("messages", f"the chat template refuses them: {error}") from None
 
@@ -181,7 +143,7 @@ class ChatTemplate:
         else:
             starts = self._starts(messages, turns, conversation.tools, text)
             spans = {i: [Span(start)] for i, start in zip(turns, starts, strict=True)}
-        self._refuse_lost_calls(messages, spans, text)
+        self._refuse_lost_calls(messages, conversation.tools, prompt=False)
         untrainable = {}
         for i, found in spans.items():
             if conversation.trained[i] and found:
@@ -241,15 +203,30 @@ class ChatTemplate:
                     )
 
     def _refuse_lost_calls(
-        self, messages: list[dict[str, Any]], spans: dict[int, list[Span]], text: str
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, *, prompt: bool
     ) -> None:
-        for i, found in spans.items():
-            for call in messages[i].get("tool_calls", ()):
-                if not found or call["function"]["name"] not in text[found[0].start :]:
-                    raise RowError(
-                        f"messages[{i}].tool_calls",
-                        "are not shown by this chat template; set data.chat_template to one that renders tool calls",
-                    )
+        """Refuses calls that the template does not show: other names in their place do not appear."""
+        places: dict[str, int] = {}
+        marked = []
+        for i, message in enumerate(messages):
+            calls = []
+            for call in message.get("tool_calls", ()):
+                name = f"call_{len(places)}_9e1b7c"
+                places[name] = i
+                calls.append({**call, "function": {**call["function"], "name": name}})
+            marked.append({**message, "tool_calls": calls} if calls else message)
+        if not places:
+            return
+        try:
+            text = self.render(marked, tools, prompt=prompt)
+        except RowError:  # a template that looks names up among the tools cannot be asked
+            return
+        for name, i in places.items():
+            if name not in text:
+                raise RowError(
+                    f"messages[{i}].tool_calls",
+                    "are not shown by this chat template; set data.chat_template to one that renders tool calls",
+                )
 
     def _named_spans(
         self,

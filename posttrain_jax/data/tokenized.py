@@ -28,6 +28,7 @@ from posttrain_jax.data.columns import unused_text
 from posttrain_jax.data.formats import to_conversation
 from posttrain_jax.data.parallel_encoder import ParallelEncoder
 from posttrain_jax.data.rows import Row, RowError, without_columns
+from posttrain_jax.data.shown_row import plain_text_warning
 from posttrain_jax.data.sources import Spec, weighted_sources
 from posttrain_jax.data.store import StoredSequences, StoreWriter, publish, read_store
 from posttrain_jax.errors import InputError
@@ -107,6 +108,7 @@ class Report:
     repeated: int
     unused: dict[str, int]
     untrained_turns: int
+    plain: int
 
     def text(self) -> str:
         """One line for the console."""
@@ -128,9 +130,12 @@ class Report:
             ),
         ]
         parts = [line, *(f"{count:,} {what}" for count, what in counted if count)]
-        return "; ".join(
-            [*parts, *([f"columns not used: {unused_text(self.unused)}"] if self.unused else [])]
-        )
+        parts += [f"columns not used: {unused_text(self.unused)}"] if self.unused else []
+        return "; ".join(parts)
+
+    def warning(self) -> str:
+        """What may not be meant; "" = nothing."""
+        return plain_text_warning(self.plain, self.rows, "data.text_as=chat") if self.plain else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +195,10 @@ class TokenizedData:
     def text(self) -> str:
         """The sources' reports, one line each."""
         return "\n".join(source.report.text() for source in self.sources)
+
+    def warning(self) -> str:
+        """What may not be meant, a line for each source that has something; "" = nothing."""
+        return "\n".join(filter(None, (source.report.warning() for source in self.sources)))
 
 
 def build(
@@ -259,6 +268,7 @@ def _write(
             "dropped",
             "repeated",
             "untrained_turns",
+            "plain",
         ),
         0,
     )
@@ -330,10 +340,11 @@ def _encode(
     for row in chunk:
         counts["rows"] += 1
         try:
-            conversation = to_conversation(options.columns(row))
+            conversation = to_conversation(options.columns(row), text_as=options.chat.text_as)
             conversations.append(conversation)
             results.append(None)
             counts["repeated"] += conversation.repeated
+            counts["plain"] += encoder.has_template and conversation.prompt is not None
             unused.update(conversation.unused)
             digest = hashlib.blake2b(canonical(row.value).encode(), digest_size=16).digest()
             counts["duplicates"] += digest in seen

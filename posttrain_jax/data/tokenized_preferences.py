@@ -28,6 +28,7 @@ from posttrain_jax.data.columns import unused_text
 from posttrain_jax.data.parallel_encoder import ParallelEncoder
 from posttrain_jax.data.preferences import Comparison, Preference, to_preference
 from posttrain_jax.data.rows import Row, RowError
+from posttrain_jax.data.shown_row import plain_text_warning
 from posttrain_jax.data.sources import Spec, weighted_sources
 from posttrain_jax.data.store import StoredSequences, StoreWriter, publish, read_store
 from posttrain_jax.data.tokenized import (
@@ -67,6 +68,7 @@ class PreferenceReport:
     lost: int = 0
     ties: int = 0
     repeated: int = 0
+    plain: int = 0
     unused: dict[str, int] = dataclasses.field(default_factory=dict)
     comparisons: int = 0
     good: int = 0
@@ -107,7 +109,11 @@ class PreferenceReport:
                 f". Chosen completions have {self.chosen_length:.0f} tokens, rejected {self.rejected_length:.0f}; "
                 f"the longer one was chosen in {self.longer_chosen:.1%} of comparisons"
             )
-        return line + "."
+        return f"{line}."
+
+    def warning(self) -> str:
+        """What may not be meant; "" = nothing."""
+        return plain_text_warning(self.plain, self.rows, "data.text_as=chat") if self.plain else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,6 +279,10 @@ class PreferenceData:
         """The sources' reports, one line each."""
         return "\n".join(source.report.text() for source in self.sources)
 
+    def warning(self) -> str:
+        """What may not be meant, a line for each source that has something; "" = nothing."""
+        return "\n".join(filter(None, (source.report.warning() for source in self.sources)))
+
 
 def build_preferences(
     spec: Spec,
@@ -348,7 +358,19 @@ def _write(
 ) -> None:
     """Reads, converts, encodes and truncates every row, a chunk at a time."""
     counts = dict.fromkeys(
-        ("rows", "bad", "duplicates", "truncated", "dropped", "difference_cut", "lost", "ties", "repeated"), 0
+        (
+            "rows",
+            "bad",
+            "duplicates",
+            "truncated",
+            "dropped",
+            "difference_cut",
+            "lost",
+            "ties",
+            "repeated",
+            "plain",
+        ),
+        0,
     )
     unused: collections.Counter[str] = collections.Counter()
     files: dict[str, int] = {}
@@ -409,9 +431,10 @@ def _encode(
     for row in chunk:
         counts["rows"] += 1
         try:
-            preference = to_preference(options.columns(row))
+            preference = to_preference(options.columns(row), text_as=options.chat.text_as)
             results.append(preference)
             counts["repeated"] += preference.repeated
+            counts["plain"] += encoder.has_template and preference.completions[0].prompt is not None
             unused.update(preference.unused)
             digest = hashlib.blake2b(canonical(row.value).encode(), digest_size=16).digest()
             counts["duplicates"] += digest in seen

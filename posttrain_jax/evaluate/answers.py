@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict as Config
 from transformers import PreTrainedTokenizerFast
 
-from posttrain_jax.evaluate.tasks import Progress, encode_prompt, is_chat, need_tokenizer
+from posttrain_jax.chat_template import DEFAULT_CHAT, ChatOptions
+from posttrain_jax.data.shown_row import empty_warning, shown_row
+from posttrain_jax.evaluate.tasks import Progress, chat_options, encode_prompt, is_chat, need_tokenizer
 from posttrain_jax.load_model import LoadedModel
 from posttrain_jax.models.tokenizer import stop_token_ids
 from posttrain_jax.rewards.thoughts import after_thought, answer_text, prompt_opens_thought
@@ -27,6 +30,7 @@ class Answering:
       batch_rows: answers decoded side by side.
       render: "chat", "text", or "auto" (chat where the tokenizer has a template).
       stop: an answer ends before the first of these texts (base models go on with the next question).
+      chat: how a chat is rendered.
     """
 
     max_new_tokens: int
@@ -35,6 +39,7 @@ class Answering:
     batch_rows: int = 8
     render: str = "auto"
     stop: tuple[str, ...] = ()
+    chat: ChatOptions = DEFAULT_CHAT
 
 
 def answering(config: Config) -> Answering:
@@ -46,6 +51,7 @@ def answering(config: Config) -> Answering:
         batch_rows=config.eval.batch_rows,
         render=config.data.render,
         stop=tuple(config.eval.stop),
+        chat=chat_options(config),
     )
 
 
@@ -93,7 +99,8 @@ def answer_all(
     """
     chat = is_chat(loaded, options.render)
     prompts = [
-        encode_prompt(loaded, text, chat=chat, name=name) for text, name in zip(questions, names, strict=True)
+        encode_prompt(loaded, text, chat=chat, name=name, options=options.chat)
+        for text, name in zip(questions, names, strict=True)
     ]
     asked = GenerateOptions(
         max_new_tokens=options.max_new_tokens,
@@ -104,6 +111,8 @@ def answer_all(
         batch_size=options.batch_rows,
     )
     tokenizer = need_tokenizer(loaded)
+    if prompts:
+        print(f"first prompt ({names[0]}): {shown_row(tokenizer, prompts[0])}", file=sys.stderr)
     samples = generate_as_finished(
         loaded.model, loaded.params, prompts, asked, tokenizer=tokenizer, names=names
     )
@@ -113,6 +122,9 @@ def answer_all(
         answers[sample.prompt] = _answer(tokenizer, sample, in_thought=in_thought)
         if progress is not None:
             progress(len(answers), len(prompts))
+    warning = empty_warning(sum(not answer.text.strip() for answer in answers.values()), len(answers))
+    if warning:
+        print(f"\n{warning}", file=sys.stderr)
     return [answers[place] for place in range(len(prompts))]
 
 

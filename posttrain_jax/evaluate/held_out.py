@@ -25,7 +25,7 @@ from posttrain_jax.evaluate.own_data import HeldOutData, held_out_by, run_config
 from posttrain_jax.evaluate.sequence_sums import sequence_sums
 from posttrain_jax.evaluate.statistics import Estimate, bootstrap_means, interval
 from posttrain_jax.evaluate.tasks import Progress, TaskResult, check_first, need_tokenizer, say_data
-from posttrain_jax.experiment_data import data_spec, tokenize_options
+from posttrain_jax.experiment_data import data_spec, kept_date, tokenize_options
 from posttrain_jax.load_model import LoadedModel
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sharding import shard_multiple
@@ -40,6 +40,8 @@ RULES: dict[str, Any] = {
     "on_bad_row": "stop",
     "train_on": "all_turns",
     "ignore_columns": "",
+    "text_as": "plain",
+    "chat_template_kwargs": "",
 }
 """How rows become sequences where neither `config.data` nor a run says anything."""
 
@@ -264,7 +266,12 @@ def rules_of(config: Config, loaded: LoadedModel) -> TokenizeOptions:
     rules |= {} if run is None else {name: run["data"][name] for name in RULES if name in run["data"]}
     given = {name: config.data[name] for name in RULES if config.data[name] not in ("", -1)}
     # The run's chat template is its tokenizer's by now.
-    return tokenize_options({**rules, **given, "chat_template": config.data.chat_template})
+    options = tokenize_options({**rules, **given, "chat_template": config.data.chat_template})
+    if run is None:
+        return options
+    return dataclasses.replace(
+        options, chat=dataclasses.replace(options.chat, now=kept_date(loaded.source.path))
+    )
 
 
 def held_out_rows(config: Config, loaded: LoadedModel, out: Path) -> list[PackedRows]:
@@ -281,7 +288,7 @@ def held_out_rows(config: Config, loaded: LoadedModel, out: Path) -> list[Packed
         )
     check_first(config.data.first)
     data = build(data_spec(source.data), tokenizer, options, rejected_path=out / "rejected.jsonl")
-    print(data.text(), file=sys.stderr)
+    print("\n".join(filter(None, (data.text(), data.warning()))), file=sys.stderr)
     amount = split_amount(source.part)
     if amount is not None:
         data = hold_out(data, amount, seed=source.seed)[1]

@@ -27,6 +27,7 @@ from posttrain_jax.evaluate.tasks import (
     Progress,
     PromptTemplate,
     TaskResult,
+    chat_options,
     check_first,
     encode_prompt,
     is_chat,
@@ -283,7 +284,11 @@ def _prompts_of(config: Config, loaded: LoadedModel) -> tuple[list[_Prompt], lis
     name = config.data.eval or DEMO
     items = read_items(task_rows(name), convert, first=config.data.first, on_bad_row=config.data.on_bad_row)
     chat = is_chat(loaded, config.data.render)
-    prompts = [encode_prompt(loaded, item.text, chat=chat, name=item.where) for item in items.items]
+    rendering = chat_options(config)
+    prompts = [
+        encode_prompt(loaded, item.text, chat=chat, name=item.where, options=rendering)
+        for item in items.items
+    ]
     return items.items, prompts, items.skipped, name
 
 

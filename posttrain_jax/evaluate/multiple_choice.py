@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
+from posttrain_jax.chat_template import DEFAULT_CHAT, ChatOptions
 from posttrain_jax.data.packing import best_fit, empty_row
 from posttrain_jax.data.sources import Row, RowError
 from posttrain_jax.errors import InputError
@@ -32,6 +33,7 @@ from posttrain_jax.evaluate.tasks import (
     Progress,
     PromptTemplate,
     TaskResult,
+    chat_options,
     column,
     encode_prompt,
     is_chat,
@@ -203,7 +205,9 @@ class EncodedQuestion:
     shared: int
 
 
-def encode_question(loaded: LoadedModel, question: Question, *, chat: bool) -> EncodedQuestion:
+def encode_question(
+    loaded: LoadedModel, question: Question, *, chat: bool, options: ChatOptions = DEFAULT_CHAT
+) -> EncodedQuestion:
     """The tokens of question and choice together, for each choice.
 
     In plain text a space stands between them, unless the prompt ends with white space already, and white space at its
@@ -215,7 +219,7 @@ def encode_question(loaded: LoadedModel, question: Question, *, chat: bool) -> E
         choices share to start from, or a choice without a token of its own.
     """
     asked = question.prompt if chat else question.prompt.rstrip()
-    prompt = encode_prompt(loaded, asked, chat=chat, name=question.where)
+    prompt = encode_prompt(loaded, asked, chat=chat, name=question.where, options=options)
     if chat:
         tokenizer = need_tokenizer(loaded)
         ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in question.choices]
@@ -313,6 +317,7 @@ def multiple_choice(
     questions: Items[Question],
     *,
     render: str = "text",
+    options: ChatOptions = DEFAULT_CHAT,
     batch_rows: int = 8,
     mesh: Mesh | None = None,
     bootstrap: int = 1000,
@@ -329,7 +334,7 @@ def multiple_choice(
       InputError: a bad option, or a question that the model cannot take.
     """
     chat = is_chat(loaded, render)
-    encoded = [encode_question(loaded, question, chat=chat) for question in questions.items]
+    encoded = [encode_question(loaded, question, chat=chat, options=options) for question in questions.items]
     found = choice_logps(loaded, encoded, batch_rows=batch_rows, mesh=mesh, progress=progress)
     rows = []
     for question, logps in zip(questions.items, found, strict=True):
@@ -381,6 +386,7 @@ def from_config(
         loaded,
         questions,
         render=config.data.render,
+        options=chat_options(config),
         batch_rows=config.eval.batch_rows,
         mesh=mesh,
         bootstrap=config.eval.bootstrap,

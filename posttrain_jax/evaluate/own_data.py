@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from posttrain_jax.chat_template import ChatOptions, read_variables
 from posttrain_jax.data.prompts import read_prompts
 from posttrain_jax.data.split import hold_out, split_amount
 from posttrain_jax.data.tokenized import build
 from posttrain_jax.data.tokenized_preferences import build_preferences
 from posttrain_jax.errors import InputError
 from posttrain_jax.evaluate.tasks import need_tokenizer
-from posttrain_jax.experiment_data import data_spec, tokenize_options
+from posttrain_jax.experiment_data import data_spec, kept_date, tokenize_options
 from posttrain_jax.load_model import LoadedModel
 from posttrain_jax.models.hf_config import read_json
 from posttrain_jax.rollouts.draw import encode_prompt
@@ -48,6 +49,16 @@ class HeldOutPrompt:
 def run_config(loaded: LoadedModel) -> dict[str, Any] | None:
     """The config of the run in a workdir; None for any other MODEL."""
     return read_json(loaded.source.path / "config.json") if loaded.source.kind == "workdir" else None
+
+
+def run_chat(loaded: LoadedModel, run: dict[str, Any]) -> ChatOptions:
+    """How the rows of a workdir's run become text; the run's chat template is its tokenizer's by now."""
+    kwargs = run["data"].get("chat_template_kwargs", "")
+    return ChatOptions(
+        variables=read_variables(kwargs, "data.chat_template_kwargs"),
+        now=kept_date(loaded.source.path),
+        text_as=run["data"].get("text_as", "plain"),
+    )
 
 
 def held_out_by(run: dict[str, Any], name: str) -> HeldOutData:
@@ -87,6 +98,7 @@ def held_out_prompts(run: dict[str, Any], loaded: LoadedModel, source: HeldOutDa
             tokenizer=tokenizer,
             vocab_size=loaded.config.vocab_size,
             text_tokens=run["data"]["prompt_tokens"],
+            chat=run_chat(loaded, run),
         )
         data = read_prompts(
             spec,
@@ -97,7 +109,8 @@ def held_out_prompts(run: dict[str, Any], loaded: LoadedModel, source: HeldOutDa
         )
     else:
         read = build_preferences if run["algorithm"] in ON_PREFERENCES else build
-        data = read(spec, tokenizer, tokenize_options(run["data"] | {"chat_template": ""}))
+        rules = tokenize_options(run["data"] | {"chat_template": ""})
+        data = read(spec, tokenizer, dataclasses.replace(rules, chat=run_chat(loaded, run)))
     amount = split_amount(source.part)
     if amount is not None:
         data = hold_out(data, amount, seed=source.seed)[1]

@@ -9,9 +9,11 @@ from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict as Config
 from transformers import PreTrainedTokenizerFast
 
 from posttrain_jax.assets import fetch
+from posttrain_jax.chat_template import DEFAULT_CHAT, ChatOptions, read_variables
 from posttrain_jax.data.sources import Row, RowError, read_rows
 from posttrain_jax.errors import InputError
 from posttrain_jax.evaluate.statistics import Estimate, ratio_estimates
@@ -241,8 +243,24 @@ def is_chat(loaded: LoadedModel, render: str) -> bool:
     return render == "chat" or (render == "auto" and bool(tokenizer.chat_template))
 
 
-def encode_prompt(loaded: LoadedModel, text: str, *, chat: bool, name: str) -> np.ndarray:
+def chat_options(config: Config) -> ChatOptions:
+    """How a task's prompts are rendered, where they are chats. Raises InputError."""
+    return ChatOptions(
+        variables=read_variables(config.data.chat_template_kwargs, "data.chat_template_kwargs")
+    )
+
+
+def encode_prompt(
+    loaded: LoadedModel, text: str, *, chat: bool, name: str, options: ChatOptions = DEFAULT_CHAT
+) -> np.ndarray:
     """int32 ids of a prompt: one user turn of the chat template, up to where the assistant starts; or plain text.
+
+    Args:
+      loaded: the model.
+      text: what a user would write.
+      chat: whether it is rendered by the chat template.
+      name: what to call it in an error.
+      options: of the rendering.
 
     Raises:
       InputError: names the row; there is no chat template, or it refuses the text.
@@ -251,6 +269,6 @@ def encode_prompt(loaded: LoadedModel, text: str, *, chat: bool, name: str) -> n
     if not chat:
         return encode_text(tokenizer, text)
     try:
-        return encode_chat(tokenizer, [{"role": "user", "content": text}])
+        return encode_chat(tokenizer, [{"role": "user", "content": text}], chat=options)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error

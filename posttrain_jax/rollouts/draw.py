@@ -18,15 +18,16 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from posttrain_jax.data.formats import read_tools
+from posttrain_jax.chat_template import DEFAULT_CHAT, ChatOptions
+from posttrain_jax.data.messages import describe_kind
+from posttrain_jax.data.prompt_rows import SOURCES, encode_prompt_row, encode_text, read_prompt_row
 from posttrain_jax.data.prompts import Prompt
-from posttrain_jax.data.sources import RowError
+from posttrain_jax.data.rows import RowError
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.rewards.thoughts import answer_text
 from posttrain_jax.sampling.choose import Needs, Sampling
 from posttrain_jax.sampling.engine import Engine
 from posttrain_jax.sampling.generate import GenerateOptions, Sample, generate
-from posttrain_jax.sampling.prompts import encode_chat, encode_text
 from posttrain_jax.sharding import batch_sharding
 from posttrain_jax.types import Array, PyTree
 
@@ -111,54 +112,40 @@ class RolloutBatch:
     has_score: Array
 
 
-PROMPT_COLUMNS = ("prompt", "messages", "prompt_ids")
-
-
 def encode_prompt(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, text_tokens: int = 0
+    row: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    vocab_size: int,
+    text_tokens: int = 0,
+    chat: ChatOptions = DEFAULT_CHAT,
 ) -> np.ndarray:
-    """int32 ids of a row's `prompt_ids`, `messages` (by the chat template, with the row's `tools`), `prompt` (plain
-    text), or of the beginning of its `text`, which is to be gone on from.
+    """int32 ids of a row's prompt (`data.prompt_rows`), or of the beginning of its `text`, which is to be gone on from.
 
     Args:
       row: its columns.
       tokenizer: the policy's.
       vocab_size: of the policy: ids are below it.
       text_tokens: how many tokens of a `text` are the prompt (0 = such rows are refused).
+      chat: how chats become text.
 
     Raises:
       RowError: it has none of them, or more than one (a `text` beside a prompt is a column like others).
-      InputError: no chat template, or one that refuses the messages.
+      InputError: no chat template.
     """
-    have = [name for name in PROMPT_COLUMNS if row.get(name) is not None]
-    if not have and row.get("text") is not None:
-        have = ["text"]
-    if len(have) != 1:
-        raise RowError(
-            "prompt",
-            f"a row has one of {', '.join(PROMPT_COLUMNS)} and text, and this one has {have or 'none'}",
-        )
-    value = row[have[0]]
-    if have[0] in ("prompt", "text"):
-        if not isinstance(value, str):
-            raise RowError(have[0], f"is a {type(value).__name__}, not a text")
-        if have[0] == "prompt":
-            return encode_text(tokenizer, value)
+    if row.get("text") is not None and not any(row.get(name) is not None for name in SOURCES):
+        if not isinstance(row["text"], str):
+            raise RowError("text", f"is {describe_kind(row['text'])}, not text")
         if not text_tokens:
             raise RowError(
                 "text", "is gone on from after its first data.prompt_tokens tokens, and that is not set"
             )
-        return encode_text(tokenizer, value)[:text_tokens]
-    if have[0] == "messages":
-        if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-            raise RowError("messages", "is no list of messages")
-        return encode_chat(tokenizer, value, tools=read_tools(row.get("tools")))
-    if not isinstance(value, list) or not all(type(token) is int for token in value):
-        raise RowError("prompt_ids", "is no list of whole numbers")
-    unknown = [token for token in value if not 0 <= token < vocab_size]
-    if unknown:
+        return encode_text(tokenizer, row["text"])[:text_tokens]
+    tokens = encode_prompt_row(read_prompt_row(row, text_as=chat.text_as, travels=True), tokenizer, chat)
+    unknown = tokens[tokens >= vocab_size]
+    if unknown.size:
         raise RowError("prompt_ids", f"has the token {unknown[0]}, and the policy has {vocab_size:,}")
-    return np.asarray(value, np.int32)
+    return tokens
 
 
 def shown_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from posttrain_jax.chat_template import DEFAULT_CHAT, ChatOptions
 from posttrain_jax.errors import InputError
 from posttrain_jax.models.tokenizer import stop_token_ids
 from posttrain_jax.models.transformer import Model
@@ -17,7 +18,13 @@ from posttrain_jax.types import TrainState
 
 
 def answer_fixed_prompts(
-    model: Model, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, max_new_tokens: int, seed: int
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    chat: ChatOptions = DEFAULT_CHAT,
 ) -> Callable[[TrainState], list[dict[str, Any]]]:
     """Greedy answers to some texts, each a conversation of one user turn, as rows for `samples.jsonl`.
 
@@ -26,7 +33,7 @@ def answer_fixed_prompts(
     """
     stops = stop_token_ids(model.config, tokenizer)
     try:
-        prompts = [encode_chat(tokenizer, [{"role": "user", "content": text}]) for text in texts]
+        prompts = [encode_chat(tokenizer, [{"role": "user", "content": text}], chat=chat) for text in texts]
     except InputError as error:
         raise InputError(f"eval.prompts are turns of a chat: {error} Or set eval.prompts to ().") from error
 

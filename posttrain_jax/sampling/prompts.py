@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from posttrain_jax.chat_template import DEFAULT_CHAT, ChatOptions, has_template
+from posttrain_jax.chat_template import DEFAULT_CHAT, ChatOptions
+from posttrain_jax.data.messages import read_messages, read_tools
+from posttrain_jax.data.prompt_rows import PromptRow, encode_prompt_row
+from posttrain_jax.data.prompt_rows import encode_text as encode_text
 from posttrain_jax.data.rows import RowError
 from posttrain_jax.data.spans import ChatTemplate
 from posttrain_jax.errors import InputError
@@ -36,21 +39,19 @@ def encode_chat(
     Raises:
       InputError: there is no chat template, or it refuses these messages.
     """
-    if not has_template(tokenizer, chat):
-        raise InputError(
-            "the model's tokenizer has no chat template (it is a base model); give plain text (prompt), or use a "
-            "model that was tuned on chats."
-        )
     try:
-        template = ChatTemplate(tokenizer, chat, tools=bool(tools))
-        given = list(messages), list(tools) if tools else None
-        text = template.prompt(*given)
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        said = read_messages(list(messages), "messages", empty_answers=True)
+        prompt = PromptRow(
+            messages=tuple(message for message, _ in said), tools=read_tools(list(tools) if tools else None)
+        )
+        ids = encode_prompt_row(prompt, tokenizer, chat)
         if not control_tokens:
-            ids = _spelled_out(tokenizer, template, *given, ids)
+            template = ChatTemplate(tokenizer, chat, tools=bool(prompt.tools))
+            given = list(prompt.messages), prompt.tools
+            ids = np.asarray(_spelled_out(tokenizer, template, *given, ids.tolist()), np.int32)
+        return ids
     except RowError as error:
         raise InputError(f"{error.column}: {error.reason}.") from error
-    return np.asarray(ids, np.int32)
 
 
 def _spelled_out(
@@ -96,17 +97,6 @@ def _spelled_out(
             letters = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
             spelled += [letter for letter in letters if letter not in controls]
     return spelled
-
-
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
-    """int32 ids of plain text, with one BOS where the tokenizer adds one, and never an EOS that ends it."""
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if ids and ids[-1] == eos and not text.endswith(tokenizer.eos_token):
-        ids.pop()
-    if bos is not None and ids[:2] == [bos, bos]:
-        ids.pop(0)
-    return np.asarray(ids, np.int32)
 
 
 def text_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterator[str]:

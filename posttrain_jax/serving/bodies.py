@@ -2,7 +2,7 @@
 
 Fields of OpenAI's API that would change the answer and that this server does not have are refused unless they say
 "nothing special"; those that cannot change it are taken and ignored; a field that nobody knows is refused by name.
-`top_k`, `min_p`, `repetition_penalty`, `min_tokens` and `ignore_eos` are vLLM's.
+`top_k`, `min_p`, `repetition_penalty`, `min_tokens`, `ignore_eos` and `chat_template_kwargs` are vLLM's.
 """
 
 from __future__ import annotations
@@ -231,6 +231,7 @@ class ChatBody(Body):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
 
     tools: Any = None

@@ -8,6 +8,7 @@ import secrets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from posttrain_jax.chat_template import ChatOptions
 from posttrain_jax.errors import InputError
 from posttrain_jax.sampling.choose import Needs, Sampling
 from posttrain_jax.sampling.prompts import encode_chat, encode_text, split_stops
@@ -156,7 +157,8 @@ def _check_lengths(body: Body, limits: Limits) -> None:
 def _prompts(body: Body, tokenizer: PreTrainedTokenizerBase, limits: Limits, echo: bool) -> list[Prompt]:
     if isinstance(body, ChatBody):
         messages = [message.for_template() for message in body.messages]
-        return [Prompt(encode_chat(tokenizer, messages, control_tokens=limits.control_tokens))]
+        chat = ChatOptions(variables=body.chat_template_kwargs or {})
+        return [Prompt(encode_chat(tokenizer, messages, chat=chat, control_tokens=limits.control_tokens))]
     assert isinstance(body, CompletionBody)
     prompts = []
     for given in body.prompt:

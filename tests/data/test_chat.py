@@ -230,10 +230,10 @@ def test_a_template_that_shows_no_reasoning_content_refuses_it(smollm2):
 @pytest.mark.parametrize("row", [THINKING, APART])
 def test_the_template_for_deepseek_keeps_the_last_thought_and_starts_where_generation_does(row, family):
     tokenizer, path = family("deepseek_r1"), "configs/templates/deepseek_r1.jinja"
-    rows = {"messages": [*TWO_TURNS["messages"], *row["messages"]]}
+    rows = {"messages": [*row["messages"], *TWO_TURNS["messages"], *row["messages"]]}  # one question twice
     encoded = encode_row(rows, tokenizer, chat_template=path)
     assert trained_texts(encoded, tokenizer) == ["6*7 is 42\n</think>\n\n42<|endofsentence|>"]
-    assert encoded.untrained_turns == 2
+    assert encoded.untrained_turns == 3
     template = ChatTemplate(tokenizer, ChatOptions(template=path))
     prompt = template.prompt(rows["messages"][:-1])
     assert prompt.endswith("<｜Assistant｜><think>\n")
@@ -516,3 +516,21 @@ def test_alpaca_is_encoded_within_seconds(smollm2, alpaca_path):
     encoded = Encoder(smollm2).encode(conversations)
     assert time.perf_counter() - start < 10  # 0.3 s on an idle machine
     assert len(encoded) == 999
+
+
+def test_a_template_that_never_ends_stops_the_reading_of_many_rows(smollm2):
+    """Each such row is a bad one; after a few of them the others are not tried."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+        "{% if m['content'] == 'long' %}{{ 'x' * 10**12 }}{% endif %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    good, endless = (to_conversation(chat_row(text, "yes")) for text in ("short", "long"))
+    encoder = Encoder(smollm2, chat=ChatOptions(template=template))
+    first, second = encoder.encode([endless, good])
+    assert isinstance(first, RowError) and "takes more than 5 s or" in first.reason
+    assert isinstance(second, Encoded)
+    with pytest.raises(
+        InputError, match=r"cannot render 3 conversations, the last with 'yes': it takes more"
+    ):
+        encoder.encode([endless, endless])

@@ -17,6 +17,7 @@ from entry_points import ROOT, environment
 from tiny_model import launch, save_tiny_model
 
 from launch.chat import Chat, Interrupt, command
+from posttrain_jax.chat_template import ChatOptions
 from posttrain_jax.errors import InputError
 from posttrain_jax.load_model import load_model
 from posttrain_jax.models.tokenizer import stop_token_ids
@@ -36,7 +37,11 @@ def loaded(folder):
 
 
 def make_chat(loaded, **options):
-    return Chat(loaded, Sampling(), **{"system": "", "max_new_tokens": 5, "seed": 0, **options})
+    return Chat(
+        loaded,
+        Sampling(),
+        **{"system": "", "max_new_tokens": 5, "seed": 0, "options": ChatOptions(), **options},
+    )
 
 
 def expected(loaded, messages, max_new_tokens=5):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
+import shutil
 import signal
 import time
 
@@ -15,6 +17,7 @@ from tiny_model import launch, save_tiny_model
 from launch.generate import Options, generate, noise_id
 from posttrain_jax.errors import InputError
 from posttrain_jax.load_model import load_model
+from posttrain_jax.models.byte_tokenizer import CHATML
 from posttrain_jax.models.tokenizer import stop_token_ids
 from posttrain_jax.sampling import generate as engine
 from posttrain_jax.sampling.choose import Sampling
@@ -153,14 +156,14 @@ def test_a_run_goes_on_where_it_was_cut_off(model, tmp_path, capsys):
         (b'{"prompt": "a"', "broken"),
         (b'{"text": "a"}', "needs exactly one of prompt, messages, prompt_ids"),
         (b'{"prompt": "a", "prompt_ids": [1]}', "prompt and prompt_ids"),
-        (b'{"prompt": 3}', "prompt must be text"),
+        (b'{"prompt": 3}', "prompt is a number, not a list"),
         (b'{"prompt": ""}', "has no tokens"),
-        (b'{"prompt_ids": []}', "prompt_ids is empty"),
+        (b'{"prompt_ids": []}', "prompt_ids is an empty list"),
         (b'{"prompt_ids": [1, 2.5]}', "prompt_ids holds 2.5"),
         (b'{"prompt_ids": [1, 99999]}', "token id 99999; the model knows 0 to 259"),
-        (b'{"messages": "hi"}', "messages must be a list"),
+        (b'{"messages": "hi"}', "messages is text, not a list"),
         (b'{"messages": [{"role": "king", "content": "a"}]}', r"messages\[0\].role is 'king'"),
-        (b'{"messages": [{"role": "user", "content": null}]}', r"messages\[0\].content must be text"),
+        (b'{"messages": [{"role": "user", "content": null}]}', r"messages\[0\].content is null"),
         (b'{"id": [1], "prompt": "a"}', "id must be text or a whole number"),
         (b'{"prompt": "\xff"}', "not UTF-8"),
         (b'{"prompt": "' + b"a" * 128 + b'"}', "128 tokens, which leaves no room"),
@@ -254,3 +257,51 @@ def test_a_killed_run_ends_with_the_same_bytes_as_one_never_killed(model, tmp_pa
     done = launch("generate", *flags, f"--out={killed}")
     assert done.returncode == 0 and "going on" in done.stderr
     assert killed.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_texts_as_turns_and_variables_of_the_template(model, tmp_path, capsys):
+    """A text is said to be plain where the model has a template; with --text_as=chat it is the messages' prompt."""
+    asked = Options(model=str(model), prompts="", out="", max_new_tokens=3)
+    texts = write(tmp_path / "texts.jsonl", [{"prompt": "Hi", "answer": "a"}])
+    chats = write(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": "Hi"}]}])
+    found = {}
+    for name, options in (
+        ("plain", {"prompts": texts}),
+        ("chat", {"prompts": texts, "text_as": "chat"}),
+        ("messages", {"prompts": chats}),
+    ):
+        out = str(tmp_path / f"{name}.jsonl")
+        generate(dataclasses.replace(asked, out=out, **options))
+        said = capsys.readouterr().err
+        assert ("1 of 1 rows are plain text" in said) == (name == "plain")
+        assert ("columns not used: answer (1 row)" in said) == (name != "messages")
+        start = "Hi" if name == "plain" else r"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        assert f"jsonl:1): {start}\n" in said
+        found[name] = read(out)[0]["token_ids"]
+    assert found["chat"] == found["messages"]
+    with pytest.raises(InputError, match="no variable 'enable_thinking'; it has none"):
+        generate(
+            dataclasses.replace(
+                asked, prompts=chats, out="x.jsonl", chat_template_kwargs='{"enable_thinking": false}'
+            )
+        )
+
+
+def test_answers_are_gone_on_with_on_the_day_that_they_were_begun(model, tmp_path):
+    """The chat template shows the second; a second start, at another one, has the prompts of the first."""
+    dated = tmp_path / "dated"
+    shutil.copytree(model, dated)
+    (dated / "chat_template.jinja").write_text("{{ strftime_now('%H:%M:%S') }}" + CHATML)
+    prompts = write(
+        tmp_path / "p.jsonl", [{"messages": [{"role": "user", "content": str(n)}]} for n in range(3)]
+    )
+    options = Options(model=str(dated), prompts=prompts, out=str(tmp_path / "g.jsonl"), max_new_tokens=2)
+    generate(options)
+    whole = (tmp_path / "g.jsonl").read_bytes()
+    description = json.loads((tmp_path / "g.jsonl.options.json").read_text())
+    (tmp_path / "g.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:1]))
+    began = datetime.datetime.fromisoformat(description["template_date"])
+    while datetime.datetime.now().replace(microsecond=0) == began:
+        time.sleep(0.05)
+    generate(options)
+    assert (tmp_path / "g.jsonl").read_bytes() == whole

@@ -162,16 +162,16 @@ def test_a_prompt_of_messages_has_its_tools():
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({}, "this one has none"),
-        ({"prompt": "a", "prompt_ids": [1]}, r"this one has \['prompt', 'prompt_ids'\]"),
-        ({"prompt": 3}, "is a int, not a text"),
+        ({}, "has none of them"),
+        ({"prompt": "a", "prompt_ids": [1]}, "but has prompt and prompt_ids"),
+        ({"prompt": 3}, "prompt: is a number, not a list"),
         ({"text": "a"}, "after its first data.prompt_tokens tokens, and that is not set"),
-        ({"messages": "Hi"}, "is no list of messages"),
-        ({"prompt_ids": [1.5]}, "is no list of whole numbers"),
+        ({"messages": "Hi"}, "messages: is text, not a list"),
+        ({"prompt_ids": [1.5]}, "holds 1.5; token ids are whole numbers"),
         ({"prompt_ids": [1, 260]}, "has the token 260, and the policy has 260"),
-        ({"prompt_ids": [3_000_000_000]}, "has the token 3000000000"),
-        ({"prompt_ids": [-1]}, "has the token -1"),
-        ({"messages": [], "tools": "add"}, "tools"),
+        ({"prompt_ids": [3_000_000_000]}, "holds 3000000000, which is no token id"),
+        ({"prompt_ids": [-1]}, "holds -1, which is no token id"),
+        ({"messages": [{"role": "user", "content": "a"}], "tools": "add"}, "tools"),
     ],
 )
 def test_rows_without_a_prompt(row, words):
