@@ -72,7 +72,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _complete(workdir: Path) -> bool:
     summary = workdir / "summary.json"
-    return summary.is_file() and json.loads(summary.read_text())["status"] == "complete"
+    try:
+        return json.loads(summary.read_text())["status"] == "complete"
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or not what a run writes
+        return False
 
 
 def _require_complete(workdir: Path) -> None:

@@ -75,6 +75,10 @@ class Policy:
             with jax.set_mesh(mesh):
                 return jax.jit(self.model.init, out_shardings=shardings)(key)
         loaded = load_model(self.source, mesh=mesh)
+        if loaded.source.weights == "ema":
+            say(
+                f"model.init={self.source.name}: the moving average of its weights is read (its eval.weights)."
+            )
         if loaded.lora.rank and not self.model.lora.rank:
             raise InputError(
                 f"model.init={self.source.name} has a LoRA adapter; merge it first "

@@ -79,7 +79,7 @@ def _step_of(line: bytes) -> int | None:
         found = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return found if isinstance(found, int) and not isinstance(found, bool) else None
+    return found if isinstance(found, int) and not isinstance(found, bool) and found >= 0 else None
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
@@ -264,6 +264,10 @@ ONLINE_PANELS = (
 )
 
 
+def _fits_a_float(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < sys.float_info.max
+
+
 def plot_curves(metrics_path: Path, out: Path) -> None:
     """`curves.png` from a `metrics.jsonl`: losses, learning rate, speed; where answers were scored, score and KL."""
     import matplotlib
@@ -276,7 +280,7 @@ def plot_curves(metrics_path: Path, out: Path) -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), constrained_layout=True)
     for axis, (title, names) in zip(axes, panels, strict=True):
         for name in names:
-            points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+            points = [(row["step"], row[name]) for row in rows if _fits_a_float(row.get(name))]
             if points:
                 steps, values = np.asarray(points, dtype=float).T
                 axis.plot(steps, values, label=name, marker="o" if len(points) < 30 else None, markersize=3)

@@ -18,12 +18,13 @@ td.answer { white-space: pre-wrap; overflow-wrap: anywhere } .cut { color: #a33 
 
 def write_page(samples: Path, page: Path) -> None:
     """Writes `page` from a run's `samples.jsonl`: a section for each prompt, a line for each of its answers, in order.
+    What is no sample is left out.
 
     Args:
       samples: rows with `step`, `prompt`, `answer`, `finish_reason`, `tokens`, and `score` where there is one.
       page: replaced at once, or not at all.
     """
-    rows = [json.loads(line) for line in samples.read_bytes().split(b"\n") if line]
+    rows = [row for line in samples.read_bytes().split(b"\n") if line and _is_sample(row := json.loads(line))]
     prompts: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         prompts.setdefault(_shown(row["prompt"]), []).append(row)
@@ -35,6 +36,18 @@ def write_page(samples: Path, page: Path) -> None:
     partial = page.with_suffix(".partial")
     partial.write_text(text, "utf-8", errors="replace")  # half a character, as a cut answer may end with
     partial.replace(page)
+
+
+def _is_sample(row: dict[str, Any]) -> bool:
+    """Whether a run wrote this; by hand anything may have been."""
+    prompt = row.get("prompt")
+    return (
+        isinstance(row.get("answer"), str)
+        and isinstance(row.get("score", 0.0), int | float)
+        and (
+            isinstance(prompt, str) or (isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt))
+        )
+    )
 
 
 def _shown(prompt: str | list[dict[str, Any]]) -> str:

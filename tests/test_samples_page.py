@@ -70,3 +70,13 @@ def test_nothing_of_a_row_is_markup(tmp_path: Path):
     write_page(tmp_path / "samples.jsonl", tmp_path / "samples.html")
     page = (tmp_path / "samples.html").read_text("utf-8")
     assert "<script" not in page and page.count("&lt;script&gt;") == 6
+
+
+def test_what_is_no_sample_is_left_out(tmp_path: Path):
+    odd = [{}, {"prompt": 5, "answer": "x"}, {"prompt": "p", "answer": []}, {"prompt": ["p"], "answer": "x"}]
+    odd.append({"prompt": "p", "answer": "x", "score": "high"})
+    rows = [{"step": 1, **row} for row in [*odd, {"prompt": "p", "answer": "kept"}]]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_page(tmp_path / "samples.jsonl", tmp_path / "samples.html")
+    page = (tmp_path / "samples.html").read_text("utf-8")
+    assert page.count("<td class=answer>") == 1 and "kept" in page

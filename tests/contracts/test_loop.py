@@ -22,7 +22,7 @@ from posttrain_jax.algorithms import sft
 from posttrain_jax.checkpoint import Checkpoints, restore_params
 from posttrain_jax.errors import InputError, StepNotTaken
 from posttrain_jax.experiment import steps_from_config
-from posttrain_jax.metrics import Accumulator, as_json, progress_line, truncate_after, wandb_id
+from posttrain_jax.metrics import Accumulator, as_json, plot_curves, progress_line, truncate_after, wandb_id
 from posttrain_jax.train_loop import LoopOptions, Summary, train
 from posttrain_jax.types import Metric, Task
 from posttrain_jax.workdir import completed_steps
@@ -487,12 +487,24 @@ def test_truncate_counts_the_lines_that_no_run_writes(tmp_path: Path, capsys: py
         '{"step": "1"}',
         '{"step": null}',
         '{"step": true}',
+        '{"step": -1}',
         "[" * 100_000,
     ]
     path.write_bytes(b"\xff\n" + "\n".join(['{"step": 1}', *odd, '{"step": 2}', ""]).encode())
     truncate_after(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-    assert f"{path}: 10 lines that are no objects with a step were dropped." in capsys.readouterr().out
+    assert f"{path}: 11 lines that are no objects with a step were dropped." in capsys.readouterr().out
+
+
+def test_curves_are_drawn_from_numbers_that_no_run_writes(tmp_path: Path):
+    rows = [
+        '{"step": 1, "train/loss": 1' + "0" * 400 + "}",
+        '{"step": 2, "train/loss": "nan"}',
+        '{"step": 3}',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*rows, '{"step": 4, "train/loss": 2.5}', ""]))
+    plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
 def test_epochs_are_counted_exactly():
