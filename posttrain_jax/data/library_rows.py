@@ -3,8 +3,9 @@
 Arrow gives every object of a column the same keys: where two rows call tools with other arguments, each gets the
 other's arguments, null. So a null key of an object inside a column is taken for one that is not there, at any depth,
 and the rows are those of the same data as JSON Lines. Which nulls somebody wrote cannot be told any more; an argument
-that is null on purpose survives in JSON Lines, or in Parquet where `arguments` (or `tools`) is JSON text. Columns that
-are null, and nulls in lists, stay.
+that is null on purpose survives in JSON Lines, or in Parquet where `arguments` (or `tools`) is JSON text. So does what
+else Arrow makes the same in a column's objects when it is written: the order of keys, and whole numbers beside others.
+Columns that are null, and nulls in lists, stay.
 """
 
 from __future__ import annotations

@@ -18,7 +18,10 @@ class RowError(Exception):
     def __init__(self, column: str, reason: str) -> None:
         self.column = one_line(column, _COLUMN_CHARACTERS)
         self.reason = one_line(reason, _REASON_CHARACTERS)
-        super().__init__(f"{self.column}: {self.reason}")
+        super().__init__(self.column, self.reason)
+
+    def __str__(self) -> str:
+        return f"{self.column}: {self.reason}"
 
 
 @dataclasses.dataclass(frozen=True)

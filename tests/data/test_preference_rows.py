@@ -147,6 +147,14 @@ def test_all_that_is_said_of_a_prompt_is_on_one_side(write_jsonl, tokenizer, tmp
     assert len(held_out) == 3 and not prompts[0] & prompts[1]
 
 
+def test_columns_that_are_not_used_are_said(write_jsonl, tokenizer, tmp_path):
+    rows = ({**PAIR, "id": 1}, {**PAIR, "id": 2, "context": "c"})
+    data = built(write_jsonl, tokenizer, tmp_path, *rows, ignore_columns="context")
+    assert "columns not used: id (2 rows)" in data.text()
+    row = {"prompt": "The sky is", "chosen": "The sky is up", "rejected": "The sky is on"}
+    assert "1 repeated the prompt" in built(write_jsonl, tokenizer, tmp_path, row).text()
+
+
 def test_a_bad_row_stops_with_its_file_and_line(write_jsonl, tokenizer, tmp_path):
     with pytest.raises(InputError, match=r"rows\.jsonl, line 2, rejected: is the same as chosen"):
         built(write_jsonl, tokenizer, tmp_path, PAIR, {**PAIR, "rejected": "xy"})

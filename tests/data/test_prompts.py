@@ -36,6 +36,12 @@ def test_rows_places_and_what_travels_with_them(tmp_path):
     assert (prompt.tokens.tolist(), prompt.row["answer"], prompt.row_id) == ([97, 98], 3, f"{spec}:1")
 
 
+def test_columns_that_are_left_out_do_not_travel(tmp_path):
+    spec = write(tmp_path / "p.jsonl", [{"prompt": "ab", "answer": 3, "note": "x"}, {"prompt": "c"}])
+    prompts = read_prompts(spec, encode, max_tokens=4, ignore_columns="answer,note").all()
+    assert [prompt.row for prompt in prompts] == [{"prompt": "ab"}, {"prompt": "c"}]
+
+
 def test_the_loader_gives_every_prompt_once_an_epoch_and_resumes(tmp_path):
     spec = write(tmp_path / "p.jsonl", [{"prompt": letter} for letter in "abcdef"])
     data = read_prompts(spec, encode, max_tokens=4)

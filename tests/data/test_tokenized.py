@@ -38,6 +38,20 @@ def entries(tmp_path):
     return sorted(path.name for path in (tmp_path / "cache" / "tokenized").iterdir())
 
 
+def test_columns_that_are_not_used_are_counted_and_said(make, write_jsonl):
+    rows = [{**GOOD, "id": i, "source": "s", "note": None} for i in range(3)] + [{**GOOD, "note": "n"}]
+    assert make(write_jsonl(*rows)).text().endswith("columns not used: id, source (3 rows); note (1 row)")
+    rows = [{**row, "context": "c"} for row in rows]
+    with pytest.raises(InputError, match=r"line 1, context: could be part of .*data\.ignore_columns=context"):
+        make(write_jsonl(*rows))
+    assert len(make(write_jsonl(*rows), ignore_columns="context,id")) == 4
+
+
+def test_a_prompt_that_is_said_twice_is_counted(make, write_jsonl):
+    row = {"prompt": "The sky is", "completion": "The sky is blue"}
+    assert "1 repeated the prompt in the completion (taken once)" in make(write_jsonl(row)).text()
+
+
 def test_counts_and_row_ids(make, write_jsonl, smollm2):
     path = write_jsonl(GOOD, LONG, GOOD, LONG_QUESTION)
     data = make(path, max_length=64)
