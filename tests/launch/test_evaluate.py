@@ -12,6 +12,7 @@ from tiny_model import launch, save_tiny_model
 
 from launch.config import flatten, load_file
 from launch.evaluate import TASKS, evaluate
+from launch.train import run as train
 from posttrain_jax.data.split import hold_out
 from posttrain_jax.data.tokenized import TokenizeOptions, build
 from posttrain_jax.errors import InputError
@@ -147,6 +148,25 @@ def test_a_workdir_is_evaluated_on_what_its_run_held_out(model, tmp_path):
     assert len(evaluated(truncate="right")) == 20
     loaded = own(tmp_path, model, eval=str(tmp_path / "own.jsonl"))
     assert len(evaluated(eval="", truncate="")) == 12
+
+
+@pytest.mark.slow
+def test_a_real_run_is_evaluated_on_the_rows_of_its_own_evaluation(tmp_path, monkeypatch, capsys):
+    """The loss is the one that the run's last evaluation found; the seed is another than the evaluation's."""
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(ROOT)
+    config = load_file("configs/sft/smollm2_135m.py:tiny")
+    config.seed, config.train.steps, config.log.tensorboard, config.eval.prompts = 5, 1, False, ()
+    config.train.rows_per_step = config.eval.batch_rows = 8  # as many as devices
+    train(config, tmp_path / "run")
+    ended = json.loads((tmp_path / "run" / "summary.json").read_text())
+    capsys.readouterr()
+    record = evaluate(str(tmp_path / "run"), load_file(CONFIG), tmp_path / "out")
+    said = f"of {config.data.train}, held out by {config.data.eval} with seed 5"
+    assert record["data"].endswith(said) and said in capsys.readouterr().out
+    assert record["metrics"]["loss_per_token"]["value"] == pytest.approx(
+        ended["metrics"]["eval/loss"], rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(
