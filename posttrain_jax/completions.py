@@ -76,6 +76,7 @@ def map_completions(
     *,
     groups: int,
     micro_batches: int,
+    in_order: bool = False,
 ) -> np.ndarray:
     """`of_rows` of every completion of a source, float32 `[S, ...]` for the S sequences of its store.
 
@@ -85,16 +86,18 @@ def map_completions(
     Args:
       of_rows: what is wanted.
       params: on `mesh`.
-      source: its groups, taken longest first.
+      source: its groups, taken longest first, which leaves the fewest rows.
       shape: of the rows.
       mesh: of the devices.
       groups: how many at once, over all processes.
       micro_batches: how their rows are cut.
+      in_order: the groups are taken as they come, so that a pass of `eval_batches` over them has the same rows.
     """
     index, count = host_data_shards(mesh)
     rows = PreferenceRows(source, shape)
     step = _jitted(of_rows, mesh)
     order = np.argsort(-source.needs(share_prompt=shape.share_prompt), kind="stable")
+    order = np.arange(len(source)) if in_order else order
     out: np.ndarray | None = None
     for first in range(0, len(order), groups):
         places = [p if p < len(order) else -1 for p in range(first + index, first + groups, count)]

@@ -34,7 +34,7 @@ from posttrain_jax.types import PyTree
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 def reference_logps(
@@ -48,6 +48,7 @@ def reference_logps(
     micro_batches: int,
     workdir: Path,
     folder: Path | None = None,
+    in_order: bool = False,
 ) -> list[np.ndarray]:
     """What the reference says of every completion of some sources, from the cache where it is there.
 
@@ -60,6 +61,8 @@ def reference_logps(
       micro_batches: how these rows are cut.
       workdir: of the run; its copy lies in `reference_logps/` and is read first.
       folder: the cache; by default `$POSTTRAIN_CACHE` or `~/.cache/posttrain_jax`, in `reference_logps/`.
+      in_order: see `map_completions`. What bfloat16 gives depends on the place in a row (by tenths of a nat), so of
+        held-out rows it is computed in the rows that they are evaluated in.
 
     Returns:
       For each source float32 `[S, 2]` (S sequences of its store; those of groups that are not in the source's index
@@ -70,7 +73,8 @@ def reference_logps(
     results = []
     for source in sources:
         index = hashlib.sha256(np.ascontiguousarray(source.index, np.int64).tobytes()).hexdigest()
-        name = _digest(FORMAT_VERSION, model, identity, index, shape, source.store.meta["sha256"])
+        layout = [groups, micro_batches] if in_order else []
+        name = _digest(FORMAT_VERSION, model, identity, index, shape, source.store.meta["sha256"], *layout)
         own = workdir / "reference_logps" / f"{name}.npz"
         shared = root / f"{_digest(name, jax.__version__, jax.default_backend())}.npz"
         kept = _read(own, len(source.store.lines))
@@ -81,7 +85,14 @@ def reference_logps(
             )
             logps = policy_logps_of(model, shape.share_prompt)
             found = map_completions(
-                logps, params, source, shape, mesh, groups=groups, micro_batches=micro_batches
+                logps,
+                params,
+                source,
+                shape,
+                mesh,
+                groups=groups,
+                micro_batches=micro_batches,
+                in_order=in_order,
             )
             _require_finite(found, source)
             _write(shared, found)

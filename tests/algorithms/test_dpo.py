@@ -24,10 +24,12 @@ from posttrain_jax.data.preference_rows import PreferenceRows, row_shape
 from posttrain_jax.data.tokenized import TokenizeOptions
 from posttrain_jax.data.tokenized_preferences import PreferenceData, build_preferences
 from posttrain_jax.errors import InputError
+from posttrain_jax.experiment import policy_from_config
 from posttrain_jax.models.byte_tokenizer import byte_tokenizer
 from posttrain_jax.optim import used_micro_batches
 from posttrain_jax.reference import reference_logps
 from posttrain_jax.sharding import put_batch
+from posttrain_jax.trees import combine
 from posttrain_jax.types import PreferenceBatch
 
 OPTIONS = dpo.Options(
@@ -218,6 +220,54 @@ def test_in_bfloat16_the_first_step_begins_at_the_reference(reference, tmp_path,
     )
     for name in ("accuracies", "margins", "chosen", "rejected"):
         assert float(metrics[f"train/rewards/{name}"].sum) == 0.0
+
+
+def test_in_bfloat16_ties_are_ties_wherever_a_completion_stands(tmp_path, monkeypatch):
+    """Pairs of 3 to 60 tokens, several in a row of 512, whose cached reference was computed longest first: in the rows
+    of the first step it is another one by rounding, which is none. The evaluation's rows are the reference's own."""
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: first)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    texts = [chr(97 + n) * (3 + 7 * n % 58) for n in range(24)]
+    pairs = [{"prompt": "Q", "chosen": text, "rejected": text[::-1] + "!"} for text in texts]
+    for name, part in (("train", pairs[:16]), ("held", pairs[16:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in part))
+    config = config_of()
+    config.data.train, config.data.eval = str(tmp_path / "train.jsonl"), str(tmp_path / "held.jsonl")
+    config.data.row_length, config.model.dtype = 512, "bfloat16"
+    config.mesh.data, config.train.micro_rows = 1, 8
+    task = dpo.from_config(config, tmp_path)
+    state = task.init_state()
+    held_out = task.evaluate(state)
+    batch = task.put(next(task.rows).arrays)
+    task.rows.close()
+    policy = policy_from_config(config)
+    params = combine(state.params, state.frozen)
+    rows = jax.tree.map(lambda leaf: leaf[0], batch)
+    logps = jax.jit(functools.partial(policy_logps, model=policy.model, share_prompt=True))(params, rows)
+    apart = np.abs(logps[..., 0] - rows.reference_logps)[np.asarray(rows.sequence_ids) != 0]
+    assert 0 < apart.max() < 1.0
+    _, metrics = task.train_step(state, batch)
+    for name, value in (("loss", np.log(2)), ("rewards/accuracies", 0.0), ("rewards/margins", 0.0)):
+        metric = metrics[f"train/{name}"]
+        assert float(metric.sum / metric.count) == pytest.approx(value, abs=1e-7)
+        assert held_out[f"eval/{name}"] == pytest.approx(value, abs=1e-7)
+
+
+def test_a_wrong_reference_is_not_taken_for_rounding(data):
+    """In the first step too: 5 nats off in float32 there are margins; 1e-5 nats off there are none."""
+    mesh = make_mesh(1, 1, 1)
+    model, params = tiny_model("llama"), tiny_params("llama")
+    rows = jax.tree.map(lambda leaf: leaf[0], batch_of(data, mesh, share=True, micro_batches=1))
+    logps_BN = jax.jit(functools.partial(policy_logps, model=model, share_prompt=True))(params, rows)[..., 0]
+    better_BN = jnp.zeros(logps_BN.shape).at[jnp.arange(len(logps_BN))[:, None], rows.better].set(1.0)
+    compute = jax.jit(functools.partial(dpo.pair_losses, model=model, options=OPTIONS, share_prompt=True))
+    margins = []
+    for off in (5.0, 1e-5):
+        _, metrics = compute(params, rows, logps_BN + off * better_BN, is_first_step=jnp.bool_(True))
+        margins.append(float(metrics["rewards/margins"].sum / metrics["rewards/margins"].count))
+    assert margins[0] < -0.01 and margins[1] == 0.0
 
 
 @pytest.mark.parametrize("reference", ["cached", "memory", "adapter"])
