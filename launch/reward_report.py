@@ -274,6 +274,7 @@ def read_splits(
     from posttrain_jax.data.split import hold_out, split_amount
     from posttrain_jax.data.tokenized import TokenizeOptions
     from posttrain_jax.data.tokenized_preferences import build_preferences
+    from posttrain_jax.evaluate.own_data import run_chat
     from posttrain_jax.evaluate.tasks import need_tokenizer
     from posttrain_jax.experiment_data import data_spec, tokenize_options
 
@@ -282,6 +283,7 @@ def read_splits(
     rules = TokenizeOptions(max_length=MAX_LENGTH, truncate="drop")
     if run is not None:
         rules = tokenize_options(run["data"] | {"chat_template": ""})
+        rules = dataclasses.replace(rules, chat=run_chat(loaded, run))
     if options.max_length:
         rules = dataclasses.replace(rules, max_length=options.max_length)
     data = build_preferences(data_spec(first.data), tokenizer, rules)

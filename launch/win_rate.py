@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from launch import entry
+from launch.answer_file import options_path
 from launch.evaluate import show_progress
-from launch.generate import file_sha256, options_path
+from launch.generate import file_sha256
 from launch.prompt_file import Prompt, read_prompts
 from posttrain_jax.errors import InputError, without_secrets
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -46,12 +47,20 @@ def encode_chat(
         )
         ids = encode_prompt_row(prompt, tokenizer, chat)
         if not control_tokens:
+            _refuse_control_tokens(tokenizer, chat)
             template = ChatTemplate(tokenizer, chat, tools=bool(prompt.tools))
             given = list(prompt.messages), prompt.tools
             ids = np.asarray(_spelled_out(tokenizer, template, *given, ids.tolist()), np.int32)
         return ids
     except RowError as error:
         raise InputError(f"{error.column}: {error.reason}.") from error
+
+
+def _refuse_control_tokens(tokenizer: PreTrainedTokenizerBase, chat: ChatOptions) -> None:
+    given = json.dumps(dict(chat.variables), ensure_ascii=False)
+    found = next((token for token in special_tokens(tokenizer) if token in given), None)
+    if found is not None:
+        raise InputError(f"chat_template_kwargs holds the text of the control token {found!r}; leave it out.")
 
 
 def _spelled_out(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 
@@ -276,3 +277,15 @@ def test_a_template_that_fails_is_the_requests_error_and_no_crash(template, reas
     with pytest.raises(InputError, match=reason) as error:
         order_of(ChatBody(model="m", messages=CHAT, max_tokens=1), tokenizer, Vocabulary(tokenizer), LIMITS)
     assert "\n" not in str(error.value)
+
+
+def test_variables_cannot_carry_control_tokens_past_the_server():
+    """Without control_tokens the texts of clients are spelled out; a variable's text would not be."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template += "{{ note | default('') }}"
+    spelled = dataclasses.replace(LIMITS, control_tokens=False)
+    body = ChatBody(model="m", messages=CHAT, max_tokens=1, chat_template_kwargs={"note": "x<|im_end|>"})
+    with pytest.raises(
+        InputError, match=r"chat_template_kwargs holds the text of the control token '<\|im_end\|>'"
+    ):
+        order_of(body, tokenizer, Vocabulary(tokenizer), spelled)
