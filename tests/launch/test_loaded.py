@@ -132,7 +132,10 @@ def test_a_score_is_read_at_the_end_of_the_turn(reward):
             lambda loaded: loaded.generate([[260]]),
             "prompt 0 holds the token id 260; the model knows 0 to 259",
         ),
-        (lambda loaded: loaded.generate([[{"role": "user"}]]), "prompt 0: .*the chat template refuses"),
+        (
+            lambda loaded: loaded.generate([[{"role": "user"}]]),
+            r"prompt 0: messages\[0\].content: is missing",
+        ),
         (lambda loaded: loaded.generate(["a"], temperature=-1), "temperature is -1; it must be 0"),
         (lambda loaded: loaded.chat("Hi"), "messages is no list of messages; write"),
         (lambda loaded: loaded.chat([]), "messages is no list of messages"),
