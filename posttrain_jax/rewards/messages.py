@@ -55,10 +55,7 @@ class Messages:
           OSError: it is gone.
           ValueError: something else than a message stands after the token.
         """
-        found = self._socket.recv(_READ_BYTES)
-        if not found:
-            raise EOFError
-        self._buffer += found
+        self._receive()
         return list(self._whole())
 
     def next(self) -> Any:
@@ -66,8 +63,13 @@ class Messages:
         while True:
             for message in self._whole():
                 return message
-            for message in self.read():
-                return message
+            self._receive()
+
+    def _receive(self) -> None:
+        found = self._socket.recv(_READ_BYTES)
+        if not found:
+            raise EOFError
+        self._buffer += found
 
     def _whole(self) -> Iterable[Any]:
         """The messages that have come to their end."""
