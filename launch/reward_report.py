@@ -28,7 +28,7 @@ from launch import entry
 from posttrain_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from posttrain_jax.data.tokenized_preferences import PreferenceData
+    from posttrain_jax.data.preference_groups import PreferenceData
     from posttrain_jax.evaluate.own_data import HeldOutData
     from posttrain_jax.load_model import LoadedModel
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from posttrain_jax.data.preference_groups import PreferenceSource
 from posttrain_jax.data.preference_rows import PreferenceRows, RowShape
-from posttrain_jax.data.tokenized_preferences import PreferenceSource
 from posttrain_jax.losses.logprobs import Projection
 from posttrain_jax.models.heads import completion_logps
 from posttrain_jax.models.reward_head import scores

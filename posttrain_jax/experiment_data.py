@@ -18,13 +18,14 @@ from posttrain_jax.assets import fetch
 from posttrain_jax.chat_template import ChatOptions, read_variables, shown_dates
 from posttrain_jax.data.json_text import parse
 from posttrain_jax.data.packing import PackedRows, efficiency, pack
+from posttrain_jax.data.preference_groups import PreferenceData
 from posttrain_jax.data.preference_rows import RowShape, row_shape
 from posttrain_jax.data.rows import RowError, one_line
 from posttrain_jax.data.shown_row import shown_row
 from posttrain_jax.data.sources import MIXTURE, weighted_sources
 from posttrain_jax.data.split import Data, hold_out, split_amount, trained_rows
 from posttrain_jax.data.tokenized import TokenizedData, TokenizeOptions, build
-from posttrain_jax.data.tokenized_preferences import PreferenceData, build_preferences
+from posttrain_jax.data.tokenized_preferences import build_preferences
 from posttrain_jax.errors import InputError
 from posttrain_jax.metrics import say
 

@@ -24,8 +24,8 @@ from jax.sharding import Mesh
 
 from posttrain_jax.assets import cache_root
 from posttrain_jax.completions import map_completions, policy_logps_of
+from posttrain_jax.data.preference_groups import PreferenceSource
 from posttrain_jax.data.preference_rows import RowShape
-from posttrain_jax.data.tokenized_preferences import PreferenceSource
 from posttrain_jax.errors import InputError
 from posttrain_jax.metrics import say
 from posttrain_jax.models.transformer import Model

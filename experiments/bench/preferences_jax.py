@@ -27,8 +27,8 @@ from experiments.bench.preferences_contract import (
 from experiments.bench.preferences_prepare import load_source
 from launch.entry import set_up_jax
 from posttrain_jax.algorithms import dpo, reward_model
+from posttrain_jax.data.preference_groups import PreferenceData, PreferenceSource
 from posttrain_jax.data.preference_rows import PreferenceRows, RowShape, row_shape
-from posttrain_jax.data.tokenized_preferences import PreferenceData, PreferenceSource
 from posttrain_jax.experiment import init_state
 from posttrain_jax.experiment_data import share_prompt
 from posttrain_jax.load_model import load_model

@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from experiments.bench.preferences_contract import Pair
 from posttrain_jax import assets
+from posttrain_jax.data.preference_groups import Group, PreferenceSource
 from posttrain_jax.data.tokenized import TokenizeOptions
-from posttrain_jax.data.tokenized_preferences import Group, PreferenceSource, build_preferences
+from posttrain_jax.data.tokenized_preferences import build_preferences
 from posttrain_jax.export_model import export_hf
 from posttrain_jax.load_model import load_model
 from posttrain_jax.models.tokenizer import load_tokenizer

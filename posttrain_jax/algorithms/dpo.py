@@ -34,9 +34,9 @@ from ml_collections import ConfigDict as Config
 from transformers import PreTrainedTokenizerBase
 
 from posttrain_jax.completions import decided_weights, policy_logps
+from posttrain_jax.data.preference_groups import PreferenceData, PreferenceSource
 from posttrain_jax.data.preference_rows import PreferenceRows, RowShape
 from posttrain_jax.data.spans import ChatTemplate
-from posttrain_jax.data.tokenized_preferences import PreferenceData, PreferenceSource
 from posttrain_jax.errors import InputError
 from posttrain_jax.experiment import (
     Offline,

@@ -24,8 +24,8 @@ from ml_collections import ConfigDict as Config
 from posttrain_jax.algorithms.dpo import DEFAULTS
 from posttrain_jax.completions import policy_logps
 from posttrain_jax.data.mismatched import with_mismatched
+from posttrain_jax.data.preference_groups import PreferenceData
 from posttrain_jax.data.preference_rows import PreferenceRows, RowShape
-from posttrain_jax.data.tokenized_preferences import PreferenceData
 from posttrain_jax.errors import InputError
 from posttrain_jax.experiment import (
     Offline,

@@ -30,8 +30,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
 from posttrain_jax.completions import decided_weights, map_completions, reward_scores
+from posttrain_jax.data.preference_groups import Group
 from posttrain_jax.data.preference_rows import PreferenceRows
-from posttrain_jax.data.tokenized_preferences import Group
 from posttrain_jax.errors import InputError
 from posttrain_jax.experiment import (
     Offline,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from posttrain_jax.data.tokenized_preferences import NO_LABEL, PreferenceData, PreferenceSource
+from posttrain_jax.data.preference_groups import NO_LABEL, PreferenceData, PreferenceSource
 from posttrain_jax.errors import InputError
 
 

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from posttrain_jax.data.packing import best_fit
-from posttrain_jax.data.tokenized_preferences import Group, PreferenceData, PreferenceSource
+from posttrain_jax.data.preference_groups import Group, PreferenceData, PreferenceSource
 from posttrain_jax.errors import InputError
 
 ROW_MULTIPLE = 128

@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from posttrain_jax.completions import map_completions, reward_scores_of
+from posttrain_jax.data.preference_groups import PreferenceData, PreferenceSource
 from posttrain_jax.data.preference_rows import RowShape, row_shape
-from posttrain_jax.data.tokenized_preferences import PreferenceData, PreferenceSource
 from posttrain_jax.errors import InputError
 from posttrain_jax.evaluate.reward_report import ScoredPairs
 from posttrain_jax.load_model import LoadedModel

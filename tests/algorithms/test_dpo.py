@@ -20,9 +20,10 @@ from configs.base import preference_config
 from configs.dpo.smollm2_135m import get_config
 from posttrain_jax.algorithms import dpo
 from posttrain_jax.completions import policy_logps
+from posttrain_jax.data.preference_groups import PreferenceData
 from posttrain_jax.data.preference_rows import PreferenceRows, row_shape
 from posttrain_jax.data.tokenized import TokenizeOptions
-from posttrain_jax.data.tokenized_preferences import PreferenceData, build_preferences
+from posttrain_jax.data.tokenized_preferences import build_preferences
 from posttrain_jax.errors import InputError
 from posttrain_jax.experiment import policy_from_config
 from posttrain_jax.models.byte_tokenizer import byte_tokenizer

@@ -17,8 +17,9 @@ from configs.dpo.smollm2_135m_kto import get_config
 from posttrain_jax.algorithms import kto
 from posttrain_jax.completions import policy_logps
 from posttrain_jax.data.mismatched import with_mismatched
+from posttrain_jax.data.preference_groups import NO_LABEL
 from posttrain_jax.data.preference_rows import PreferenceRows, row_shape
-from posttrain_jax.data.tokenized_preferences import NO_LABEL, build_preferences
+from posttrain_jax.data.tokenized_preferences import build_preferences
 from posttrain_jax.errors import InputError
 from posttrain_jax.models.byte_tokenizer import byte_tokenizer
 from posttrain_jax.optim import gradient_sums, used_micro_batches

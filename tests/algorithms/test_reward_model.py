@@ -24,9 +24,10 @@ from launch.export import export
 from launch.train import run
 from posttrain_jax.algorithms import reward_model
 from posttrain_jax.completions import map_completions, reward_scores
+from posttrain_jax.data.preference_groups import PreferenceData
 from posttrain_jax.data.preference_rows import PreferenceRows, row_shape
 from posttrain_jax.data.tokenized import TokenizeOptions
-from posttrain_jax.data.tokenized_preferences import PreferenceData, build_preferences
+from posttrain_jax.data.tokenized_preferences import build_preferences
 from posttrain_jax.errors import InputError
 from posttrain_jax.experiment import policy_from_config
 from posttrain_jax.experiment_data import Preferences, preferences_from_config

@@ -17,9 +17,10 @@ from ml_collections import ConfigDict
 
 from posttrain_jax.algorithms import reward_model
 from posttrain_jax.checkpoint import Checkpoints
+from posttrain_jax.data.preference_groups import PreferenceData
 from posttrain_jax.data.preference_rows import PreferenceRows, row_shape
 from posttrain_jax.data.tokenized import TokenizeOptions
-from posttrain_jax.data.tokenized_preferences import PreferenceData, build_preferences
+from posttrain_jax.data.tokenized_preferences import build_preferences
 from posttrain_jax.models.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.transformer import Model, make_model
 from posttrain_jax.optim import gradient_sums, used_micro_batches

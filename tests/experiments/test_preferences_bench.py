@@ -12,8 +12,8 @@ from experiments.bench import preferences
 from experiments.bench.preferences_contract import Run, Settings, pairs_of_steps
 from experiments.bench.preferences_prepare import pair_of
 from posttrain_jax.data.chat import Encoded
+from posttrain_jax.data.preference_groups import Group
 from posttrain_jax.data.preferences import Comparison
-from posttrain_jax.data.tokenized_preferences import Group
 
 STORED = pathlib.Path(__file__).with_name("preferences_runs.json")
 
