@@ -171,10 +171,15 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str = "", *, 
     if template:
         if "{{" in template or "{%" in template:
             return template
-        path = pathlib.Path(template).expanduser()
-        if not path.is_file():
-            raise InputError(f"data.chat_template {template!r} is neither a file nor a template's text")
-        return path.read_text(encoding="utf-8")
+        try:
+            return pathlib.Path(template).expanduser().read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise InputError(f"data.chat_template {template!r} is not UTF-8 text") from None
+        except (OSError, ValueError, RuntimeError):  # no such file, a folder, no name of a file at all
+            shown = template if len(template) <= 100 else template[:100] + " ..."
+            raise InputError(
+                f"data.chat_template {shown!r} is neither a file nor a template's text"
+            ) from None
     if not own:
         raise InputError(
             "the data holds chats, but the model's tokenizer has no chat template (it is a base model); "
@@ -197,9 +202,11 @@ def shown_dates(source: str, now: datetime.datetime | None = None) -> list[str]:
     now = now or datetime.datetime.now()
     try:
         formats = compile_template(source).date_formats
+        return [now.isoformat() if how is None else now.strftime(how) for how in formats]
     except InputError:
         return []
-    return [now.isoformat() if how is None else now.strftime(how) for how in formats]
+    except ValueError:  # a format that is none
+        return [now.isoformat()]
 
 
 def read_variables(text: str, name: str) -> dict[str, Any]:

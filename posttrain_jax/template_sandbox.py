@@ -248,7 +248,7 @@ def compile_template(source: str) -> Compiled:
         dates = tuple(_date_formats(tree))
         code = environment.compile(_Checked().visit(tree))
         template = environment.template_class.from_code(environment, code, environment.make_globals(None))
-    except (jinja2.TemplateError, RecursionError) as error:
+    except Exception as error:  # Python's own limits of nesting too, each with an error of its own
         line = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise InputError(
             f"the chat template cannot be read: {one_sentence(str(error))}{line}; check data.chat_template"

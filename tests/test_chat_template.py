@@ -142,7 +142,9 @@ def test_an_error_never_echoes_a_long_text(tokenizer):
 
 
 def test_text_that_is_no_template(tokenizer):
-    for source in ("{% for %}", "{{ (", "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}"):
+    nested = ["{{ " + "(" * n + "1" + ")" * n + " }}" for n in (5000,)]
+    nested += ["{% for i in x %}" * n + "{% endfor %}" * n for n in (40, 3000)]
+    for source in ("{% for %}", "{{ (", "{% generation %}", *nested):
         with pytest.raises(InputError, match=r"cannot be read: .*check data\.chat_template"):
             Template(source, tokenizer)
 
@@ -202,3 +204,30 @@ def test_variables_as_text():
 def test_text_as_is_one_of_two():
     with pytest.raises(InputError, match=r"data\.text_as is 'chats'; it must be one of plain, chat"):
         ChatOptions(text_as="chats")
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("no/such/file", "neither a file nor"),
+        ("x" * 5000, "neither a file nor"),
+        ("/", "neither a file nor"),
+        ("a\0b", "neither a file nor"),
+        ("~nobody-at-all/x", "neither a file nor"),
+    ],
+)
+def test_what_is_no_template_is_one_short_sentence(template, reason, tokenizer):
+    with pytest.raises(InputError, match=reason) as error:
+        resolve_template(tokenizer, template)
+    assert len(str(error.value)) < 300
+
+
+def test_a_file_that_is_not_text(tokenizer, tmp_path):
+    (tmp_path / "t.jinja").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="is not UTF-8 text"):
+        resolve_template(tokenizer, str(tmp_path / "t.jinja"))
+
+
+def test_a_date_format_that_is_none_shows_nothing_and_breaks_nothing(tokenizer):
+    source = "{{ strftime_now('\ud800') }}"
+    assert shown_dates(source, datetime.datetime(2024, 1, 1)) in (["2024-01-01T00:00:00"], ["\ud800"])

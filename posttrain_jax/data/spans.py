@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import datetime
 import functools
 import os
 from typing import Any
@@ -63,7 +64,8 @@ class ChatTemplate:
     ) -> None:
         self.tokenizer = tokenizer
         source = resolve_template(tokenizer, options.template, tools=tools)
-        self._template = Template(source, tokenizer, variables=options.variables, now=options.now)
+        now = options.now or datetime.datetime.now()  # one for all renderings, which are compared
+        self._template = Template(source, tokenizer, variables=options.variables, now=now)
         self._overruns = 0
 
     @functools.cached_property
@@ -92,11 +94,11 @@ class ChatTemplate:
         self._refuse_lost_calls(messages, tools, prompt=True)
         if "add_generation_prompt" in self._template.source:
             return text
-        with contextlib.suppress(
-            InputError
-        ):  # a template that cannot be trained on may still be generated with
-            text += self.shape.header if self.shape.header.strip() else ""
-        return text
+        try:
+            header = self.shape.header
+        except InputError:  # a template that cannot be trained on may still be generated with
+            return text
+        return text + header if header.strip() else text
 
     def _rendered(
         self,
