@@ -43,6 +43,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
+        "protobuf>=4.25",  # reads SentencePiece's tokenizer.model
         "safetensors>=0.5",
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.9",  # its data_source readers, which need no TensorFlow

@@ -3,6 +3,7 @@
 A model with a `score_head` becomes a `...ForSequenceClassification` with one label. The head of transformers has no
 bias, and no weight of the model could take one (what comes out of the last norm has no constant direction), so a bias
 is noted in config.json as `score_bias`, where `load_model` finds it again: our score = transformers' + `score_bias`.
+Its chat template ends where the score is read, see `models/scoring_template.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 import tempfile
@@ -25,8 +27,9 @@ from posttrain_jax.models.config import LoraConfig, ModelConfig
 from posttrain_jax.models.hf_config import reward_config
 from posttrain_jax.models.hf_config_out import config_to_hf
 from posttrain_jax.models.hf_weights import save_safetensors
-from posttrain_jax.models.peft import merge_lora
+from posttrain_jax.models.peft import merge_error, merge_lora
 from posttrain_jax.models.reward_head import fold_gain
+from posttrain_jax.models.scoring_template import for_scoring
 from posttrain_jax.models.tokenizer import save_tokenizer, scoring_pad_id, stop_token_ids
 from posttrain_jax.types import PyTree
 
@@ -62,15 +65,17 @@ def export_hf(
     folder = pathlib.Path(folder).expanduser()
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: there is something already; remove it or give another folder.")
-    if lora is not None and lora.rank:
-        params = merge_lora(params, lora)
     stored = dtype or str(jax.tree.leaves(params)[0].dtype)
+    if lora is not None and lora.rank:
+        _say_what_is_lost(merge_error(params, lora, stored), stored)
+        params = merge_lora(params, lora)
     reward, bias = "score_head" in params, 0.0
     if reward:
         kernel, bias = fold_gain(params["score_head"])
         params = {name: part for name, part in params.items() if name != "head"}
         params["score_head"] = {"kernel": kernel}
         config = reward_config(config)
+        tokenizer = None if tokenizer is None else for_scoring(tokenizer)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
@@ -91,6 +96,17 @@ def export_hf(
         raise InputError(
             f"{folder}: the export cannot be written ({error}); what was there before is still there."
         ) from error
+
+
+def _say_what_is_lost(error: float, dtype: str) -> None:
+    """A small adapter is rounded away where it is merged into weights of few digits."""
+    if error > 0.05:
+        logging.getLogger(__name__).warning(
+            "Merged into %s, what the adapter changes is off by %.3g %% (measured on these weights, relative to the "
+            "change): export it as float32, or the adapter alone (--adapter_only).",
+            dtype,
+            100 * error,
+        )
 
 
 def put_in_place(made: pathlib.Path, folder: pathlib.Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.errors import InputError, shown
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -53,10 +53,13 @@ def build_tokenizer(metadata: dict[str, Any], where: str) -> Tokenizer:
       InputError: an unknown kind of vocabulary or pre-tokenizer.
     """
     kind = metadata["tokenizer.ggml.model"]
+    if not isinstance(kind, str):
+        raise InputError(f"{where}: tokenizer.ggml.model is {shown(kind)}, but must be a name.")
     for key in ("tokens", "token_type", {"gpt2": "merges", "llama": "scores"}.get(kind, "tokens")):
         if f"tokenizer.ggml.{key}" not in metadata:
             raise InputError(f"{where}: the metadata lacks tokenizer.ggml.{key}; convert the model again.")
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    _check_lists(metadata, where)
     if kind == "gpt2":
         tokenizer = _byte_level(metadata, tokens, where)
     elif kind == "llama":
@@ -85,6 +88,36 @@ def build_tokenizer(metadata: dict[str, Any], where: str) -> Tokenizer:
             special_tokens=[(bos, metadata["tokenizer.ggml.bos_token_id"])],
         )
     return tokenizer
+
+
+def _check_lists(metadata: dict[str, Any], where: str) -> None:
+    """Refuses lists of other things, or of another length, than a vocabulary."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    for key, kind in (("tokens", str), ("merges", str), ("token_type", int), ("scores", int | float)):
+        values = metadata.get(f"tokenizer.ggml.{key}", [])
+        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+            raise InputError(
+                f"{where}: tokenizer.ggml.{key} is not a list of what belongs there; convert again."
+            )
+        if key in ("token_type", "scores") and values and len(values) != len(tokens):
+            raise InputError(
+                f"{where}: tokenizer.ggml.{key} has {len(values)} entries for {len(tokens)} tokens; convert again."
+            )
+    known = set(tokens)
+    for merge in metadata.get("tokenizer.ggml.merges", []):
+        left, _, right = merge.partition(" ")
+        if not {left, right, left + right} <= known:
+            raise InputError(
+                f"{where}: the merge {shown(merge)} makes no token of two tokens; convert again."
+            )
+    for name in ("bos", "eos", "unknown", "padding"):
+        index = metadata.get(f"tokenizer.ggml.{name}_token_id", 0)
+        if not isinstance(index, int) or not 0 <= index < len(tokens):
+            raise InputError(
+                f"{where}: tokenizer.ggml.{name}_token_id is {shown(index)}, beyond the vocabulary."
+            )
+    if adds_bos(metadata) and "tokenizer.ggml.bos_token_id" not in metadata:
+        raise InputError(f"{where}: BOS is to be added, but the metadata lacks tokenizer.ggml.bos_token_id.")
 
 
 def adds_bos(metadata: dict[str, Any]) -> bool:
@@ -124,11 +157,15 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str], types: list[int]
     )
     escape = normalizers.Replace(" ", "▁")
     decode = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if metadata.get("tokenizer.ggml.add_space_prefix", True):
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), escape])
-        decode.append(decoders.Strip(" ", 1, 0))
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    if prefix and metadata.get(
+        "tokenizer.ggml.prefix_first"
+    ):  # of a tokenizer.model, see sentencepiece_model.py
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
     else:
-        tokenizer.normalizer = escape
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), escape]) if prefix else escape
+    if prefix:
+        decode.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(decode)
     return tokenizer
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 import os
 import pathlib
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from posttrain_jax.assets import cache_root
@@ -18,6 +21,8 @@ from posttrain_jax.errors import InputError
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.gguf_file import GgufFile
 from posttrain_jax.models.gguf_tokenizer import adds_bos, build_tokenizer
+from posttrain_jax.models.hf_config import read_json, text_config
+from posttrain_jax.models.sentencepiece_model import metadata_of
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -32,7 +37,18 @@ TOKENIZER_FILES = (
 )
 """The files of a Hugging Face folder that a tokenizer is made of; no code, no pickles."""
 
-_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_PROBES = (
+    "Hello world, this is  a   test.",
+    " a space in front and one behind ",
+    "line\nnext\n\n  indented\ttab\r\n\n\n1. item",
+    "It's we'LL 12 345 1234567 3.14 -1e5 \u0664\u0662",
+    "caf\u00e9 cafe\u0301 na\u00efve \ufb01 \u212b \u00bd \u2212",
+    "\u65e5\u672c\u8a9e\u3068\u4e2d\u6587 \u041f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627",
+    "\U0001f600\U0001f468\u200d\U0001f469 \u2028 \u00a0 \x00",
+    "def f(x):\n    return x**2  # <b>&amp;</b> http://a.b/c?d=e_f",
+)
+"""Texts that show how a tokenizer treats spaces, lines, digits, composed characters, scripts and code."""
+
 _CACHE_FORMAT = 1
 """Part of the cache key: raise it when `gguf_tokenizer` builds something else from the same metadata."""
 
@@ -51,7 +67,11 @@ def load_tokenizer(
     path = pathlib.Path(path)
     if path.suffix == ".gguf":
         return _from_gguf(gguf or GgufFile(path))
-    if not any((path / name).is_file() for name in _VOCABULARY_FILES):
+    if (path / "tokenizer.json").is_file():
+        return _from_json(path, path / "tokenizer.json", _ids_of_config(path))
+    if (path / "tokenizer.model").is_file():
+        return _from_sentencepiece(path)
+    if not (path / "vocab.json").is_file():
         return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
@@ -62,6 +82,110 @@ def load_tokenizer(
             f"{path}: the tokenizer has no fast version (tokenizer.json); convert it with transformers."
         )
     return tokenizer
+
+
+def _from_json(
+    folder: pathlib.Path, file: pathlib.Path, named: dict[str, int] | None = None
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of a tokenizer.json, with the special tokens and the template that the folder names.
+
+    The ids are the file's, whatever class the folder names: transformers 5 would build a Qwen2Tokenizer or a
+    LlamaTokenizer anew from the vocabulary, and split text as most models of that class do.
+
+    Args:
+      named: ids of special tokens ("bos", "eos", "unk", "pad") for those that the folder does not name.
+    """
+    said = [_json_if_there(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    try:
+        reference = Tokenizer.from_file(str(file))
+        special = {
+            f"{name}_token": reference.id_to_token(index)
+            for name, index in (named or {}).items()
+            if not any(f"{name}_token" in fields for fields in said) and 0 <= index < 2**31
+        }
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            str(folder), tokenizer_file=str(file), trust_remote_code=False, local_files_only=True, **special
+        )
+    except Exception as error:  # transformers and tokenizers raise bare Exceptions for damaged files
+        raise InputError(f"{folder}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+    changed = changed_text(reference, tokenizer)
+    if changed is None:
+        return tokenizer
+    followed = _on(reference, tokenizer)
+    if changed_text(reference, followed) is not None:
+        raise InputError(
+            f"{folder}: tokenizer_config.json and tokenizer.json do not agree: with the first, {changed!r} becomes "
+            "other tokens; correct it (added_tokens_decoder) or take it away."
+        )
+    if file.parent == folder:
+        logging.getLogger(__name__).warning(
+            "%s: tokenizer_config.json makes other tokens of %r than tokenizer.json does; taken is tokenizer.json.",
+            folder,
+            changed,
+        )
+    return followed
+
+
+def _on(backend: Tokenizer, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A tokenizer's special tokens, further tokens and template on another backend."""
+    backend = copy.deepcopy(backend)
+    backend.add_tokens(
+        [
+            AddedToken(token.content, normalized=False, special=token.special)
+            for index, token in sorted(tokenizer.added_tokens_decoder.items())
+            if index >= backend.get_vocab_size()
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **tokenizer.special_tokens_map,
+        clean_up_tokenization_spaces=tokenizer.clean_up_tokenization_spaces,
+        model_max_length=tokenizer.model_max_length,
+        padding_side=tokenizer.padding_side,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _json_if_there(path: pathlib.Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _ids_of_config(folder: pathlib.Path) -> dict[str, int]:
+    """The special tokens that config.json gives, for a folder in which nothing names any."""
+    if (folder / "tokenizer_config.json").is_file():
+        return {}
+    fields = text_config(_json_if_there(folder / "config.json"))
+    ids = {name: fields.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    first = {name: index[0] if isinstance(index, list) and index else index for name, index in ids.items()}
+    return {name: index for name, index in first.items() if isinstance(index, int)}
+
+
+def changed_text(reference: Tokenizer, tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """A text to which a tokenizer gives other ids than the file that it was made of; None where there is none.
+
+    Asked are texts that show how a tokenizer splits, alone and around the file's special and added tokens. Tokens that
+    the folder adds to those of the file are its own.
+    """
+    added = list(reference.get_added_tokens_decoder().values())
+    some = [token.content for token in [*added[:24], *added[24:][-24:]]]
+    texts = [*_PROBES, *(f"{text}{token}{text}" for token in some for text in ("", "word", " two words\n"))]
+    theirs = reference.encode_batch_fast(texts, add_special_tokens=False)
+    ours = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    changed = [text for text, a, b in zip(texts, theirs, ours, strict=True) if a.ids != b.ids]
+    return changed[0] if changed else None
+
+
+def _from_sentencepiece(folder: pathlib.Path) -> PreTrainedTokenizerFast:
+    """A folder that has a tokenizer.model alone, as the first Llama and Mistral folders."""
+    legacy = _json_if_there(folder / "tokenizer_config.json").get("legacy") is not False
+    added = _json_if_there(folder / "added_tokens.json")
+    metadata = metadata_of(folder / "tokenizer.model", legacy=legacy, added=added)
+    ids = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    keys = {name: f"tokenizer.ggml.{key}_token_id" for name, key in ids.items()}
+    named = {name: metadata[key] for name, key in keys.items() if key in metadata}
+    return _of_metadata(
+        metadata, str(folder / "tokenizer.model"), lambda file: _from_json(folder, file, named)
+    )
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | pathlib.Path) -> None:
@@ -145,7 +269,7 @@ def _from_gguf(file: GgufFile) -> PreTrainedTokenizerFast:
         raise InputError(
             f"{where}: the file holds no tokenizer; use the model's Hugging Face folder instead."
         )
-    tokens = metadata["tokenizer.ggml.tokens"]
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
 
     def token(key: str) -> str | None:
         index = metadata.get(f"tokenizer.ggml.{key}_token_id")
@@ -166,17 +290,23 @@ def _from_gguf(file: GgufFile) -> PreTrainedTokenizerFast:
             model_max_length=metadata.get(f"{metadata['general.architecture']}.context_length"),
         )
 
-    cached = _cache_path(metadata)
-    if not cached.is_file():
-        _build_into(cached, metadata, where)
-    try:
-        tokenizer = tokenizer_of(cached)
-    except Exception:  # tokenizers raises bare Exceptions for a damaged file
-        logging.getLogger(__name__).warning("%s is damaged; building the tokenizer again.", cached)
-        _build_into(cached, metadata, where)
-        tokenizer = tokenizer_of(cached)
+    tokenizer = _of_metadata(metadata, where, tokenizer_of)
     tokenizer.chat_template = metadata.get("tokenizer.chat_template")
     return tokenizer
+
+
+def _of_metadata(
+    metadata: dict[str, Any], where: str, load: Callable[[pathlib.Path], PreTrainedTokenizerFast]
+) -> PreTrainedTokenizerFast:
+    """What `load` makes of the tokenizer.json that `build_tokenizer` makes of the metadata, which is cached."""
+    cached = _cache_path(metadata)
+    if cached.is_file():
+        try:
+            return load(cached)
+        except Exception:  # tokenizers raises bare Exceptions for a damaged file
+            logging.getLogger(__name__).warning("%s is damaged; building the tokenizer again.", cached)
+    _build_into(cached, metadata, where)
+    return load(cached)
 
 
 def _cache_path(metadata: dict[str, Any]) -> pathlib.Path:

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from posttrain_jax.errors import InputError
 from posttrain_jax.models.config import LoraConfig, ModelConfig
-from posttrain_jax.models.peft import load_adapter, merge_lora, save_adapter
+from posttrain_jax.models.peft import load_adapter, merge_error, merge_lora, save_adapter
 from posttrain_jax.models.transformer import make_model
 from posttrain_jax.trees import leaf_paths
 from posttrain_jax.types import PyTree
@@ -81,6 +81,26 @@ def test_merged_equals_unmerged(rslora: bool) -> None:
     np.testing.assert_allclose(with_adapter, without, atol=1e-4 * float(jnp.abs(without).max()))
     plain = make_model(CONFIG).apply({**params, "layers": params["layers"]}, tokens_BT).logits_BTV
     assert float(jnp.abs(plain - without).max()) > 1e-2 * float(jnp.abs(without).max())
+
+
+def test_what_is_lost_in_bfloat16_by_hand() -> None:
+    """bfloat16 has steps of 2^-7 from 1 to 2. A change of 2^-9 of 1 is rounded away: 100 %; of 2^-7 none is lost.
+
+    Both together: lost (2^-9)^2 of (2^-9)^2 + (2^-7)^2, so sqrt(1 / 17) = 0.2425. In float32 nothing is lost.
+    """
+    lora = LoraConfig(1, 1.0, ("q",))
+
+    def model(*changes: float) -> PyTree:
+        q = {
+            "kernel": jnp.ones((1, 1, len(changes))),
+            "lora_a": jnp.ones((1, 1, 1)),
+            "lora_b": jnp.array([[changes]]),
+        }
+        return {"layers": {"attn": {"q": q}}, "embed": {"embedding": jnp.ones((2, 1))}}
+
+    for changes, lost in (((2**-9,), 1.0), ((2**-7,), 0.0), ((2**-9, 2**-7), 17**-0.5), ((0.0,), 0.0)):
+        np.testing.assert_allclose(merge_error(model(*changes), lora, "bfloat16"), lost, rtol=1e-6)
+        assert merge_error(model(*changes), lora, "float32") == 0
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,18 @@ from __future__ import annotations
 import itertools
 import json
 import pathlib
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import regex
+from tokenizers import Tokenizer, normalizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.utils import sentencepiece_model_pb2_new as model_pb2
 
 from posttrain_jax.errors import InputError
 from posttrain_jax.models.config import ModelConfig
@@ -212,3 +218,170 @@ def test_stop_tokens(smollm2: PreTrainedTokenizerFast, gemma: PreTrainedTokenize
     assert stop_token_ids(config, chat) == (7, 1, 106)
     chat.chat_template = "{{ raise_exception('no') }}"
     assert end_of_turn_id(chat) is None
+
+
+def own_tokenizer(folder: pathlib.Path, name: str) -> Tokenizer:
+    """A SentencePiece-like BPE in a tokenizer.json, in a folder that says another class."""
+    text = ["def add(a, b): return a + b", "hello world this is a test of words"] * 3
+    special = ["<unk>", "<s>", "</s>", "<|end|>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer = Tokenizer(BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trainer = BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(text, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    fields = {"tokenizer_class": name, "eos_token": "</s>", "unk_token": "<unk>", "bos_token": "<s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "Qwen2Tokenizer"])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma3_text", None])
+def test_the_ids_are_those_of_tokenizer_json(family: str | None, name: str, tmp_path: pathlib.Path) -> None:
+    """transformers 5 would build a Qwen2Tokenizer for every qwen2 folder, and loses all spaces of this one."""
+    reference = own_tokenizer(tmp_path, name)
+    if family is not None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded is not None
+    for text in ("hello world this is", "a</s>b", "x <|end|> hello\n\n", "café</s> words", "<s>hello"):
+        assert (
+            loaded.encode(text, add_special_tokens=False)
+            == reference.encode(text, add_special_tokens=False).ids
+        )
+    assert (loaded.bos_token, loaded.eos_token, loaded.unk_token) == ("<s>", "</s>", "<unk>")
+    save_tokenizer(loaded, tmp_path / "again")
+    again = load_tokenizer(tmp_path / "again")
+    assert again is not None
+    assert again.encode("x </s> hello world") == loaded.encode("x </s> hello world")
+
+
+def test_a_config_that_changes_the_files_ids_is_not_followed(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reference = own_tokenizer(tmp_path, "PreTrainedTokenizerFast")
+    path = tmp_path / "tokenizer_config.json"
+    fields = {**json.loads(path.read_text()), "pad_token": "[PAD]"}
+    stripped = {"content": "<|end|>", "lstrip": True, "rstrip": True, "special": True}
+    for change in ({"split_special_tokens": True}, {"added_tokens_decoder": {"3": stripped}}):
+        path.write_text(json.dumps({**fields, **change}))
+        caplog.clear()
+        loaded = load_tokenizer(tmp_path)
+        assert loaded is not None
+        text = "hello <|end|> world</s>"
+        assert (
+            loaded.encode(text, add_special_tokens=False)
+            == reference.encode(text, add_special_tokens=False).ids
+        )
+        assert "than tokenizer.json does; taken is tokenizer.json" in caplog.text
+        assert (loaded.eos_token_id, loaded.pad_token_id) == (2, reference.get_vocab_size())
+
+
+def test_without_a_tokenizer_config_the_special_tokens_are_those_of_config_json(
+    tmp_path: pathlib.Path,
+) -> None:
+    own_tokenizer(tmp_path, "")
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", "eos_token_id": [3, 2], "bos_token_id": 1})
+    )
+    loaded = load_tokenizer(tmp_path)
+    assert loaded is not None
+    assert (loaded.bos_token, loaded.eos_token, loaded.pad_token) == ("<s>", "<|end|>", None)
+
+
+@pytest.fixture
+def sentencepiece_folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    shutil.copy(HERE / "sentencepiece.model", tmp_path / "tokenizer.model")
+    return tmp_path
+
+
+def test_a_tokenizer_model_alone_gives_sentencepieces_ids(sentencepiece_folder: pathlib.Path) -> None:
+    """After a special token a text is a text of its own, with a space in front; only `legacy: false` has it once."""
+    loaded = load_tokenizer(sentencepiece_folder)
+    assert loaded is not None
+    rows = {row["text"]: row["ids"] for row in json.loads((HERE / "sentencepiece.json").read_text("utf-8"))}
+    for text, ids in rows.items():
+        assert loaded.encode(text, add_special_tokens=False) == ids
+        assert loaded.decode(ids) == text
+    names = (loaded.bos_token, loaded.eos_token, loaded.unk_token, loaded.pad_token)
+    assert names == ("<s>", "</s>", "<unk>", None)
+    cat = "the cat sat on the mat and the hat"
+    turn = loaded.convert_tokens_to_ids("<|end|>")
+    assert loaded.encode(f"{cat}<|end|>{cat}") == [1, *rows[cat], turn, *rows[cat]]
+    (sentencepiece_folder / "tokenizer_config.json").write_text(
+        json.dumps({"legacy": False, "eos_token": "<|end|>"})
+    )
+    once = load_tokenizer(sentencepiece_folder)
+    assert once is not None
+    assert (once.eos_token, once.bos_token) == ("<|end|>", "<s>")
+    assert once.encode(cat, add_special_tokens=False) == rows[cat]
+    assert once.convert_ids_to_tokens(once.encode(f"{cat}<|end|>cat"))[-2] != "▁cat"
+    assert loaded.convert_ids_to_tokens(loaded.encode(f"{cat}<|end|>cat"))[-1] == "▁cat"
+
+
+def test_tokens_beside_those_of_a_tokenizer_model(sentencepiece_folder: pathlib.Path) -> None:
+    """As the first fine-tunes had them: added_tokens.json names the tokens that follow, one of them the padding."""
+    folder = sentencepiece_folder
+    plain = load_tokenizer(folder)
+    assert plain is not None
+    first = len(plain)
+    (folder / "added_tokens.json").write_text(
+        json.dumps({"<|im_end|>": first + 1, "<pad>": first, "</s>": 2})
+    )
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<pad>"}))
+    loaded = load_tokenizer(folder)
+    assert loaded is not None
+    assert (loaded.pad_token_id, len(loaded)) == (first, first + 2)
+    ids = loaded.encode("the cat<|im_end|>\n", add_special_tokens=False)
+    assert ids == [*plain.encode("the cat", add_special_tokens=False), first + 1, *plain.encode("\n")[1:]]
+    (folder / "added_tokens.json").write_text(json.dumps({"<pad>": first + 5}))
+    with pytest.raises(
+        InputError, match=r"added_tokens.json: the ids must go on after the \d+ of tokenizer.model"
+    ):
+        load_tokenizer(folder)
+
+
+def test_what_is_no_plain_sentencepiece_bpe_is_refused_by_name(sentencepiece_folder: pathlib.Path) -> None:
+    path = sentencepiece_folder / "tokenizer.model"
+    whole = path.read_bytes()
+
+    def changed(change: Callable[[Any], None]) -> bytes:
+        proto = model_pb2.ModelProto()
+        proto.ParseFromString(whole)
+        change(proto)
+        return proto.SerializeToString()
+
+    for content, message in (
+        (changed(lambda proto: setattr(proto.trainer_spec, "model_type", 1)), "its model_type is unigram"),
+        (
+            changed(lambda proto: setattr(proto.normalizer_spec, "remove_extra_whitespaces", True)),
+            "it removes spaces",
+        ),
+        (
+            changed(lambda proto: setattr(proto.normalizer_spec, "precompiled_charsmap", b"x")),
+            "it changes characters",
+        ),
+        (b"IQ== 0\nIg== 1\n", "not a SentencePiece model .Llama 3"),
+        (b"", "not a SentencePiece model"),
+        (whole[: len(whole) // 2], "not a SentencePiece model"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            load_tokenizer(sentencepiece_folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model", 7, "tokenizer.ggml.model is 7"),
+        ("tokens", ["a", 3], "tokenizer.ggml.tokens is not a list of what belongs there"),
+        ("tokens", "abc", "tokenizer.ggml.tokens is not a list"),
+        ("token_type", [1], "token_type has 1 entries for"),
+        ("merges", ["ab"], "the merge 'ab' makes no token of two tokens"),
+        ("bos_token_id", 10**6, "bos_token_id is 1000000, beyond the vocabulary"),
+        ("eos_token_id", "2", "eos_token_id is '2', beyond the vocabulary"),
+    ],
+)
+def test_a_vocabulary_of_no_sense_is_refused(key: str, value: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        build_tokenizer({**byte_level_metadata("smollm"), f"tokenizer.ggml.{key}": value}, "m.gguf")

@@ -134,6 +134,38 @@ def test_texts_that_end_in_the_end_of_turn(tmp_path: pathlib.Path) -> None:
     assert_close(their_scores(theirs, tokens_BT, mask_BT), expected)
 
 
+def test_as_a_user_of_transformers_writes_it(tmp_path: pathlib.Path) -> None:
+    """apply_chat_template on a batch, with padding on either side: our scores, and so our ranking.
+
+    The byte tokenizer's template ends in a newline after the end of the turn; the score is read before it.
+    """
+    config, params = tiny_reward_model(LoraConfig())
+    params["score_head"]["bias"] = jnp.float32(0.5)
+    tokenizer = byte_tokenizer()
+    export_hf(tmp_path / "m", config=config, params=params, tokenizer=tokenizer)
+    theirs, answers = reread(tmp_path / "m"), ["good", "a much longer one", "no", "4"]
+    question = [{"role": "user", "content": "2 + 2?"}]
+    chats = [[*question, {"role": "assistant", "content": answer}] for answer in answers]
+    rows = [tokenizer.apply_chat_template(chat, tokenize=False).removesuffix("\n") for chat in chats]
+    ids = [tokenizer.encode(row) for row in rows]
+    mask_BT = np.array([[n < len(row) for n in range(64)] for row in ids], np.int32)
+    tokens_BT = np.array([row + [0] * (64 - len(row)) for row in ids], np.int32)
+    expected = our_scores(make_model(config), params, tokens_BT, mask_BT)
+    for side in ("right", "left"):
+        user = AutoTokenizer.from_pretrained(tmp_path / "m", padding_side=side)
+        batch = user.apply_chat_template(
+            chats, tokenize=True, padding=True, return_tensors="pt", return_dict=True
+        )
+        assert batch["input_ids"].shape[1] == max(map(len, ids))
+        with torch.no_grad():
+            found = theirs(**batch).logits[:, 0].numpy() + theirs.config.score_bias
+        assert_close(found, expected)
+        assert list(np.argsort(found)) == list(np.argsort(expected))
+    prompt = user.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    assert prompt == tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    assert load_model(str(tmp_path / "m")).tokenizer.chat_template == user.chat_template
+
+
 def tiny_reward_model(lora: LoraConfig) -> tuple[ModelConfig, PyTree]:
     config = ModelConfig(
         "qwen3", 260, 32, 2, 4, 2, 8, 64, query_scale=8**-0.5, qk_norm=True, tied_embeddings=False
