@@ -146,6 +146,31 @@ def test_an_adapter_is_merged_or_exported_alone(lora_run, tmp_path):
     np.testing.assert_allclose(logits_of(tmp_path / "adapter"), expected, atol=1e-5)
 
 
+def test_an_adapter_that_bfloat16_rounds_away_is_said(tmp_path, caplog):
+    """A measured number, as the exported weights show it; float32 loses nothing and says nothing."""
+    params = make_model(CONFIG, lora=LORA).init(jax.random.key(0))
+    base = make_model(CONFIG).init(jax.random.key(0))
+    for block, name in (("attn", "q"), ("mlp", "down")):
+        leaf = params["layers"][block][name]
+        leaf["lora_b"] = 1e-4 * jax.random.normal(jax.random.key(1), leaf["lora_b"].shape)
+        base["layers"][block][name] = {"kernel": leaf["kernel"]}
+    for dtype in ("float32", "bfloat16"):
+        export_hf(tmp_path / dtype, config=CONFIG, params=params, tokenizer=None, lora=LORA, dtype=dtype)
+        assert ("bfloat16" in caplog.text) == (dtype == "bfloat16")
+    said = float(caplog.text.split("what the adapter changes is off by ")[1].split(" %")[0])
+    lost = change = 0.0
+    for block, name in (("attn", "q"), ("mlp", "down")):
+        before = base["layers"][block][name]["kernel"]
+        whole, half = (
+            load_model(str(tmp_path / dtype)).params["layers"][block][name]["kernel"]
+            for dtype in ("float32", "bfloat16")
+        )
+        lost += jnp.sum((half - before.astype("bfloat16").astype("float32") - (whole - before)) ** 2)
+        change += jnp.sum((whole - before) ** 2)
+    assert said > 20
+    np.testing.assert_allclose(said, 100 * np.sqrt(lost / change), rtol=0.01)
+
+
 def test_an_adapter_that_was_trained_on_belongs_to_the_first_base(lora_run, tmp_path):
     """A run on the adapter of a run on an adapter folder."""
     export(str(lora_run[0]), tmp_path / "adapter", adapter_only=True)
