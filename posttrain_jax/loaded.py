@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast, overload
 
 import jax
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from posttrain_jax.chat_template import ChatOptions
 from posttrain_jax.data.chat import Encoded, Encoder
 from posttrain_jax.data.formats import to_conversation
 from posttrain_jax.data.sources import RowError
@@ -60,6 +61,7 @@ class Loaded(LoadedModel):
         messages: Sequence[Message],
         *,
         tools: Sequence[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_k: int = 0,
@@ -73,7 +75,7 @@ class Loaded(LoadedModel):
 
         Args:
           messages: objects with role and content, the last one the user's (or a tool's), for the chat template.
-          tools: descriptions of functions, for the chat template.
+          tools, chat_template_kwargs: as in `generate`.
 
         Raises:
           InputError: as `generate`.
@@ -85,6 +87,7 @@ class Loaded(LoadedModel):
         (completion,) = self.generate(
             [messages],
             tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -101,6 +104,7 @@ class Loaded(LoadedModel):
         prompts: Sequence[Prompt],
         *,
         tools: Sequence[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         max_new_tokens: int = 256,
         min_new_tokens: int = 0,
         num_samples: int = 1,
@@ -122,6 +126,7 @@ class Loaded(LoadedModel):
           prompts: each a text (taken as it is, without the chat template), token ids, or the messages of a
             conversation (with the chat template).
           tools: descriptions of functions, for the chat template.
+          chat_template_kwargs: variables of the chat template, such as {"enable_thinking": False}.
           max_new_tokens: most tokens of a completion; 0 gives empty ones.
           min_new_tokens: a stop token cannot be drawn before so many.
           num_samples: completions of each prompt.
@@ -162,23 +167,44 @@ class Loaded(LoadedModel):
             raise InputError(
                 "prompts is no list of prompts; give a list, each a text, a list of token ids, or a list of messages."
             )
-        encoded = [self._encoded(prompt, f"prompt {n}", tools) for n, prompt in enumerate(prompts)]
+        chat = ChatOptions(variables=chat_template_kwargs or {})
+        encoded = [self._encoded(prompt, f"prompt {n}", tools, chat) for n, prompt in enumerate(prompts)]
         samples = generate(self.model, self.params, encoded, options, tokenizer=self.tokenizer)
         return [self._completion(sample) for sample in samples]
 
     @overload
-    def score(self, conversations: Sequence[Message], *, batch_size: int = 8) -> float: ...
+    def score(
+        self,
+        conversations: Sequence[Message],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        batch_size: int = 8,
+    ) -> float: ...
 
     @overload
-    def score(self, conversations: Sequence[Sequence[Message]], *, batch_size: int = 8) -> list[float]: ...
+    def score(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        batch_size: int = 8,
+    ) -> list[float]: ...
 
     def score(
-        self, conversations: Sequence[Message] | Sequence[Sequence[Message]], *, batch_size: int = 8
+        self,
+        conversations: Sequence[Message] | Sequence[Sequence[Message]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        batch_size: int = 8,
     ) -> float | list[float]:
         """What a reward model gives to an assistant's last turn, read at the token that ends it, as in training.
 
         Args:
           conversations: messages, the last one the assistant's; or a list of such conversations.
+          tools, chat_template_kwargs: as in `generate`, for all of them.
           batch_size: conversations at once.
 
         Returns:
@@ -189,15 +215,19 @@ class Loaded(LoadedModel):
             assistant's turn, or that is too long for the model.
         """
         require_score_head(self)
-        encoder = Encoder(self._chat_tokenizer(), train_on="last_turn")
+        chat = ChatOptions(variables=chat_template_kwargs or {})
+        encoder = Encoder(self._chat_tokenizer(), train_on="last_turn", chat=chat)
+        described = None if tools is None else list(tools)
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; it must be at least 1.")
         if _is_conversation(conversations):
-            return self._scores([_answered(conversations, "the conversation", self, encoder)], 1)[0]
+            return self._scores([_answered(conversations, "the conversation", described, self, encoder)], 1)[
+                0
+            ]
         if not _is_list(conversations):
             raise InputError("conversations is no list of messages, and no list of such lists.")
         rows = [
-            _answered(messages, f"conversation {n}", self, encoder)
+            _answered(messages, f"conversation {n}", described, self, encoder)
             for n, messages in enumerate(conversations)
         ]
         return self._scores(rows, batch_size)
@@ -214,12 +244,14 @@ class Loaded(LoadedModel):
             found += _score(self.params, tokens, segments, ends, model=self.model)[: len(part)].tolist()
         return found
 
-    def _encoded(self, prompt: Prompt, name: str, tools: Sequence[dict[str, Any]] | None) -> np.ndarray:
+    def _encoded(
+        self, prompt: Prompt, name: str, tools: Sequence[dict[str, Any]] | None, chat: ChatOptions
+    ) -> np.ndarray:
         try:
             if isinstance(prompt, str):
                 return encode_text(self._tokenizer(), prompt)
             if _is_conversation(prompt):
-                return encode_chat(self._chat_tokenizer(), cast(Any, prompt), tools=tools)
+                return encode_chat(self._chat_tokenizer(), cast(Any, prompt), tools=tools, chat=chat)
             return np.asarray(prompt)  # `generate` looks at it
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
@@ -267,7 +299,9 @@ def _is_conversation(value: Any) -> bool:
     return _is_list(value) and len(value) > 0 and all(isinstance(message, dict) for message in value)
 
 
-def _answered(messages: Any, name: str, loaded: LoadedModel, encoder: Encoder) -> np.ndarray:
+def _answered(
+    messages: Any, name: str, tools: list[dict[str, Any]] | None, loaded: LoadedModel, encoder: Encoder
+) -> np.ndarray:
     """A conversation's tokens up to the one that ends the assistant's last turn.
 
     Raises:
@@ -276,7 +310,7 @@ def _answered(messages: Any, name: str, loaded: LoadedModel, encoder: Encoder) -
     try:
         if not _is_conversation(messages):
             raise RowError("messages", "is no list of messages")
-        conversation = to_conversation({"messages": list(messages)})
+        conversation = to_conversation({"messages": list(messages), "tools": tools})
         if conversation.messages[-1]["role"] != "assistant":
             raise RowError("the last message", "is not the assistant's, and it is what is scored")
         encoded = encoder.encode([conversation])[0]

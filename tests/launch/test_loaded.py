@@ -15,7 +15,7 @@ from tiny_model import save_tiny_model, save_tiny_reward_model
 import posttrain_jax
 from posttrain_jax.errors import InputError
 from posttrain_jax.load_model import load_model
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.byte_tokenizer import CHATML, byte_tokenizer
 from posttrain_jax.models.reward_head import scores
 from posttrain_jax.sampling.generate import GenerateOptions, generate
 from posttrain_jax.sampling.prompts import encode_chat, encode_text
@@ -179,6 +179,25 @@ def test_without_a_template_or_a_tokenizer(loaded, reward):
         bare.generate(["a"])
     (completion,) = bare.generate([[5, 6]], max_new_tokens=2)
     assert completion.text is None and len(completion.token_ids) == 2
+
+
+def test_tools_and_variables_reach_the_template(loaded, reward):
+    """A template that writes the tools' names first, and "?" where `loud` is set."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}{% if loud %}?{% endif %}" + CHATML
+    )
+    tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}]
+    asked = {"tools": tools, "chat_template_kwargs": {"loud": True}}
+    model = dataclasses.replace(loaded, tokenizer=tokenizer)
+    plain = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    want = loaded.generate(["f?" + plain], max_new_tokens=6)[0].token_ids
+    assert model.chat(HELLO, max_new_tokens=6, **asked).token_ids == want
+    judge = dataclasses.replace(reward, tokenizer=tokenizer)
+    found = [judge.score(answered("a")), judge.score(answered("a"), **asked)]
+    assert (
+        found[0] == pytest.approx(reward.score(answered("a")), abs=1e-6) and abs(found[1] - found[0]) > 1e-5
+    )
 
 
 def test_it_is_the_loaded_model(folders, loaded):
