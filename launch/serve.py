@@ -123,18 +123,19 @@ def ends_at_a_signal(seconds: float = START_SECONDS) -> Iterator[None]:
     os.set_blocking(writer, False)
 
     def watch() -> None:
-        while (number := os.read(reader, 1)) not in (b"", b"\0"):
-            if number[0] in (signal.SIGTERM, signal.SIGINT):
-                time.sleep(seconds)
-                os._exit(0 if number[0] == signal.SIGTERM else 130)
+        with open(reader, "rb", buffering=0) as signals:
+            while number := signals.read(1):
+                if number[0] in (signal.SIGTERM, signal.SIGINT):
+                    time.sleep(seconds)
+                    os._exit(0 if number[0] == signal.SIGTERM else 130)
 
     threading.Thread(target=watch, daemon=True).start()
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
         yield
-        os.write(writer, b"\0")
     finally:
         signal.set_wakeup_fd(before)
+        os.close(writer)
 
 
 def check(options: Options) -> None:

@@ -18,6 +18,7 @@ from posttrain_jax.data.sources import RowError
 from posttrain_jax.data.tokenized_preferences import until_the_end
 from posttrain_jax.errors import InputError
 from posttrain_jax.load_model import LoadedModel, require_language_model, require_score_head
+from posttrain_jax.memory_maps import make_room
 from posttrain_jax.models.reward_head import scores
 from posttrain_jax.models.tokenizer import stop_token_ids
 from posttrain_jax.models.transformer import Model
@@ -234,6 +235,7 @@ class Loaded(LoadedModel):
 
     def _scores(self, rows: Sequence[np.ndarray], batch_size: int) -> list[float]:
         found: list[float] = []
+        make_room()
         for first in range(0, len(rows), batch_size):
             part = rows[first : first + batch_size]
             shape = (batch_size, bucket(max(row.size for row in part)))

@@ -6,8 +6,8 @@ and give them back with the same buffers (donated). The cache is one pair of arr
 row's tokens lie at its places 0, 1, 2 ..., so an answer is the same in every slot, and a prompt stays readable in its
 slot until the next one comes.
 
-Few programs do all this, whatever the prompts: `read` has some lengths of chunks (`sampling/shapes.py`), `begin` two
-numbers of rows, and only `decode`, with what moves a layer at a time, depends on the size of the cache.
+Few programs do all this, whatever the prompts: `read` has some lengths of chunks (`sampling/shapes.py`), `begin` as
+many rows as there are slots, and only `decode`, with what moves a layer at a time, depends on the size of the cache.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A finished answer gives its slot to the next prompt at once (continuous batching
 answers do not hold up short ones. Prompts are read in chunks of a few lengths, on a CPU one prompt at a time; samples
 of one prompt share one reading, also those that start later, for as long as a slot holds the prompt.
 
-So the number of compiled programs is small and does not depend on the prompts: three that read, two that draw first
+So the number of compiled programs is small and does not depend on the prompts: three that read, one that draws first
 tokens, and for each size of the cache (256 places, 512 ... up to `places`) one decode loop and some that only move
 data. `warm_up` compiles them all; otherwise each is compiled when it is first needed.
 

@@ -161,12 +161,11 @@ class Slots:
 
     def begin(self, held: Sequence[Held], slots: Sequence[int], requests: Sequence[Request]) -> None:
         """Draws the first tokens of answers to prompts that slots hold; see `decode.begin`."""
-        size = 1 if len(slots) == 1 else self.rows
-        self.shapes.add(("begin", size))
-        more = size - len(slots)  # the rest goes nowhere
+        self.shapes.add(("begin", self.rows))
+        more = self.rows - len(slots)  # these go nowhere
         held, requests = [*held, *[held[0]] * more], [*requests, *[requests[0]] * more]
         vocab = self._model.config.vocab_size if self._needs.penalties else 0
-        prompt_RV = np.zeros((size, vocab), bool)
+        prompt_RV = np.zeros((self.rows, vocab), bool)
         if vocab:
             for row, one in enumerate(held):
                 prompt_RV[row, one.tokens] = True
@@ -219,8 +218,7 @@ class Slots:
         for chunk in READ_CHUNKS:
             self.read(np.zeros((self.read_rows, chunk), np.int32), 0, np.ones(self.read_rows, np.int32))
         held = Held(np.zeros(1, np.int32), self.hidden_PD()[0])
-        for rows in {1, self.rows}:
-            self.begin([held] * rows, [self.rows] * rows, [Request(held.tokens, 1)] * rows)
+        self.begin([held], [self.rows], [Request(held.tokens, 1)])
         first = size = self.size_for(1)
         while True:
             self.clear(size)
