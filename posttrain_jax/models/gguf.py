@@ -263,11 +263,12 @@ def _vocab_size(file: GgufFile) -> int:
 
 
 def _token_id(file: GgufFile, name: str) -> int | None:
+    """A special token's id; one beyond the vocabulary stands for none."""
     key = f"tokenizer.ggml.{name}_token_id"
     value = file.metadata.get(key)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise InputError(f"{file.path}: {key} is {shown(value)}, but must be a whole number.")
-    return value
+    return value if value is not None and 0 <= value < _vocab_size(file) else None
 
 
 def _windows(meta: _Metadata, n_layers: int) -> tuple[int, tuple[bool, ...]]:

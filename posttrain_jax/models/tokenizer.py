@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from posttrain_jax.assets import cache_root
 from posttrain_jax.chat_template import Template, resolve_template
-from posttrain_jax.errors import InputError
+from posttrain_jax.errors import InputError, shown
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.gguf_file import GgufFile
 from posttrain_jax.models.gguf_tokenizer import adds_bos, build_tokenizer
@@ -96,6 +96,11 @@ def _from_json(
       named: ids of special tokens ("bos", "eos", "unk", "pad") for those that the folder does not name.
     """
     said = [_json_if_there(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    length = said[0].get("model_max_length", 0)
+    if isinstance(length, bool) or not isinstance(length, int | float | None):
+        raise InputError(
+            f"{folder / 'tokenizer_config.json'}: model_max_length is {shown(length)}, but must be a number."
+        )
     try:
         reference = Tokenizer.from_file(str(file))
         special = {
@@ -129,6 +134,9 @@ def _from_json(
 def _on(backend: Tokenizer, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """A tokenizer's special tokens, further tokens and template on another backend."""
     backend = copy.deepcopy(backend)
+    backend.post_processor = (
+        tokenizer.backend_tokenizer.post_processor
+    )  # whether BOS is added is for the config to say
     backend.add_tokens(
         [
             AddedToken(token.content, normalized=False, special=token.special)

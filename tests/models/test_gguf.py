@@ -229,6 +229,10 @@ def test_metadata_that_says_what_is_done_anyway_is_taken(tmp_path: pathlib.Path)
     plain = {"llama.attention.causal": True, "llama.rope.scaling.attn_factor": 1.0, "llama.expert_count": 0}
     write(tmp_path / "m.gguf", extra={**plain, "llama.vocab_size": 8, "llama.residual_scale": 0.0})
     load_gguf(tmp_path / "m.gguf")
+    ids = {"eos_token_id": 7, "bos_token_id": 8, "padding_token_id": 2**32 - 1}
+    write(tmp_path / "m.gguf", extra={f"tokenizer.ggml.{name}": index for name, index in ids.items()})
+    config = config_from_gguf(GgufFile(tmp_path / "m.gguf"))
+    assert (config.eos_token_ids, config.bos_token_id, config.pad_token_id) == ((7,), None, None)
 
 
 def test_gemma_windows_and_caps_as_llama_cpp_reads_them(tmp_path: pathlib.Path) -> None:

@@ -188,6 +188,14 @@ def test_folders_without_and_with_damage(tmp_path: pathlib.Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{not json")
     with pytest.raises(InputError, match="cannot be loaded"):
         load_tokenizer(tmp_path)
+    own_tokenizer(tmp_path, "PreTrainedTokenizerFast")
+    for fields, message in (
+        ([], "a JSON object was expected"),
+        ({"model_max_length": "x"}, "model_max_length is 'x'"),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(fields))
+        with pytest.raises(InputError, match=message):
+            load_tokenizer(tmp_path)
 
 
 def test_a_damaged_cache_entry_is_made_again(
@@ -334,6 +342,10 @@ def test_tokens_beside_those_of_a_tokenizer_model(sentencepiece_folder: pathlib.
     assert (loaded.pad_token_id, len(loaded)) == (first, first + 2)
     ids = loaded.encode("the cat<|im_end|>\n", add_special_tokens=False)
     assert ids == [*plain.encode("the cat", add_special_tokens=False), first + 1, *plain.encode("\n")[1:]]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False}))
+    bare = load_tokenizer(folder)
+    assert bare is not None
+    assert bare.encode("the cat<|im_end|>\n") == ids
     (folder / "added_tokens.json").write_text(json.dumps({"<pad>": first + 5}))
     with pytest.raises(
         InputError, match=r"added_tokens.json: the ids must go on after the \d+ of tokenizer.model"
