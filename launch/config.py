@@ -257,6 +257,19 @@ def resolve(config: ConfigDict) -> dict[str, Any]:
     return resolved
 
 
+def check_allowed(config: ConfigDict, allowed: Sequence[str]) -> None:
+    """Whether the keys that --allow_change names are there.
+
+    Raises:
+      InputError: one is not; says the nearest.
+    """
+    known = flatten(config)
+    for key in allowed:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise InputError(f"--allow_change={key}: there is no such key; the nearest is {near!r}.")
+
+
 def changes(config: ConfigDict, workdir: Path, allowed: Sequence[str] = ()) -> list[Change]:
     """The keys that differ from those that the run in a workdir was started with, in order.
 
@@ -269,10 +282,6 @@ def changes(config: ConfigDict, workdir: Path, allowed: Sequence[str] = ()) -> l
       InputError: another key differs; names all that do, with both values, and what to do.
     """
     now = flatten(ConfigDict(resolve(config)))
-    for key in allowed:
-        if key not in now:
-            near = difflib.get_close_matches(key, now, n=1, cutoff=0.0)[0]
-            raise InputError(f"--allow_change={key}: there is no such key; the nearest is {near!r}.")
     from posttrain_jax.metrics import say
 
     before = _saved(workdir / "config.json")

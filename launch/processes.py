@@ -24,7 +24,7 @@ from posttrain_jax.errors import InputError
 _OF_PEERS = re.compile(
     r"gloo|nccl|coordination|heartbeat|barrier|by peer|UNAVAILABLE|DEADLINE_EXCEEDED", re.IGNORECASE
 )
-_GRACE_SECONDS = 3.0  # for what the others have to say: when process 0 ends, they are aborted
+_GRACE_SECONDS = 3.0  # of process 0, for what the others have to say before its end aborts them
 
 
 def check(coordinator: str, processes: int, process: int) -> None:
@@ -111,11 +111,13 @@ def _give_up(who: str, coordinator: str, seconds: int) -> None:
 
 
 @contextlib.contextmanager
-def ends_with_its_peers() -> Iterator[None]:
+def ends_with_its_peers(*, is_first: bool) -> Iterator[None]:
     """Ends this process at once where its part of the run fails, for the others wait for it; and says why in a line
-    where it is another that has ended."""
-    import jax
+    where it is another that has ended.
 
+    Args:
+      is_first: whether it is process 0, whose end aborts the others.
+    """
     try:
         yield
     except SystemExit:
@@ -130,7 +132,7 @@ def ends_with_its_peers() -> Iterator[None]:
                 traceback.print_exception(error)
         sys.stdout.flush()
         sys.stderr.flush()
-        if jax.process_index() == 0:
+        if is_first:
             time.sleep(_GRACE_SECONDS)
         os._exit(code)  # an orderly exit waits for all processes
 

@@ -57,8 +57,9 @@ def main(argv: Sequence[str]) -> int:
     processes.check(*several)
     if COORDINATOR.value:
         processes.connect(*several, seconds=CONNECT_SECONDS.value)
-        entry.set_up_jax()
-        with processes.ends_with_its_peers():
+        # With "auto" each may be the first.
+        with processes.ends_with_its_peers(is_first=PROCESS.value == 0):
+            entry.set_up_jax()
             run(CONFIG.value, workdir, allowed=ALLOW_CHANGE.value)
         return 0
     for signum in asked_to_end():
@@ -110,6 +111,7 @@ def _run(
     from posttrain_jax.workdir import completed_steps
 
     config_flag.check_values(config)
+    config_flag.check_allowed(config, allowed)
     resolved = config_flag.resolve(config)
     steps = completed_steps(workdir)
     first = jax.process_index() == 0

@@ -14,7 +14,7 @@ from write_golden import GOLDEN, ROOT, golden_path, render, specs
 
 from configs.base import base_config, online_config, preference_config
 from configs.ppo.letters import get_config as letters
-from launch.config import changes, check_values, flatten, load_file, resolve, write
+from launch.config import changes, check_allowed, check_values, flatten, load_file, resolve, write
 from posttrain_jax.errors import InputError
 
 SPECS = specs()
@@ -129,7 +129,7 @@ def test_what_a_resume_may_change(tmp_path):
         changes(config, tmp_path, ("rollout.temperature",))
 
 
-def test_what_a_resume_may_change_where_it_is_said(tmp_path):
+def test_what_a_resume_may_change_where_it_is_said(tmp_path, capsys):
     config = letters("tiny")
     write(resolve(config), tmp_path)
     before = config.optim.lr
@@ -141,13 +141,20 @@ def test_what_a_resume_may_change_where_it_is_said(tmp_path):
     with pytest.raises(
         InputError, match="--allow_change=optim.lrate: there is no such key; the nearest is 'optim.lr'"
     ):
-        changes(config, tmp_path, ("optim.lrate",))
+        check_allowed(config, ("train.steps", "optim.lrate"))
     changed = changes(config, tmp_path, ("optim.lr", "train.steps", "eval.every", "optim.eps"))
     write(resolve(config), tmp_path, step=4, changed=changed)
     (line,) = (tmp_path / "config_history.jsonl").read_text().splitlines()
     assert json.loads(line)["step"] == 4
     assert json.loads(line)["changes"]["optim.lr"] == [before, 0.5]
     assert changes(config, tmp_path) == []
+    (tmp_path / "config.json").unlink()
+    config.seed += 1
+    assert changes(config, tmp_path) == []
+    assert (
+        f"{tmp_path}/config.json is gone; the run goes on with the config of this start."
+        in capsys.readouterr().out
+    )
 
 
 def test_what_the_best_checkpoint_was_judged_by_stays(tmp_path):
