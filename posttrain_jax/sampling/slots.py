@@ -21,7 +21,7 @@ from posttrain_jax.sampling import decode as device
 from posttrain_jax.sampling.choose import Needs, SamplingRows
 from posttrain_jax.sampling.decode import Orders, Reading, State
 from posttrain_jax.sampling.requests import Request
-from posttrain_jax.sampling.shapes import READ_CHUNKS
+from posttrain_jax.sampling.shapes import READ_CHUNKS, next_chunk
 from posttrain_jax.sharding import shard_multiple
 from posttrain_jax.types import PyTree
 
@@ -215,7 +215,7 @@ class Slots:
     def warm_up(self) -> None:
         """Compiles everything by running it once on nothing."""
         nowhere_P = np.full(self.read_rows, self.rows, np.int32)
-        for chunk in READ_CHUNKS:
+        for chunk in {next_chunk(tokens) for tokens in range(1, min(self.places, 2 * READ_CHUNKS[0]))}:
             self.read(np.zeros((self.read_rows, chunk), np.int32), 0, np.ones(self.read_rows, np.int32))
         held = Held(np.zeros(1, np.int32), self.hidden_PD()[0])
         self.begin([held], [self.rows], [Request(held.tokens, 1)])
