@@ -314,6 +314,7 @@ def test_changed_data_is_refused(workdir: Path, tmp_path: Path):
 MESHES = ((2, 2, 2), (1, 1, 1), (1, 4, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved_on", MESHES[:2], ids=str)
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_a_checkpoint_moves_between_meshes_and_device_counts(saved_on, optimizer: str, tmp_path: Path):
@@ -388,6 +389,7 @@ def test_the_average_of_eight_devices_is_exported_by_a_process_with_one(processe
     jax.tree.map(np.testing.assert_array_equal, got, average)
 
 
+@pytest.mark.slow
 def test_frozen_parameters_of_lora_survive_and_their_damage_is_named(tmp_path: Path, caplog):
     """The base model is saved once, beside the checkpoints."""
     config = tiny_config(train__steps=4, checkpoint__every=2)

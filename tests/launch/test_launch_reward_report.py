@@ -65,6 +65,7 @@ def ensemble(tmp_path_factory):
     return workdir, untrained_reward_run(config, workdir)
 
 
+@pytest.mark.slow
 def test_an_ensemble_on_what_its_run_held_out_and_on_others(ensemble, rated, tmp_path, capsys):
     """The run's own evaluation is of the same rows, so accuracy and loss are the same.
 

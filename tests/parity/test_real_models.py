@@ -103,6 +103,7 @@ def test_smollm2_answers_as_in_transformers(smollm2: Real) -> None:
     assert tokenizer.decode(answer).startswith(" Paris.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_sampled_token_has_the_trainers_log_probability(smollm2: Real, dtype: str) -> None:
     """The exactness gate on a real model, with refill: unlike prompts and answers, 3 slots."""

@@ -99,6 +99,7 @@ def place(sample: Sample) -> tuple[int, int]:
     return sample.prompt, sample.sample
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
 def test_a_mesh_gives_the_same_samples(model, params, shape):
     mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), shape, strict=True)))
@@ -107,6 +108,7 @@ def test_a_mesh_gives_the_same_samples(model, params, shape):
     assert_same(answers(model, sharded, PROMPTS, **options), answers(model, params, PROMPTS, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["blocks", "splash"])
 def test_any_number_of_prompts_of_any_length_is_read_on_a_mesh(attention):
     """Training's kernels want rows of 128 tokens, as many as the mesh divides: a short prompt, and a single one of 120

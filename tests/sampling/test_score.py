@@ -61,16 +61,19 @@ def test_every_sampled_token_has_the_trainers_log_probability(config):
     assert 0 <= apart.mean <= apart.largest < FLOAT32_LARGEST
 
 
+@pytest.mark.slow
 def test_with_biases_and_adapters():
     """On a CPU the decode loop reads joined kernels with the adapters added, the prompts the layers as trained."""
     biased = dataclasses.replace(LLAMA, qkv_bias=True, tied_embeddings=False)
     assert sampled(biased, lora=LoraConfig(rank=4, alpha=8.0)).largest < FLOAT32_LARGEST
 
 
+@pytest.mark.slow
 def test_on_a_mesh_too():
     assert sampled(LLAMA, mesh=make_mesh(data=2, fsdp=2, tensor=2)).largest < FLOAT32_LARGEST
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [LLAMA, GEMMA], ids=["llama", "gemma"])
 def test_bfloat16_stays_within_its_bounds(config):
     apart = sampled(config, "bfloat16")
