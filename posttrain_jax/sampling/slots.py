@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -133,8 +133,7 @@ class Slots:
         while self.cached < places:
             self.shapes.add(("grow", self.cached))
             self.cached = self._next_size(self.cached)
-            for number, layer in enumerate(self._layers):
-                self._layers[number] = device.grow(layer, places=self.cached)
+            self._each_layer(lambda number, layer: device.grow(layer, places=self.cached))
 
     def read(self, tokens_PT: np.ndarray, start: int, lengths_P: np.ndarray) -> None:
         """See `decode.read`."""
@@ -150,14 +149,22 @@ class Slots:
     def fill(self, slot_P: np.ndarray) -> None:
         """Puts the prompts that were read into slots (`rows` = nowhere)."""
         self.shapes.add(("fill", self.cached))
-        for number, layer in enumerate(self._layers):
-            self._layers[number] = device.fill(layer, self._reading, np.int32(number), slot_P)
+        self._each_layer(lambda number, layer: device.fill(layer, self._reading, np.int32(number), slot_P))
 
     def copy(self, source: int, slot: int) -> None:
         """Puts what a slot holds into another one too."""
         self.shapes.add(("copy", self.cached))
+        self._each_layer(lambda _, layer: device.copy_row(layer, np.int32(source), np.int32(slot)))
+
+    def _each_layer(self, change: Callable[[int, PyTree], PyTree]) -> None:
+        """Changes the cache layer by layer. On a mesh of CPU devices one program ends before the next starts: each
+        collective that is under way holds a thread of XLA's pool for every device, and when all threads are held by
+        some devices' parts, the others' parts never start."""
+        waits = self._mesh is not None and jax.default_backend() == "cpu"
         for number, layer in enumerate(self._layers):
-            self._layers[number] = device.copy_row(layer, np.int32(source), np.int32(slot))
+            self._layers[number] = change(number, layer)
+            if waits:
+                jax.block_until_ready(self._layers[number])
 
     def begin(self, held: Sequence[Held], slots: Sequence[int], requests: Sequence[Request]) -> None:
         """Draws the first tokens of answers to prompts that slots hold; see `decode.begin`."""
