@@ -115,7 +115,7 @@ def preference_config() -> ConfigDict:
     config.dpo.alpha = 0.0  # rdpo, dpop, cpo, orpo, slic: weight of the second term
     config.dpo.eta = 1.0  # rpo
     config.dpo.nll_weight = 0.0  # of the chosen completion's mean negative log-likelihood
-    config.dpo.skip_end = False  # leave the end-of-turn token out of the comparison
+    config.dpo.skip_eos = False  # leave the end-of-turn token out of the comparison
     config.dpo.reference = "cached"  # cached, memory, adapter (LoRA off), none
 
     config.kto = ConfigDict()
@@ -127,9 +127,9 @@ def preference_config() -> ConfigDict:
     config.reward.loss = "bradley_terry"  # algorithms/reward_model.py::LOSSES
     config.reward.head_init = "normal"  # normal (standard deviation 1 / sqrt(d_model + 1)), zeros
     config.reward.label_smoothing = 0.0  # smoothed_label: share of wrong labels
-    config.reward.centre = 0.0  # coefficient of (r_w + r_l)^2
+    config.reward.center = 0.0  # coefficient of (r_w + r_l)^2
     config.reward.margin_scale = 1.0  # margin: the data's margins times this
-    config.reward.normalise = "demonstrations"  # none, demonstrations (score 0), unit (mean 0, variance 1)
+    config.reward.normalize = "demonstrations"  # none, demonstrations (score 0), unit (mean 0, variance 1)
     config.reward.members = 1  # models in the ensemble
     config.reward.bootstrap = True  # each member has its own draw of the prompts
     return config
@@ -164,25 +164,25 @@ def online_config() -> ConfigDict:
     config.score = ConfigDict()
     config.score.functions = ()  # "module:function", each run in worker processes
     config.score.arguments = ""  # of functions, as JSON: {"module:function": {"argument": value}}
-    config.score.answers_per_call = 1  # of a function
+    config.score.completions_per_call = 1  # of a function
     config.score.models = ()  # MODELs with a score head
     config.score.weights = ()  # of the functions, then of the models; () = 1 each
-    config.score.join = (
+    config.score.aggregate = (
         "sum"  # of the weighted rewards; piecewise: Llama 2's, safety first, helpfulness second
     )
     config.score.safety_threshold = 0.15  # piecewise: a probability
-    config.score.normalise = (
+    config.score.normalize = (
         0  # gain and bias by this many answers of the starting policy (Ziegler: 256); 0 = off
     )
     config.score.gold_function = ""  # scores held-out answers as eval/gold; nothing is learnt from it
     config.score.gold_model = ""  # the same, by a reward model
-    config.score.combine = "mean"  # an ensemble's members: mean, min, uncertainty
+    config.score.ensemble = "mean"  # an ensemble's members: mean, min, uncertainty
     config.score.coefficient = 0.0  # uncertainty: of the variance
     config.score.free_tokens = 0
     config.score.per_token = 0.0  # taken off for each token beyond free_tokens
     config.score.clip = 0.0  # 0 = off
-    config.score.missing_end = "keep"  # an answer without an end token: keep, replace, penalise
-    config.score.missing_end_value = -1.0
+    config.score.missing_eos = "keep"  # an answer without an end token: keep, replace, penalize
+    config.score.missing_eos_value = -1.0
     config.score.seconds = 10.0  # that a function may take for an answer
     config.score.failure = (
         0.0  # in evaluations, of an answer that a function fails at; training leaves it out
@@ -277,7 +277,7 @@ def tiny_prompts(config: ConfigDict) -> ConfigDict:
     config.rollout.max_new_tokens = 8
     config.rollout.truncate_token, config.rollout.truncate_after = -1, 0
     config.score.functions, config.score.models = ("configs.tiny.rewards:share_of_e",), ()
-    config.score.normalise = 0  # a new model's answers hold no "e"
+    config.score.normalize = 0  # a new model's answers hold no "e"
     config.score.workers = 1
     if config.ppo.value not in ("policy", "shared"):
         config.ppo.value = "policy"

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 
 # They change how the answers are computed, or where things lie, not what the answers are; or, the last ones, they are
 # told by the hash of the prompts.

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from launch import entry
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 
 if TYPE_CHECKING:
-    from posttrain_jax.chat_template import ChatOptions
-    from posttrain_jax.load_model import LoadedModel
+    from posttrain_jax.data.chat_template import ChatOptions
+    from posttrain_jax.models.io.load import LoadedModel
     from posttrain_jax.sampling.choose import Sampling
 
 EXAMPLE = "python -m launch.chat --model=runs/smollm2"
@@ -46,8 +46,8 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> int:
     """Loads the model and talks until the input ends."""
     del argv
-    from posttrain_jax.chat_template import ChatOptions, read_variables
-    from posttrain_jax.load_model import load_model, require_language_model
+    from posttrain_jax.data.chat_template import ChatOptions, read_variables
+    from posttrain_jax.models.io.load import load_model, require_language_model
     from posttrain_jax.sampling.choose import Sampling
 
     given = flags.FLAGS
@@ -97,7 +97,7 @@ class Chat:
         seed: int,
         options: ChatOptions,
     ) -> None:
-        from posttrain_jax.models.tokenizer import stop_token_ids
+        from posttrain_jax.models.io.tokenizer import stop_token_ids
         from posttrain_jax.sampling.stream import Stream
 
         if loaded.tokenizer is None:

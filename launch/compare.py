@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags
 
 from launch import entry
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 
 EXAMPLE = "python -m launch.compare --a=runs/base-ifeval --b=runs/tuned-ifeval"
 

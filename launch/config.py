@@ -16,8 +16,21 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from posttrain_jax.errors import InputError, without_secrets
+from posttrain_jax.core.errors import InputError, without_secrets
 from posttrain_jax.models.config import LoraConfig
+
+# Keys of earlier versions, and what they are called now; the config.json of a run from before is read as such.
+RENAMED = {
+    "score.normalise": "score.normalize",
+    "score.join": "score.aggregate",
+    "score.combine": "score.ensemble",
+    "score.missing_end": "score.missing_eos",
+    "score.missing_end_value": "score.missing_eos_value",
+    "score.answers_per_call": "score.completions_per_call",
+    "reward.normalise": "reward.normalize",
+    "reward.centre": "reward.center",
+    "dpo.skip_end": "dpo.skip_eos",
+}
 
 
 def define(default: str | None = None) -> flags.FlagHolder:
@@ -45,6 +58,10 @@ def check_arguments(argv: Sequence[str]) -> None:
         if not name.startswith("config."):
             continue
         key = re.sub(r"\[\d+\]$", "", name.removeprefix("config."))
+        if key in RENAMED:
+            raise InputError(
+                f"The config key {key!r} is called {RENAMED[key]!r} now; write --config.{RENAMED[key]}=..."
+            )
         if key in known:
             _check_value(key, text, known[key])
             continue
@@ -186,14 +203,14 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "dpo.gamma": (0, math.inf),
     "dpo.eta": (0, math.inf),
     "dpo.nll_weight": (0, math.inf),
-    "reward.centre": (0, math.inf),
+    "reward.center": (0, math.inf),
     "reward.margin_scale": (0, math.inf),
     "rollout.batch_size": (0, math.inf),
     "rollout.truncate_after": (0, math.inf),
     "rollout.max_logp_difference": (0, math.inf),
-    "score.answers_per_call": (1, math.inf),
+    "score.completions_per_call": (1, math.inf),
     "score.clip": (0, math.inf),
-    "score.normalise": (0, math.inf),
+    "score.normalize": (0, math.inf),
     "stop.kl": (0, math.inf),
     "stop.entropy": (0, math.inf),
     "stop.repetition": (0, 1),
@@ -282,11 +299,11 @@ def changes(config: ConfigDict, workdir: Path, allowed: Sequence[str] = ()) -> l
       InputError: another key differs; names all that do, with both values, and what to do.
     """
     now = flatten(ConfigDict(resolve(config)))
-    from posttrain_jax.metrics import say
+    from posttrain_jax.core.log import log_on_host0
 
     before = _saved(workdir / "config.json")
     if before is None:
-        say(f"{workdir / 'config.json'} is gone; the run goes on with the config of this start.")
+        log_on_host0(f"{workdir / 'config.json'} is gone; the run goes on with the config of this start.")
         return []
     found = [
         Change(key, _plain(before.get(key)), _plain(now.get(key)))
@@ -315,6 +332,7 @@ def _saved(path: Path) -> dict[str, Any] | None:
         return None
     try:
         saved = flatten(ConfigDict(json.loads(path.read_text("utf-8"))))
+        saved = {RENAMED.get(key, key): value for key, value in saved.items()}
         if "score.arguments" in saved:  # an older run wrote them with their secrets
             saved["score.arguments"] = without_secrets(saved["score.arguments"])
         return saved
@@ -350,9 +368,9 @@ def _check_change(change: Change, config: ConfigDict) -> None:
 def write(resolved: dict[str, Any], workdir: Path, *, step: int = 0, changed: Sequence[Change] = ()) -> None:
     """Writes `config.json`, and what has changed from `step` on into `config_history.jsonl`."""
     if changed:
-        from posttrain_jax.metrics import say
+        from posttrain_jax.core.log import log_on_host0
 
-        say(f"From step {step} on another config: {'; '.join(change.text() for change in changed)}.")
+        log_on_host0(f"From step {step} on another config: {'; '.join(change.text() for change in changed)}.")
         values = {change.key: [change.before, change.now] for change in changed}
         line = {"step": step, "time": time.time(), "changes": values}
         with (workdir / "config_history.jsonl").open("a", encoding="utf-8") as file:

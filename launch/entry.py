@@ -17,7 +17,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from launch.config import check_arguments
-from posttrain_jax.errors import InputError, file_error, without_secrets
+from posttrain_jax.core.errors import InputError, file_error, without_secrets
 
 FOLDER_FLAGS = ("workdir", "out", "dir")
 """What entry points call the folder or file that they write."""
@@ -163,7 +163,7 @@ def set_up_jax() -> None:
     """
     import jax
 
-    from posttrain_jax.assets import cache_root
+    from posttrain_jax.core.cache import cache_root
 
     virtual = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     if virtual:

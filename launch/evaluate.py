@@ -19,14 +19,14 @@ from absl import flags
 
 from launch import config as config_flag
 from launch import entry
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
     from ml_collections import ConfigDict
 
     from posttrain_jax.evaluate.tasks import TaskResult
-    from posttrain_jax.load_model import LoadedModel
+    from posttrain_jax.models.io.load import LoadedModel
 
 EXAMPLE = (
     "python -m launch.evaluate --model=runs/smollm2 --config=configs/eval/held_out.py --out=runs/smollm2-eval"
@@ -60,8 +60,8 @@ def evaluate(name: str, config: ConfigDict, out: Path) -> dict[str, Any]:
     """
     import jax
 
-    from posttrain_jax.load_model import load_model
-    from posttrain_jax.sharding import make_mesh
+    from posttrain_jax.core.sharding import make_mesh
+    from posttrain_jax.models.io.load import load_model
 
     task = config.eval.task if "task" in config.eval else ""
     if task not in TASKS:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from launch import entry
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 
 if TYPE_CHECKING:
-    from posttrain_jax.load_model import LoadedModel
+    from posttrain_jax.models.io.load import LoadedModel
 
 EXAMPLE = "python -m launch.export --workdir=runs/smollm2 --out=exports/smollm2"
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     if given.workdir is None or given.out is None:
         raise InputError(f"--workdir and --out are needed; an example: {EXAMPLE}")
     entry.set_up_jax()
-    from posttrain_jax.models.hf_config import read_json
+    from posttrain_jax.models.io.hf_config import read_json
 
     out = Path(given.out).expanduser()
     step = export(
@@ -80,8 +80,8 @@ def export(
     Raises:
       InputError: no such run, step or member, a run without an adapter, or something in the folder already.
     """
-    from posttrain_jax.export_model import export_hf
-    from posttrain_jax.load_model import load_members, load_model, member_count, resolve
+    from posttrain_jax.models.io.export import export_hf
+    from posttrain_jax.models.io.load import load_members, load_model, member_count, resolve
 
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"--dtype={dtype} is not a type that can be exported; use float32 or bfloat16.")
@@ -130,10 +130,10 @@ def _refuse(out: Path, overwrite: bool, source: Path) -> None:
 
 def _export_adapter(loaded: LoadedModel, out: Path) -> None:
     """A PEFT folder, written beside `out` and renamed when whole."""
-    from posttrain_jax.export_model import put_in_place
-    from posttrain_jax.load_model import base_name
-    from posttrain_jax.models.peft import save_adapter
-    from posttrain_jax.models.tokenizer import save_tokenizer
+    from posttrain_jax.models.io.export import put_in_place
+    from posttrain_jax.models.io.load import base_name
+    from posttrain_jax.models.io.peft import save_adapter
+    from posttrain_jax.models.io.tokenizer import save_tokenizer
 
     if not loaded.lora.rank:
         raise InputError(f"--adapter_only: {loaded.source.name} has no LoRA adapter; leave the flag out.")

@@ -9,8 +9,8 @@ import sys
 
 from absl import app
 
-from posttrain_jax import assets
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.demo import assets
 
 
 def main(argv: list[str]) -> None:
@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
     if not names:
         for name, asset in assets.ASSETS.items():
             packages = ", ".join(dict.fromkeys(part.archive.requirement for part in asset.parts))
-            print(f"{name:26s}{asset.size / 1e6:8.1f} MB  {asset.licence}  ({packages})")
+            print(f"{name:26s}{asset.size / 1e6:8.1f} MB  {asset.license}  ({packages})")
         return
     try:
         for name in names:

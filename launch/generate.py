@@ -29,12 +29,12 @@ from absl import flags
 from launch import entry
 from launch.answer_file import append, options_path, put_in_order, take_up, write_description
 from launch.prompt_file import Prompt, encode, noise_id, read_prompts, say_prompts
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from posttrain_jax.load_model import LoadedModel
+    from posttrain_jax.models.io.load import LoadedModel
     from posttrain_jax.sampling.generate import GenerateOptions, Sample
 
 EXAMPLE = "python -m launch.generate --model=runs/smollm2 --prompts=prompts.jsonl --out=answers.jsonl"
@@ -145,11 +145,11 @@ def generate(options: Options) -> None:
     """
     import jax
 
-    from posttrain_jax.chat_template import ChatOptions, read_variables
-    from posttrain_jax.load_model import load_model, require_language_model
+    from posttrain_jax.core.sharding import make_mesh
+    from posttrain_jax.data.chat_template import ChatOptions, read_variables
+    from posttrain_jax.models.io.load import load_model, require_language_model
     from posttrain_jax.rewards.thoughts import prompt_opens_thought
     from posttrain_jax.sampling.generate import generate_as_finished
-    from posttrain_jax.sharding import make_mesh
 
     _asked(options, stop_token_ids=(), bad_words=())  # refuses bad options before the model is read
     prompts = read_prompts(options.prompts, text_as=options.text_as, ignore_columns=options.ignore_columns)
@@ -237,7 +237,7 @@ def _asked(
 def _asked_of(loaded: LoadedModel, options: Options) -> GenerateOptions:
     """The options with what the model's tokenizer makes of them. A bad word is banned at the start of a word too,
     where many tokenizers write it with the space before it."""
-    from posttrain_jax.models.tokenizer import stop_token_ids
+    from posttrain_jax.models.io.tokenizer import stop_token_ids
 
     tokenizer = loaded.tokenizer
     words = set()

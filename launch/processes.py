@@ -19,7 +19,7 @@ from pathlib import Path
 
 from launch import entry
 from launch.held_stderr import SENTENCE
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 
 _OF_PEERS = re.compile(
     r"gloo|nccl|coordination|heartbeat|barrier|by peer|UNAVAILABLE|DEADLINE_EXCEEDED", re.IGNORECASE

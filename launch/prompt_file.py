@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
-    from posttrain_jax.chat_template import ChatOptions
+    from posttrain_jax.data.chat_template import ChatOptions
     from posttrain_jax.data.prompt_rows import PromptRow
 
 

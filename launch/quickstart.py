@@ -15,9 +15,9 @@ from absl import flags
 
 from launch import entry, train
 from launch.config import load_file
-from posttrain_jax.assets import fetch
-from posttrain_jax.errors import InputError
-from posttrain_jax.export_model import export_hf
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.demo.assets import fetch
+from posttrain_jax.models.io.export import export_hf
 
 EXAMPLE = "python -m launch.quickstart"
 CONFIG = "configs/sft/smollm2_135m.py"
@@ -84,7 +84,7 @@ def _require_complete(workdir: Path) -> None:
 
 
 def _export(workdir: Path, folder: Path) -> None:
-    from posttrain_jax.load_model import load_model
+    from posttrain_jax.models.io.load import load_model
 
     loaded = load_model(str(workdir))
     export_hf(

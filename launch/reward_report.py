@@ -1,7 +1,7 @@
 """How good is a reward model? Accuracy, calibration, length bias and raters, on data like its training data and others.
 
 --model is the workdir of a reward model's run or of an ensemble, or a Hugging Face ...ForSequenceClassification.
-Without --data the split `in_distribution` is what a workdir's run held out, tokenised as it did; with --data it is
+Without --data the split `in_distribution` is what a workdir's run held out, tokenized as it did; with --data it is
 those rows, or with --held_out=split:60 --seed=0 the part of them that a run with that seed would have held out.
 --out_of_distribution=NAME=DATA,... are further splits. Only comparisons count (see `posttrain_jax/data/preferences.py`
 for the formats). Where a completion does not fit into --max_length, a workdir's run says what happens (data.truncate);
@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from launch import entry
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 
 if TYPE_CHECKING:
     from posttrain_jax.data.preference_groups import PreferenceData
     from posttrain_jax.evaluate.own_data import HeldOutData
-    from posttrain_jax.load_model import LoadedModel
+    from posttrain_jax.models.io.load import LoadedModel
 
 EXAMPLE = (
     "python -m launch.reward_report --model=runs/reward --out=runs/reward-report "
@@ -104,13 +104,13 @@ def report(options: Options) -> dict[str, Any]:
     Raises:
       InputError: a bad flag, a language model, data that cannot be read or hold no comparison.
     """
+    from posttrain_jax.build.data import share_prompt
+    from posttrain_jax.core.sharding import make_mesh, shard_multiple
     from posttrain_jax.evaluate.own_data import run_config
     from posttrain_jax.evaluate.reward_report import reward_report
     from posttrain_jax.evaluate.reward_report_files import write_report, write_rows
     from posttrain_jax.evaluate.score_pairs import Combination, score_pairs
-    from posttrain_jax.experiment_data import share_prompt
-    from posttrain_jax.load_model import load_members
-    from posttrain_jax.sharding import make_mesh, shard_multiple
+    from posttrain_jax.models.io.load import load_members
 
     combination = Combination(options.combine, options.coefficient)
     if options.batch_rows < 1:
@@ -266,17 +266,17 @@ def read_splits(
     first: HeldOutData,
     further: dict[str, str],
 ) -> dict[str, PreferenceData]:
-    """The data of every split, by its name, tokenised by the model's tokenizer and, of a workdir, by the run's rules.
+    """The data of every split, by its name, tokenized by the model's tokenizer and, of a workdir, by the run's rules.
 
     Raises:
       InputError: the model has no tokenizer, or data cannot be read.
     """
+    from posttrain_jax.build.data import data_spec, tokenize_options
     from posttrain_jax.data.split import hold_out, split_amount
     from posttrain_jax.data.tokenized import TokenizeOptions
     from posttrain_jax.data.tokenized_preferences import build_preferences
     from posttrain_jax.evaluate.own_data import run_chat
     from posttrain_jax.evaluate.tasks import need_tokenizer
-    from posttrain_jax.experiment_data import data_spec, tokenize_options
 
     tokenizer = need_tokenizer(loaded)
     # The run's chat template is its tokenizer's by now.

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from launch import entry
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 
 if TYPE_CHECKING:
-    from posttrain_jax.load_model import LoadedModel
+    from posttrain_jax.models.io.load import LoadedModel
     from posttrain_jax.sampling.engine import Engine
     from posttrain_jax.serving.orders import Limits
 
@@ -250,8 +250,8 @@ def load(options: Options) -> LoadedModel:
     """
     import jax
 
-    from posttrain_jax.load_model import load_model, require_language_model
-    from posttrain_jax.sharding import make_mesh
+    from posttrain_jax.core.sharding import make_mesh
+    from posttrain_jax.models.io.load import load_model, require_language_model
 
     alone = (jax.device_count(), options.fsdp, options.tensor) == (1, 1, 1)
     mesh = None if alone else make_mesh(data=-1, fsdp=options.fsdp, tensor=options.tensor)
@@ -268,7 +268,7 @@ def limits_of(loaded: LoadedModel, options: Options) -> Limits:
     Raises:
       InputError: --max_model_len is more than the model's context, or --max_logprobs more than its vocabulary.
     """
-    from posttrain_jax.models.tokenizer import stop_token_ids
+    from posttrain_jax.models.io.tokenizer import stop_token_ids
     from posttrain_jax.serving.orders import Limits
 
     context, vocabulary = loaded.config.max_length, loaded.config.vocab_size
@@ -293,7 +293,7 @@ def limits_of(loaded: LoadedModel, options: Options) -> Limits:
 
 def make_engine(loaded: LoadedModel, options: Options, *, places: int) -> Engine:
     """An engine that can do what requests may ask for, with its programs compiled, so that no request waits for one."""
-    from posttrain_jax.models.tokenizer import stop_token_ids
+    from posttrain_jax.models.io.tokenizer import stop_token_ids
     from posttrain_jax.sampling.choose import Needs
     from posttrain_jax.sampling.engine import Engine
     from posttrain_jax.serving.bodies import MOST_STOPS

@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 
 from launch import config as config_flag
 from launch import entry, processes
-from posttrain_jax.errors import InputError
-from posttrain_jax.preemption import asked_to_end
-from posttrain_jax.types import Task
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.types import Task
+from posttrain_jax.run.preemption import asked_to_end
 
 EXAMPLE = "python -m launch.train --config=configs/sft/smollm2_135m.py --workdir=runs/smollm2"
 
@@ -86,7 +86,7 @@ def run(config: ConfigDict, workdir: Path, *, allowed: Sequence[str] = ()) -> No
     Raises:
       InputError: anything wrong with config, model or data; another run is in the workdir.
     """
-    from posttrain_jax.workdir import locked
+    from posttrain_jax.core.workdir import locked
 
     known = algorithms()
     if config.algorithm not in known:
@@ -107,8 +107,8 @@ def _run(
 ) -> None:
     import jax
 
-    from posttrain_jax.train_loop import LoopOptions, train
-    from posttrain_jax.workdir import completed_steps
+    from posttrain_jax.core.workdir import completed_steps
+    from posttrain_jax.run.loop import LoopOptions, train
 
     config_flag.check_values(config)
     config_flag.check_allowed(config, allowed)

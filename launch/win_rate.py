@@ -30,7 +30,7 @@ from launch.answer_file import options_path
 from launch.evaluate import show_progress
 from launch.generate import file_sha256
 from launch.prompt_file import Prompt, read_prompts
-from posttrain_jax.errors import InputError, without_secrets
+from posttrain_jax.core.errors import InputError, without_secrets
 
 if TYPE_CHECKING:
     from posttrain_jax.data.sources import Row
@@ -166,7 +166,7 @@ def is_reward_judge(options: Options) -> bool:
     Raises:
       InputError: there is no such model, or it has a name as on a server.
     """
-    from posttrain_jax.load_model import is_reward_model, resolve
+    from posttrain_jax.models.io.load import is_reward_model, resolve
 
     if options.judge.startswith(URLS):
         return False
@@ -183,10 +183,10 @@ def judge_by_scores(options: Options, pairs: list[Pair], out: Path) -> Judged:
     Raises:
       InputError: a bad flag, or an answer that cannot be scored.
     """
+    from posttrain_jax.core.sharding import make_mesh
     from posttrain_jax.evaluate.judge_reward import judge_by_reward
     from posttrain_jax.evaluate.score_pairs import Combination
-    from posttrain_jax.load_model import load_members
-    from posttrain_jax.sharding import make_mesh
+    from posttrain_jax.models.io.load import load_members
 
     if options.batch_rows < 1:
         raise InputError(f"--batch_rows is {options.batch_rows}; it must be at least 1.")
@@ -224,9 +224,9 @@ def make_judge(options: Options) -> Judge:
         )
     import jax
 
+    from posttrain_jax.core.sharding import make_mesh
     from posttrain_jax.evaluate.judge_model import ModelJudge
-    from posttrain_jax.load_model import load_model
-    from posttrain_jax.sharding import make_mesh
+    from posttrain_jax.models.io.load import load_model
 
     mesh = make_mesh() if jax.device_count() > 1 else None
     loaded = load_model(options.judge, dtype=options.dtype, param_dtype=options.dtype, mesh=mesh)
@@ -234,7 +234,7 @@ def make_judge(options: Options) -> Judge:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class Completion:
     """One row of answers: where it stands, its text without the thought, and what was asked."""
 
     where: str
@@ -278,7 +278,7 @@ def read_pairs(options: Options) -> list[Pair]:
     return pairs
 
 
-def read_answers(path: str, prompts: str) -> dict[Key, Answer]:
+def read_answers(path: str, prompts: str) -> dict[Key, Completion]:
     """The answers of a file, by id and sample.
 
     Args:
@@ -296,7 +296,7 @@ def read_answers(path: str, prompts: str) -> dict[Key, Answer]:
     if not Path(path).expanduser().is_file():
         raise InputError(f"{path}: there is no such file; give one that launch.generate wrote.")
     asked: dict[str | int, Prompt] | None = None
-    answers: dict[Key, Answer] = {}
+    answers: dict[Key, Completion] = {}
     for row in read_rows(path):
         where = f"{row.source}:{row.line}"
         try:
@@ -317,7 +317,7 @@ def read_answers(path: str, prompts: str) -> dict[Key, Answer]:
         messages = prompt.row.get("messages")
         words = prompt.row["prompt"] if messages is None else messages
         in_thought = in_thought or (isinstance(words, str) and opens_thought(words))
-        answers[key] = Answer(where, without_thinking(text, in_thought=in_thought), request, words)
+        answers[key] = Completion(where, without_thinking(text, in_thought=in_thought), request, words)
     return answers
 
 

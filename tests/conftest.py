@@ -32,8 +32,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import jax
 import pytest
 
-from posttrain_jax import assets
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.demo import assets
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The pools are made here; processes that tests start, on one device mostly, have pools of their own size.

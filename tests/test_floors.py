@@ -12,43 +12,23 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 FLOORS = {
     "posttrain_jax": 0,  # the package's __init__: it imports nothing at import time
-    "posttrain_jax.errors": 0,
-    "posttrain_jax.types": 0,
-    "posttrain_jax.masking": 0,
-    "posttrain_jax.asset_rows": 0,
-    "posttrain_jax.trees": 0,
-    "posttrain_jax.stop_rules": 0,
-    "posttrain_jax.template_sandbox": 0,
-    "posttrain_jax.memory_maps": 0,
+    "posttrain_jax.core": 0,
     "posttrain_jax.losses": 1,
-    "posttrain_jax.sharding": 1,
-    "posttrain_jax.optim": 1,
-    "posttrain_jax.assets": 1,
-    "posttrain_jax.chat_template": 1,
-    "posttrain_jax.workdir": 1,
-    "posttrain_jax.preemption": 1,
+    "posttrain_jax.data": 1,
+    "posttrain_jax.demo": 1,
+    "posttrain_jax.run": 1,
     "posttrain_jax.models": 2,
-    "posttrain_jax.data": 2,
-    "posttrain_jax.checkpoint": 2,
-    "posttrain_jax.metrics": 2,
-    "posttrain_jax.samples_page": 2,
-    "posttrain_jax.load_model": 3,
-    "posttrain_jax.export_model": 3,
-    "posttrain_jax.completions": 3,
-    "posttrain_jax.experiment_data": 3,
-    "posttrain_jax.sampling": 3,
-    "posttrain_jax.rewards": 3,
-    "posttrain_jax.reference": 4,
-    "posttrain_jax.loaded": 4,
-    "posttrain_jax.rollouts": 4,
-    "posttrain_jax.experiment": 4,
-    "posttrain_jax.serving": 4,
-    "posttrain_jax.algorithms": 5,
-    "posttrain_jax.evaluate": 5,
-    "posttrain_jax.train_loop": 6,
-    "configs": 7,
-    "launch": 7,
-    "experiments": 8,
+    "posttrain_jax.forward": 3,
+    "posttrain_jax.sampling": 4,
+    "posttrain_jax.rewards": 5,
+    "posttrain_jax.serving": 5,
+    "posttrain_jax.rollouts": 6,
+    "posttrain_jax.build": 7,
+    "posttrain_jax.algorithms": 8,
+    "posttrain_jax.evaluate": 8,
+    "configs": 9,
+    "launch": 9,
+    "experiments": 10,
 }
 PACKAGES = ("posttrain_jax", "configs", "launch", "experiments")
 FORBIDDEN_NAMES = {"utils", "util", "misc", "common", "helpers", "helper"}
@@ -88,7 +68,7 @@ def imports_of(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[i
                 here = module.split(".")
                 up = here[: len(here) - node.level + (1 if is_package else 0)]
                 base = ".".join([*up, base] if base else up)
-            # `from posttrain_jax import optim` names a room in its alias.
+            # `from posttrain_jax import run` names a room in its alias.
             for alias in node.names:
                 yield node.lineno, f"{base}.{alias.name}" if base in PACKAGES else base
 
@@ -146,12 +126,12 @@ def test_importing_the_package_loads_no_room():
     ("module", "source", "reason"),
     [
         ("posttrain_jax.losses.dpo", "from posttrain_jax.models import transformer", "looks up"),
-        ("posttrain_jax.data.loader", "from posttrain_jax import checkpoint", "share floor 2"),
+        ("posttrain_jax.data.loader", "from posttrain_jax.run import checkpoint", "share floor 1"),
         ("posttrain_jax.data.loader", "def f():\n    import jax.numpy as jnp", "host NumPy"),
-        ("posttrain_jax.optim", "import flax.linen as nn", "inside posttrain_jax/models only"),
-        ("posttrain_jax.algorithms.sft", "from .. import train_loop", "looks up"),
-        ("posttrain_jax.train_loop", "import launch.train", "looks up"),
-        ("posttrain_jax.algorithms.sft", "from ..evaluate import loss", "share floor 5"),
+        ("posttrain_jax.core.optim", "import flax.linen as nn", "inside posttrain_jax/models only"),
+        ("posttrain_jax.build.data", "from ..algorithms import sft", "looks up"),
+        ("posttrain_jax.run.loop", "import launch.train", "looks up"),
+        ("posttrain_jax.algorithms.sft", "from ..evaluate import loss", "share floor 8"),
         ("posttrain_jax.attic.thing", "", "does not place"),
     ],
 )
@@ -163,11 +143,11 @@ def test_the_rules_bite(module, source, reason):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("posttrain_jax.models.gguf", "from posttrain_jax.models.config import ModelConfig\nimport flax"),
-        ("posttrain_jax.masking", "from posttrain_jax.types import Array"),
+        ("posttrain_jax.models.io.gguf", "from posttrain_jax.models.config import ModelConfig\nimport flax"),
+        ("posttrain_jax.core.masking", "from posttrain_jax.core.types import Array"),
         ("launch.train", "from configs.sft import smollm2_135m"),
         ("experiments.bench.sft", "import launch.train, torch"),
-        ("posttrain_jax.train_loop", "from posttrain_jax import checkpoint, metrics"),
+        ("posttrain_jax.run.loop", "from posttrain_jax.run import checkpoint, metrics"),
     ],
 )
 def test_the_rules_allow(module, source):

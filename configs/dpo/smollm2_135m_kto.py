@@ -1,4 +1,4 @@
-"""KTO on SmolLM2-135M-Instruct with the 300 labelled completions of kto_en_demo.
+"""KTO on SmolLM2-135M-Instruct with the 300 labeled completions of kto_en_demo.
 
 Paper: KTO (arXiv:2402.01306): beta 0.1, lambda_D = lambda_U = 1 for as many good as bad examples, AdamW at 5e-6.
 Data: the demo file of LLaMA-Factory. Assets: `python -m launch.fetch smollm2-135m-instruct kto_en_demo`.
@@ -24,7 +24,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.max_length = 1024
     config.data.truncate = "drop"
     config.train.epochs = 1.0
-    config.train.rows_per_step = 8  # labelled completions
+    config.train.rows_per_step = 8  # labeled completions
     config.train.micro_rows = 1
     config.optim.lr = 5e-6
     config.optim.schedule = "linear"

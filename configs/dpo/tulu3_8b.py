@@ -1,4 +1,4 @@
-"""Tulu 3 8B: length-normalised DPO.
+"""Tulu 3 8B: length-normalized DPO.
 
 Paper: Tulu 3 (arXiv:2411.15124, section 5; open-instruct's docs/tulu3.md): beta 5 on mean log-ratios per token,
 learning rate 5e-7 (70B: 2e-7), linear with 10 % warm-up, 128 pairs a step, sequences up to 2,048 tokens, one epoch.

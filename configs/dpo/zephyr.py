@@ -1,7 +1,7 @@
 """Zephyr-7B-beta: distilled DPO.
 
 Paper: Zephyr (arXiv:2310.16944, section 4): beta 0.1, peak learning rate 5e-7, linear with 10 % warm-up, 32 pairs a
-step, 3 epochs, on UltraFeedback binarised, from a Mistral-7B fine-tuned on UltraChat.
+step, 3 epochs, on UltraFeedback binarized, from a Mistral-7B fine-tuned on UltraChat.
 Command: python -m launch.train --config=configs/dpo/zephyr.py --workdir=runs/zephyr
 Variant: `:tiny` (seconds, no download). Not run on its own model and data by us.
 """

@@ -1,7 +1,7 @@
 """Held-out loss and perplexity, per token and per sequence, with 95 % bootstrap intervals over sequences.
 
 Command: python -m launch.evaluate --model=MODEL --config=configs/eval/held_out.py --out=DIR
-Where data.train and data.eval are "", a workdir is evaluated on the rows that its run held out, tokenised as it did;
+Where data.train and data.eval are "", a workdir is evaluated on the rows that its run held out, tokenized as it did;
 any other MODEL on the 99 rows that configs/sft/smollm2_135m.py holds out of alpaca_en_demo (about a minute for
 SmolLM2-135M on 2 CPU cores). What is read is printed first. Variants: `:tiny` (seconds, no download).
 """

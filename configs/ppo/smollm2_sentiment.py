@@ -1,4 +1,4 @@
-"""PPO on SmolLM2-135M-Instruct: continue the openings of film reviews so that a classifier finds them favourable.
+"""PPO on SmolLM2-135M-Instruct: continue the openings of film reviews so that a classifier finds them favorable.
 
 Paper: Ziegler et al. 2019 (arXiv:1909.08593), section 3.1.1, the mock sentiment task: 24 tokens, temperature 0.7, beta
 0.15 with target 6 and horizon 10,000, 4 epochs, advantages and rewards whitened, value coefficient 0.1, one network for

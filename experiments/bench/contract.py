@@ -28,7 +28,7 @@ class Settings:
 
     Attributes:
       rows: the folder that `prepare.py` wrote.
-      steps: optimiser steps; the first `warmup` are not in the rates.
+      steps: optimizer steps; the first `warmup` are not in the rates.
       rows_per_step: rows (packed, or one sequence each) in a step.
       lora_rank: 0 = full fine-tuning; else adapters on all seven linear layers, alpha = 2 * rank.
       lr: constant learning rate; weight decay 0, gradient clipping at norm 1, AdamW (0.9, 0.999).

@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments.bench.generation_contract import Work, load_prompts, serve
 from launch.entry import set_up_jax
-from posttrain_jax.load_model import load_model
+from posttrain_jax.models.io.load import load_model
 from posttrain_jax.sampling.choose import Sampling
 from posttrain_jax.sampling.generate import GenerateOptions, generate
 

@@ -136,7 +136,7 @@ class Summary:
     seconds_to_first_step: float
 
 
-def summarise(runs: list[Run]) -> Summary:
+def summarize(runs: list[Run]) -> Summary:
     """Medians over runs."""
     rates = [per_second(run, run.pairs) for run in runs]
     median = statistics.median(rates)
@@ -158,7 +158,7 @@ def fastest(summaries: dict[str, Summary], *, torch: bool) -> str | None:
 
 def ratio_lines(setting: str, sides: dict[str, list[Run]]) -> list[str]:
     """How posttrain_jax stands to TRL, each at its fastest; the speed is the median of the rounds' ratios."""
-    summaries = {name: summarise(runs) for name, runs in sides.items() if runs}
+    summaries = {name: summarize(runs) for name, runs in sides.items() if runs}
     ours, theirs = fastest(summaries, torch=False), fastest(summaries, torch=True)
     if ours is None or theirs is None:
         return []
@@ -239,7 +239,7 @@ def report(runs: Runs, about: dict[str, Any]) -> str:
     for setting, sides in runs.items():
         for name, done in sides.items():
             if done:
-                row = summarise(done)
+                row = summarize(done)
                 lines.append(
                     f"| {TITLES[setting]} | {SIDES[name].label} | {row.pairs_per_second:.3f} "
                     f"| {100 * row.spread:.0f} % | {row.tokens_per_second:.1f} | {row.places_per_pair:.0f} "

@@ -32,7 +32,7 @@ class Settings:
     Attributes:
       rows: the folder that `preferences_prepare.py` wrote.
       setting: "dpo" (beta 0.1, sigmoid loss) or "reward_model" (Bradley-Terry, the head of `head.npy`).
-      steps: optimiser steps, AdamW (0.9, 0.999), constant learning rate, no weight decay, clipping at norm 1.
+      steps: optimizer steps, AdamW (0.9, 0.999), constant learning rate, no weight decay, clipping at norm 1.
       pairs_per_step: in file order, from `first` on, and from the start again after the last.
       first: where the first step begins.
       threads: how many CPU threads the side may use.

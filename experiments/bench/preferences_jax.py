@@ -27,16 +27,16 @@ from experiments.bench.preferences_contract import (
 from experiments.bench.preferences_prepare import load_source
 from launch.entry import set_up_jax
 from posttrain_jax.algorithms import dpo, reward_model
+from posttrain_jax.build.data import share_prompt
+from posttrain_jax.build.experiment import init_state
+from posttrain_jax.core.optim import make_optimizer, make_schedule
+from posttrain_jax.core.sharding import batch_sharding, jit_step, make_mesh, put_batch
+from posttrain_jax.core.types import Metric, PreferenceBatch, PyTree
 from posttrain_jax.data.preference_groups import PreferenceData, PreferenceSource
 from posttrain_jax.data.preference_rows import PreferenceRows, RowShape, row_shape
-from posttrain_jax.experiment import init_state
-from posttrain_jax.experiment_data import share_prompt
-from posttrain_jax.load_model import load_model
+from posttrain_jax.forward.reference import reference_logps
+from posttrain_jax.models.io.load import load_model
 from posttrain_jax.models.transformer import Model, make_model
-from posttrain_jax.optim import make_optimizer, make_schedule
-from posttrain_jax.reference import reference_logps
-from posttrain_jax.sharding import batch_sharding, jit_step, make_mesh, put_batch
-from posttrain_jax.types import Metric, PreferenceBatch, PyTree
 
 DPO = dpo.Options(
     loss="dpo",
@@ -46,12 +46,12 @@ DPO = dpo.Options(
     alpha=0.0,
     eta=1.0,
     nll_weight=0.0,
-    skip_end=False,
+    skip_eos=False,
 )
 REWARD = reward_model.Options(
     loss="bradley_terry",
     label_smoothing=0.0,
-    centre=0.0,
+    center=0.0,
     margin_scale=1.0,
     members=1,
     bootstrap=False,

@@ -18,13 +18,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from experiments.bench.preferences_contract import Pair
-from posttrain_jax import assets
 from posttrain_jax.data.preference_groups import Group, PreferenceSource
 from posttrain_jax.data.tokenized import TokenizeOptions
 from posttrain_jax.data.tokenized_preferences import build_preferences
-from posttrain_jax.export_model import export_hf
-from posttrain_jax.load_model import load_model
-from posttrain_jax.models.tokenizer import load_tokenizer
+from posttrain_jax.demo import assets
+from posttrain_jax.models.io.export import export_hf
+from posttrain_jax.models.io.load import load_model
+from posttrain_jax.models.io.tokenizer import load_tokenizer
 
 SEED = 0
 

@@ -82,7 +82,7 @@ class StepTimes(transformers.TrainerCallback):
         self.recorder.start()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """The optimiser has stepped."""
+        """The optimizer has stepped."""
         count = self.trainer.args.gradient_accumulation_steps
         margins = self.trainer._metrics["train"][self.margin][-count:]
         totals = self.trainer.totals

@@ -15,10 +15,10 @@ import tempfile
 
 import numpy as np
 
-from posttrain_jax import assets
 from posttrain_jax.data import packing, tokenized
-from posttrain_jax.export_model import export_hf
-from posttrain_jax.load_model import load_model
+from posttrain_jax.demo import assets
+from posttrain_jax.models.io.export import export_hf
+from posttrain_jax.models.io.load import load_model
 
 SEED = 0
 

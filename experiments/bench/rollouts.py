@@ -27,10 +27,10 @@ import numpy as np
 from experiments.bench.preferences import call
 from experiments.bench.rollouts_contract import EPOCHS, SETTINGS, Run
 from experiments.bench.sft import HERE, ROOT, circumstances, make_torch_environment, positive
-from posttrain_jax import assets
 from posttrain_jax.data.sources import read_rows
-from posttrain_jax.export_model import export_hf
-from posttrain_jax.load_model import load_model
+from posttrain_jax.demo import assets
+from posttrain_jax.models.io.export import export_hf
+from posttrain_jax.models.io.load import load_model
 
 WARMUP = 1
 BAR = 2.0
@@ -190,7 +190,7 @@ def report(runs: Runs, about: dict[str, Any]) -> str:
             lines.append(
                 f"| {TITLES[setting]} | {name} | {median_of(done):.3f} "
                 f"| {100 * (max(rates) - min(rates)) / median_of(done):.0f} % "
-                f"| {statistics.median(run.answer_tokens[-1] for run in done):.1f} "
+                f"| {statistics.median(run.completion_tokens[-1] for run in done):.1f} "
                 f"| {statistics.median(run.peak_rss_bytes for run in done) / 1e9:.2f} "
                 f"| {statistics.median(run.seconds_to_first for run in done):.1f} | {parts_of(done)} |"
             )

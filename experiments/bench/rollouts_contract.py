@@ -89,7 +89,7 @@ class Run:
     Attributes:
       side, setting, together: which.
       episodes: answers.
-      answer_tokens: mean tokens of an answer.
+      completion_tokens: mean tokens of an answer.
       seconds: from the end of the iteration before (for the first: the start of the loop) to the end of this one.
       kl: mean over the answers of sum log pi - log pi_ref; 0 in the first iteration.
       parts: seconds of each part of an iteration, by name, where the side tells them apart.
@@ -102,7 +102,7 @@ class Run:
     setting: str
     together: int
     episodes: list[int]
-    answer_tokens: list[float]
+    completion_tokens: list[float]
     seconds: list[float]
     kl: list[float]
     parts: dict[str, list[float]]
@@ -141,10 +141,10 @@ class Recorder:
         """Call right before the first iteration."""
         self._loop_start = time.time()
 
-    def iteration(self, *, answer_tokens: float, kl: float, parts: dict[str, float]) -> None:
+    def iteration(self, *, completion_tokens: float, kl: float, parts: dict[str, float]) -> None:
         """Call when an iteration's results are there."""
         self._ends.append(time.time())
-        self._answer_tokens.append(answer_tokens)
+        self._answer_tokens.append(completion_tokens)
         self._kl.append(kl)
         for name, seconds in parts.items():
             self._parts.setdefault(name, []).append(round(seconds, 3))
@@ -158,7 +158,7 @@ class Recorder:
             setting=settings.setting,
             together=settings.together,
             episodes=[settings.prompts * settings.samples] * len(self._ends),
-            answer_tokens=self._answer_tokens,
+            completion_tokens=self._answer_tokens,
             seconds=[round(b - a, 3) for a, b in itertools.pairwise(times)],
             kl=self._kl,
             parts=self._parts,

@@ -13,7 +13,7 @@ from configs.base import online_config
 from experiments.bench.rollouts_contract import BETA, CLIP, EPOCHS, LR, Recorder, Settings, parse_settings
 from launch.entry import set_up_jax
 from posttrain_jax.algorithms import ppo, rloo
-from posttrain_jax.types import Metrics
+from posttrain_jax.core.types import Metrics
 
 PARTS = {
     "generate": "train/seconds_generate",
@@ -68,7 +68,7 @@ def main() -> None:
             state, metrics = task.train_step(state, task.put(next(task.rows).arrays))
             jax.block_until_ready(state)
             recorder.iteration(
-                answer_tokens=value(metrics, "train/answer_tokens"),
+                completion_tokens=value(metrics, "train/completion_tokens"),
                 kl=value(metrics, "train/kl"),
                 parts={part: value(metrics, name) for part, name in PARTS.items()},
             )

@@ -64,7 +64,7 @@ class Iterations(transformers.TrainerCallback):
         """An iteration's metrics come right before or after its end; `total` comes at the very end."""
         if logs and self.names["kl"] in logs:
             length = float(logs.get(self.names["length"], self.new_tokens))
-            self.recorder.iteration(answer_tokens=length, kl=float(logs[self.names["kl"]]), parts={})
+            self.recorder.iteration(completion_tokens=length, kl=float(logs[self.names["kl"]]), parts={})
 
 
 def run_ppo(settings: Settings, recorder: Recorder, folder: str) -> None:

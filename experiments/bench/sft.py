@@ -164,7 +164,7 @@ class Summary:
     spread: float
 
 
-def summarise(runs: list[dict[str, Any]]) -> Summary:
+def summarize(runs: list[dict[str, Any]]) -> Summary:
     """Medians; `spread` is (largest - smallest) / median of the real tokens per second."""
 
     def rate(run: dict[str, Any], key: str) -> float:
@@ -216,7 +216,7 @@ def loss_check(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 def report(runs: dict[str, list[dict[str, Any]]], about: dict[str, Any]) -> str:
     """The Markdown text."""
-    summaries = {name: summarise(of_side) for name, of_side in runs.items() if of_side}
+    summaries = {name: summarize(of_side) for name, of_side in runs.items() if of_side}
     rounds = min(len(of_side) for of_side in runs.values())
     lines = [
         f"SFT of {about['model']} on {about['data']}, {about['rows_per_step']} rows of at most {about['max_length']} "
@@ -295,7 +295,7 @@ def main() -> None:
             run = run_side(SIDES[name], flags, rows, torch_python)
             runs[name].append(run)
             versions |= run["versions"]
-            rate = summarise([run]).real_per_second
+            rate = summarize([run]).real_per_second
             print(f"round {number + 1}/{flags.rounds}  {name:18s} {rate:8.1f} real tokens/s", flush=True)
         about["versions"] = ", ".join(f"{package} {version}" for package, version in sorted(versions.items()))
         stored = json.dumps({"about": about, "runs": runs}, indent=1)

@@ -13,12 +13,12 @@ import numpy as np
 from experiments.bench.contract import Recorder, load_packed, parse_settings
 from launch.entry import set_up_jax
 from posttrain_jax.algorithms import sft
-from posttrain_jax.load_model import load_model
+from posttrain_jax.core.optim import make_optimizer, make_schedule
+from posttrain_jax.core.sharding import batch_sharding, jit_step, make_mesh, put_batch
+from posttrain_jax.core.trees import combine, partition
 from posttrain_jax.models.config import LoraConfig
+from posttrain_jax.models.io.load import load_model
 from posttrain_jax.models.transformer import make_model
-from posttrain_jax.optim import make_optimizer, make_schedule
-from posttrain_jax.sharding import batch_sharding, jit_step, make_mesh, put_batch
-from posttrain_jax.trees import combine, partition
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ class StepTimes(transformers.TrainerCallback):
         self.recorder.start()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """The optimiser has stepped."""
+        """The optimizer has stepped."""
         assert self.trainer is not None
         self.recorder.step(loss=self.trainer.last_loss, real=self.trainer.real, trained=self.trainer.trained)
 

@@ -18,11 +18,11 @@ from ml_collections import ConfigDict
 
 from experiments.training import read_lines, train, write_result
 from launch.entry import set_up_jax
-from posttrain_jax.completions import map_completions, policy_logps_of
+from posttrain_jax.build.data import preferences_from_config
+from posttrain_jax.build.experiment import mesh_from_config, micro_batches, model_spec_from_config, seed_key
 from posttrain_jax.evaluate.statistics import Estimate, bootstrap_counts, interval
-from posttrain_jax.experiment import mesh_from_config, micro_batches, policy_from_config, seed_key
-from posttrain_jax.experiment_data import preferences_from_config
-from posttrain_jax.load_model import load_model
+from posttrain_jax.forward.completions import map_completions, policy_logps_of
+from posttrain_jax.models.io.load import load_model
 
 HERE = Path(__file__).resolve().parent
 CONFIG = "configs/dpo/smollm2_135m_kto.py"
@@ -60,7 +60,7 @@ def record(workdir: Path) -> dict[str, Any]:
 def held_out_rewards(config: ConfigDict, workdir: Path) -> tuple[np.ndarray, np.ndarray]:
     """The rewards of the held-out completions that are good, and of those that are bad, in nats times beta."""
     mesh = mesh_from_config(config)
-    policy = policy_from_config(config)
+    policy = model_spec_from_config(config)
     model = policy.model
     data = preferences_from_config(config, policy.tokenizer, workdir, attention=model.module.implementation)
     assert data.held_out is not None  # the config holds some out

@@ -17,7 +17,7 @@ from experiments.training import read_lines, train, write_result
 HERE = Path(__file__).resolve().parent
 CONFIG = "configs/ppo/smollm2_sentiment.py"
 SHOWN = 6  # prompts in samples.md
-WATCHED = ("score", "kl", "entropy", "clip_fraction", "explained_variance", "answer_tokens", "repetition")
+WATCHED = ("score", "kl", "entropy", "clip_fraction", "explained_variance", "completion_tokens", "repetition")
 
 
 def main() -> None:
@@ -41,7 +41,13 @@ def record(workdir: Path) -> dict[str, Any]:
     first, last = held_out[0], held_out[-1]
     error = (first["eval/score_standard_error"] ** 2 + last["eval/score_standard_error"] ** 2) ** 0.5
     rise = last["eval/score"] - first["eval/score"]
-    kept = ("eval/score", "eval/score_standard_error", "eval/no_end", "eval/repetition", "eval/answer_tokens")
+    kept = (
+        "eval/score",
+        "eval/score_standard_error",
+        "eval/no_eos",
+        "eval/repetition",
+        "eval/completion_tokens",
+    )
     return {
         "seed": config["seed"],
         "iterations": last["step"],

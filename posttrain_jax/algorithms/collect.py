@@ -15,20 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from posttrain_jax.build.experiment import ModelSpec
+from posttrain_jax.core.log import log_on_host0
+from posttrain_jax.core.trees import combine
+from posttrain_jax.core.types import Metric, Metrics, PyTree, TrainState
 from posttrain_jax.data.prompts import Prompt
 from posttrain_jax.data.shown_row import empty_warning
-from posttrain_jax.experiment import Policy
-from posttrain_jax.metrics import say
 from posttrain_jax.rollouts.draw import RolloutOptions, Rollouts, put_rollouts, roll_out, shown_prompt
 from posttrain_jax.rollouts.experience import Experience, policy_params
 from posttrain_jax.rollouts.score import Scored, Scorer
 from posttrain_jax.sampling.engine import Engine
 from posttrain_jax.sampling.score import Difference
-from posttrain_jax.trees import combine
-from posttrain_jax.types import Metric, Metrics, PyTree, TrainState
 
 EVAL_SEED = 2**31 - 1  # of the answers to held-out prompts, which no step draws with
-NORMALISE_SEED = 2**31 - 2  # of the answers that scores are normalised on
+NORMALIZE_SEED = 2**31 - 2  # of the answers that scores are normalized on
 SAMPLED_PROMPTS = 16  # in `samples.jsonl`
 REPEATED_TOKENS = 4  # n of the n-grams that `repetition` counts
 
@@ -59,7 +59,7 @@ class Collector:
       max_logp_difference: how far engine and trainer may be apart at a token, nats; 0 = any.
     """
 
-    policy: Policy
+    policy: ModelSpec
     engine: Engine
     options: RolloutOptions
     row_length: int
@@ -117,7 +117,7 @@ class Collector:
         rollouts, scored = answered.rollouts, answered.scored
         scored.require_scores()
         if scored.error:
-            say(
+            log_on_host0(
                 f"A reward function failed at {sum(scored.failures.values())} answers, which are not learnt from; "
                 f"first: {scored.error}"
             )
@@ -156,7 +156,7 @@ def _mean(values: np.ndarray) -> Metric:
 def _failures(scored: Scored) -> dict[str, float]:
     """How many held-out answers each reward function failed at; says the first error."""
     if scored.error:
-        say(
+        log_on_host0(
             f"A reward function failed at {sum(scored.failures.values())} held-out answers; first: {scored.error}"
         )
     return {f"eval/failed/{name}": float(number) for name, number in scored.failures.items()}
@@ -189,7 +189,7 @@ class Evaluation:
             texts = self._answered.rollouts.texts(self._collector.policy.tokenizer)
             warning = empty_warning(sum(not text.strip() for text in texts), len(texts))
             if warning:
-                say(warning)
+                log_on_host0(warning)
         return self._answered
 
     def metrics(self, state: TrainState) -> dict[str, float]:
@@ -198,7 +198,7 @@ class Evaluation:
         rollouts, scored, count = answered.rollouts, answered.scored, len(self._prompts)
         values = _with_error("eval/score", scored.scores, count)
         values |= {f"eval/{name}": value for name, value in _of_answers(rollouts).items()}
-        values["eval/answer_tokens"] = float(np.mean([answer.size for answer in rollouts.answers]))
+        values["eval/completion_tokens"] = float(np.mean([answer.size for answer in rollouts.answers]))
         values |= {f"eval/score/{name}": float(found.mean()) for name, found in scored.components.items()}
         values |= _failures(scored)
         if self._gold is not None:
@@ -242,7 +242,7 @@ def _with_error(name: str, scores: np.ndarray, prompts: int) -> dict[str, float]
 def _of_answers(rollouts: Rollouts) -> dict[str, float]:
     """Share of answers without an end token, and their mean `repetition`."""
     return {
-        "no_end": float(1.0 - rollouts.ended.mean()),
+        "no_eos": float(1.0 - rollouts.ended.mean()),
         "repetition": float(np.mean([repetition(answer) for answer in rollouts.answers])),
     }
 

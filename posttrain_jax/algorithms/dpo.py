@@ -1,14 +1,14 @@
-"""Direct preference optimisation and its family: raise what people preferred above what they did not, without a
+"""Direct preference optimization and its family: raise what people preferred above what they did not, without a
 reward model and without sampling.
 
 The step, from top to bottom: prompts with their completions, packed into rows -> hidden states, the prompt's once ->
 log-probability of every completion -> the two of every comparison -> a loss of `losses/dpo.py` (or of its
 reference-free siblings) -> gradient sums over the micro-batches that are not empty -> one division by the global
-weight of the comparisons -> clip, optimiser, EMA, unless something is not finite.
+weight of the comparisons -> clip, optimizer, EMA, unless something is not finite.
 
 The reference is the model that training starts from. By `dpo.reference` its log-probabilities are
 
-    cached    computed before the first step and kept on disk (posttrain_jax/reference.py); the default
+    cached    computed before the first step and kept on disk (posttrain_jax/forward/reference.py); the default
     memory    computed in every step by a second copy of the parameters
     adapter   computed in every step by the same parameters with the LoRA adapter left out
     none      not there, as for all losses that need no reference
@@ -33,31 +33,40 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 from transformers import PreTrainedTokenizerBase
 
-from posttrain_jax.completions import decided_weights, policy_logps
-from posttrain_jax.data.preference_groups import PreferenceData, PreferenceSource
-from posttrain_jax.data.preference_rows import PreferenceRows, RowShape
-from posttrain_jax.data.spans import ChatTemplate
-from posttrain_jax.errors import InputError
-from posttrain_jax.experiment import (
+from posttrain_jax.build.data import Preferences, eval_rows, preferences_from_config
+from posttrain_jax.build.experiment import (
+    ModelSpec,
     Offline,
-    Policy,
     init_state,
     mesh_from_config,
     micro_batches,
-    policy_from_config,
+    model_spec_from_config,
     seed_key,
     task_from_config,
 )
-from posttrain_jax.experiment_data import Preferences, eval_rows, preferences_from_config
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.log import log_on_host0
+from posttrain_jax.core.trees import combine, fingerprint, partition
+from posttrain_jax.core.types import (
+    Array,
+    LossOutput,
+    Metric,
+    Metrics,
+    PreferenceBatch,
+    PyTree,
+    Task,
+    TrainState,
+)
+from posttrain_jax.core.updates import apply_gradients, gradient_sums, map_micro_batches, used_micro_batches
+from posttrain_jax.data.preference_groups import PreferenceData, PreferenceSource
+from posttrain_jax.data.preference_rows import PreferenceRows, RowShape
+from posttrain_jax.data.spans import ChatTemplate
+from posttrain_jax.forward.completions import decided_weights, policy_logps
+from posttrain_jax.forward.reference import reference_logps
 from posttrain_jax.losses import anchored
 from posttrain_jax.losses import dpo as losses
-from posttrain_jax.losses import preference_odds as odds
-from posttrain_jax.metrics import say
+from posttrain_jax.losses import reference_free as odds
 from posttrain_jax.models.transformer import Model, make_model
-from posttrain_jax.optim import apply_gradients, gradient_sums, map_micro_batches, used_micro_batches
-from posttrain_jax.reference import reference_logps
-from posttrain_jax.trees import combine, fingerprint, partition
-from posttrain_jax.types import Array, LossOutput, Metric, Metrics, PreferenceBatch, PyTree, Task, TrainState
 
 REFERENCES = ("cached", "memory", "adapter", "none")
 
@@ -75,7 +84,7 @@ class Options:
         the likelihood, orpo's and slic's lambda.
       eta: rpo's scale of the data's margins.
       nll_weight: of the chosen completion's mean negative log-likelihood, added to any loss (Llama 3: 0.2).
-      skip_end: leaves the end-of-turn token out of the comparison (Llama 3's masking of termination tokens).
+      skip_eos: leaves the end-of-turn token out of the comparison (Llama 3's masking of termination tokens).
       end_ids: the tokens that end a turn; a completion that was cut ends with another one, which stays.
     """
 
@@ -86,7 +95,7 @@ class Options:
     alpha: float
     eta: float
     nll_weight: float
-    skip_end: bool
+    skip_eos: bool
     end_ids: tuple[int, ...] = ()
 
 
@@ -181,7 +190,7 @@ DEFAULTS = {
     "alpha": 0.0,
     "eta": 1.0,
     "nll_weight": 0.0,
-    "skip_end": False,
+    "skip_eos": False,
     "reference": "cached",
 }
 """Of `config.dpo`, as configs/base.py has them."""
@@ -300,7 +309,7 @@ def train_step(
     used = used_micro_batches(batch.segment_ids)
     gradients, metrics = gradient_sums(loss_sum, state.params, batch, used=used)
     loss = metrics["loss"]
-    lr = schedule(state.step - state.skipped)  # the optimiser does not count skipped steps
+    lr = schedule(state.step - state.skipped)  # the optimizer does not count skipped steps
     state, update_metrics = apply_gradients(
         state, gradients, loss.sum, optimizer=optimizer, count=loss.count, ema_decay=ema_decay
     )
@@ -343,9 +352,9 @@ def from_config(config: Config, workdir: Path) -> Task:
     """
     options = options_from_config(config)
     mesh = mesh_from_config(config)
-    policy = policy_from_config(config)
+    policy = model_spec_from_config(config)
     model = policy.model
-    if options.skip_end:
+    if options.skip_eos:
         options = dataclasses.replace(options, end_ids=end_token_ids(policy.tokenizer))
     data = preferences_from_config(config, policy.tokenizer, workdir, attention=model.module.implementation)
     _check_pairs(data, options)
@@ -407,7 +416,7 @@ def options_from_config(config: Config) -> Options:
         alpha=dpo.alpha,
         eta=dpo.eta,
         nll_weight=dpo.nll_weight,
-        skip_end=dpo.skip_end,
+        skip_eos=dpo.skip_eos,
     )
 
 
@@ -416,7 +425,9 @@ def _check_pairs(data: Preferences, options: Options) -> None:
     if options.loss == "rpo" and not any(source.arrays.margin.any() for source in sources):
         raise InputError("dpo.loss=rpo needs the data's margins, and data.train holds none.")
     if any((source.arrays.probability < 1).any() for source in sources):
-        say("data.train holds soft labels, which are taken for hard ones; those of 1/2 are left out.")
+        log_on_host0(
+            "data.train holds soft labels, which are taken for hard ones; those of 1/2 are left out."
+        )
     for part in (data.train, data.held_out):
         for source in part.sources if part is not None else ():
             if not source.report.comparisons:
@@ -443,7 +454,7 @@ class _ReferenceSource:
 
 
 def _reference_from_config(
-    config: Config, workdir: Path, policy: Policy, data: Preferences, options: Options, mesh: Mesh
+    config: Config, workdir: Path, policy: ModelSpec, data: Preferences, options: Options, mesh: Mesh
 ) -> _ReferenceSource:
     kind = "none" if options.loss in REFERENCE_FREE else config.dpo.reference
     key = seed_key(config.seed)
@@ -538,9 +549,9 @@ def _rounding(logps_BN: Array, lengths_BN: Array, model: Model) -> Array:
 
 def _skipped(batch: PreferenceBatch, options: Options) -> Array:
     """1 where a completion's last token is left out of the comparison, else 0, float32 `[B, N]`."""
-    if not options.skip_end:
-        return jnp.zeros(batch.ends.shape, jnp.float32)
-    last_BN = jnp.take_along_axis(batch.tokens, batch.ends, axis=1)
+    if not options.skip_eos:
+        return jnp.zeros(batch.last_token_index.shape, jnp.float32)
+    last_BN = jnp.take_along_axis(batch.tokens, batch.last_token_index, axis=1)
     return jnp.isin(last_BN, jnp.asarray(options.end_ids, jnp.int32)).astype(jnp.float32)
 
 
@@ -548,7 +559,7 @@ def _skipped_of_store(source: PreferenceSource, options: Options) -> np.ndarray:
     """The same of all sequences of a source's store, float32 `[S]`."""
     store = source.store
     last_S = np.asarray(store.tokens)[store.offsets[1:] - 1]
-    return np.isin(last_S, options.end_ids).astype(np.float32) * np.float32(options.skip_end)
+    return np.isin(last_S, options.end_ids).astype(np.float32) * np.float32(options.skip_eos)
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -567,7 +578,7 @@ def _warn_of_displacement(values: dict[str, float]) -> dict[str, float]:
     """Says when the chosen completions became less likely than they were; the values as they are."""
     fallen = values.get("eval/logps/chosen_change", 0.0)
     if fallen < -1.0:
-        say(
+        log_on_host0(
             f"The held-out chosen completions are {-fallen:.1f} nats less likely than under the reference: DPO "
             "can lower both sides (likelihood displacement, arXiv:2410.08847); dpo.nll_weight or dpo.loss=dpop "
             "hold them up."

@@ -1,12 +1,13 @@
-"""Kahneman-Tversky optimisation: completions that are good or bad, each alone, without pairs (arXiv:2402.01306).
+"""Kahneman-Tversky optimization: completions that are good or bad, each alone, without pairs (arXiv:2402.01306).
 
 The step, from top to bottom: prompts, each with its completion and with one that answers another prompt -> hidden
 states, the prompt's once -> log-probabilities -> the reference point z0, the mean log-ratio of the mismatched
-completions over the whole step, without gradient -> the loss of the labelled ones -> gradient sums, one division, clip,
-optimiser, EMA. Where the step has several micro-batches, a forward pass over all of them gives z0 first, so that how
+completions over the whole step, without gradient -> the loss of the labeled ones -> gradient sums, one division, clip,
+optimizer, EMA. Where the step has several micro-batches, a forward pass over all of them gives z0 first, so that how
 rows are cut never changes the result.
 
-The reference is the model that training starts from; its log-probabilities are cached (posttrain_jax/reference.py).
+The reference is the model that training starts from; its log-probabilities are cached
+(posttrain_jax/forward/reference.py).
 """
 
 from __future__ import annotations
@@ -22,27 +23,27 @@ import optax
 from ml_collections import ConfigDict as Config
 
 from posttrain_jax.algorithms.dpo import DEFAULTS
-from posttrain_jax.completions import policy_logps
-from posttrain_jax.data.mismatched import with_mismatched
-from posttrain_jax.data.preference_groups import PreferenceData
-from posttrain_jax.data.preference_rows import PreferenceRows, RowShape
-from posttrain_jax.errors import InputError
-from posttrain_jax.experiment import (
+from posttrain_jax.build.data import preferences_from_config
+from posttrain_jax.build.experiment import (
     Offline,
     init_state,
     mesh_from_config,
     micro_batches,
-    policy_from_config,
+    model_spec_from_config,
     seed_key,
     task_from_config,
 )
-from posttrain_jax.experiment_data import preferences_from_config
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.trees import combine
+from posttrain_jax.core.types import Array, Metric, Metrics, PreferenceBatch, PyTree, Task, TrainState
+from posttrain_jax.core.updates import apply_gradients, gradient_sums, map_micro_batches, used_micro_batches
+from posttrain_jax.data.mismatched import with_mismatched
+from posttrain_jax.data.preference_groups import PreferenceData
+from posttrain_jax.data.preference_rows import PreferenceRows, RowShape
+from posttrain_jax.forward.completions import policy_logps
+from posttrain_jax.forward.reference import reference_logps
 from posttrain_jax.losses.kto import kto_kl_baseline, kto_loss
 from posttrain_jax.models.transformer import Model
-from posttrain_jax.optim import apply_gradients, gradient_sums, map_micro_batches, used_micro_batches
-from posttrain_jax.reference import reference_logps
-from posttrain_jax.trees import combine
-from posttrain_jax.types import Array, Metric, Metrics, PreferenceBatch, PyTree, Task, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +72,9 @@ def baseline(params: PyTree, batch: PreferenceBatch, *, model: Model, share_prom
 def label_losses(
     params: PyTree, batch: PreferenceBatch, z0: Array, *, model: Model, options: Options, share_prompt: bool
 ) -> tuple[Array, Metrics]:
-    """Sum of the losses of the labelled completions of rows `[B, ...]` (differentiable), and metrics."""
+    """Sum of the losses of the labeled completions of rows `[B, ...]` (differentiable), and metrics."""
     logps_BN = policy_logps(params, batch, model=model, share_prompt=share_prompt)[..., 0]
-    labelled_BN = (batch.labels >= 0) & (batch.sequence_ids != 0)
+    labeled_BN = (batch.labels >= 0) & (batch.sequence_ids != 0)
     output = kto_loss(
         logps_BN,
         batch.reference_logps,
@@ -82,11 +83,11 @@ def label_losses(
         kl_baseline=z0,
         desirable_weight=options.desirable_weight,
         undesirable_weight=options.undesirable_weight,
-        weights_B=labelled_BN,
+        weights_B=labeled_BN,
     )
     real = jnp.sum(batch.segment_ids != 0, dtype=jnp.float32)
     metrics = jax.lax.stop_gradient(output.metrics) | {
-        "completions": Metric(jnp.sum(labelled_BN, dtype=jnp.float32), jnp.float32(1)),
+        "completions": Metric(jnp.sum(labeled_BN, dtype=jnp.float32), jnp.float32(1)),
         "tokens": Metric(real, jnp.float32(1)),
         "padding_share": Metric(jnp.float32(batch.tokens.size) - real, jnp.float32(batch.tokens.size)),
     }
@@ -114,7 +115,7 @@ def train_step(
     used = used_micro_batches(batch.segment_ids)
     gradients, metrics = gradient_sums(loss_sum, state.params, batch, used=used)
     loss = metrics["loss"]
-    lr = schedule(state.step - state.skipped)  # the optimiser does not count skipped steps
+    lr = schedule(state.step - state.skipped)  # the optimizer does not count skipped steps
     state, update_metrics = apply_gradients(
         state, gradients, loss.sum, optimizer=optimizer, count=loss.count, ema_decay=ema_decay
     )
@@ -143,7 +144,7 @@ def eval_step(
     options: Options,
     share_prompt: bool,
 ) -> Metrics:
-    """Held-out metrics on rows `[M, B, ...]`, per labelled completion; z0 is that of all held-out rows (`first`)."""
+    """Held-out metrics on rows `[M, B, ...]`, per labeled completion; z0 is that of all held-out rows (`first`)."""
     z0 = jnp.maximum(first["log_ratio"], 0.0)
 
     def micro_metrics(micro: PreferenceBatch) -> Metrics:
@@ -163,7 +164,7 @@ def from_config(config: Config, workdir: Path) -> Task:
     """
     options = options_from_config(config)
     mesh = mesh_from_config(config)
-    policy = policy_from_config(config)
+    policy = model_spec_from_config(config)
     model = policy.model
     paired = functools.partial(with_mismatched, seed=config.seed, max_length=config.data.max_length)
     data = preferences_from_config(

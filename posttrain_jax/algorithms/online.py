@@ -24,8 +24,17 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
-from posttrain_jax.algorithms.collect import NORMALISE_SEED, SAMPLED_PROMPTS, Collector, Evaluation
-from posttrain_jax.algorithms.online_config import (
+from posttrain_jax.algorithms.collect import NORMALIZE_SEED, SAMPLED_PROMPTS, Collector, Evaluation
+from posttrain_jax.algorithms.pretraining import Pretraining
+from posttrain_jax.build.experiment import (
+    ModelSpec,
+    abstract_on_mesh,
+    is_trained,
+    optimizer_from_config,
+    seed_key,
+    steps_from_config,
+)
+from posttrain_jax.build.online_config import (
     ValueNetwork,
     check_gold,
     cut_from_config,
@@ -36,27 +45,19 @@ from posttrain_jax.algorithms.online_config import (
     rollout_options,
     scorer_from_config,
 )
-from posttrain_jax.algorithms.pretraining import Pretraining
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.log import log_on_host0
+from posttrain_jax.core.optim import scale_and_delay
+from posttrain_jax.core.sharding import batch_sharding, jit_step, put_batch, replicated
+from posttrain_jax.core.trees import combine, partition
+from posttrain_jax.core.types import Array, Batch, HostRows, Metric, Metrics, PyTree, Task, TrainState
+from posttrain_jax.core.updates import apply_gradients, gradient_sums, new_state
 from posttrain_jax.data.loader import Loader
-from posttrain_jax.errors import InputError
-from posttrain_jax.experiment import (
-    Policy,
-    abstract_on_mesh,
-    is_trained,
-    optimizer_from_config,
-    seed_key,
-    steps_from_config,
-)
-from posttrain_jax.metrics import say
 from posttrain_jax.models.transformer import Model
-from posttrain_jax.optim import apply_gradients, gradient_sums, new_state, scale_and_delay
 from posttrain_jax.rollouts.draw import rollout_engine
 from posttrain_jax.rollouts.experience import Networks, experience_of
 from posttrain_jax.rollouts.score import Scorer
-from posttrain_jax.sharding import batch_sharding, jit_step, put_batch, replicated
-from posttrain_jax.stop_rules import StopRules
-from posttrain_jax.trees import combine, partition
-from posttrain_jax.types import Array, Batch, HostRows, Metric, Metrics, PyTree, Task, TrainState
+from posttrain_jax.run.stop_rules import StopRules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Online:
     Attributes:
       train_step: (state, experience, kl per answer, pretraining rows or {}, *, networks, optimizer, schedule,
         ema_decay) -> (state, metrics).
-      updates: of the optimiser in an iteration.
+      updates: of the optimizer in an iteration.
       minibatches: into how many parts an iteration's answers are cut.
       value: where the value network comes from: "none"; "policy" = a copy of it with a head of zeros; "shared" = such a
         head alone, on the policy's trunk; else a MODEL, a reward model as in InstructGPT.
@@ -95,7 +96,7 @@ def init_state(
     optimizer: optax.GradientTransformationExtraArgs,
     ema_decay: float,
 ) -> TrainState:
-    """The first state; `opt_state` holds the optimiser's, beta and the number of updates, so that all are saved."""
+    """The first state; `opt_state` holds the optimizer's, beta and the number of updates, so that all are saved."""
     trained, frozen = partition(params, lambda path: _is_learnt(path, model))
     state = new_state(trained, frozen, key, optimizer, ema=ema_decay > 0)
     opt_state = {
@@ -212,7 +213,7 @@ def minibatch_updates(
     metrics |= {
         "train/lr": Metric.of(
             schedule(updates - state.skipped)
-        ),  # the optimiser does not count skipped updates
+        ),  # the optimizer does not count skipped updates
         "train/skipped": Metric.of(inner.skipped),
         "train/skipped_in_row": Metric.of(inner.skipped_in_row),
     }
@@ -231,7 +232,7 @@ class _Rows:
 class _Stream:
     """The prompts' loader and, where text is mixed in, the text's; closing it ends the reward workers too.
 
-    The scores' normalisation is part of the state: found again, on another mesh or with a reward that failed at an
+    The scores' normalization is part of the state: found again, on another mesh or with a reward that failed at an
     answer this time, it would be another one in the middle of a run.
     """
 
@@ -246,12 +247,12 @@ class _Stream:
 
     def get_state(self) -> dict[str, Any]:
         loaders = {name: loader.get_state() for name, loader in self._loaders.items()}
-        return {**loaders, "normalisation": list(self._scorers[0].normalisation)}
+        return {**loaders, "normalization": list(self._scorers[0].normalization)}
 
     def set_state(self, state: dict[str, Any]) -> None:
         for name, loader in self._loaders.items():
             loader.set_state(state[name])
-        self._scorers[0].normalisation = state["normalisation"]
+        self._scorers[0].normalization = state["normalization"]
 
     def close(self) -> None:
         for loader in self._loaders.values():
@@ -260,8 +261,8 @@ class _Stream:
             scorer.close()
 
 
-def online_task(config: Config, workdir: Path, policy: Policy, mesh: Mesh, online: Online) -> Task:
-    """The algorithm's functions with prompts, engine, rewards, optimiser and evaluation.
+def online_task(config: Config, workdir: Path, policy: ModelSpec, mesh: Mesh, online: Online) -> Task:
+    """The algorithm's functions with prompts, engine, rewards, optimizer and evaluation.
 
     Raises:
       InputError: a bad value, a bad prompt, a model or a reward that cannot be used.
@@ -311,14 +312,16 @@ def online_task(config: Config, workdir: Path, policy: Policy, mesh: Mesh, onlin
 
     def first_state() -> TrainState:
         params = policy.init_params(mesh, key)
-        if config.score.normalise and not scorer.is_normalised:
+        if config.score.normalize and not scorer.is_normalized:
             # Drawn, for files may be sorted (IMDb's training rows: first all the negative ones).
-            count = min(-(-config.score.normalise // options.samples), len(prompts))
+            count = min(-(-config.score.normalize // options.samples), len(prompts))
             drawn = np.random.default_rng(config.seed).choice(len(prompts), count, replace=False)
             everything = prompts.all()
             first = [everything[place] for place in np.sort(drawn).tolist()]
-            gain, bias = scorer.normalise(collector.roll_out(params, first, NORMALISE_SEED))
-            say(f"Scores are {gain:.6g} x score + {bias:.6g}: mean 0, variance 1 over {count:,} prompts.")
+            gain, bias = scorer.normalize(collector.roll_out(params, first, NORMALIZE_SEED))
+            log_on_host0(
+                f"Scores are {gain:.6g} x score + {bias:.6g}: mean 0, variance 1 over {count:,} prompts."
+            )
         build = jit_step(make_state, mesh, in_shardings=None, out_shardings=places, donate=(0,))
         return build(value.join(params), key)
 
@@ -374,7 +377,7 @@ def online_task(config: Config, workdir: Path, policy: Policy, mesh: Mesh, onlin
 def _optimizer(
     config: Config, steps: int, online: Online
 ) -> tuple[Callable[[Array], Array], optax.GradientTransformationExtraArgs]:
-    """The schedule, and the optimiser with what is the value network's own."""
+    """The schedule, and the optimizer with what is the value network's own."""
     optimizer = optimizer_from_config(config, steps * online.updates)
     if not online.value_lr and not online.value_warmup:
         return optimizer.schedule, optimizer.transformation

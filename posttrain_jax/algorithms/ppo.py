@@ -11,12 +11,12 @@ What "The N Implementation Details of RLHF with PPO" (Huang, Liu, von Werra 2023
      1  values read prompt and answer together                     `experience_of`
      2  padding is never a token: rows carry segment ids           `rollouts/draw.py`
      3  positions do not count padding                             rows are padded on the right
-     4  answers end at their end token; no token after it counts   `Rollouts.actions`
+     4  answers end at their end token; no token after it counts   `Rollouts.response_mask`
      5  learning rate falls to 0                                   `optim.schedule`
      6  logits / temperature wherever log-probabilities are        `Projection.temperature`
      7  the value head, kernel and bias, starts at 0               `ValueNetwork`
      8  no dropout                                                 the transformer has none
-     9  truncation at a token; a missing end token has its score   `rollout.truncate_token`, `score.missing_end`
+     9  truncation at a token; a missing end token has its score   `rollout.truncate_token`, `score.missing_eos`
     10  no discount (gamma 1)                                      `ppo.gamma`
     11  every epoch shuffles anew; minibatches of micro-batches    `train_step`
     12  the KL is charged per token, the score at the last one     `losses/advantages.py`
@@ -25,7 +25,7 @@ What "The N Implementation Details of RLHF with PPO" (Huang, Liu, von Werra 2023
     15  the value's change is clipped                              `ppo.value_clip`
     16  the KL's price adapts                                      `ppo.kl_target`, `ppo.kl_horizon`
     17  Adam's epsilon where TensorFlow has it                     `optim.name=adam_tf`
-    18  scores normalised to mean 0, variance 1 at the start       `score.normalise`
+    18  scores normalized to mean 0, variance 1 at the start       `score.normalize`
 
 Not done: a seed of its own for every process (a sample's noise depends on its prompt, so it needs none), and queries
 that begin and end at a full stop (prompts are the data's). Its details of the reward model are in `reward_model.py`.
@@ -33,7 +33,7 @@ that begin and end at a full stop (prompts are the data's). Its details of the r
 And from its sequel on TL;DR (Huang et al. 2024, arXiv:2403.17031) and from InstructGPT:
 
     19  the value network starts as the reward model               `ppo.value=MODEL`
-    20  a missing end token makes the score -1 (the EOS trick)     `score.missing_end=replace`
+    20  a missing end token makes the score -1 (the EOS trick)     `score.missing_eos=replace`
     21  a moving average of the weights (decay 0.992)              `optim.ema`; `rollout.reference=ema`
     22  pretraining text is learnt beside the answers (PPO-ptx)    `ppo.ptx_*`, `algorithms/pretraining.py`
     23  the value network has a learning rate of its own           `ppo.value_lr`
@@ -54,14 +54,14 @@ from ml_collections import ConfigDict as Config
 
 from posttrain_jax.algorithms.online import Mixed, Online, minibatch_updates, online_task
 from posttrain_jax.algorithms.pretraining import pretraining_from_config, pretraining_losses
-from posttrain_jax.errors import InputError
-from posttrain_jax.experiment import mesh_from_config, policy_from_config
+from posttrain_jax.build.experiment import mesh_from_config, model_spec_from_config
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.masking import masked_sum, whiten_biased
+from posttrain_jax.core.types import Array, Largest, Metric, Metrics, PyTree, Task, TrainState
 from posttrain_jax.losses.advantages import gae
 from posttrain_jax.losses.kl import adapted_kl_coefficient
 from posttrain_jax.losses.ppo import clipped_policy_loss, clipped_value_loss, explained_variance, ratio_max
-from posttrain_jax.masking import masked_sum, whiten_biased
 from posttrain_jax.rollouts.experience import Experience, Networks, logps_and_values
-from posttrain_jax.types import Array, Largest, Metric, Metrics, PyTree, Task, TrainState
 
 VALUE_METRICS = ("returns", "returns_squared", "value_errors", "value_errors_squared")
 
@@ -116,11 +116,11 @@ def targets_of(minibatch: Experience, *, options: Options) -> Targets:
     """Advantages and returns of a minibatch (lm-human-preferences, `PPOTrainer.loss`)."""
     rewards_NT = minibatch.rewards
     if options.whiten_rewards:
-        rewards_NT = whiten_biased(rewards_NT, minibatch.actions, shift_mean=False)
-    found = gae(rewards_NT, minibatch.values, minibatch.actions, gamma=options.gamma, lam=options.lam)
+        rewards_NT = whiten_biased(rewards_NT, minibatch.response_mask, shift_mean=False)
+    found = gae(rewards_NT, minibatch.values, minibatch.response_mask, gamma=options.gamma, lam=options.lam)
     advantages_NT = found.advantages_BT
     if options.whiten_advantages:
-        advantages_NT = whiten_biased(advantages_NT, minibatch.actions, shift_mean=True)
+        advantages_NT = whiten_biased(advantages_NT, minibatch.response_mask, shift_mean=True)
     return Targets(minibatch, advantages_NT, found.returns_BT)
 
 
@@ -134,12 +134,14 @@ def token_losses(
         logps_BT,
         rows.logps,
         targets.advantages,
-        rows.actions,
+        rows.response_mask,
         clip=options.clip,
         clip_high=options.clip_high or None,
         dual_clip=options.dual_clip or None,
     )
-    value = clipped_value_loss(values_BT, rows.values, targets.returns, rows.actions, clip=options.value_clip)
+    value = clipped_value_loss(
+        values_BT, rows.values, targets.returns, rows.response_mask, clip=options.value_clip
+    )
     total = jnp.sum(policy.loss) + options.value_coefficient * jnp.sum(value.loss)
     advantages_BT = targets.returns - rows.values  # before whitening
     metrics = {
@@ -148,9 +150,9 @@ def token_losses(
         "policy_loss": policy.metrics["loss"],
         "value_loss": value.metrics["loss"],
         "loss": Metric(total, policy.count),
-        "ratio_max": Largest.of(ratio_max(logps_BT, rows.logps, rows.actions)),
-        "advantages": Metric(masked_sum(advantages_BT, rows.actions), policy.count),
-        "advantages_squared": Metric(masked_sum(jnp.square(advantages_BT), rows.actions), policy.count),
+        "ratio_max": Largest.of(ratio_max(logps_BT, rows.logps, rows.response_mask)),
+        "advantages": Metric(masked_sum(advantages_BT, rows.response_mask), policy.count),
+        "advantages_squared": Metric(masked_sum(jnp.square(advantages_BT), rows.response_mask), policy.count),
     }
     return total, jax.lax.stop_gradient(metrics)
 
@@ -170,7 +172,7 @@ def train_step(
     """One iteration on `[M, B, T]`: epochs x minibatches, each an update; then the KL's price.
 
     Args:
-      state: `opt_state` holds the optimiser's and `kl_coefficient`.
+      state: `opt_state` holds the optimizer's and `kl_coefficient`.
       experience: of this iteration's answers.
       kl: nats per answer, of these answers.
       pretraining: packed text, a `Batch` `[M', B', T']`; {} where none is mixed in.
@@ -229,7 +231,7 @@ def from_config(config: Config, workdir: Path) -> Task:
     """
     options = options_from_config(config)
     mesh = mesh_from_config(config)
-    policy = policy_from_config(config)
+    policy = model_spec_from_config(config)
     if config.ppo.value == "none":
         raise InputError(
             "ppo.value is none, but PPO's advantages need values; use policy, shared or a MODEL."

@@ -11,17 +11,17 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
 from posttrain_jax.algorithms.sft import token_losses
+from posttrain_jax.build.data import chat_from_config, data_spec
+from posttrain_jax.build.experiment import ModelSpec
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.log import log_on_host0
+from posttrain_jax.core.sharding import host_data_shards
+from posttrain_jax.core.types import Array, Batch, Metrics, PyTree
 from posttrain_jax.data.loader import Loader
 from posttrain_jax.data.packing import PackedRows, pack
 from posttrain_jax.data.tokenized import TokenizeOptions, build
-from posttrain_jax.errors import InputError
-from posttrain_jax.experiment import Policy
-from posttrain_jax.experiment_data import chat_from_config, data_spec
-from posttrain_jax.metrics import say
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.rollouts.experience import policy_params
-from posttrain_jax.sharding import host_data_shards
-from posttrain_jax.types import Array, Batch, Metrics, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Pretraining:
 
 
 def pretraining_from_config(
-    config: Config, policy: Policy, mesh: Mesh, workdir: Path, *, minibatches: int
+    config: Config, policy: ModelSpec, mesh: Mesh, workdir: Path, *, minibatches: int
 ) -> Pretraining | None:
     """What `ppo.ptx_*` names; None where the coefficient is 0.
 
@@ -83,7 +83,7 @@ def pretraining_from_config(
     data = build(
         data_spec(ppo.ptx_data), policy.tokenizer, options, rejected_path=workdir / "rejected-ptx.jsonl"
     )
-    say(data.text())
+    log_on_host0(data.text())
     part = ppo.ptx_rows // minibatches
     most = config.train.micro_rows or part
     micro = max((n for n in range(shards, part + 1, shards) if part % n == 0 and n <= most), default=shards)

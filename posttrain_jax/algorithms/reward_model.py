@@ -2,10 +2,10 @@
 
 The step, from top to bottom: prompts with their completions, packed into rows -> hidden states, the prompt's once ->
 the score at every completion's last token -> a loss of `losses/reward.py` over comparisons, rankings or ratings ->
-gradient sums over the micro-batches that are not empty -> one division by the global count -> clip, optimiser, EMA.
+gradient sums over the micro-batches that are not empty -> one division by the global count -> clip, optimizer, EMA.
 
 A comparison loss does not see a constant added to all scores, so after the last step the head's gain and bias are set
-by `reward.normalise` and stored with the model: "demonstrations" = the preferred completions score 0 on average
+by `reward.normalize` and stored with the model: "demonstrations" = the preferred completions score 0 on average
 (InstructGPT, arXiv:2203.02155, section 3.5), "unit" = all completions have mean 0 and variance 1 (Ziegler et al. 2019,
 arXiv:1909.08593), "none". Held-out losses stay on the scale that was trained. A regression predicts the ratings
 themselves, so its scores are left as they are.
@@ -29,36 +29,45 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
-from posttrain_jax.completions import decided_weights, map_completions, reward_scores
-from posttrain_jax.data.preference_groups import Group
-from posttrain_jax.data.preference_rows import PreferenceRows
-from posttrain_jax.errors import InputError
-from posttrain_jax.experiment import (
+from posttrain_jax.build.data import Preferences, preferences_from_config
+from posttrain_jax.build.experiment import (
+    ModelSpec,
     Offline,
-    Policy,
     is_trained,
     mesh_from_config,
     micro_batches,
-    policy_from_config,
+    model_spec_from_config,
     task_from_config,
 )
-from posttrain_jax.experiment_data import Preferences, preferences_from_config
-from posttrain_jax.load_model import is_reward_model
-from posttrain_jax.losses import reward as losses
-from posttrain_jax.metrics import say
-from posttrain_jax.models.reward_head import score_head_params
-from posttrain_jax.models.transformer import Model
-from posttrain_jax.optim import (
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.log import log_on_host0
+from posttrain_jax.core.trees import combine, partition
+from posttrain_jax.core.types import (
+    Array,
+    LossOutput,
+    Metric,
+    Metrics,
+    PreferenceBatch,
+    PyTree,
+    Task,
+    TrainState,
+)
+from posttrain_jax.core.updates import (
     apply_gradients,
     gradient_sums,
     map_micro_batches,
     new_state,
     used_micro_batches,
 )
-from posttrain_jax.trees import combine, partition
-from posttrain_jax.types import Array, LossOutput, Metric, Metrics, PreferenceBatch, PyTree, Task, TrainState
+from posttrain_jax.data.preference_groups import Group
+from posttrain_jax.data.preference_rows import PreferenceRows
+from posttrain_jax.forward.completions import decided_weights, map_completions, reward_scores
+from posttrain_jax.losses import reward as losses
+from posttrain_jax.models.io.load import is_reward_model
+from posttrain_jax.models.reward_head import score_head_params
+from posttrain_jax.models.transformer import Model
 
-NORMALISE = ("none", "demonstrations", "unit")
+NORMALIZE = ("none", "demonstrations", "unit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +77,7 @@ class Options:
     Attributes:
       loss: a name in LOSSES.
       label_smoothing: of "smoothed": how likely a label is wrong.
-      centre: coefficient of (r_w + r_l)^2, which keeps scores near 0 (TRL's centre regularisation).
+      center: coefficient of (r_w + r_l)^2, which keeps scores near 0 (TRL's center regularization).
       margin_scale: the data's margins are multiplied by it ("margin").
       members: of the ensemble; 1 = a single model.
       bootstrap: each member counts each prompt as often as it was drawn, with replacement.
@@ -77,7 +86,7 @@ class Options:
 
     loss: str
     label_smoothing: float
-    centre: float
+    center: float
     margin_scale: float
     members: int
     bootstrap: bool
@@ -107,7 +116,7 @@ def _by_prompt(scored: Scored) -> tuple[Array, Array, Array, Array]:
     weighs as much as the heaviest of its comparisons (its row's `weight`), so one without any has no loss.
     """
     batch = scored.batch
-    count = batch.ends.shape[1]
+    count = batch.last_token_index.shape[1]
     numbers_N = jnp.arange(1, count + 1)
     mask_BNN = (batch.group_ids[:, None, :] == numbers_N[None, :, None]) & (batch.sequence_ids != 0)[
         :, None, :
@@ -184,13 +193,13 @@ def score_losses(
     )
     output = LOSSES[options.loss](scored, options)
     total = jnp.sum(output.loss)
-    if options.centre:
+    if options.center:
         # A mean over what the loss is a mean over: comparisons, or prompts with all of theirs.
         share_BP = batch.shares if options.loss in BY_PROMPT else 1.0
-        penalty = losses.centre_penalty(
+        penalty = losses.center_penalty(
             scored.chosen_BP,
             scored.rejected_BP,
-            coefficient=options.centre,
+            coefficient=options.center,
             weights_B=share_BP * scored.weights_BP,
         )
         total = total + jnp.sum(penalty.loss)
@@ -289,7 +298,7 @@ def init_state(
 
 
 def _unscaled(head: PyTree, options: Options) -> PyTree:
-    """A head that has a normalisation already, on the scale that is trained: its gain becomes part of the kernel, and
+    """A head that has a normalization already, on the scale that is trained: its gain becomes part of the kernel, and
     only a regression keeps its bias, which comparisons do not see."""
     kernel = (head["gain"] * head["kernel"]).astype(head["kernel"].dtype)
     bias = head["bias"] if options.loss == "regression" else jnp.zeros_like(head["bias"])
@@ -317,7 +326,7 @@ def train_step(
     used = used_micro_batches(batch.segment_ids)
     gradients, metrics = gradient_sums(loss_sum, state.params, batch, used=used)
     loss = metrics["loss"]
-    lr = schedule(state.step - state.skipped)  # the optimiser does not count skipped steps
+    lr = schedule(state.step - state.skipped)  # the optimizer does not count skipped steps
     state, update_metrics = apply_gradients(
         state, gradients, loss.sum, optimizer=optimizer, count=loss.count, ema_decay=ema_decay
     )
@@ -345,7 +354,7 @@ def eval_step(
 ) -> Metrics:
     """Held-out metrics on rows `[M, B, ...]`, per comparison; an ensemble is judged by its mean score.
 
-    The loss and its metrics are of the scores as they were trained, without the normalisation.
+    The loss and its metrics are of the scores as they were trained, without the normalization.
     """
     head = (params if options.members == 1 else params["members"])["score_head"]
     gain_11E, bias_11E = (jnp.reshape(head[name], (1, 1, -1)) for name in ("gain", "bias"))
@@ -383,7 +392,7 @@ def from_config(config: Config, workdir: Path) -> Task:
     """
     options = options_from_config(config)
     mesh = mesh_from_config(config)
-    policy = policy_from_config(config, reward=True)
+    policy = model_spec_from_config(config, reward=True)
     model = policy.model
     if options.members > 1 and policy.source is not None and is_reward_model(policy.source):
         raise InputError(
@@ -407,8 +416,8 @@ def from_config(config: Config, workdir: Path) -> Task:
         batch=PreferenceBatch,
         row_tokens=data.shape.length,
         is_reward=True,
-        finish=_normalisation(config, policy, data, options, mesh)
-        if config.reward.normalise != "none" and options.loss != "regression"
+        finish=_normalization(config, policy, data, options, mesh)
+        if config.reward.normalize != "none" and options.loss != "regression"
         else None,
     )
     return task_from_config(config, workdir, policy, mesh, algorithm)
@@ -418,13 +427,13 @@ def options_from_config(config: Config) -> Options:
     """The loss and its numbers.
 
     Raises:
-      InputError: an unknown loss, normalisation or start of the head; a number out of its range.
+      InputError: an unknown loss, normalization or start of the head; a number out of its range.
     """
     reward = config.reward
     if reward.loss not in LOSSES:
         raise InputError(f"reward.loss is {reward.loss!r}; use one of {', '.join(LOSSES)}.")
-    if reward.normalise not in NORMALISE:
-        raise InputError(f"reward.normalise is {reward.normalise!r}; use one of {', '.join(NORMALISE)}.")
+    if reward.normalize not in NORMALIZE:
+        raise InputError(f"reward.normalize is {reward.normalize!r}; use one of {', '.join(NORMALIZE)}.")
     if not 0 <= reward.label_smoothing < 0.5:
         raise InputError(
             f"reward.label_smoothing is {reward.label_smoothing}; it must be from 0 to below 0.5."
@@ -435,7 +444,7 @@ def options_from_config(config: Config) -> Options:
     return Options(
         loss=reward.loss,
         label_smoothing=reward.label_smoothing,
-        centre=reward.centre,
+        center=reward.center,
         margin_scale=reward.margin_scale,
         members=reward.members,
         bootstrap=reward.bootstrap,
@@ -458,13 +467,13 @@ def _check_use(reward: Config) -> None:
             f"reward.margin_scale is {reward.margin_scale}, and reward.loss={reward.loss} does not look at it; use "
             "margin."
         )
-    if reward.loss == "regression" and reward.centre:
+    if reward.loss == "regression" and reward.center:
         raise InputError(
-            "reward.centre keeps pairs of scores near 0, and reward.loss=regression has no pairs."
+            "reward.center keeps pairs of scores near 0, and reward.loss=regression has no pairs."
         )
-    if reward.loss == "regression" and reward.normalise == "unit":
+    if reward.loss == "regression" and reward.normalize == "unit":
         raise InputError(
-            "reward.normalise=unit would change the ratings that reward.loss=regression predicts; set it to none."
+            "reward.normalize=unit would change the ratings that reward.loss=regression predicts; set it to none."
         )
 
 
@@ -477,7 +486,7 @@ def _check_data(data: Preferences, options: Options) -> None:
             "reward.loss=soft_label needs probabilities below 1, and data.train holds none; use bradley_terry."
         )
     if options.loss != "soft_label" and any((source.arrays.probability < 1).any() for source in sources):
-        say(
+        log_on_host0(
             f"data.train holds soft labels, which reward.loss={options.loss} takes for hard ones (those of 1/2 are "
             "left out); reward.loss=soft_label looks at them."
         )
@@ -493,8 +502,8 @@ def _check_data(data: Preferences, options: Options) -> None:
                 )
 
 
-def _normalisation(
-    config: Config, policy: Policy, data: Preferences, options: Options, mesh: Mesh
+def _normalization(
+    config: Config, policy: ModelSpec, data: Preferences, options: Options, mesh: Mesh
 ) -> Callable[[TrainState], TrainState]:
     """Sets every member's gain and bias from its scores of the training data; those of the EMA from the EMA's."""
     score = functools.partial(
@@ -517,14 +526,14 @@ def _normalisation(
             places = [
                 group.first_sequence + k
                 for group in (source.group(i) for i in range(len(source)))
-                for k in _reference_places(group, config.reward.normalise)
+                for k in _reference_places(group, config.reward.normalize)
             ]
             taken.append(scores_SE[places])
         return jnp.asarray(np.concatenate(taken))
 
-    def normalised(trained: PyTree, frozen: PyTree) -> PyTree:
+    def normalized(trained: PyTree, frozen: PyTree) -> PyTree:
         scores_NE = scores_of(combine(trained, frozen))
-        scale_of = functools.partial(_rescaled, normalise=config.reward.normalise)
+        scale_of = functools.partial(_rescaled, normalize=config.reward.normalize)
         if options.members == 1:
             return {**trained, "score_head": _with_scale(trained["score_head"], scale_of, scores_NE[:, 0])}
         members = trained["members"]
@@ -532,19 +541,19 @@ def _normalisation(
         return {"members": {**members, "score_head": _with_scale(members["score_head"], scale_of, scores_NE)}}
 
     def finish(state: TrainState) -> TrainState:
-        say(f"Scores are normalised ({config.reward.normalise}) over {len(data.train):,} prompts.")
+        log_on_host0(f"Scores are normalized ({config.reward.normalize}) over {len(data.train):,} prompts.")
         return dataclasses.replace(
             state,
-            params=normalised(state.params, state.frozen),
-            ema=normalised(state.ema, state.frozen) if state.ema else state.ema,
+            params=normalized(state.params, state.frozen),
+            ema=normalized(state.ema, state.frozen) if state.ema else state.ema,
         )
 
     return finish
 
 
-def _rescaled(gain: Array, bias: Array, scores_N: Array, *, normalise: str) -> tuple[Array, Array]:
-    """The gain and bias that move these scores, made with the old ones, to where `reward.normalise` wants them."""
-    if normalise == "unit":
+def _rescaled(gain: Array, bias: Array, scores_N: Array, *, normalize: str) -> tuple[Array, Array]:
+    """The gain and bias that move these scores, made with the old ones, to where `reward.normalize` wants them."""
+    if normalize == "unit":
         scale = losses.gain_and_bias(scores_N)
         return scale.gain * gain, scale.gain * bias + scale.bias
     return gain, bias + losses.demonstration_bias(scores_N)
@@ -560,8 +569,8 @@ def _with_scale(head: PyTree, scale_of: Callable[..., tuple[Array, Array]], scor
     }
 
 
-def _reference_places(group: Group, normalise: str) -> list[int]:
+def _reference_places(group: Group, normalize: str) -> list[int]:
     """The completions that the scale is set by: all, or those that no other was preferred to."""
-    if normalise == "unit" or not group.comparisons:
+    if normalize == "unit" or not group.comparisons:
         return list(range(len(group.sequences)))
     return np.flatnonzero(group.ranks == 0).tolist()

@@ -19,12 +19,12 @@ import optax
 from ml_collections import ConfigDict as Config
 
 from posttrain_jax.algorithms.online import Online, minibatch_updates, online_task
-from posttrain_jax.errors import InputError
-from posttrain_jax.experiment import mesh_from_config, policy_from_config
+from posttrain_jax.build.experiment import mesh_from_config, model_spec_from_config
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.types import Array, Largest, Metrics, PyTree, Task, TrainState
 from posttrain_jax.losses.advantages import leave_one_out
 from posttrain_jax.losses.ppo import clipped_policy_loss, ratio_max
 from posttrain_jax.rollouts.experience import Experience, Networks, logps_and_values
-from posttrain_jax.types import Array, Largest, Metrics, PyTree, Task, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +56,11 @@ def compared(experience: Experience, *, samples: int) -> Compared:
     """Every answer's reward (score and penalty) less the mean of the other answers' to its prompt.
 
     Args:
-      experience: `[M, B, T]`, the answers to one prompt side by side. Those without a score have no actions: they are
-        in no baseline, and their own advantage is 0.
+      experience: `[M, B, T]`, the completions of one prompt side by side. Those without a score have an empty
+        response mask: they are in no baseline, and their own advantage is 0.
       samples: K.
     """
-    acts = experience.actions != 0
+    acts = experience.response_mask != 0
     rewards = jnp.sum(jnp.where(acts, experience.rewards, 0.0), axis=-1)
     grouped_PK = rewards.reshape(-1, samples)
     baselines_PK = leave_one_out(grouped_PK, jnp.any(acts, axis=-1).reshape(-1, samples))
@@ -73,7 +73,7 @@ def answer_losses(
     """Sum of the losses of the answers `[B, T]` (differentiable), and metrics."""
     rows = part.rows
     logps_BT, _ = logps_and_values(params, rows, networks)
-    acts = rows.actions != 0
+    acts = rows.response_mask != 0
     present_B = jnp.any(acts, axis=-1)
     logps_B = jnp.sum(jnp.where(acts, logps_BT, 0.0), axis=-1)
     old_logps_B = jnp.sum(jnp.where(acts, rows.logps, 0.0), axis=-1)
@@ -117,7 +117,7 @@ def from_config(config: Config, workdir: Path) -> Task:
     """
     options = options_from_config(config)
     mesh = mesh_from_config(config)
-    policy = policy_from_config(config)
+    policy = model_spec_from_config(config)
     online = Online(
         train_step=functools.partial(train_step, options=options),
         updates=options.epochs * options.minibatches,

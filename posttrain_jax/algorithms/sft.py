@@ -2,7 +2,7 @@
 
 The step, from top to bottom: rows of tokens -> hidden states -> log-probabilities of the trained tokens alone
 (`models/heads.py`) -> sum of the negative log-likelihoods -> gradient sums over micro-batches -> one division by
-the global count of trained tokens -> clip, optimiser, EMA, unless something is not finite.
+the global count of trained tokens -> clip, optimizer, EMA, unless something is not finite.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict as Config
 
-from posttrain_jax.experiment import (
+from posttrain_jax.build.data import rows_from_config
+from posttrain_jax.build.experiment import (
     Offline,
     init_state,
     mesh_from_config,
-    policy_from_config,
+    model_spec_from_config,
     task_from_config,
 )
-from posttrain_jax.experiment_data import rows_from_config
+from posttrain_jax.core.masking import shift_left
+from posttrain_jax.core.trees import combine
+from posttrain_jax.core.types import Array, Batch, Metric, Metrics, PyTree, Task, TrainState
+from posttrain_jax.core.updates import apply_gradients, gradient_sums, map_micro_batches, used_micro_batches
+from posttrain_jax.forward.heads import sum_logps
 from posttrain_jax.losses.logprobs import Projection
 from posttrain_jax.losses.sft import nll_loss
-from posttrain_jax.masking import shift_left
-from posttrain_jax.models.heads import sum_logps
 from posttrain_jax.models.transformer import Model, head_VD
-from posttrain_jax.optim import apply_gradients, gradient_sums, map_micro_batches, used_micro_batches
-from posttrain_jax.trees import combine
-from posttrain_jax.types import Array, Batch, Metric, Metrics, PyTree, Task, TrainState
 
 
 def token_losses(params: PyTree, batch: Batch, *, model: Model) -> tuple[Array, Array, Metrics]:
@@ -82,7 +82,7 @@ def train_step(
 
     gradients, metrics = gradient_sums(loss_sum, state.params, batch)
     loss = metrics["loss"]
-    lr = schedule(state.step - state.skipped)  # the optimiser does not count skipped steps
+    lr = schedule(state.step - state.skipped)  # the optimizer does not count skipped steps
     state, update_metrics = apply_gradients(
         state, gradients, loss.sum, optimizer=optimizer, count=loss.count, ema_decay=ema_decay
     )
@@ -121,7 +121,7 @@ def from_config(config: Config, workdir: Path) -> Task:
       InputError: a bad value, a bad row, a model that cannot be used.
     """
     mesh = mesh_from_config(config)
-    policy = policy_from_config(config)
+    policy = model_spec_from_config(config)
     rows = rows_from_config(config, policy.tokenizer, workdir)
     algorithm = Offline(
         make_state=functools.partial(init_state, model=policy.model),

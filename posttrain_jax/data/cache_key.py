@@ -1,4 +1,4 @@
-"""The key of a cache entry: a hash of everything that the tokenised result depends on.
+"""The key of a cache entry: a hash of everything that the tokenized result depends on.
 
 That is the rows (for files, their names and contents; for `hf:` and `tfds:`, the rows themselves), the tokenizer, the
 chat template, the options, the versions of transformers and tokenizers, and FORMAT_VERSION. Files up to 256 MiB are
@@ -17,7 +17,7 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from posttrain_jax.chat_template import DEFAULT_CHAT, ChatOptions, resolve_template, shown_dates
+from posttrain_jax.data.chat_template import DEFAULT_CHAT, ChatOptions, resolve_template, shown_dates
 from posttrain_jax.data.rows import Row
 from posttrain_jax.data.sources import read_rows, source_files
 
@@ -28,7 +28,7 @@ _HASHED_WHOLE = 256 * 2**20
 
 
 class SourceRows:
-    """The rows of a source, which can be read twice: once for the key, once to tokenise them."""
+    """The rows of a source, which can be read twice: once for the key, once to tokenize them."""
 
     def __init__(self, source: str) -> None:
         self.source = source

@@ -19,13 +19,13 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from posttrain_jax.chat_template import DEFAULT_CHAT, ChatOptions, has_template
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.data.chat_template import DEFAULT_CHAT, ChatOptions, has_template
 from posttrain_jax.data.formats import Conversation
 from posttrain_jax.data.prompt_rows import encode_text
 from posttrain_jax.data.rows import RowError
 from posttrain_jax.data.spans import ChatTemplate
 from posttrain_jax.data.turns import EndOfTurn, Span, Turns
-from posttrain_jax.errors import InputError
 
 TRAIN_ON = ("all_turns", "last_turn")
 

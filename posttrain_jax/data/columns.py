@@ -25,7 +25,7 @@ _ABOUT_WORDS = """
     id ids uid uuid idx index key hash fingerprint type types kind category class style level format version split
     source sources origin dataset model language lang license author url date time timestamp created name names meta
     metadata info length len tokens count num number score scores rating ratings label labels quality difficulty
-    perplexity embedding embeddings topic domain subject tag tags config configs window labelling labeling template"""
+    perplexity embedding embeddings topic domain subject tag tags config configs window labeling labeling template"""
 PROMPT_WORDS, ABOUT_WORDS = frozenset(_PROMPT_WORDS.split()), frozenset(_ABOUT_WORDS.split())
 # Columns that only a chat has a place for; `data.text_as=chat` makes chats of text rows.
 _OF_CHATS = ("system", "system_prompt", "history", "tools", "functions")

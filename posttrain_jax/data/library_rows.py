@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.rows import Row, one_line
-from posttrain_jax.errors import InputError
 
 # What libraries say of damaged bytes is whatever their decoders stumbled over: Arrow's own errors have ValueError,
 # KeyError, OSError or MemoryError as a base, and there is text that is not UTF-8, and dates that do not exist.

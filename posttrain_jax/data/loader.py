@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 
 # Rows in an endless stream. Grain's own endless repeat overflows when a batch is one row.
 _ENDLESS = 2**45

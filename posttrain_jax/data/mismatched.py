@@ -1,4 +1,4 @@
-"""KTO's reference point needs answers to other prompts: each labelled group gets the completion of another prompt.
+"""KTO's reference point needs answers to other prompts: each labeled group gets the completion of another prompt.
 
 The pairing is drawn once, by seed, so that the reference's log-probabilities of the mismatched answers can be kept on
 disk like the others. (HALOs and TRL pair each row with the next of its batch, which may answer the same prompt.)
@@ -12,20 +12,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.preference_groups import NO_LABEL, PreferenceData, PreferenceSource
-from posttrain_jax.errors import InputError
 
 
 def with_mismatched(data: PreferenceData, *, seed: int, max_length: int) -> PreferenceData:
     """Every group with a second completion, another group's, which has no label.
 
     Args:
-      data: groups of one labelled completion each.
+      data: groups of one labeled completion each.
       seed: of the pairing.
       max_length: a prompt with a mismatched completion is cut to it; 0 = not.
 
     Raises:
-      InputError: a source has completions of one prompt only, or groups that are not one labelled completion.
+      InputError: a source has completions of one prompt only, or groups that are not one labeled completion.
     """
     return PreferenceData(tuple(_pair_up(source, seed, max_length) for source in data.sources))
 

@@ -22,11 +22,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from posttrain_jax.chat_template import DEFAULT_CHAT, ChatOptions
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.chat import Encoded, Encoder
+from posttrain_jax.data.chat_template import DEFAULT_CHAT, ChatOptions
 from posttrain_jax.data.formats import Conversation
 from posttrain_jax.data.rows import RowError
-from posttrain_jax.errors import InputError
 
 START_AFTER = 3.0
 """Seconds of encoding before helpers are started."""

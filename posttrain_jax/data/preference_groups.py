@@ -43,7 +43,7 @@ class PreferenceReport:
     unused: dict[str, int] = dataclasses.field(default_factory=dict)
     comparisons: int = 0
     good: int = 0
-    labelled: int = 0
+    labeled: int = 0
     rated: int = 0
     tokens: int = 0
     shared_tokens: int = 0
@@ -56,8 +56,8 @@ class PreferenceReport:
         parts = [f"{self.source}: {self.rows:,} rows -> {self.groups:,} prompts"]
         if self.comparisons:
             parts.append(f"{self.comparisons:,} comparisons")
-        if self.labelled:
-            parts.append(f"{self.labelled:,} labels, {self.good / self.labelled:.1%} good")
+        if self.labeled:
+            parts.append(f"{self.labeled:,} labels, {self.good / self.labeled:.1%} good")
         if self.rated:
             parts.append(f"{self.rated:,} ratings")
         share = self.shared_tokens / max(self.tokens, 1)

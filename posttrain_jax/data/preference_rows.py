@@ -21,9 +21,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.packing import best_fit
 from posttrain_jax.data.preference_groups import Group, PreferenceData, PreferenceSource
-from posttrain_jax.errors import InputError
 
 ROW_MULTIPLE = 128
 
@@ -169,7 +169,11 @@ def pack_groups(groups: Sequence[PreferenceRow | None], shape: RowShape) -> dict
         name: np.zeros((rows, width), kind)
         for names, width, kind in (
             (("tokens", "loss_mask", "segment_ids", "positions", "branches"), length, np.int32),
-            (("ends", "lengths", "sequence_ids", "group_ids", "ranks"), shape.completions, np.int32),
+            (
+                ("last_token_index", "lengths", "sequence_ids", "group_ids", "ranks"),
+                shape.completions,
+                np.int32,
+            ),
             (("ratings", "labels", "reference_logps"), shape.completions, np.float32),
             (("better", "worse"), shape.comparisons, np.int32),
             (("weights", "margins", "probabilities", "shares"), shape.comparisons, np.float32),
@@ -223,7 +227,7 @@ def _put_group(
             place.segment += 1
         slot = place.completion
         put(encoded.tokens[shared:], encoded.loss_mask[shared:], shared, slot + 1)
-        arrays["ends"][r, slot] = place.token - 1
+        arrays["last_token_index"][r, slot] = place.token - 1
         arrays["lengths"][r, slot] = int(encoded.loss_mask.sum())
         arrays["sequence_ids"][r, slot] = group.first_sequence + k + 1
         arrays["group_ids"][r, slot] = number

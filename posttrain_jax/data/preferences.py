@@ -121,7 +121,7 @@ def _preference(row: Columns, text_as: str) -> Preference:
         if "completions" in names:
             return _ranked(row, text_as)
         if "label" in names:
-            return _labelled(row, text_as)
+            return _labeled(row, text_as)
         if "completion" in names and not names.isdisjoint(("rating", "ratings")):
             return _rated(row, text_as)
     raise RowError(
@@ -222,7 +222,7 @@ def _order(values: Sequence[float], *, margins: bool) -> tuple[tuple[Comparison,
     return tuple(comparisons), ties
 
 
-def _labelled(row: Columns, text_as: str) -> Preference:
+def _labeled(row: Columns, text_as: str) -> Preference:
     label = row["label"]
     if isinstance(label, int) and label in (0, 1):
         label = bool(label)

@@ -69,7 +69,7 @@ def read_completions(row: Columns, sides: Mapping[str, Any], text_as: str) -> Pr
 def last_turn(row: Columns, messages: list[Message], column: str) -> PromptCompletions:
     """A whole chat, whose last assistant turn is the completion. Raises RowError."""
     if messages[-1][0]["role"] != "assistant" or len(messages) < 2:
-        raise RowError(column, "must end with the assistant's turn that is labelled")
+        raise RowError(column, "must end with the assistant's turn that is labeled")
     before = [(message, False) for message, _ in messages[:-1]]
     return PromptCompletions((_chat(row, before, [messages[-1]], column),), False)
 

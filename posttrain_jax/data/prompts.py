@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.cache_key import canonical
 from posttrain_jax.data.rows import Row, RowError, without_columns
 from posttrain_jax.data.sources import Spec, read_rows, weighted_sources
 from posttrain_jax.data.tokenized import rejection
-from posttrain_jax.errors import InputError
 
 # The columns of a row -> int32 ids of the prompt. Raises RowError or InputError where they are no prompt.
 Encode = Callable[[dict[str, Any]], np.ndarray]

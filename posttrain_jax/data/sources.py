@@ -17,12 +17,12 @@ import stat
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.json_text import parse, parse_at, skip_space
 from posttrain_jax.data.library_rows import library_rows, parquet_rows, saved_by_datasets
 from posttrain_jax.data.rows import Row as Row
 from posttrain_jax.data.rows import RowError as RowError
 from posttrain_jax.data.rows import one_line
-from posttrain_jax.errors import InputError
 
 MIXTURE = 'write [["SOURCE", weight], ...], such as [["a.jsonl", 3], ["b.jsonl", 1]]'
 Spec = str | list[tuple[str, float]]

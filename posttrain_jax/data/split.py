@@ -15,11 +15,11 @@ from typing import TypeVar
 
 import numpy as np
 
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.preference_groups import PreferenceData, PreferenceSource
 from posttrain_jax.data.prompts import PromptData, PromptRows
 from posttrain_jax.data.rows import one_line
 from posttrain_jax.data.tokenized import TokenizedData, TokenizedSource
-from posttrain_jax.errors import InputError
 
 PREFIX = "split:"
 Data = TypeVar("Data", TokenizedData, PreferenceData, PromptData)

@@ -1,4 +1,4 @@
-"""Tokenised sequences on disk: one folder of .npy files per data source, memory-mapped back.
+"""Tokenized sequences on disk: one folder of .npy files per data source, memory-mapped back.
 
     tokens.npy     int32 [N]   all sequences, one after another
     loss_mask.npy  bool  [N]   True where the token is trained

@@ -20,10 +20,11 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from posttrain_jax import assets
-from posttrain_jax.chat_template import DEFAULT_CHAT, ChatOptions
+from posttrain_jax.core.cache import cache_root
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.cache_key import SourceRows, cache_key, canonical, tokenizer_fingerprint
 from posttrain_jax.data.chat import TRAIN_ON, Encoded
+from posttrain_jax.data.chat_template import DEFAULT_CHAT, ChatOptions
 from posttrain_jax.data.columns import unused_text
 from posttrain_jax.data.formats import to_conversation
 from posttrain_jax.data.parallel_encoder import ParallelEncoder
@@ -31,7 +32,6 @@ from posttrain_jax.data.rows import Row, RowError, without_columns
 from posttrain_jax.data.shown_row import plain_text_warning
 from posttrain_jax.data.sources import Spec, weighted_sources
 from posttrain_jax.data.store import StoredSequences, StoreWriter, publish, read_store
-from posttrain_jax.errors import InputError
 
 TRUNCATE = ("right", "drop", "error")
 ON_BAD_ROW = ("stop", "skip")
@@ -185,7 +185,7 @@ class TokenizedSource:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedData:
-    """What `build` returns: the sources of a mixture, each tokenised apart."""
+    """What `build` returns: the sources of a mixture, each tokenized apart."""
 
     sources: tuple[TokenizedSource, ...]
 
@@ -209,7 +209,7 @@ def build(
     cache_dir: pathlib.Path | None = None,
     rejected_path: pathlib.Path | None = None,
 ) -> TokenizedData:
-    """Tokenises a path, or a list of (source, weight), through the cache.
+    """Tokenizes a path, or a list of (source, weight), through the cache.
 
     Args:
       spec: what `data.train` holds.
@@ -221,7 +221,7 @@ def build(
     Raises InputError for data that is missing or empty, for bad rows unless they are skipped, and when no sequence
     is left.
     """
-    root = (cache_dir if cache_dir is not None else assets.cache_root()) / "tokenized"
+    root = (cache_dir if cache_dir is not None else cache_root()) / "tokenized"
     options = options.at_one_time()
     tokenizer_key = tokenizer_fingerprint(tokenizer, options.chat)
     sources, folders = [], []
@@ -239,7 +239,7 @@ def build(
             store = read_store(root / key)
         if store is None:
             raise InputError(
-                f"the tokenised data in {root / key} cannot be read back; delete it and try again"
+                f"the tokenized data in {root / key} cannot be read back; delete it and try again"
             )
         report = Report(**store.meta["report"])
         index = np.arange(report.sequences, dtype=np.int64)

@@ -20,7 +20,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from posttrain_jax import assets
+from posttrain_jax.core.cache import cache_root
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.cache_key import SourceRows, cache_key, canonical, tokenizer_fingerprint
 from posttrain_jax.data.chat import Encoded
 from posttrain_jax.data.parallel_encoder import ParallelEncoder
@@ -43,7 +44,6 @@ from posttrain_jax.data.tokenized import (
     rejection,
     write_rejected,
 )
-from posttrain_jax.errors import InputError
 
 FORMAT_VERSION = 5
 """Raise it when the same rows become other groups, or `groups.npz` another layout."""
@@ -57,11 +57,11 @@ def build_preferences(
     cache_dir: pathlib.Path | None = None,
     rejected_path: pathlib.Path | None = None,
 ) -> PreferenceData:
-    """Tokenises preference rows of a path, or of a list of (source, weight), through the cache.
+    """Tokenizes preference rows of a path, or of a list of (source, weight), through the cache.
 
     Args and errors are those of `tokenized.build`; `options.max_length` bounds a prompt with one completion.
     """
-    root = (cache_dir if cache_dir is not None else assets.cache_root()) / "preferences"
+    root = (cache_dir if cache_dir is not None else cache_root()) / "preferences"
     options = options.at_one_time()
     tokenizer_key = tokenizer_fingerprint(tokenizer, options.chat)
     sources, folders = [], []
@@ -375,7 +375,7 @@ def _report(
         groups=len(kept),
         comparisons=len(pairs),
         good=sum(labels),
-        labelled=len(labels),
+        labeled=len(labels),
         rated=sum(not math.isnan(r) for group in kept for r in group.ratings),
         tokens=sum(sum(group.lengths) for group in kept),
         shared_tokens=sum(group.shared * (len(group.lengths) - 1) for group in kept),

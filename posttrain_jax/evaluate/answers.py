@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict as Config
 from transformers import PreTrainedTokenizerFast
 
-from posttrain_jax.chat_template import DEFAULT_CHAT, ChatOptions
+from posttrain_jax.data.chat_template import DEFAULT_CHAT, ChatOptions
 from posttrain_jax.data.shown_row import empty_warning, shown_row
 from posttrain_jax.evaluate.tasks import Progress, chat_options, encode_prompt, is_chat, need_tokenizer
-from posttrain_jax.load_model import LoadedModel
-from posttrain_jax.models.tokenizer import stop_token_ids
+from posttrain_jax.models.io.load import LoadedModel
+from posttrain_jax.models.io.tokenizer import stop_token_ids
 from posttrain_jax.rewards.thoughts import after_thought, answer_text, prompt_opens_thought
 from posttrain_jax.sampling.choose import Sampling
 from posttrain_jax.sampling.generate import GenerateOptions, Sample, generate_as_finished
@@ -56,7 +56,7 @@ def answering(config: Config) -> Answering:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class Completion:
     """One answer.
 
     Attributes:
@@ -84,7 +84,7 @@ def answer_all(
     options: Answering,
     *,
     progress: Progress | None = None,
-) -> list[Answer]:
+) -> list[Completion]:
     """One answer per question, in order. With several processes every one calls this alike and gets all answers.
 
     Args:
@@ -116,7 +116,7 @@ def answer_all(
     samples = generate_as_finished(
         loaded.model, loaded.params, prompts, asked, tokenizer=tokenizer, names=names
     )
-    answers: dict[int, Answer] = {}
+    answers: dict[int, Completion] = {}
     for sample in samples:
         in_thought = prompt_opens_thought(tokenizer, prompts[sample.prompt].tolist())
         answers[sample.prompt] = _answer(tokenizer, sample, in_thought=in_thought)
@@ -128,9 +128,9 @@ def answer_all(
     return [answers[place] for place in range(len(prompts))]
 
 
-def _answer(tokenizer: PreTrainedTokenizerFast, sample: Sample, *, in_thought: bool) -> Answer:
+def _answer(tokenizer: PreTrainedTokenizerFast, sample: Sample, *, in_thought: bool) -> Completion:
     text = answer_text(tokenizer, sample.tokens, stop_at=sample.stop_at)
-    return Answer(text, len(sample.tokens), sample.finish_reason, in_thought)
+    return Completion(text, len(sample.tokens), sample.finish_reason, in_thought)
 
 
 def without_thinking(text: str, *, in_thought: bool = False) -> str:

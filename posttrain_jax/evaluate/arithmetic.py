@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.sources import Row
-from posttrain_jax.errors import InputError
 
 KINDS = ("2D+", "2D-", "3D+", "3D-", "4D+", "4D-", "5D+", "5D-", "2Dx", "1DC")
 WORDS = {"+": "plus", "-": "minus", "x": "times"}

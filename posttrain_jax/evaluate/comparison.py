@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.evaluate.statistics import Comparison, compare
 
 

@@ -16,20 +16,20 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
+from posttrain_jax.build.data import data_spec, kept_date, tokenize_options
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.sharding import shard_multiple
+from posttrain_jax.core.types import PyTree
 from posttrain_jax.data.loader import eval_batch_count, eval_batches
 from posttrain_jax.data.packing import PackedRows, pack
 from posttrain_jax.data.split import hold_out, split_amount
 from posttrain_jax.data.tokenized import TokenizedData, TokenizeOptions, build
-from posttrain_jax.errors import InputError
 from posttrain_jax.evaluate.own_data import HeldOutData, held_out_by, run_config
 from posttrain_jax.evaluate.sequence_sums import sequence_sums
 from posttrain_jax.evaluate.statistics import Estimate, bootstrap_means, interval
 from posttrain_jax.evaluate.tasks import Progress, TaskResult, check_first, need_tokenizer, say_data
-from posttrain_jax.experiment_data import data_spec, kept_date, tokenize_options
-from posttrain_jax.load_model import LoadedModel
+from posttrain_jax.models.io.load import LoadedModel
 from posttrain_jax.models.transformer import Model
-from posttrain_jax.sharding import shard_multiple
-from posttrain_jax.types import PyTree
 
 DEMO = ("asset:alpaca_en_demo", "split:99")
 """What is evaluated on where neither `config.data` nor the model says anything: configs/sft/smollm2_135m.py's split."""
@@ -139,10 +139,10 @@ def held_out_loss(
         progress=show,
     )
     names = [part.source.row_id(i) for part in rows for row in range(len(part)) for i in part.sequences(row)]
-    return _summarise(table, names, sum(len(part) for part in rows), bootstrap, seed)
+    return _summarize(table, names, sum(len(part) for part in rows), bootstrap, seed)
 
 
-def _summarise(table: np.ndarray, names: list[str], rows: int, bootstrap: int, seed: int) -> HeldOut:
+def _summarize(table: np.ndarray, names: list[str], rows: int, bootstrap: int, seed: int) -> HeldOut:
     kept = table[:, 1] > 0
     if not kept.any():
         raise InputError("There is nothing to evaluate: no held-out sequence has a trained token.")

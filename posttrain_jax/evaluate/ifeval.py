@@ -22,9 +22,9 @@ from typing import Any
 
 from ml_collections import ConfigDict as Config
 
-from posttrain_jax.assets import fetch
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.sources import Row, RowError
-from posttrain_jax.errors import InputError
+from posttrain_jax.demo.assets import fetch
 from posttrain_jax.evaluate.answers import Answering, answer_all, answering, without_thinking
 from posttrain_jax.evaluate.tasks import (
     Items,
@@ -34,10 +34,10 @@ from posttrain_jax.evaluate.tasks import (
     column,
     read_items,
     say_data,
-    summarise,
+    summarize,
     task_rows,
 )
-from posttrain_jax.load_model import LoadedModel
+from posttrain_jax.models.io.load import LoadedModel
 
 LEVELS = ("prompt_strict", "instruction_strict", "prompt_loose", "instruction_loose")
 NEEDS_SENTENCE_MODEL = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
@@ -287,7 +287,7 @@ def ifeval(
                 "metrics": levels(checks),
             }
         )
-    return summarise(
+    return summarize(
         rows,
         counts={
             "skipped_rows": prompts.skipped,

@@ -2,7 +2,7 @@
 
 A judge is anything that answers questions (`Judge`): an OpenAI-compatible endpoint (`judge_endpoint`), or a model of
 ours by its log-probabilities (`judge_model`). A reward model is asked no questions (`judge_reward`). Judges
-favour a place, so every pair is asked about twice, with the answers exchanged (MT-Bench, arXiv:2306.05685, section
+favor a place, so every pair is asked about twice, with the answers exchanged (MT-Bench, arXiv:2306.05685, section
 3.4).
 
 Every reply is written to a `Cache` before the next one is looked at. A run that was killed, or whose judge went away,
@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.evaluate.win_rate import Judgment
 
 VERSION = "pairwise-1"

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit, urlunsplit
 
-from posttrain_jax.errors import InputError, without_secrets
+from posttrain_jax.core.errors import InputError, without_secrets
 from posttrain_jax.evaluate.judge import Question, Reply, parse_verdict
 
 MOST_WORDS = 300

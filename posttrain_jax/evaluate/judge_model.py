@@ -12,14 +12,14 @@ from collections.abc import Iterator, Sequence
 
 from jax.sharding import Mesh
 
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.trees import fingerprint
 from posttrain_jax.data.cache_key import tokenizer_fingerprint
-from posttrain_jax.errors import InputError
 from posttrain_jax.evaluate import judge
 from posttrain_jax.evaluate.judge import Reply
 from posttrain_jax.evaluate.multiple_choice import Question, choice_logps, encode_question
 from posttrain_jax.evaluate.tasks import is_chat, need_tokenizer
-from posttrain_jax.load_model import LoadedModel
-from posttrain_jax.trees import fingerprint
+from posttrain_jax.models.io.load import LoadedModel
 
 CHOICES = ("A", "B")
 AT_ONCE = 64

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.sharding import shard_multiple
 from posttrain_jax.data.preference_rows import row_shape
 from posttrain_jax.data.tokenized import TokenizeOptions
 from posttrain_jax.data.tokenized_preferences import build_preferences
-from posttrain_jax.errors import InputError
 from posttrain_jax.evaluate.judge import Judged, Pair, Usage, preferences_of_scores
 from posttrain_jax.evaluate.score_pairs import Combination, member_scores
 from posttrain_jax.evaluate.win_rate import Judgment
-from posttrain_jax.load_model import LoadedModel
-from posttrain_jax.sharding import shard_multiple
+from posttrain_jax.models.io.load import LoadedModel
 
 
 def judge_by_reward(

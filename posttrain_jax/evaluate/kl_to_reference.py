@@ -20,8 +20,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 from transformers import PreTrainedTokenizerBase
 
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.types import PyTree
 from posttrain_jax.data.sources import Row
-from posttrain_jax.errors import InputError
 from posttrain_jax.evaluate.own_data import held_out_by, held_out_prompts, run_config
 from posttrain_jax.evaluate.tasks import (
     Progress,
@@ -34,17 +35,16 @@ from posttrain_jax.evaluate.tasks import (
     need_tokenizer,
     read_items,
     say_data,
-    summarise,
+    summarize,
     task_rows,
 )
-from posttrain_jax.load_model import LoadedModel, load_model, require_language_model
 from posttrain_jax.losses.kl import k1, k3
-from posttrain_jax.models.tokenizer import stop_token_ids
+from posttrain_jax.models.io.load import LoadedModel, load_model, require_language_model
+from posttrain_jax.models.io.tokenizer import stop_token_ids
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.choose import Sampling
 from posttrain_jax.sampling.generate import GenerateOptions, Sample, generate
 from posttrain_jax.sampling.score import score_samples
-from posttrain_jax.types import PyTree
 
 DEMO = "asset:alpaca_en_demo"
 """Asked where neither `data.eval` nor a run says anything."""
@@ -241,7 +241,7 @@ def from_config(config: Config, loaded: LoadedModel, *, mesh: Mesh, progress: Pr
         for place, item in enumerate(items)
     ]
     counts = {"samples": len(samples), "skipped_rows": skipped}
-    result = summarise(rows, counts=counts, by_type={}, bootstrap=config.eval.bootstrap, seed=config.seed)
+    result = summarize(rows, counts=counts, by_type={}, bootstrap=config.eval.bootstrap, seed=config.seed)
     return dataclasses.replace(result, data=f"{said}; reference: {reference_name}")
 
 

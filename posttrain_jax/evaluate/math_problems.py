@@ -22,11 +22,11 @@ from posttrain_jax.evaluate.tasks import (
     TaskResult,
     read_items,
     say_data,
-    summarise,
+    summarize,
     task_rows,
     text_column,
 )
-from posttrain_jax.load_model import LoadedModel
+from posttrain_jax.models.io.load import LoadedModel
 from posttrain_jax.rewards.math_answers import Judge, Verdict, final_part
 
 
@@ -135,7 +135,7 @@ def math_problems(
                 "metrics": {"accuracy": (float(verdict.right), 1.0)},
             }
         )
-    return summarise(
+    return summarize(
         rows,
         counts={
             "skipped_rows": problems.skipped,

@@ -23,10 +23,11 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
-from posttrain_jax.chat_template import DEFAULT_CHAT, ChatOptions
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.sharding import shard_multiple
+from posttrain_jax.data.chat_template import DEFAULT_CHAT, ChatOptions
 from posttrain_jax.data.packing import best_fit, empty_row
 from posttrain_jax.data.sources import Row, RowError
-from posttrain_jax.errors import InputError
 from posttrain_jax.evaluate.sequence_sums import sequence_sums
 from posttrain_jax.evaluate.tasks import (
     Items,
@@ -40,12 +41,11 @@ from posttrain_jax.evaluate.tasks import (
     need_tokenizer,
     read_items,
     say_data,
-    summarise,
+    summarize,
     task_rows,
 )
-from posttrain_jax.load_model import LoadedModel
+from posttrain_jax.models.io.load import LoadedModel
 from posttrain_jax.sampling.shapes import bucket
-from posttrain_jax.sharding import shard_multiple
 
 ROW_TOKENS = 512
 COUNT_FROM = ("auto", "0", "1")
@@ -359,7 +359,7 @@ def multiple_choice(
             }
         )
     counts = {"skipped_rows": questions.skipped, "choices": sum(len(item.tokens) for item in encoded)}
-    return summarise(rows, counts=counts, by_type={}, bootstrap=bootstrap, seed=seed)
+    return summarize(rows, counts=counts, by_type={}, bootstrap=bootstrap, seed=seed)
 
 
 def from_config(

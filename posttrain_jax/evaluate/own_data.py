@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from posttrain_jax.chat_template import ChatOptions, read_variables
+from posttrain_jax.build.data import data_spec, kept_date, tokenize_options
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.data.chat_template import ChatOptions, read_variables
 from posttrain_jax.data.prompts import read_prompts
 from posttrain_jax.data.split import hold_out, split_amount
 from posttrain_jax.data.tokenized import build
 from posttrain_jax.data.tokenized_preferences import build_preferences
-from posttrain_jax.errors import InputError
 from posttrain_jax.evaluate.tasks import need_tokenizer
-from posttrain_jax.experiment_data import data_spec, kept_date, tokenize_options
-from posttrain_jax.load_model import LoadedModel
-from posttrain_jax.models.hf_config import read_json
+from posttrain_jax.models.io.hf_config import read_json
+from posttrain_jax.models.io.load import LoadedModel
 from posttrain_jax.rollouts.draw import encode_prompt
 
 ON_PROMPTS = ("ppo", "rloo")

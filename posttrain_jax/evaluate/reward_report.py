@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.evaluate.statistics import bootstrap_means, interval
 
 LENGTH_UNITS = ("tokens", "characters")

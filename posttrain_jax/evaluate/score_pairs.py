@@ -9,17 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from posttrain_jax.completions import map_completions, reward_scores_of
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.preference_groups import PreferenceData, PreferenceSource
 from posttrain_jax.data.preference_rows import RowShape, row_shape
-from posttrain_jax.errors import InputError
 from posttrain_jax.evaluate.reward_report import ScoredPairs
-from posttrain_jax.load_model import LoadedModel
+from posttrain_jax.forward.completions import map_completions, reward_scores_of
 from posttrain_jax.losses.reward import (
     combine_scores_mean,
     combine_scores_min,
     combine_scores_uncertainty,
 )
+from posttrain_jax.models.io.load import LoadedModel
 
 COMBINATIONS = ("mean", "min", "uncertainty")
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from posttrain_jax.core.types import Array, PyTree
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.score import token_scores
-from posttrain_jax.types import Array, PyTree
 
 
 def sequence_sums(

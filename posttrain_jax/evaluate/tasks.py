@@ -12,12 +12,12 @@ import numpy as np
 from ml_collections import ConfigDict as Config
 from transformers import PreTrainedTokenizerFast
 
-from posttrain_jax.assets import fetch
-from posttrain_jax.chat_template import DEFAULT_CHAT, ChatOptions, read_variables
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.data.chat_template import DEFAULT_CHAT, ChatOptions, read_variables
 from posttrain_jax.data.sources import Row, RowError, read_rows
-from posttrain_jax.errors import InputError
+from posttrain_jax.demo.assets import fetch
 from posttrain_jax.evaluate.statistics import Estimate, ratio_estimates
-from posttrain_jax.load_model import LoadedModel
+from posttrain_jax.models.io.load import LoadedModel
 from posttrain_jax.sampling.prompts import encode_chat, encode_text
 
 RENDERINGS = ("auto", "chat", "text")
@@ -47,7 +47,7 @@ class TaskResult:
     data: str = ""
 
 
-def summarise(
+def summarize(
     rows: list[dict[str, Any]],
     *,
     counts: dict[str, int],

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.evaluate.statistics import (
     Estimate,
     bootstrap_counts,
@@ -282,7 +282,7 @@ def fit_length(
 ) -> np.ndarray:
     """Weighted logistic regressions on one feature and a constant, by damped Newton steps: float64 `[R, 2]`.
 
-    Maximises sum_s weight_s * (p_s log m_s + (1 - p_s) log(1 - m_s)) - ridge / 2 * w_len^2 with
+    Maximizes sum_s weight_s * (p_s log m_s + (1 - p_s) log(1 - m_s)) - ridge / 2 * w_len^2 with
     m = sigma(w_len * length + w_base) for every row of weights. A step is shortened by log(1 + r) / r, r = its length
     times the largest feature vector's, with which logistic regression's Newton steps always go uphill (Bach,
     arXiv:0910.4627, section 2).

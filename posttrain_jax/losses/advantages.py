@@ -16,9 +16,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from posttrain_jax.core.types import Array
 from posttrain_jax.losses.kl import k1
 from posttrain_jax.losses.weighted_rows import rows_of_mask
-from posttrain_jax.types import Array
 
 
 @jax.tree_util.register_dataclass
@@ -38,7 +38,7 @@ class Advantages:
 def gae(
     rewards_BT: Array, values_BT: Array, mask_BT: Array, *, gamma: float | Array, lam: float | Array
 ) -> Advantages:
-    """Generalised advantage estimation: A_t = sum_l (gamma lam)^l delta_{t+l}.
+    """Generalized advantage estimation: A_t = sum_l (gamma lam)^l delta_{t+l}.
 
     arXiv:1506.02438, eq. 16, with delta_t = r_t + gamma V_{t+1} - V_t, and V = 0 after the last action. At
     gamma = lam = 1 it is the reward to go minus the value; at lam = 0 it is delta. Nothing is whitened here

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 
+from posttrain_jax.core.types import Array, LossOutput
 from posttrain_jax.losses.pairs import pairs_of
-from posttrain_jax.types import Array, LossOutput
 
 
 def apo_zero_loss(
@@ -23,7 +23,7 @@ def apo_zero_loss(
     beta: float,
     weights_B: Array | None = None,
 ) -> LossOutput:
-    """Anchored preference optimisation, zero: 1 - s(beta a_w) + s(beta a_l); raises y_w and lowers y_l.
+    """Anchored preference optimization, zero: 1 - s(beta a_w) + s(beta a_l); raises y_w and lowers y_l.
 
     arXiv:2408.06266, eq. 7: for chosen answers that are better than the policy's own.
     """
@@ -47,7 +47,7 @@ def apo_down_loss(
     beta: float,
     weights_B: Array | None = None,
 ) -> LossOutput:
-    """Anchored preference optimisation, down: s(beta a_w) + 1 - s(beta h); lowers y_w, and y_l more.
+    """Anchored preference optimization, down: s(beta a_w) + 1 - s(beta h); lowers y_w, and y_l more.
 
     arXiv:2408.06266, eq. 8: for chosen answers that are worse than the policy's own.
     """
@@ -97,7 +97,7 @@ def bco_loss(
     delta: float | Array,
     weights_B: Array | None = None,
 ) -> LossOutput:
-    """Binary classifier optimisation on pairs: -log s(beta a_w - delta) - log s(-(beta a_l - delta)).
+    """Binary classifier optimization on pairs: -log s(beta a_w - delta) - log s(-(beta a_l - delta)).
 
     arXiv:2404.04656. `delta` (a scalar, without gradient) is the reward shift: the running mean of the rewards beta a
     over chosen and rejected answers, which the caller keeps. `kto.bco_unpaired_loss` is the same on single answers.
@@ -123,7 +123,7 @@ def bco_pair_loss(
     beta: float,
     weights_B: Array | None = None,
 ) -> LossOutput:
-    """Binary classifier optimisation without a shift (TRL's `bco_pair`): -log s(beta a_w) - log s(-beta a_l)."""
+    """Binary classifier optimization without a shift (TRL's `bco_pair`): -log s(beta a_w) - log s(-beta a_l)."""
     return bco_loss(
         policy_chosen_logps_B,
         policy_rejected_logps_B,
@@ -146,7 +146,7 @@ def sppo_loss(
     beta: float,
     weights_B: Array | None = None,
 ) -> LossOutput:
-    """Self-play preference optimisation: (a_w - (P_w - 1/2) / beta)^2 + (a_l - (P_l - 1/2) / beta)^2.
+    """Self-play preference optimization: (a_w - (P_w - 1/2) / beta)^2 + (a_l - (P_l - 1/2) / beta)^2.
 
     arXiv:2405.00675, eq. 4.7, with 1 / beta = its eta. P_w, P_l in [0, 1] are the probabilities that the answer beats
     one of the policy it was sampled from (no gradient). The paper's equation sums, as this and TRL; the authors' code

@@ -16,7 +16,7 @@ the weights. Metrics are means over pairs under the same weights: `loss`, `rewar
 reward of an answer is beta * a, unless the function says otherwise.
 
 Equations are numbered as in the paper's arXiv version. Losses that hold each answer against an anchor of its own
-are in `anchored.py`, losses without a reference in `preference_odds.py`, losses on single answers in `kto.py`.
+are in `anchored.py`, losses without a reference in `reference_free.py`, losses on single answers in `kto.py`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 
+from posttrain_jax.core.types import Array, LossOutput, Metric
 from posttrain_jax.losses.pairs import pairs_of
 from posttrain_jax.losses.weighted_rows import per_token, rows_like
-from posttrain_jax.types import Array, LossOutput, Metric
 
 
 def _check_smoothing(label_smoothing: float, *, zero_too: bool) -> None:
@@ -47,7 +47,7 @@ def dpo_loss(
     beta: float,
     weights_B: Array | None = None,
 ) -> LossOutput:
-    """Direct preference optimisation: -log s(beta h).
+    """Direct preference optimization: -log s(beta h).
 
     arXiv:2305.18290, eq. 7. Its gradient is -beta s(r_l - r_w) (grad log pi(y_w) - grad log pi(y_l)) with the
     rewards r = beta a (section 4).
@@ -127,7 +127,7 @@ def ipo_loss(
     beta: float,
     weights_B: Array | None = None,
 ) -> LossOutput:
-    """Identity preference optimisation on whole answers: (h - 1 / (2 beta))^2; beta is the paper's tau.
+    """Identity preference optimization on whole answers: (h - 1 / (2 beta))^2; beta is the paper's tau.
 
     arXiv:2310.12036, eq. 17, with sums over tokens as in the DPO authors' code. TRL's `ipo` is `ipo_mean_loss`.
     """
@@ -152,7 +152,7 @@ def ipo_mean_loss(
     beta: float,
     weights_B: Array | None = None,
 ) -> LossOutput:
-    """Identity preference optimisation per token: (a_w / |y_w| - a_l / |y_l| - 1 / (2 beta))^2.
+    """Identity preference optimization per token: (a_w / |y_w| - a_l / |y_l| - 1 / (2 beta))^2.
 
     arXiv:2310.12036, eq. 17, with means over tokens, which TRL says the paper's authors used. The
     log-probabilities are sums here too; the lengths (tokens) divide them. Reward: beta a / |y|.
@@ -204,7 +204,7 @@ def normalized_dpo_loss(
     beta: float,
     weights_B: Array | None = None,
 ) -> LossOutput:
-    """Length-normalised DPO of Tulu 3: -log s(beta a_w / |y_w| - beta a_l / |y_l|).
+    """Length-normalized DPO of Tulu 3: -log s(beta a_w / |y_w| - beta a_l / |y_l|).
 
     arXiv:2411.15124, section 5 (there with beta = 5). Lengths in tokens. Reward: beta a / |y|, the quantity that is
     compared; TRL (`sigmoid_norm`) logs beta a.
@@ -234,9 +234,9 @@ def rdpo_loss(
     alpha: float,
     weights_B: Array | None = None,
 ) -> LossOutput:
-    """Length-regularised DPO (R-DPO): -log s(beta h + alpha (|y_w| - |y_l|)), lengths in tokens, alpha per token.
+    """Length-regularized DPO (R-DPO): -log s(beta h + alpha (|y_w| - |y_l|)), lengths in tokens, alpha per token.
 
-    arXiv:2403.19159. The sign is plus: the optimal policy of the penalised reward r - alpha |y| is proportional to
+    arXiv:2403.19159. The sign is plus: the optimal policy of the penalized reward r - alpha |y| is proportional to
     pi_ref exp((r - alpha |y|) / beta), so r = beta a + alpha |y| up to a term in x. A pair whose chosen answer is the
     longer one is then already explained in part by its length, and pulls less.
     """
@@ -349,7 +349,7 @@ def exo_loss(
     label_smoothing: float,
     weights_B: Array | None = None,
 ) -> LossOutput:
-    """Exact optimisation on preferences (EXO-pref): KL(q || p) with q = (s(beta h), s(-beta h)), p = (1 - e, e).
+    """Exact optimization on preferences (EXO-pref): KL(q || p) with q = (s(beta h), s(-beta h)), p = (1 - e, e).
 
     arXiv:2402.00856, eq. 16. `label_smoothing` = e in (0, 0.5); at 0 the divergence is infinite (ValueError).
     """
@@ -379,7 +379,7 @@ def rpo_loss(
     eta: float,
     weights_B: Array | None = None,
 ) -> LossOutput:
-    """Reward-aware preference optimisation of Nemotron-4: D[beta h || eta (r_w - r_l)].
+    """Reward-aware preference optimization of Nemotron-4: D[beta h || eta (r_w - r_l)].
 
     arXiv:2406.11704, section 3.3, where D[a || b] = s(b) log(s(b) / s(a)) + (1 - s(b)) log((1 - s(b)) / (1 - s(a))):
     the KL divergence of two coins, 0 where the policy's margin equals the ratings'. `chosen_ratings_B` = r_w and
@@ -416,10 +416,10 @@ def dpo_nll_loss(
 ) -> LossOutput:
     """DPO with the negative log-likelihood of the chosen answer: -log s(beta h) + alpha NLL(y_w) / |y_w|.
 
-    Iterative reasoning preference optimisation, arXiv:2404.19733, eq. 1 and 2 (alpha = 1), and Llama 3,
+    Iterative reasoning preference optimization, arXiv:2404.19733, eq. 1 and 2 (alpha = 1), and Llama 3,
     arXiv:2407.21783, section 4.1.4 (alpha = 0.2). `chosen_nlls_B` is the sum of -log pi_theta over the
     `chosen_nll_tokens_B` tokens that are imitated; they are arguments of their own because Llama 3 leaves header and
-    termination tokens out of the DPO term only. Normalised per answer: each pair's NLL is divided by its own number
+    termination tokens out of the DPO term only. Normalized per answer: each pair's NLL is divided by its own number
     of tokens, as in the first paper (the second does not say), not by the batch's as TRL's `sft` term is.
     Additional metric: `nll_loss`, the mean over pairs of NLL / |y_w|.
     """

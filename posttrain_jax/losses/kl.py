@@ -21,7 +21,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from posttrain_jax.types import Array
+from posttrain_jax.core.types import Array
 
 
 def k1(policy_logps_BT: Array, reference_logps_BT: Array) -> Array:
@@ -92,7 +92,7 @@ def categorical_kl(policy_logits_BTV: Array, reference_logits_BTV: Array) -> Arr
     A token whose policy logit is -inf adds nothing; one that only the reference excludes makes the KL infinite.
 
     Args:
-      policy_logits_BTV, reference_logits_BTV: logits, not normalised; of any shape, equal for both.
+      policy_logits_BTV, reference_logits_BTV: logits, not normalized; of any shape, equal for both.
     """
     policy_logps = jax.nn.log_softmax(policy_logits_BTV.astype(jnp.float32))
     reference_logps = jax.nn.log_softmax(reference_logits_BTV.astype(jnp.float32))

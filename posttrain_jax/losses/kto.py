@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 
+from posttrain_jax.core.types import Array, LossOutput, Metric, Metrics
 from posttrain_jax.losses.weighted_rows import Rows, rows_like
-from posttrain_jax.types import Array, LossOutput, Metric, Metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def kto_loss(
     undesirable_weight: float = 1.0,
     weights_B: Array | None = None,
 ) -> LossOutput:
-    """Kahneman-Tversky optimisation: lambda_D (1 - s(beta (r - z0))) for good, lambda_U (1 - s(beta (z0 - r))) for bad.
+    """Kahneman-Tversky optimization: lambda_D (1 - s(beta (r - z0))) for good, lambda_U (1 - s(beta (z0 - r))) for bad.
 
     arXiv:2402.01306, eq. 8 (lambda_y - v). `kl_baseline` = z0, a scalar in nats (no gradient; see
     `kto_kl_baseline`), `desirable_weight` = lambda_D, `undesirable_weight` = lambda_U; the latter two do not enter
@@ -102,7 +102,7 @@ def bco_unpaired_loss(
     delta: float | Array,
     weights_B: Array | None = None,
 ) -> LossOutput:
-    """Binary classifier optimisation: -log s(beta r - delta) for a good answer, -log s(delta - beta r) for a bad one.
+    """Binary classifier optimization: -log s(beta r - delta) for a good answer, -log s(delta - beta r) for a bad one.
 
     arXiv:2404.04656. `delta` is a scalar, the reward shift (no gradient); see `anchored.bco_loss`, the form for pairs.
     """

@@ -12,7 +12,7 @@ which does not depend on N * V. C is chosen so that C * V stays near CHUNK_ELEME
 `sum_logps` returns only the sum, whose gradient does not depend on what comes after but for one factor, so it
 computes the gradient in the forward pass: three products, as in Liger-Kernel (arXiv:2410.10989).
 
-With `vocab_axis` (inside `shard_map`) the head holds this device's share of the rows of V, and the normaliser
+With `vocab_axis` (inside `shard_map`) the head holds this device's share of the rows of V, and the normalizer
 is summed over that mesh axis (Megatron-LM, arXiv:1909.08053, section 3); `models/heads.py` arranges it.
 """
 
@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posttrain_jax.types import Array
+from posttrain_jax.core.types import Array
 
 CHUNK_ELEMENTS = 1 << 26
 MOST_ROWS = 1024
@@ -87,14 +87,14 @@ def _plan(mask_N: Array, vocab: int, projection: Projection) -> _Plan:
 class _Chunk:
     """One chunk of C positions, `hit_VC` marking each target's row.
 
-    The vocabulary comes first: sums over it then run along rows of C neighbours, which XLA's CPU backend does with
+    The vocabulary comes first: sums over it then run along rows of C neighbors, which XLA's CPU backend does with
     vector instructions in both threads (16 ms for 1,024 positions, 95 to 350 ms the other way round).
     """
 
     logits_VC: Array
     hit_VC: Array
     logps_C: Array
-    normaliser_C: Array
+    normalizer_C: Array
     is_argmax_C: Array
 
 
@@ -117,14 +117,14 @@ def _forward_chunk(hidden_CD: Array, head_VD: Array, targets_C: Array, projectio
     total = jnp.sum(jnp.exp(logits - largest[None]), axis=0)
     if axis is not None:
         total = jax.lax.psum(total, axis)
-    normaliser = largest + jnp.log(total)
+    normalizer = largest + jnp.log(total)
     hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0) == jnp.where(inside, row, -1)[None]
-    return _Chunk(logits, hit, target - normaliser, normaliser, target >= largest)
+    return _Chunk(logits, hit, target - normalizer, normalizer, target >= largest)
 
 
 def _backward_chunk(chunk: _Chunk, weights_C: Array, projection: Projection) -> Array:
     """Gradient of sum_c weights_c * logp_c with respect to the raw products head @ hidden^T, `[V, C]`."""
-    probabilities = jnp.exp(chunk.logits_VC - chunk.normaliser_C[None])
+    probabilities = jnp.exp(chunk.logits_VC - chunk.normalizer_C[None])
     gradient = weights_C[None] * (chunk.hit_VC.astype(jnp.float32) - probabilities)
     if projection.temperature != 1.0:
         gradient = gradient / projection.temperature
@@ -160,7 +160,7 @@ def _int_zero(values: Array) -> np.ndarray:
 def _forward(
     hidden_ND: Array, head_VD: Array, targets_N: Array, mask_N: Array, projection: Projection
 ) -> tuple[Array, Array, Array]:
-    """Per position: log-probability, whether the target is the most likely token, and the normaliser (0 where
+    """Per position: log-probability, whether the target is the most likely token, and the normalizer (0 where
     masked)."""
     plan = _plan(mask_N, head_VD.shape[0], projection)
     hidden, targets = _gather(plan, hidden_ND, targets_N)
@@ -173,20 +173,20 @@ def _forward(
         def kept(part: Array) -> Array:
             return jnp.where(keep, part, 0).astype(jnp.float32)
 
-        logps, is_argmax, normaliser = out
+        logps, is_argmax, normalizer = out
         return (
             _store(logps, kept(chunk.logps_C), index, plan),
             _store(is_argmax, kept(chunk.is_argmax_C), index, plan),
-            _store(normaliser, kept(chunk.normaliser_C), index, plan),
+            _store(normalizer, kept(chunk.normalizer_C), index, plan),
         )
 
     empty = jnp.zeros(plan.kept.shape, jnp.float32)
-    logps, is_argmax, normaliser = jax.lax.fori_loop(0, plan.chunks, body, (empty, empty, empty))
+    logps, is_argmax, normalizer = jax.lax.fori_loop(0, plan.chunks, body, (empty, empty, empty))
     positions = mask_N.shape[0]
     return (
         _scatter(plan, logps, positions),
         _scatter(plan, is_argmax, positions),
-        _scatter(plan, normaliser, positions),
+        _scatter(plan, normalizer, positions),
     )
 
 

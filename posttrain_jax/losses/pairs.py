@@ -6,8 +6,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from posttrain_jax.core.types import Array, LossOutput, Metrics
 from posttrain_jax.losses.weighted_rows import Rows, rows_like
-from posttrain_jax.types import Array, LossOutput, Metrics
 
 
 def pair_metrics(

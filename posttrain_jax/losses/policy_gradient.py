@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import jax
 
+from posttrain_jax.core.types import Array, LossOutput
 from posttrain_jax.losses.weighted_rows import rows_like, rows_of_mask
-from posttrain_jax.types import Array, LossOutput
 
 
 def sequence_loss(

@@ -1,4 +1,4 @@
-"""The losses of proximal policy optimisation (PPO, arXiv:1707.06347), and the numbers by which it is watched.
+"""The losses of proximal policy optimization (PPO, arXiv:1707.06347), and the numbers by which it is watched.
 
 `logps_BT` are log-probabilities of the tokens drawn under the policy being trained, `old_logps_BT` those under the
 policy that drew them (both at the temperature of the drawing), nats; r_t = exp(logps - old_logps). `mask_BT` is
@@ -15,9 +15,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from posttrain_jax.core.types import Array, LossOutput, Metric, Metrics
 from posttrain_jax.losses import kl
 from posttrain_jax.losses.weighted_rows import Rows, rows_of_mask
-from posttrain_jax.types import Array, LossOutput, Metric, Metrics
 
 # The log-ratio is kept within +-20 (as in verl), a ratio of 4.9e8: beyond it exp overflows in float32 at 88.7, where a
 # clipped token's gradient would be 0 * infinity = NaN.
@@ -175,7 +175,7 @@ def entropy_of_logits(logits_BTV: Array) -> Array:
     times a coefficient from the loss; the temperature is the caller's (divide first).
 
     Args:
-      logits_BTV: not normalised, of any shape and float dtype.
+      logits_BTV: not normalized, of any shape and float dtype.
     """
     logps = jax.nn.log_softmax(logits_BTV.astype(jnp.float32))
     possible = logps > -jnp.inf

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid
 
+from posttrain_jax.core.types import Array, LossOutput, Metrics
 from posttrain_jax.losses.weighted_rows import Rows, rows_like
-from posttrain_jax.types import Array, LossOutput, Metrics
 
 ABSENT = (
     -1e30
@@ -224,7 +224,7 @@ def pick_best_loss(
         "scores/rejected": rows.metric(rejected_B),
         "margins": rows.metric(chosen_B - rejected_B),
     }
-    # In a prompt of weight 0 nothing competes; its normaliser is ABSENT, finite, and weighed away.
+    # In a prompt of weight 0 nothing competes; its normalizer is ABSENT, finite, and weighed away.
     return rows.output(jax.nn.logsumexp(competing_BK, axis=-1) - chosen_B, metrics)
 
 
@@ -238,7 +238,7 @@ def regression_loss(scores_B: Array, ratings_B: Array, *, weights_B: Array | Non
     return rows.output(jnp.square(scores_B - rows.keep(ratings_B)), {"scores/mean": rows.metric(scores_B)})
 
 
-def centre_penalty(
+def center_penalty(
     chosen_B: Array, rejected_B: Array, *, coefficient: float, weights_B: Array | None = None
 ) -> LossOutput:
     """What keeps scores near 0, to be added to a pair loss: coefficient (r_w + r_l)^2.
@@ -298,17 +298,17 @@ def gain_and_bias(
 
 
 def combine_scores_mean(scores_EB: Array) -> Array:
-    """The mean of the members' scores, `[B]` (Coste et al., arXiv:2310.02743, mean optimisation)."""
+    """The mean of the members' scores, `[B]` (Coste et al., arXiv:2310.02743, mean optimization)."""
     return jnp.mean(scores_EB.astype(jnp.float32), axis=0)
 
 
 def combine_scores_min(scores_EB: Array) -> Array:
-    """The lowest member's score, `[B]` (Coste et al., arXiv:2310.02743, worst-case optimisation)."""
+    """The lowest member's score, `[B]` (Coste et al., arXiv:2310.02743, worst-case optimization)."""
     return jnp.min(scores_EB.astype(jnp.float32), axis=0)
 
 
 def combine_scores_uncertainty(scores_EB: Array, *, coefficient: float) -> Array:
-    """mean - coefficient * variance over members, `[B]` (arXiv:2310.02743, uncertainty-weighted optimisation).
+    """mean - coefficient * variance over members, `[B]` (arXiv:2310.02743, uncertainty-weighted optimization).
 
     The variance is that of the members themselves, divided by E and not by E - 1, so a single member has none.
     """
@@ -317,7 +317,7 @@ def combine_scores_uncertainty(scores_EB: Array, *, coefficient: float) -> Array
 
 
 def disagreement(scores_EB: Array) -> Array:
-    """The standard deviation of the members' scores (divided by E), `[B]`: which prompts to have labelled.
+    """The standard deviation of the members' scores (divided by E), `[B]`: which prompts to have labeled.
 
     Christiano et al., arXiv:1706.03741, section 2.2.4, choose queries by the variance over an ensemble.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from posttrain_jax.types import Array, LossOutput, Metric
+from posttrain_jax.core.types import Array, LossOutput, Metric
 
 
 def nll_loss(logps_BT: Array, mask_BT: Array) -> LossOutput:

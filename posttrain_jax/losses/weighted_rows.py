@@ -14,7 +14,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from posttrain_jax.types import Array, LossOutput, Metric, Metrics
+from posttrain_jax.core.types import Array, LossOutput, Metric, Metrics
 
 
 @dataclasses.dataclass(frozen=True)

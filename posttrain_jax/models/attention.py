@@ -12,12 +12,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from posttrain_jax.errors import InputError
-from posttrain_jax.models.block_attention import BLOCK, BlockRule, RowPlaces, block_attention
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.sharding import BATCH_AXES, ambient_mesh
+from posttrain_jax.core.types import Array
 from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.models.kernels.block_attention import BLOCK, BlockRule, RowPlaces, block_attention
 from posttrain_jax.models.kv_cache import READ_BLOCK
-from posttrain_jax.sharding import BATCH_AXES, ambient_mesh
-from posttrain_jax.types import Array
 
 IMPLEMENTATIONS = ("xla", "blocks", "cudnn", "splash")
 QUERY_BLOCK = 256
@@ -236,7 +236,7 @@ def _attend_xla(
     """Plain matrix products, a block of queries at a time; keys after the block's last query are not read.
 
     The heads that share a key head are stacked along the query axis, so each product is one large matrix. The
-    backward pass is written by hand: it keeps q, k, v, the output and the softmax's normaliser, and computes
+    backward pass is written by hand: it keeps q, k, v, the output and the softmax's normalizer, and computes
     the weights again block by block (as FlashAttention does, arXiv:2205.14135, section 3.1).
     """
     batch, time, heads, width = q_BTHK.shape
@@ -306,7 +306,7 @@ def _blockwise(
 
 def _blockwise_fwd(q_BGMTK, k_BGSK, v_BGSK, mask, local, rule):
     shape = q_BGMTK.shape
-    outs, normalisers = [], []
+    outs, normalizers = [], []
     for block in _blocks(shape[3], k_BGSK.shape[2], mask.packed):
         q = _rows(q_BGMTK, block)
         scores, allowed = _capped_scores(q, k_BGSK, block, mask, local, rule)
@@ -318,14 +318,14 @@ def _blockwise_fwd(q_BGMTK, k_BGSK, v_BGSK, mask, local, rule):
         values = v_BGSK[:, :, : block.last_key]
         out = jnp.einsum("bgns,bgsk->bgnk", weights, values, preferred_element_type=jnp.float32)
         outs.append((out.reshape(*shape[:3], -1, shape[4]) / total).astype(q.dtype))
-        normalisers.append((largest + jnp.log(total))[..., 0])
+        normalizers.append((largest + jnp.log(total))[..., 0])
     out_BGMTK = checkpoint_name(jnp.concatenate(outs, axis=3), "attention_out")
-    normaliser_BGMT = checkpoint_name(jnp.concatenate(normalisers, axis=3), "attention_normaliser")
-    return out_BGMTK, (q_BGMTK, k_BGSK, v_BGSK, mask, local, out_BGMTK, normaliser_BGMT)
+    normalizer_BGMT = checkpoint_name(jnp.concatenate(normalizers, axis=3), "attention_normalizer")
+    return out_BGMTK, (q_BGMTK, k_BGSK, v_BGSK, mask, local, out_BGMTK, normalizer_BGMT)
 
 
 def _blockwise_bwd(rule, residuals, d_out_BGMTK):
-    q_BGMTK, k_BGSK, v_BGSK, mask, local, out_BGMTK, normaliser_BGMT = residuals
+    q_BGMTK, k_BGSK, v_BGSK, mask, local, out_BGMTK, normalizer_BGMT = residuals
     dtype, shape = q_BGMTK.dtype, q_BGMTK.shape
     delta_BGMT = jnp.sum(d_out_BGMTK.astype(jnp.float32) * out_BGMTK.astype(jnp.float32), axis=-1)
     d_q = []
@@ -336,7 +336,7 @@ def _blockwise_bwd(rule, residuals, d_out_BGMTK):
         q, d_out = _rows(q_BGMTK, block), _rows(d_out_BGMTK, block)
         keys, values = k_BGSK[:, :, : block.last_key], v_BGSK[:, :, : block.last_key]
         scores, allowed = _capped_scores(q, k_BGSK, block, mask, local, rule)
-        weights = jnp.where(allowed, jnp.exp(scores - normaliser_BGMT[:, :, :, span, None]), 0.0)
+        weights = jnp.where(allowed, jnp.exp(scores - normalizer_BGMT[:, :, :, span, None]), 0.0)
         flat = weights.reshape(*q.shape[:3], -1).astype(dtype)
         d_weights = jnp.einsum("bgnk,bgsk->bgns", d_out, values, preferred_element_type=jnp.float32)
         d_scores = weights * (d_weights.reshape(weights.shape) - delta_BGMT[:, :, :, span, None])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from posttrain_jax.core.types import Array, PyTree
 from posttrain_jax.models.config import ModelConfig
-from posttrain_jax.types import Array, PyTree
 
 CPU_BLOCK = 64
 READ_BLOCK = 256

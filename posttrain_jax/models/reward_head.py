@@ -6,7 +6,7 @@ A reward model is the transformer without its vocabulary projection and with one
 
     score = gain * (h @ kernel) + bias,   h = the final hidden state of the completion's last token
 
-`gain` and `bias` are the normalisation that is stored with the model (Ziegler et al. 2019, arXiv:1909.08593: rewards
+`gain` and `bias` are the normalization that is stored with the model (Ziegler et al. 2019, arXiv:1909.08593: rewards
 of mean 0 and variance 1 under the initial policy; InstructGPT, arXiv:2203.02155, section 3.5: a bias alone, so that
 demonstrations score 0 on average). A difference of two scores does not depend on `bias`. Neither is trained in a reward
 model; of a value network's head the kernel and the bias are (see `algorithms/online.py`).
@@ -17,8 +17,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from posttrain_jax.errors import InputError
-from posttrain_jax.types import Array, PyTree
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.types import Array, PyTree
 
 INITS = ("normal", "zeros")
 

@@ -7,8 +7,8 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
+from posttrain_jax.core.types import Array
 from posttrain_jax.models.config import RopeConfig
-from posttrain_jax.types import Array
 
 
 def rope_frequencies(head_dim: int, rope: RopeConfig) -> np.ndarray:

@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.sharding import constrain_activations
+from posttrain_jax.core.types import Array, ModelOutput, PyTree
 from posttrain_jax.models.attention import (
     IMPLEMENTATIONS,
     AttentionMask,
@@ -28,8 +30,6 @@ from posttrain_jax.models.attention import (
 from posttrain_jax.models.config import LoraConfig, ModelConfig
 from posttrain_jax.models.kv_cache import append
 from posttrain_jax.models.rope import apply_rope, rope_tables
-from posttrain_jax.sharding import constrain_activations
-from posttrain_jax.types import Array, ModelOutput, PyTree
 
 ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": lambda x: nn.gelu(x, approximate=True)}
 
@@ -41,10 +41,10 @@ MANY_ROWS = 512
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
     "elementwise": jax.checkpoint_policies.save_only_these_names(
-        "query", "key", "value", "attention_out", "attention_normaliser", "residual", "gate", "up"
+        "query", "key", "value", "attention_out", "attention_normalizer", "residual", "gate", "up"
     ),
     "mlp": jax.checkpoint_policies.save_only_these_names(
-        "query", "key", "value", "attention_out", "attention_normaliser", "residual"
+        "query", "key", "value", "attention_out", "attention_normalizer", "residual"
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }

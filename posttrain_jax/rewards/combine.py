@@ -13,8 +13,8 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import numpy as np
 
-from posttrain_jax.errors import InputError
-from posttrain_jax.types import Array
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.types import Array
 
 Scores = Array | np.ndarray
 
@@ -110,7 +110,7 @@ def replace_unfinished(scores_B: Scores, ended_B: Array | np.ndarray, *, value: 
     return jnp.where(ended_B, scores_B, jnp.float32(value))
 
 
-def penalise_unfinished(scores_B: Scores, ended_B: Array | np.ndarray, *, penalty: float) -> Array:
+def penalize_unfinished(scores_B: Scores, ended_B: Array | np.ndarray, *, penalty: float) -> Array:
     """The score less `penalty` for an answer that the model did not end, `[B]`: the order of such answers is kept."""
     scores_B = _float32(scores_B)
     ended_B = jnp.asarray(ended_B) != 0

@@ -17,7 +17,7 @@ import resource
 import signal
 from multiprocessing.connection import Connection
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.rewards.numbers import plain_numbers
 
 ALARM_SECONDS = 5

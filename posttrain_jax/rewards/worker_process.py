@@ -21,8 +21,8 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, SupportsFloat
 
-from posttrain_jax.errors import InputError
-from posttrain_jax.rewards.answer import Answer
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.rewards.completion import Completion
 from posttrain_jax.rewards.messages import TOKEN_BYTES, Messages, as_json
 
 RAISED, TIMED_OUT, DIED = "raised", "timed_out", "died"
@@ -79,12 +79,12 @@ def _serve(messages: Messages) -> None:
         messages.send(as_json(dataclasses.asdict(reply), "The reply"))
 
 
-def _answer(fields: dict[str, Any]) -> Answer:
+def _answer(fields: dict[str, Any]) -> Completion:
     tuples = {name: tuple(fields[name]) for name in ("prompt_ids", "token_ids")}
-    return Answer(**{**fields, **tuples})
+    return Completion(**{**fields, **tuples})
 
 
-def load_function(path: str, arguments: Mapping[str, Any]) -> Callable[[list[Answer]], object]:
+def load_function(path: str, arguments: Mapping[str, Any]) -> Callable[[list[Completion]], object]:
     """The function "module:function" with its keyword arguments, called once with no answers.
 
     Raises:
@@ -129,7 +129,7 @@ def load_function(path: str, arguments: Mapping[str, Any]) -> Callable[[list[Ans
     return bound
 
 
-def call(function: Callable[[list[Answer]], object], answers: list[Answer]) -> Reply:
+def call(function: Callable[[list[Completion]], object], answers: list[Completion]) -> Reply:
     """Calls a reward function and reads what it returns; whatever it does short of dying becomes a `Reply`."""
     count = len(answers)
     try:
@@ -190,7 +190,7 @@ def _say(error: BaseException) -> str:
     return message[:_LONGEST].removesuffix(".")
 
 
-def _place(error: BaseException, function: Callable[[list[Answer]], object]) -> str:
+def _place(error: BaseException, function: Callable[[list[Completion]], object]) -> str:
     """Where it was raised: the last line in the function's own file, else the last line that Python has."""
     function = function.func if isinstance(function, functools.partial) else function
     try:

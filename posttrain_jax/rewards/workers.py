@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from posttrain_jax.errors import InputError
-from posttrain_jax.rewards.answer import Answer
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.rewards.completion import Completion
 from posttrain_jax.rewards.messages import TOKEN_BYTES, Messages, as_json
 from posttrain_jax.rewards.worker_process import (
     DIED,
@@ -54,7 +54,7 @@ _START = "from posttrain_jax.rewards.worker_process import main; main({descripto
 class PythonReward:
     """A reward function by its name.
 
-    The function takes a list of `Answer`s and returns a list of as many numbers. It is called once with no answers
+    The function takes a list of `Completion`s and returns a list of as many numbers. It is called once with no answers
     when a process starts, so that it can load what it needs outside the time limit; `InputError` raised there is the
     user's to read, any other exception there is not looked at.
 
@@ -62,7 +62,7 @@ class PythonReward:
       path: "module:function", as Python would import it.
       arguments: keyword arguments of every call: plain values, as in JSON.
       seconds: time limit for one answer (the limit of a call is that times its answers).
-      answers_per_call: how many answers it gets at once. More than 1 is for functions that are faster so; when such
+      completions_per_call: how many answers it gets at once. More than 1 is for functions that are faster so; when such
         a call fails as a whole, its answers are asked for again one by one.
       failure_score: what an answer gets that the function gives no number.
 
@@ -73,7 +73,7 @@ class PythonReward:
     path: str
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seconds: float = 10.0
-    answers_per_call: int = 1
+    completions_per_call: int = 1
     failure_score: float = 0.0
 
     def __post_init__(self) -> None:
@@ -84,8 +84,10 @@ class PythonReward:
             )
         if not (math.isfinite(self.seconds) and self.seconds > 0):
             raise InputError(f"The time limit of {self.path} is {self.seconds} s; write a positive number.")
-        if self.answers_per_call < 1:
-            raise InputError(f"{self.path} gets {self.answers_per_call} answers per call; write 1 or more.")
+        if self.completions_per_call < 1:
+            raise InputError(
+                f"{self.path} gets {self.completions_per_call} answers per call; write 1 or more."
+            )
         if not abs(self.failure_score) <= float(np.finfo(np.float32).max):
             raise InputError(
                 f"The failure score of {self.path} is {self.failure_score}; write a finite number."
@@ -183,7 +185,7 @@ class RewardWorkers:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def score(self, answers: Sequence[Answer]) -> dict[str, Scores]:
+    def score(self, answers: Sequence[Completion]) -> dict[str, Scores]:
         """Every function's scores of every answer, in the answers' order.
 
         The same whatever the number of processes and whichever is faster, as long as a function makes an answer's
@@ -198,9 +200,9 @@ class RewardWorkers:
             for name in self._functions
         }
         pending = deque(
-            _Call(name, list(range(first, min(first + function.answers_per_call, len(answers)))))
+            _Call(name, list(range(first, min(first + function.completions_per_call, len(answers)))))
             for name, function in self._functions.items()
-            for first in range(0, len(answers), function.answers_per_call)
+            for first in range(0, len(answers), function.completions_per_call)
         )
         try:
             self._begin()
@@ -278,7 +280,7 @@ class RewardWorkers:
             raise
         return worker
 
-    def _hand_out(self, pending: deque[_Call], answers: Sequence[Answer]) -> None:
+    def _hand_out(self, pending: deque[_Call], answers: Sequence[Completion]) -> None:
         for place, worker in enumerate(self._workers):
             if not pending or not worker.ready or worker.call is not None:
                 continue

@@ -18,7 +18,9 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from posttrain_jax.chat_template import DEFAULT_CHAT, ChatOptions
+from posttrain_jax.core.sharding import batch_sharding
+from posttrain_jax.core.types import Array, PyTree
+from posttrain_jax.data.chat_template import DEFAULT_CHAT, ChatOptions
 from posttrain_jax.data.messages import describe_kind
 from posttrain_jax.data.prompt_rows import SOURCES, encode_prompt_row, encode_text, read_prompt_row
 from posttrain_jax.data.prompts import Prompt
@@ -28,8 +30,6 @@ from posttrain_jax.rewards.thoughts import answer_text
 from posttrain_jax.sampling.choose import Needs, Sampling
 from posttrain_jax.sampling.engine import Engine
 from posttrain_jax.sampling.generate import GenerateOptions, Sample, generate
-from posttrain_jax.sharding import batch_sharding
-from posttrain_jax.types import Array, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Rollouts:
       ended: `[N]` bool: by a stop token (or by the token that it is truncated at), not by the limit.
       tokens: `[N, T]` int32.
       segment_ids: `[N, T]` int32, 1 where there is a token.
-      actions: `[N, T]` int32, 1 at the places that predict a token of the answer.
+      response_mask: `[N, T]` int32, 1 at the places that predict a token of the answer.
       engine_logps: `[N, T]` float32 at these places: under the distribution that the token was drawn from.
-      ends: `[N]` int32, the place of the last token.
+      last_token_index: `[N]` int32, the place of the last token.
     """
 
     prompts: list[Prompt]
@@ -75,9 +75,9 @@ class Rollouts:
     ended: np.ndarray
     tokens: np.ndarray
     segment_ids: np.ndarray
-    actions: np.ndarray
+    response_mask: np.ndarray
     engine_logps: np.ndarray
-    ends: np.ndarray
+    last_token_index: np.ndarray
 
     def select(self, rows: np.ndarray) -> Rollouts:
         """Some of the rows."""
@@ -87,9 +87,9 @@ class Rollouts:
             ended=self.ended[rows],
             tokens=self.tokens[rows],
             segment_ids=self.segment_ids[rows],
-            actions=self.actions[rows],
+            response_mask=self.response_mask[rows],
             engine_logps=self.engine_logps[rows],
-            ends=self.ends[rows],
+            last_token_index=self.last_token_index[rows],
         )
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -105,9 +105,9 @@ class RolloutBatch:
 
     tokens: Array
     segment_ids: Array
-    actions: Array
+    response_mask: Array
     engine_logps: Array
-    ends: Array
+    last_token_index: Array
     scores: Array
     has_score: Array
 
@@ -222,7 +222,7 @@ def as_rows(
 ) -> Rollouts:
     """Samples (and the prompt of each) as rows."""
     shape = (len(samples), row_length)
-    tokens, segments, actions = (np.zeros(shape, np.int32) for _ in range(3))
+    tokens, segments, response_mask = (np.zeros(shape, np.int32) for _ in range(3))
     engine_logps = np.zeros(shape, np.float32)
     answers, ended = [], []
     for n, (prompt, sample) in enumerate(zip(prompts, samples, strict=True)):
@@ -235,7 +235,7 @@ def as_rows(
         first, last = prompt.tokens.size, prompt.tokens.size + answer.size
         tokens[n, :first], tokens[n, first:last] = prompt.tokens, answer
         segments[n, :last] = 1
-        actions[n, first - 1 : last - 1] = 1
+        response_mask[n, first - 1 : last - 1] = 1
         engine_logps[n, first - 1 : last - 1] = sample.sample_logprobs[: answer.size]
         answers.append(answer)
         ended.append(end)
@@ -245,9 +245,9 @@ def as_rows(
         ended=np.asarray(ended),
         tokens=tokens,
         segment_ids=segments,
-        actions=actions,
+        response_mask=response_mask,
         engine_logps=engine_logps,
-        ends=segments.sum(axis=1, dtype=np.int32) - 1,
+        last_token_index=segments.sum(axis=1, dtype=np.int32) - 1,
     )
 
 
@@ -269,7 +269,7 @@ def put_rollouts(
     has_score: np.ndarray | None = None,
 ) -> RolloutBatch:
     """The rows on the devices, in their order over the whole mesh, wherever it has a process's devices (on a TPU slice
-    they are not neighbours). Every process has all of them and gives what its devices hold.
+    they are not neighbors). Every process has all of them and gives what its devices hold.
 
     Args:
       rollouts: N rows; `micro_batches` times the devices that split rows divides N.
@@ -290,9 +290,9 @@ def put_rollouts(
     return RolloutBatch(
         tokens=put(rollouts.tokens),
         segment_ids=put(rollouts.segment_ids),
-        actions=put(rollouts.actions),
+        response_mask=put(rollouts.response_mask),
         engine_logps=put(rollouts.engine_logps),
-        ends=put(rollouts.ends),
+        last_token_index=put(rollouts.last_token_index),
         scores=put(scores.astype(np.float32)),
         has_score=put(has_score.astype(np.int32)),
     )

@@ -7,17 +7,17 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from posttrain_jax.core.masking import masked_sum, shift_left
+from posttrain_jax.core.trees import partition
+from posttrain_jax.core.types import Array, Largest, Metric, Metrics, PyTree
+from posttrain_jax.core.updates import map_micro_batches
+from posttrain_jax.forward.heads import token_logps
 from posttrain_jax.losses.advantages import per_token_rewards
 from posttrain_jax.losses.kl import k1, k2, k3
 from posttrain_jax.losses.logprobs import Projection
-from posttrain_jax.masking import masked_sum, shift_left
-from posttrain_jax.models.heads import token_logps
 from posttrain_jax.models.reward_head import scores
 from posttrain_jax.models.transformer import Model, head_VD
-from posttrain_jax.optim import map_micro_batches
 from posttrain_jax.rollouts.draw import RolloutBatch
-from posttrain_jax.trees import partition
-from posttrain_jax.types import Array, Largest, Metric, Metrics, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Experience:
 
     Attributes:
       tokens, segment_ids: as in `Rollouts`.
-      actions: as in `Rollouts`, and 0 everywhere in an answer that has no score: nothing is learnt from it, and it is
-        in no mean, deviation or baseline of the others.
+      response_mask: as in `Rollouts`, and 0 everywhere in a completion that has no score: nothing is learnt from it,
+        and it is in no mean, deviation or baseline of the others.
       logps: of the policy that drew the tokens, as the trainer computes them.
       values: of the states before the tokens; 0 without a value network.
       rewards: -beta k1 of every token, and the score at the last one.
@@ -53,7 +53,7 @@ class Experience:
 
     tokens: Array
     segment_ids: Array
-    actions: Array
+    response_mask: Array
     logps: Array
     values: Array
     rewards: Array
@@ -77,7 +77,7 @@ def logps_and_values(params: PyTree, rows: Rows, networks: Networks) -> tuple[Ar
     if "embed" in params["value"]:
         hidden_BTD = _hidden(params["value"], rows, networks.value)
     values_BT = scores(params["value"]["score_head"], hidden_BTD, _places(rows))
-    return logps_BT, jnp.where(rows.actions != 0, values_BT, 0.0)
+    return logps_BT, jnp.where(rows.response_mask != 0, values_BT, 0.0)
 
 
 def policy_params(params: PyTree) -> PyTree:
@@ -101,7 +101,7 @@ def _hidden(params: PyTree, rows: Rows, model: Model) -> Array:
 
 def _logps(params: PyTree, hidden_BTD: Array, rows: Rows, model: Model, temperature: float) -> Array:
     projection = Projection(softcap=model.config.logits_softcap, temperature=temperature)
-    return token_logps(hidden_BTD, head_VD(params), shift_left(rows.tokens), rows.actions, projection)
+    return token_logps(hidden_BTD, head_VD(params), shift_left(rows.tokens), rows.response_mask, projection)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +141,9 @@ def experience_of(
             rows.scores[:, 0],
             logps_BT,
             reference_BT,
-            rows.actions,
+            rows.response_mask,
             kl_coefficient=kl_coefficient,
-            score_at_B=rows.ends[:, 0] - 1,
+            score_at_B=rows.last_token_index[:, 0] - 1,
         )
         return logps_BT, reference_BT, values_BT, rewards_BT
 
@@ -151,7 +151,7 @@ def experience_of(
     experience = Experience(
         tokens=batch.tokens,
         segment_ids=batch.segment_ids,
-        actions=batch.actions * batch.has_score,
+        response_mask=batch.response_mask * batch.has_score,
         logps=found.logps,
         values=found.values,
         rewards=found.rewards,
@@ -167,7 +167,7 @@ def _metrics(batch: RolloutBatch, found: _Found, kl_coefficient: Array) -> Metri
     """Per answer that has a score: score, reward; per answer: the three estimates of the KL, tokens; per token: entropy
     (the mean of -log pi of what was drawn, an unbiased estimate for the distribution drawn from); the largest and the
     mean gap between the engine's log-probability of a token and the trainer's."""
-    acts = batch.actions != 0
+    acts = batch.response_mask != 0
     answers, drawn = jnp.float32(batch.scores.size), jnp.sum(acts, dtype=jnp.float32)
     scored = jnp.sum(batch.has_score, dtype=jnp.float32)
 
@@ -184,7 +184,7 @@ def _metrics(batch: RolloutBatch, found: _Found, kl_coefficient: Array) -> Metri
         "kl_k3": Metric(total(k3(*pair)), answers),
         "kl_coefficient": Metric.of(kl_coefficient),
         "entropy": Metric(-total(found.logps), drawn),
-        "answer_tokens": Metric(drawn, answers),
+        "completion_tokens": Metric(drawn, answers),
         "tokens": Metric.of(jnp.sum(batch.segment_ids != 0, dtype=jnp.float32)),
         "engine_logp_gap": Largest.of(jnp.max(gaps)),
         "engine_logp_gap_mean": Metric(jnp.sum(gaps), drawn),

@@ -14,72 +14,72 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from posttrain_jax.errors import InputError, StepNotTaken
-from posttrain_jax.load_model import LoadedModel, load_members
+from posttrain_jax.core.errors import InputError, StepNotTaken
+from posttrain_jax.core.masking import whiten_biased
+from posttrain_jax.core.sharding import batch_sharding, jit_step, replicated
+from posttrain_jax.core.types import Array, PyTree
+from posttrain_jax.core.updates import map_micro_batches
 from posttrain_jax.losses.reward import combine_scores_mean, combine_scores_min, combine_scores_uncertainty
-from posttrain_jax.masking import whiten_biased
+from posttrain_jax.models.io.load import LoadedModel, load_members
 from posttrain_jax.models.reward_head import scores
 from posttrain_jax.models.transformer import Model
-from posttrain_jax.optim import map_micro_batches
 from posttrain_jax.rewards import combine
-from posttrain_jax.rewards.answer import Answer
+from posttrain_jax.rewards.completion import Completion
 from posttrain_jax.rewards.thoughts import prompt_opens_thought
 from posttrain_jax.rewards.workers import PythonReward, RewardWorkers
 from posttrain_jax.rollouts.draw import RolloutBatch, Rollouts, put_rollouts, shown_prompt
-from posttrain_jax.sharding import batch_sharding, jit_step, replicated
-from posttrain_jax.types import Array, PyTree
 
-JOINS = ("sum", "piecewise")
-MISSING_END = ("keep", "replace", "penalise")
+AGGREGATES = ("sum", "piecewise")
+MISSING_EOS = ("keep", "replace", "penalize")
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreOptions:
-    """How the components of a score become one number, in this order (`Scorer.normalise`'s gain comes after `join`).
+    """How the parts of a score become one number, in this order (the gain of `Scorer.normalize` after `aggregate`).
 
     Attributes:
       weights: of each component, by its name.
-      join: "sum" = the weighted sum; "piecewise" = Llama 2's choice between two reward models, the first for safety,
-        the second for helpfulness (`combine.piecewise_safety`; a prompt is one of safety where its row's `is_safety` is
-        true), which is whitened over an iteration's answers.
+      aggregate: "sum" = the weighted sum; "piecewise" = Llama 2's choice between two reward models, the first for
+        safety, the second for helpfulness (`combine.piecewise_safety`; a prompt is one of safety where its row's
+        `is_safety` is true), which is whitened over an iteration's answers.
       safety_threshold: of "piecewise", a probability.
       free_tokens, per_token: this much is taken off for each token of an answer beyond so many (0 = off).
       clip: the score is brought into [-clip, clip] (0 = off).
-      missing_end: an answer without an end token "keep"s its score, has it "replace"d by `missing_end_value`
-        (Ziegler et al., Huang et al.: -1), or is "penalise"d by that much.
-      missing_end_value: see there.
+      missing_eos: an answer without an end token "keep"s its score, has it "replace"d by `missing_eos_value`
+        (Ziegler et al., Huang et al.: -1), or is "penalize"d by that much.
+      missing_eos_value: see there.
     """
 
     weights: Mapping[str, float]
-    join: str = "sum"
+    aggregate: str = "sum"
     safety_threshold: float = 0.15
     free_tokens: int = 0
     per_token: float = 0.0
     clip: float = 0.0
-    missing_end: str = "keep"
-    missing_end_value: float = -1.0
+    missing_eos: str = "keep"
+    missing_eos_value: float = -1.0
 
     def __post_init__(self) -> None:
-        if self.join not in JOINS:
-            raise InputError(f"score.join is {self.join!r}; use one of {', '.join(JOINS)}.")
-        if self.join == "piecewise" and len(self.weights) != 2:
+        if self.aggregate not in AGGREGATES:
+            raise InputError(f"score.aggregate is {self.aggregate!r}; use one of {', '.join(AGGREGATES)}.")
+        if self.aggregate == "piecewise" and len(self.weights) != 2:
             raise InputError(
-                "score.join=piecewise chooses between a safety and a helpfulness reward, in this order; there are "
+                "score.aggregate=piecewise chooses between a safety and a helpfulness reward, in this order; there are "
                 f"{len(self.weights)}: {', '.join(self.weights) or 'none'}."
             )
-        if self.join == "piecewise" and not 0.0 < self.safety_threshold < 1.0:
+        if self.aggregate == "piecewise" and not 0.0 < self.safety_threshold < 1.0:
             raise InputError(
                 f"score.safety_threshold is {self.safety_threshold}; it is a probability between 0 and 1."
             )
-        if self.missing_end not in MISSING_END:
+        if self.missing_eos not in MISSING_EOS:
             raise InputError(
-                f"score.missing_end is {self.missing_end!r}; use one of {', '.join(MISSING_END)}."
+                f"score.missing_eos is {self.missing_eos!r}; use one of {', '.join(MISSING_EOS)}."
             )
         for name, value in self.weights.items():
             if not math.isfinite(value):
                 raise InputError(f"score.weights gives {name} the weight {value}; write a finite number.")
-        if not math.isfinite(self.missing_end_value):
-            raise InputError(f"score.missing_end_value is {self.missing_end_value}; write a finite number.")
+        if not math.isfinite(self.missing_eos_value):
+            raise InputError(f"score.missing_eos_value is {self.missing_eos_value}; write a finite number.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Scored:
     Attributes:
       scores: float32 `[N]`.
       has_score: bool `[N]`, False where a function failed, so that the score stands for nothing: the answer is not
-        learnt from. (An answer without an end whose score `missing_end` replaces needs no function.)
+        learnt from. (An answer without an end whose score `missing_eos` replaces needs no function.)
       components: float32 `[N]` each, by name; `PythonReward.failure_score` where it failed.
       failed: bool `[N]` of each reward function, by name.
       errors: the first error of each function that failed, by name (in process 0).
@@ -176,9 +176,9 @@ class Scorer:
         self._micro_batches = micro_batches
         self._workers = RewardWorkers(functions, workers=workers) if functions else None
         self._gain, self._bias = 1.0, 0.0
-        self.is_normalised = False
+        self.is_normalized = False
 
-    def normalise(self, rollouts: Rollouts) -> tuple[float, float]:
+    def normalize(self, rollouts: Rollouts) -> tuple[float, float]:
         """From now on joined scores are gain * score + bias, so that these answers' have mean 0 and variance 1 (Ziegler
         et al., arXiv:1909.08593, section 2.1: samples of the policy at the start); says (gain, bias). Answers that a
         function failed at are left out.
@@ -190,26 +190,26 @@ class Scorer:
         joined = np.asarray(self._joined(components, rollouts), np.float64)[~_any(failed, rollouts)]
         if not joined.size:
             raise InputError(
-                f"score.normalise cannot be used: a reward function failed at every answer of the policy at the start; "
+                f"score.normalize cannot be used: a reward function failed at every answer of the policy at the start; "
                 f"first: {next(iter(errors.values()), '')}"
             )
         if not joined.std() > 0:
             raise InputError(
-                f"score.normalise cannot be used: {joined.size} answers of the policy at the start all have the score "
+                f"score.normalize cannot be used: {joined.size} answers of the policy at the start all have the score "
                 f"{joined.mean():g}."
             )
-        self.normalisation = (float(1.0 / joined.std()), float(-joined.mean() / joined.std()))
-        return self.normalisation
+        self.normalization = (float(1.0 / joined.std()), float(-joined.mean() / joined.std()))
+        return self.normalization
 
     @property
-    def normalisation(self) -> tuple[float, float]:
-        """Gain and bias, 1 and 0 until `normalise` finds them; set again where a run goes on (then `is_normalised`)."""
+    def normalization(self) -> tuple[float, float]:
+        """Gain and bias, 1 and 0 until `normalize` finds them; set again where a run goes on (then `is_normalized`)."""
         return self._gain, self._bias
 
-    @normalisation.setter
-    def normalisation(self, gain_and_bias: Sequence[float]) -> None:
+    @normalization.setter
+    def normalization(self, gain_and_bias: Sequence[float]) -> None:
         self._gain, self._bias = gain_and_bias
-        self.is_normalised = True
+        self.is_normalized = True
 
     def __call__(self, rollouts: Rollouts, *, training: bool) -> Scored:
         """Every answer's score; what is relative to the other answers (whitening) is done for `training` alone.
@@ -220,9 +220,9 @@ class Scorer:
         components, failed, errors = self._components(rollouts)
         score = jnp.float32(self._gain) * self._joined(components, rollouts) + jnp.float32(self._bias)
         has_score = ~_any(failed, rollouts)
-        if training and self._options.join == "piecewise":
+        if training and self._options.aggregate == "piecewise":
             score = whiten_biased(score, jnp.asarray(has_score), shift_mean=True)
-        if self._options.missing_end == "replace":
+        if self._options.missing_eos == "replace":
             has_score = has_score | ~rollouts.ended
         return Scored(self._shaped(score, rollouts), has_score, components, failed, errors)
 
@@ -286,7 +286,7 @@ class Scorer:
 
     def _joined(self, components: Mapping[str, np.ndarray], rollouts: Rollouts) -> Array:
         options = self._options
-        if options.join == "sum":
+        if options.aggregate == "sum":
             return combine.weighted_sum(components, options.weights)
         safety, helpfulness = (components[name] for name in options.weights)
         is_safety = np.asarray([prompt.row.get("is_safety") is True for prompt in rollouts.prompts])
@@ -302,15 +302,15 @@ class Scorer:
             )
         if options.clip:
             score = combine.clip(score, low=-options.clip, high=options.clip)
-        if options.missing_end == "replace":
-            score = combine.replace_unfinished(score, rollouts.ended, value=options.missing_end_value)
-        elif options.missing_end == "penalise":
-            score = combine.penalise_unfinished(score, rollouts.ended, penalty=options.missing_end_value)
+        if options.missing_eos == "replace":
+            score = combine.replace_unfinished(score, rollouts.ended, value=options.missing_eos_value)
+        elif options.missing_eos == "penalize":
+            score = combine.penalize_unfinished(score, rollouts.ended, penalty=options.missing_eos_value)
         return np.asarray(score, np.float32)
 
-    def _answers(self, rollouts: Rollouts) -> list[Answer]:
+    def _answers(self, rollouts: Rollouts) -> list[Completion]:
         return [
-            Answer(
+            Completion(
                 prompt=shown_prompt(prompt, self._tokenizer),
                 prompt_ids=tuple(prompt.tokens.tolist()),
                 text=text,
@@ -361,7 +361,7 @@ def load_reward_model(
         "uncertainty": functools.partial(combine_scores_uncertainty, coefficient=coefficient),
     }
     if combination not in combinations:
-        raise InputError(f"score.combine is {combination!r}; use one of {', '.join(combinations)}.")
+        raise InputError(f"score.ensemble is {combination!r}; use one of {', '.join(combinations)}.")
     return RewardModel(
         load_members(name, dtype=dtype, mesh=mesh, attention=attention), combinations[combination]
     )
@@ -405,6 +405,6 @@ def _score_step(params: PyTree, batch: RolloutBatch, *, model: Model) -> Array:
         output = model.apply(
             params, rows.tokens, segment_ids_BT=rows.segment_ids, positions_BT=places, logits=False
         )
-        return scores(params["score_head"], output.hidden_BTD, rows.ends)[:, 0]
+        return scores(params["score_head"], output.hidden_BTD, rows.last_token_index)[:, 0]
 
     return map_micro_batches(of_rows, batch, jnp.int32(batch.tokens.shape[0])).reshape(-1)

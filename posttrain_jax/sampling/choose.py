@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posttrain_jax.errors import InputError
-from posttrain_jax.types import Array
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.types import Array
 
 DRAW_BLOCK = 128
 SMALLEST = float(np.finfo(np.float32).tiny)
@@ -177,7 +177,7 @@ def sample_keys(seed: Array | int, prompt_ids_B: Array, sample_ids_B: Array) -> 
     )
 
 
-def penalise(logits_BV: Array, prompt_BV: Array, counts_BV: Array, rows: SamplingRows) -> Array:
+def penalize(logits_BV: Array, prompt_BV: Array, counts_BV: Array, rows: SamplingRows) -> Array:
     """Repetition, presence and frequency penalties.
 
     `prompt_BV` says which tokens the prompt holds, `counts_BV` how often the answer holds each so far.

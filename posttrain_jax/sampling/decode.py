@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from posttrain_jax.core.sharding import BATCH_AXES, ambient_mesh
+from posttrain_jax.core.types import Array, PyTree
 from posttrain_jax.models import kv_cache
 from posttrain_jax.models.transformer import Model
-from posttrain_jax.sampling.choose import Needs, SamplingRows, ban_words, choose, penalise, sample_keys
-from posttrain_jax.sharding import BATCH_AXES, ambient_mesh
-from posttrain_jax.types import Array, PyTree
+from posttrain_jax.sampling.choose import Needs, SamplingRows, ban_words, choose, penalize, sample_keys
 
 
 @jax.tree_util.register_dataclass
@@ -274,7 +274,7 @@ def _record(state: State, logits_BV: Array, active_B: Array, needs: Needs, keep:
     allowed_BV = logits_BV
     rows_B1 = jnp.arange(active_B.shape[0])[:, None]
     if needs.penalties:
-        allowed_BV = penalise(allowed_BV, state.prompt_BV, state.counts_BV, orders.sampling)
+        allowed_BV = penalize(allowed_BV, state.prompt_BV, state.counts_BV, orders.sampling)
     if needs.bad_words:
         allowed_BV = ban_words(allowed_BV, state.recent_BW, needs.bad_words)
     if needs.min_tokens:

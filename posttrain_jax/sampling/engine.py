@@ -22,15 +22,15 @@ from collections.abc import Iterable
 import numpy as np
 from jax.sharding import Mesh
 
-from posttrain_jax.errors import InputError
-from posttrain_jax.memory_maps import make_room
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.memory_maps import make_room
+from posttrain_jax.core.types import PyTree
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.choose import Needs
 from posttrain_jax.sampling.prompts import REPLACEMENT
 from posttrain_jax.sampling.requests import Decoder, Request, Update, check_prompt
 from posttrain_jax.sampling.shapes import mesh_of, next_chunk
 from posttrain_jax.sampling.slots import Held, Slots, Written
-from posttrain_jax.types import PyTree
 
 STOP_STRING_STEPS = 8
 FEWEST_STEPS = 16

@@ -7,14 +7,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from posttrain_jax.chat_template import DEFAULT_CHAT, ChatOptions
-from posttrain_jax.errors import InputError
-from posttrain_jax.models.tokenizer import stop_token_ids
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.trees import combine
+from posttrain_jax.core.types import TrainState
+from posttrain_jax.data.chat_template import DEFAULT_CHAT, ChatOptions
+from posttrain_jax.models.io.tokenizer import stop_token_ids
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.generate import GenerateOptions, generate
 from posttrain_jax.sampling.prompts import encode_chat
-from posttrain_jax.trees import combine
-from posttrain_jax.types import TrainState
 
 
 def answer_fixed_prompts(

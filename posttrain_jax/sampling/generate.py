@@ -7,14 +7,14 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.types import PyTree
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.choose import GREEDY, Needs, Sampling
 from posttrain_jax.sampling.engine import Engine
 from posttrain_jax.sampling.prompts import special_tokens, split_stops
 from posttrain_jax.sampling.requests import Decoder, Request, Update, check_prompt
 from posttrain_jax.sampling.shapes import bucket, places_for
-from posttrain_jax.types import PyTree
 
 LONG_PROMPTS = ("error", "cut")
 

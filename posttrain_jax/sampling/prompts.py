@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from posttrain_jax.chat_template import DEFAULT_CHAT, ChatOptions
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.data.chat_template import DEFAULT_CHAT, ChatOptions
 from posttrain_jax.data.messages import read_messages, read_tools
 from posttrain_jax.data.prompt_rows import PromptRow, encode_prompt_row
 from posttrain_jax.data.prompt_rows import encode_text as encode_text
 from posttrain_jax.data.rows import RowError
 from posttrain_jax.data.spans import ChatTemplate
-from posttrain_jax.errors import InputError
 
 REPLACEMENT = "\ufffd"
 PRIVATE_USE = range(0xE000, 0xF900)  # of Unicode

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.choose import GREEDY, Sampling
 

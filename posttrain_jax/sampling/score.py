@@ -21,16 +21,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.masking import shift_left
+from posttrain_jax.core.memory_maps import make_room
+from posttrain_jax.core.sharding import BATCH_AXES, ambient_mesh, shard_multiple
+from posttrain_jax.core.types import Array, Batch, PyTree
+from posttrain_jax.forward.heads import sum_logps
 from posttrain_jax.losses.logprobs import Projection
-from posttrain_jax.masking import shift_left
-from posttrain_jax.memory_maps import make_room
-from posttrain_jax.models.heads import sum_logps
 from posttrain_jax.models.transformer import Model, head_VD
 from posttrain_jax.sampling.generate import Sample
 from posttrain_jax.sampling.shapes import bucket, mesh_of
-from posttrain_jax.sharding import BATCH_AXES, ambient_mesh, shard_multiple
-from posttrain_jax.types import Array, Batch, PyTree
 
 FLOAT32_LARGEST = 1e-4
 BFLOAT16_LARGEST = 0.5

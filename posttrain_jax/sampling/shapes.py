@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from posttrain_jax.types import PyTree
+from posttrain_jax.core.types import PyTree
 
 SMALLEST_BUCKET = 16
 READ_CHUNKS = (256, 128, 32)

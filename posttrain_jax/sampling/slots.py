@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from posttrain_jax.core.sharding import shard_multiple
+from posttrain_jax.core.types import PyTree
 from posttrain_jax.models import transformer
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling import decode as device
@@ -22,8 +24,6 @@ from posttrain_jax.sampling.choose import Needs, SamplingRows
 from posttrain_jax.sampling.decode import Orders, Reading, State
 from posttrain_jax.sampling.requests import Request
 from posttrain_jax.sampling.shapes import READ_CHUNKS, next_chunk
-from posttrain_jax.sharding import shard_multiple
-from posttrain_jax.types import PyTree
 
 FIRST_PLACES = 256
 READ_TOGETHER = 4  # prompts that an accelerator reads at a time; one keeps a CPU busy

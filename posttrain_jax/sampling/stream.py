@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posttrain_jax.memory_maps import make_room
+from posttrain_jax.core.memory_maps import make_room
+from posttrain_jax.core.types import Array, PyTree
 from posttrain_jax.models.kv_cache import init_cache
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.choose import Needs, Sampling, SamplingRows, choose, sample_keys
 from posttrain_jax.sampling.requests import check_prompt
 from posttrain_jax.sampling.shapes import bucket
 from posttrain_jax.sampling.slots import decode_params
-from posttrain_jax.types import Array, PyTree
 
 READ_TOKENS = 64
 SMALLEST_CACHE = 512  # so that a conversation that grows needs few programs

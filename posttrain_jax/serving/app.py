@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.sampling.requests import Request as EngineRequest
 from posttrain_jax.sampling.requests import Update
 from posttrain_jax.serving.bodies import Body, ChatBody, CompletionBody

@@ -8,8 +8,8 @@ import secrets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from posttrain_jax.chat_template import ChatOptions
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.data.chat_template import ChatOptions
 from posttrain_jax.sampling.choose import Needs, Sampling
 from posttrain_jax.sampling.prompts import encode_chat, encode_text, split_stops
 from posttrain_jax.sampling.requests import Request

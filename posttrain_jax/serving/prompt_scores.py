@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from posttrain_jax.core.masking import shift_left
+from posttrain_jax.core.memory_maps import make_room
+from posttrain_jax.core.sharding import shard_multiple
+from posttrain_jax.core.types import Array, PyTree
 from posttrain_jax.losses.logprobs import chunk_rows
-from posttrain_jax.masking import shift_left
-from posttrain_jax.memory_maps import make_room
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.shapes import mesh_of
-from posttrain_jax.sharding import shard_multiple
-from posttrain_jax.types import Array, PyTree
 
 ROW_TOKENS = (256, 1024)
 

@@ -17,12 +17,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import numpy as np
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.types import PyTree
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.engine import Engine
 from posttrain_jax.sampling.requests import Request, Update
 from posttrain_jax.serving.prompt_scores import ROW_TOKENS, PromptScores, score_prompts
-from posttrain_jax.types import PyTree
 
 SLICE_SECONDS = 0.05
 MOST_STEPS = 32

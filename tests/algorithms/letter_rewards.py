@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from posttrain_jax.rewards.answer import Answer
+from posttrain_jax.rewards.completion import Completion
 
 
-def a_good_d_bad(answers: list[Answer]) -> list[float]:
+def a_good_d_bad(answers: list[Completion]) -> list[float]:
     """Of the model with the five tokens <end> a b c d: an a is worth 1, a d costs 1/2, to have ended is worth 1/2."""
     scores = []
     for answer in answers:
@@ -15,6 +15,6 @@ def a_good_d_bad(answers: list[Answer]) -> list[float]:
     return scores
 
 
-def mean_token(answers: list[Answer]) -> list[float]:
+def mean_token(answers: list[Completion]) -> list[float]:
     """The mean of an answer's token ids, of bytes: no two answers of a new model have quite the same."""
     return [sum(answer.token_ids) / max(len(answer.token_ids), 1) for answer in answers]

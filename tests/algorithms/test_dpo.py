@@ -19,19 +19,19 @@ from algorithms.tiny import assert_same, batch_of, ranked_data, tiny_model, tiny
 from configs.base import preference_config
 from configs.dpo.smollm2_135m import get_config
 from posttrain_jax.algorithms import dpo
-from posttrain_jax.completions import policy_logps
+from posttrain_jax.build.experiment import model_spec_from_config
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.sharding import put_batch
+from posttrain_jax.core.trees import combine
+from posttrain_jax.core.types import PreferenceBatch
+from posttrain_jax.core.updates import used_micro_batches
 from posttrain_jax.data.preference_groups import PreferenceData
 from posttrain_jax.data.preference_rows import PreferenceRows, row_shape
 from posttrain_jax.data.tokenized import TokenizeOptions
 from posttrain_jax.data.tokenized_preferences import build_preferences
-from posttrain_jax.errors import InputError
-from posttrain_jax.experiment import policy_from_config
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
-from posttrain_jax.optim import used_micro_batches
-from posttrain_jax.reference import reference_logps
-from posttrain_jax.sharding import put_batch
-from posttrain_jax.trees import combine
-from posttrain_jax.types import PreferenceBatch
+from posttrain_jax.forward.completions import policy_logps
+from posttrain_jax.forward.reference import reference_logps
+from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 
 OPTIONS = dpo.Options(
     loss="dpo",
@@ -41,7 +41,7 @@ OPTIONS = dpo.Options(
     alpha=0.2,
     eta=1.0,
     nll_weight=0.0,
-    skip_end=False,
+    skip_eos=False,
 )
 
 
@@ -54,7 +54,7 @@ def mean_gradient(family: str, batch, mesh, *, share: bool, attention: str = "xl
     model = tiny_model(family, attention)
 
     def loss_sum(params, micro):
-        zeros_BN = jnp.zeros(micro.ends.shape, jnp.float32)
+        zeros_BN = jnp.zeros(micro.last_token_index.shape, jnp.float32)
         return dpo.pair_losses(params, micro, zeros_BN, model=model, options=options, share_prompt=share)
 
     return tiny.mean_gradient(loss_sum, tiny_params(family), batch, mesh)
@@ -117,11 +117,11 @@ def test_every_loss_prefers_the_better_completion(data, loss):
 
 
 def test_the_end_of_turn_can_be_left_out_and_the_likelihood_kept(data):
-    """skip_end compares sums less the last token's; the mean negative log-likelihood of the better one is added."""
+    """skip_eos compares sums less the last token's; the mean negative log-likelihood of the better one is added."""
     mesh = make_mesh(1, 1, 1)
     batch = batch_of(data, mesh, share=True, micro_batches=1)
     ends = dpo.end_token_ids(byte_tokenizer())
-    options = dataclasses.replace(OPTIONS, nll_weight=0.2, skip_end=True, end_ids=ends)
+    options = dataclasses.replace(OPTIONS, nll_weight=0.2, skip_eos=True, end_ids=ends)
     value, gradients, count = mean_gradient("llama", batch, mesh, share=True, options=options)
     rows = jax.tree.map(lambda leaf: leaf[0], batch)
     score = jax.jit(functools.partial(policy_logps, model=tiny_model("llama"), share_prompt=True))
@@ -146,7 +146,7 @@ def test_a_completion_that_was_cut_keeps_its_last_token(tmp_path):
     cut = build_preferences(
         str(tmp_path / "rows.jsonl"), tokenizer, TokenizeOptions(max_length=whole), cache_dir=tmp_path
     )
-    options = dataclasses.replace(OPTIONS, skip_end=True, end_ids=dpo.end_token_ids(tokenizer))
+    options = dataclasses.replace(OPTIONS, skip_eos=True, end_ids=dpo.end_token_ids(tokenizer))
     np.testing.assert_array_equal(dpo._skipped_of_store(cut.sources[0], options), [1, 1, 0, 0])
     batch = batch_of(cut, make_mesh(1, 1, 1), share=True, micro_batches=1, rows=2)
     rows = jax.tree.map(lambda leaf: leaf[0], batch)
@@ -243,7 +243,7 @@ def test_in_bfloat16_ties_are_ties_wherever_a_completion_stands(tmp_path, monkey
     held_out = task.evaluate(state)
     batch = task.put(next(task.rows).arrays)
     task.rows.close()
-    policy = policy_from_config(config)
+    policy = model_spec_from_config(config)
     params = combine(state.params, state.frozen)
     rows = jax.tree.map(lambda leaf: leaf[0], batch)
     logps = jax.jit(functools.partial(policy_logps, model=policy.model, share_prompt=True))(params, rows)

@@ -15,16 +15,16 @@ from contracts.tiny import make_mesh
 from algorithms.tiny import assert_same, tiny_model, tiny_params
 from configs.dpo.smollm2_135m_kto import get_config
 from posttrain_jax.algorithms import kto
-from posttrain_jax.completions import policy_logps
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.sharding import jit_step, put_batch, replicated
+from posttrain_jax.core.types import PreferenceBatch
+from posttrain_jax.core.updates import gradient_sums, used_micro_batches
 from posttrain_jax.data.mismatched import with_mismatched
 from posttrain_jax.data.preference_groups import NO_LABEL
 from posttrain_jax.data.preference_rows import PreferenceRows, row_shape
 from posttrain_jax.data.tokenized_preferences import build_preferences
-from posttrain_jax.errors import InputError
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
-from posttrain_jax.optim import gradient_sums, used_micro_batches
-from posttrain_jax.sharding import jit_step, put_batch, replicated
-from posttrain_jax.types import PreferenceBatch
+from posttrain_jax.forward.completions import policy_logps
+from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 
 OPTIONS = kto.Options(beta=0.1, desirable_weight=1.0, undesirable_weight=1.5)
 

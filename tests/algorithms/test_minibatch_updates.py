@@ -15,12 +15,13 @@ from configs.ppo.letters import get_config
 from posttrain_jax.algorithms import ppo, rloo
 from posttrain_jax.algorithms.collect import repetition
 from posttrain_jax.algorithms.online import Mixed, init_state, minibatch_updates
+from posttrain_jax.core.optim import divide_and_clip, scale_and_delay
+from posttrain_jax.core.types import Array, Largest, Metric, Metrics, TrainState
+from posttrain_jax.core.updates import new_state
 from posttrain_jax.models.config import LoraConfig, ModelConfig
 from posttrain_jax.models.transformer import make_model
-from posttrain_jax.optim import divide_and_clip, new_state, scale_and_delay
 from posttrain_jax.rollouts.draw import RolloutBatch
 from posttrain_jax.rollouts.experience import Experience, Networks, experience_of
-from posttrain_jax.types import Array, Largest, Metric, Metrics, TrainState
 
 LR = 0.1
 
@@ -31,7 +32,7 @@ def test_targets_by_hand():
     place is no token of the answer."""
     options = ppo.options_from_config(get_config("tiny"))
     options = dataclasses.replace(options, gamma=1.0, lam=0.5, whiten_rewards=True, whiten_advantages=True)
-    row = {"rewards": [0.0, 4.0, 9.0], "values": [0.5, 1.0, 9.0], "actions": [1, 1, 0]}
+    row = {"rewards": [0.0, 4.0, 9.0], "values": [0.5, 1.0, 9.0], "response_mask": [1, 1, 0]}
     rest = {name: jnp.zeros((1, 3)) for name in ("tokens", "segment_ids", "logps")}
     found = ppo.targets_of(
         Experience(**{name: jnp.asarray([values]) for name, values in row.items()}, **rest), options=options
@@ -44,9 +45,9 @@ def test_targets_by_hand():
     np.testing.assert_allclose(found.advantages[0, :2], [2, 3], rtol=1e-6)
 
 
-def experience(rewards: list, actions: list, values: list | None = None) -> Experience:
+def experience(rewards: list, response_mask: list, values: list | None = None) -> Experience:
     """`[M, B, T]` or `[B, T]` of answers whose other numbers do not matter."""
-    rows = {"rewards": jnp.asarray(rewards, jnp.float32), "actions": jnp.asarray(actions)}
+    rows = {"rewards": jnp.asarray(rewards, jnp.float32), "response_mask": jnp.asarray(response_mask)}
     zeros = jnp.zeros(rows["rewards"].shape)
     rest = dict.fromkeys(("tokens", "segment_ids", "logps"), zeros)
     return Experience(values=zeros if values is None else jnp.asarray(values, jnp.float32), **rows, **rest)
@@ -66,8 +67,8 @@ def test_an_answer_without_a_score_is_in_no_baseline():
     """Rewards 1, -, 6, 2 of two tokens each to one prompt, and to another a single one that has a score: 1 - 4, 0,
     6 - 1.5, 2 - 3.5; 0. With the failure's number, 0, in the baseline, the first would be 1 - 8/3."""
     rewards = [[[0, 1], [0, 0], [0, 6], [0, 2]], [[0, 5], [0, 0], [0, 0], [0, 0]]]
-    actions = [[[1, 1], [0, 0], [1, 1], [1, 1]], [[1, 1], [0, 0], [0, 0], [0, 0]]]
-    found = rloo.compared(experience(rewards, actions), samples=4)
+    response_mask = [[[1, 1], [0, 0], [1, 1], [1, 1]], [[1, 1], [0, 0], [0, 0], [0, 0]]]
+    found = rloo.compared(experience(rewards, response_mask), samples=4)
     np.testing.assert_allclose(found.advantages, [[-3, 0, 4.5, -1.5], [0, 0, 0, 0]], rtol=1e-6)
 
 
@@ -80,18 +81,18 @@ def test_a_failed_answer_is_worth_nothing_to_learn_from():
     batch = RolloutBatch(
         tokens=ones,
         segment_ids=ones,
-        actions=jnp.asarray([[[0, 1, 1, 0], [0, 1, 1, 0]]]),
+        response_mask=jnp.asarray([[[0, 1, 1, 0], [0, 1, 1, 0]]]),
         engine_logps=jnp.zeros((1, 2, 4)),
-        ends=jnp.full((1, 2, 1), 3),
+        last_token_index=jnp.full((1, 2, 1), 3),
         scores=jnp.asarray([[[3.0], [99.0]]]),
         has_score=jnp.asarray([[[1], [0]]]),
     )
     made, metrics = experience_of(
         params, jnp.float32(0), batch, params, networks=Networks(model, model, None, 1.0)
     )
-    assert made.actions.tolist() == [[[0, 1, 1, 0], [0, 0, 0, 0]]]
+    assert made.response_mask.tolist() == [[[0, 1, 1, 0], [0, 0, 0, 0]]]
     np.testing.assert_allclose(made.rewards[0, 0], [0, 0, 3, 0], atol=1e-6)
-    for name, sum_, count in (("score", 3, 1), ("reward", 3, 1), ("answer_tokens", 4, 2), ("kl", 0, 2)):
+    for name, sum_, count in (("score", 3, 1), ("reward", 3, 1), ("completion_tokens", 4, 2), ("kl", 0, 2)):
         np.testing.assert_allclose((metrics[name].sum, metrics[name].count), (sum_, count), atol=1e-5)
 
 
@@ -176,7 +177,7 @@ def test_a_second_loss_is_added_to_the_first():
     assert metrics["train/text"].count == 3 and metrics["train/loss"].count == 4
 
 
-def test_the_loss_that_is_told_is_the_one_that_is_minimised():
+def test_the_loss_that_is_told_is_the_one_that_is_minimized():
     """The second update starts at w = -0.1 (2.5 + 2 x 30) = -6.25 and v = -0.25, the first at 0: its loss is
     2.5 x -6.5 + 2 x 30 x -6.25 = -391.25, and the mean of both is half of that."""
     mixed = Mixed(jnp.asarray([[[10.0], [20.0], [60.0]]]), text_loss, "text", 2.0)
@@ -185,7 +186,7 @@ def test_the_loss_that_is_told_is_the_one_that_is_minimised():
     np.testing.assert_allclose(loss.sum / loss.count, -391.25 / 2, rtol=1e-6)
 
 
-def test_the_learning_rate_that_is_told_is_the_optimisers():
+def test_the_learning_rate_that_is_told_is_the_optimizers():
     """Of two updates of the first iteration one is skipped; the second iteration begins with the rate of update 1."""
 
     def schedule(step: Array) -> Array:

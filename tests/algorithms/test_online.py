@@ -23,21 +23,21 @@ from configs.ppo.letters import get_config
 from launch.config import check_values
 from launch.train import algorithms, run
 from posttrain_jax.algorithms import ppo
-from posttrain_jax.algorithms.online_config import ValueNetwork
-from posttrain_jax.errors import InputError
-from posttrain_jax.experiment import policy_from_config
-from posttrain_jax.export_model import export_hf
-from posttrain_jax.load_model import load_model
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
+from posttrain_jax.build.experiment import model_spec_from_config
+from posttrain_jax.build.online_config import ValueNetwork
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.sharding import make_mesh
+from posttrain_jax.core.trees import combine
 from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.io.export import export_hf
+from posttrain_jax.models.io.load import load_model
+from posttrain_jax.models.io.tokenizer import stop_token_ids
 from posttrain_jax.models.reward_head import score_head_params
-from posttrain_jax.models.tokenizer import stop_token_ids
 from posttrain_jax.models.transformer import make_model
 from posttrain_jax.rollouts.experience import policy_params
 from posttrain_jax.sampling.generate import GenerateOptions, generate
 from posttrain_jax.sampling.prompts import encode_text
-from posttrain_jax.sharding import make_mesh
-from posttrain_jax.trees import combine
 
 WORDS = ("<end>", "a", "b", "c", "d")
 LONGEST = 3
@@ -101,7 +101,7 @@ def reward(tokens: tuple[int, ...]) -> float:
 
 
 def optimum(reference: np.ndarray) -> np.ndarray:
-    """pi*(y) = pi_ref(y) exp(r(y) / beta) / Z, which maximises E[r] - beta KL(pi || pi_ref)."""
+    """pi*(y) = pi_ref(y) exp(r(y) / beta) / Z, which maximizes E[r] - beta KL(pi || pi_ref)."""
     weighted = reference * np.exp([reward(tokens) / BETA for tokens in answers()])
     return weighted / weighted.sum()
 
@@ -132,7 +132,7 @@ def enumerable(model: Path, algorithm: str, seed: int, folder: Path) -> ConfigDi
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.heavy) for seed in range(1, 5))])
 @pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
-def test_the_regularised_optimum_is_reached(algorithm, seed, five_words, tmp_path):
+def test_the_regularized_optimum_is_reached(algorithm, seed, five_words, tmp_path):
     """Total variation to pi* below 0.1 for every seed, from more than 0.4 (0.02 to 0.08 was seen)."""
     prompt = (2, 3)  # "b c"
     start = probabilities(five_words, prompt)
@@ -265,7 +265,7 @@ def test_a_reward_model_becomes_a_linear_value_head(tmp_path):
     model = save_reward_model(tmp_path / "reward")
     before = load_model(model).params["score_head"]
     config = short(ppo__value=model)
-    network = ValueNetwork(model, config, policy_from_config(config), make_mesh())
+    network = ValueNetwork(model, config, model_spec_from_config(config), make_mesh())
     scaled = {**before, "gain": jnp.float32(3), "bias": jnp.float32(-0.5)}
     head = network._with_value({}, {"score_head": scaled})["value"]["score_head"]
     np.testing.assert_array_equal(head["kernel"], 3 * np.asarray(before["kernel"]))
@@ -275,7 +275,7 @@ def test_a_reward_model_becomes_a_linear_value_head(tmp_path):
 def test_an_evaluation_may_draw_at_a_temperature_of_its_own(tmp_path):
     """At 0 its answers are the engine's greedy ones, while an iteration's are drawn at 1."""
     config = short(data__eval="split:3", eval__temperature=0.0, rollout__samples=2)
-    policy = policy_from_config(config)
+    policy = model_spec_from_config(config)
     task = ppo.from_config(config, tmp_path)
     state = task.init_state()
     rows = task.sample(state)
@@ -293,14 +293,14 @@ def test_an_evaluation_may_draw_at_a_temperature_of_its_own(tmp_path):
 @pytest.mark.slow
 def test_all_that_instructgpt_adds(tmp_path):
     """Pretraining text, an average as the reference, a value network with a rate of its own that starts alone, scores
-    normalised at the start, a gold score: in one run. While the values learn alone, the policy and the KL's price stay
+    normalized at the start, a gold score: in one run. While the values learn alone, the policy and the KL's price stay
     as they were."""
     config = instructgpt("tiny")
     config.ppo.value_warmup, config.rollout.reference, config.optim.ema = 2, "ema", 0.5
     config.ppo.kl_target = 6.0
     config.ppo.epochs = 2
-    config.score.functions, config.score.normalise = ("tests.algorithms.letter_rewards:mean_token",), 64
-    config.score.missing_end = "keep"
+    config.score.functions, config.score.normalize = ("tests.algorithms.letter_rewards:mean_token",), 64
+    config.score.missing_eos = "keep"
     config.score.gold_function = "configs.tiny.rewards:share_of_e"
     config.train.steps, config.eval.every, config.checkpoint.every, config.log.tensorboard = 4, 2, 0, False
     config.optim.warmup, config.optim.lr = 0, 1e-2
@@ -320,22 +320,22 @@ def test_all_that_instructgpt_adds(tmp_path):
     assert "<h2>" in (tmp_path / "run" / "samples.html").read_text("utf-8")
 
 
-def test_the_normalisation_of_scores_is_part_of_what_is_saved(tmp_path, capsys):
+def test_the_normalization_of_scores_is_part_of_what_is_saved(tmp_path, capsys):
     """Found by a new run's first state. Gain 0 and bias 7, set as from a checkpoint: every score is 7, and no answers
     are drawn to find others."""
-    config = short(data__eval="split:3", score__normalise=16)
+    config = short(data__eval="split:3", score__normalize=16)
     config.score.functions = ("tests.algorithms.letter_rewards:mean_token",)
     task = ppo.from_config(config, tmp_path)
-    assert task.rows.get_state()["normalisation"] == [1.0, 0.0]
+    assert task.rows.get_state()["normalization"] == [1.0, 0.0]
     task.init_state()
     saved = json.loads(json.dumps(task.rows.get_state()))
     task.rows.close()
-    assert saved["normalisation"] != [1.0, 0.0] and "Scores are" in capsys.readouterr().out
+    assert saved["normalization"] != [1.0, 0.0] and "Scores are" in capsys.readouterr().out
     resumed = ppo.from_config(config, tmp_path)
-    resumed.rows.set_state({**saved, "normalisation": [0.0, 7.0]})
+    resumed.rows.set_state({**saved, "normalization": [0.0, 7.0]})
     scores = resumed.evaluate(resumed.init_state())
     resumed.rows.close()
-    assert resumed.rows.get_state()["normalisation"] == [0.0, 7.0]
+    assert resumed.rows.get_state()["normalization"] == [0.0, 7.0]
     assert (scores["eval/score"], scores["eval/score_standard_error"]) == (7.0, 0.0)
     assert "Scores are" not in capsys.readouterr().out
 
@@ -373,7 +373,7 @@ def test_a_sampler_that_is_off_stops_the_run(tmp_path):
 @pytest.mark.slow
 def test_a_mesh_changes_nothing(tmp_path):
     """The first iteration draws the same answers and learns the same on 8 devices and on 2 x 2 x 2."""
-    names = ("train/score", "train/loss", "train/grad_norm", "train/entropy", "train/answer_tokens")
+    names = ("train/score", "train/loss", "train/grad_norm", "train/entropy", "train/completion_tokens")
     found = []
     for number, (data, fsdp, tensor) in enumerate([(8, 1, 1), (2, 2, 2)]):
         config = short(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, train__steps=1)
@@ -402,7 +402,7 @@ def start(config: ConfigDict, workdir: Path) -> None:
         ),
         ({"score.arguments": "{"}, "score.arguments is '{' .*; write JSON"),
         ({"score.arguments": '{"a:b": {}}'}, "score.arguments names a:b, which is neither among"),
-        ({"score.answers_per_call": 0}, "score.answers_per_call is 0; it must be at least 1"),
+        ({"score.completions_per_call": 0}, "score.completions_per_call is 0; it must be at least 1"),
         ({"ppo.clip": 0.0}, "ppo.clip is 0.0; it must be more than 0"),
         ({"ppo.lam": 1.5}, "ppo.lam is 1.5; it must lie between 0 and 1"),
         ({"ppo.dual_clip": 0.5}, "ppo.dual_clip is 0.5; it must be more than 1, or 0"),
@@ -447,19 +447,19 @@ def start(config: ConfigDict, workdir: Path) -> None:
         ({"algorithm": "rloo", "ppo.kl_target": 6.0}, "ppo.kl_target is 6, but algorithm=rloo does not"),
         ({"score.gold_model": "x", "data.eval": ""}, "score held-out answers; set data.eval"),
         ({"score.gold_model": "x", "score.gold_function": "y"}, "the gold score is one of them"),
-        ({"score.normalise": -1}, "score.normalise is -1; it must be at least 0"),
+        ({"score.normalize": -1}, "score.normalize is -1; it must be at least 0"),
         (
-            {"score.join": "piecewise", "score.weights": (1.0,)},
-            "score.weights is set, but score.join=piecewise chooses",
+            {"score.aggregate": "piecewise", "score.weights": (1.0,)},
+            "score.weights is set, but score.aggregate=piecewise chooses",
         ),
-        ({"score.join": "piecewise"}, "score.join=piecewise chooses between .* there are 1"),
+        ({"score.aggregate": "piecewise"}, "score.aggregate=piecewise chooses between .* there are 1"),
         ({"rollout.reference": "adapter"}, "rollout.reference=adapter .* but model.lora.rank is 0"),
         ({"score.functions": ()}, "Nothing scores the answers"),
         ({"score.weights": (1.0, 2.0)}, "score.weights has 2 numbers for 1 rewards"),
         ({"score.functions": ("configs.tiny.rewards:none",)}, "configs.tiny.rewards"),
         (
-            {"score.combine": "max", "score.models": ("x",)},
-            "score.combine is 'max'; use one of mean, min, uncertainty",
+            {"score.ensemble": "max", "score.models": ("x",)},
+            "score.ensemble is 'max'; use one of mean, min, uncertainty",
         ),
         ({"algorithm": "rloo", "rollout.samples": 1}, "rollout.samples is 1; RLOO compares"),
         ({"algorithm": "rloo", "rloo.kl_coefficient": -1.0}, "rloo.kl_coefficient is -1.0"),

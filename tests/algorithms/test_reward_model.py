@@ -1,5 +1,5 @@
 """Reward models: packed rows give the losses of plain arrays, ensembles are their members, and a run's scores are
-normalised, exported and loaded."""
+normalized, exported and loaded."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from configs.reward_model.smollm2_135m import get_config
 from launch.export import export
 from launch.train import run
 from posttrain_jax.algorithms import reward_model
-from posttrain_jax.completions import map_completions, reward_scores
+from posttrain_jax.build.data import Preferences, preferences_from_config
+from posttrain_jax.build.experiment import model_spec_from_config
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.types import PreferenceBatch, PyTree
+from posttrain_jax.core.updates import used_micro_batches
 from posttrain_jax.data.preference_groups import PreferenceData
 from posttrain_jax.data.preference_rows import PreferenceRows, row_shape
 from posttrain_jax.data.tokenized import TokenizeOptions
 from posttrain_jax.data.tokenized_preferences import build_preferences
-from posttrain_jax.errors import InputError
-from posttrain_jax.experiment import policy_from_config
-from posttrain_jax.experiment_data import Preferences, preferences_from_config
-from posttrain_jax.load_model import load_members, load_model
+from posttrain_jax.forward.completions import map_completions, reward_scores
 from posttrain_jax.losses import reward as losses
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.io.load import load_members, load_model
 from posttrain_jax.models.reward_head import score_head_params
-from posttrain_jax.optim import used_micro_batches
-from posttrain_jax.types import PreferenceBatch, PyTree
 
 OPTIONS = reward_model.Options(
     loss="bradley_terry",
     label_smoothing=0.1,
-    centre=0.0,
+    center=0.0,
     margin_scale=0.5,
     members=1,
     bootstrap=False,
@@ -325,18 +325,18 @@ def test_ranks_are_those_of_the_data_where_completions_are_the_same(texts, max_l
         assert float(metrics["loss"].count) == 1
 
 
-def test_centring_is_added(mixed):
+def test_centering_is_added(mixed):
     """0.01 (1 + 0)^2 with weight 2 for prompt a."""
     scores_GK = np.zeros((6, 4), np.float32)
     scores_GK[0, 0] = 1
     rows, scores_BN = packed(mixed, scores_GK, [0])
     ones_BN = jnp.ones_like(scores_BN)
     plain, _ = scoring(OPTIONS)(scores_BN, rows, ones_BN)
-    centred, _ = scoring(dataclasses.replace(OPTIONS, centre=0.01))(scores_BN, rows, ones_BN)
-    np.testing.assert_allclose(centred - plain, 0.02, rtol=1e-4)
+    centered, _ = scoring(dataclasses.replace(OPTIONS, center=0.01))(scores_BN, rows, ones_BN)
+    np.testing.assert_allclose(centered - plain, 0.02, rtol=1e-4)
 
 
-def test_centring_of_rankings_is_a_mean_over_prompts_too(mixed):
+def test_centering_of_rankings_is_a_mean_over_prompts_too(mixed):
     """Prompt d with the scores 1, 0, 0, 0: of its five comparisons three have (1 + 0)^2 and two 0^2, of C(4, 2) = 6
     shares: 0.01 x 3 / 6 for one prompt."""
     scores_GK = np.zeros((6, 4), np.float32)
@@ -346,8 +346,8 @@ def test_centring_of_rankings_is_a_mean_over_prompts_too(mixed):
     for loss in ("kwise", "plackett_luce"):
         options = dataclasses.replace(OPTIONS, loss=loss)
         plain, _ = scoring(options)(scores_BN, rows, ones_BN)
-        centred, _ = scoring(dataclasses.replace(options, centre=0.01))(scores_BN, rows, ones_BN)
-        np.testing.assert_allclose(centred - plain, 0.005, rtol=1e-4, err_msg=loss)
+        centered, _ = scoring(dataclasses.replace(options, center=0.01))(scores_BN, rows, ones_BN)
+        np.testing.assert_allclose(centered - plain, 0.005, rtol=1e-4, err_msg=loss)
 
 
 def test_an_even_soft_label_prefers_neither(tmp_path):
@@ -367,7 +367,7 @@ def test_an_even_soft_label_prefers_neither(tmp_path):
     np.testing.assert_allclose(soft, 0.413262 + 0.813262, rtol=1e-5)
 
 
-def test_held_out_losses_do_not_see_the_normalisation(data):
+def test_held_out_losses_do_not_see_the_normalization(data):
     """The head (gain 2, bias 0.5) has the losses of one without; a regression is one of the scores as they are."""
     batch = batch_of(data, make_mesh(1, 1, 1), share=True, micro_batches=1, length=128)
     scaled = reward_params("llama")
@@ -380,8 +380,8 @@ def test_held_out_losses_do_not_see_the_normalisation(data):
         )
         return {name: float(metric.sum) for name, metric in jax.jit(step)(params, batch).items()}
 
-    centred = dataclasses.replace(OPTIONS, centre=0.01)
-    assert evaluated(scaled, centred) == pytest.approx(evaluated(plain, centred), rel=1e-4)
+    centered = dataclasses.replace(OPTIONS, center=0.01)
+    assert evaluated(scaled, centered) == pytest.approx(evaluated(plain, centered), rel=1e-4)
     regression = dataclasses.replace(OPTIONS, loss="regression")
     found, without = evaluated(scaled, regression), evaluated(plain, regression)
     assert found["eval/loss"] != pytest.approx(without["eval/loss"], rel=1e-2)
@@ -509,8 +509,8 @@ def single(tmp_path_factory) -> Run:
 
 @pytest.fixture(scope="module")
 def ensemble(tmp_path_factory) -> Run:
-    """Two members with LoRA, normalised but not trained: `tests/contracts/test_killed.py` trains one."""
-    folder, config = tmp_path_factory.mktemp("ensemble"), config_of(members=2, normalise="unit")
+    """Two members with LoRA, normalized but not trained: `tests/contracts/test_killed.py` trains one."""
+    folder, config = tmp_path_factory.mktemp("ensemble"), config_of(members=2, normalize="unit")
     config.model.lora.rank = 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POSTTRAIN_CACHE", str(folder / "cache"))
@@ -583,10 +583,10 @@ def test_an_ensemble_is_no_single_model(ensemble, tmp_path):
 def test_a_language_model_does_not_start_from_a_reward_model(single):
     config = config_of()
     config.model.init = str(single.workdir)
-    assert policy_from_config(config, reward=True).source is not None
+    assert model_spec_from_config(config, reward=True).source is not None
     config.algorithm = "dpo"
     with pytest.raises(InputError, match="is a reward model.*algorithm=dpo starts from a language model"):
-        policy_from_config(config)
+        model_spec_from_config(config)
 
 
 @pytest.mark.slow
@@ -611,14 +611,14 @@ def test_transformers_gives_the_exported_scores(single, tmp_path):
     ("changes", "message"),
     [
         ({"loss": "hinge"}, "reward.loss is 'hinge'; use one of bradley_terry"),
-        ({"normalise": "mean"}, "reward.normalise is 'mean'; use one of none"),
+        ({"normalize": "mean"}, "reward.normalize is 'mean'; use one of none"),
         ({"label_smoothing": 0.5}, "reward.label_smoothing is 0.5"),
         ({"members": 0}, "reward.members is 0"),
         (
             {"margin_scale": 2.0},
             "reward.margin_scale is 2.0, and reward.loss=bradley_terry does not look at it",
         ),
-        ({"loss": "regression", "normalise": "unit"}, "reward.normalise=unit would change the ratings"),
+        ({"loss": "regression", "normalize": "unit"}, "reward.normalize=unit would change the ratings"),
     ],
 )
 def test_bad_options_are_named(changes, message):
@@ -630,7 +630,7 @@ def test_bad_options_are_named(changes, message):
 
 
 def test_an_ensemble_does_not_start_from_one_head(tmp_path):
-    policy = policy_from_config(get_config("tiny"))
+    policy = model_spec_from_config(get_config("tiny"))
     policy.describe(tmp_path / "model", reward=True)
     config = config_of(members=2)
     config.model.init = str(tmp_path / "model")
@@ -638,13 +638,13 @@ def test_an_ensemble_does_not_start_from_one_head(tmp_path):
         reward_model.from_config(config, tmp_path)
 
 
-@pytest.mark.parametrize("normalise", ["demonstrations", "none"])
-def test_a_regression_is_left_as_it_predicts(normalise, tmp_path, monkeypatch):
+@pytest.mark.parametrize("normalize", ["demonstrations", "none"])
+def test_a_regression_is_left_as_it_predicts(normalize, tmp_path, monkeypatch):
     """Equal ratings are ratings, too."""
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
     rows = [{"prompt": "p", "completions": ["a", "b"], "scores": [2, 2]} for _ in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = config_of(loss="regression", normalise=normalise)
+    config = config_of(loss="regression", normalize=normalize)
     config.data.train, config.data.eval = str(tmp_path / "rows.jsonl"), ""
     assert reward_model.from_config(config, tmp_path).finish is None
 

@@ -16,16 +16,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from posttrain_jax.algorithms import reward_model
-from posttrain_jax.checkpoint import Checkpoints
+from posttrain_jax.core.sharding import jit_step, put_batch, replicated, tree_shardings
+from posttrain_jax.core.types import Array, Metrics, PreferenceBatch, PyTree
+from posttrain_jax.core.updates import gradient_sums, used_micro_batches
 from posttrain_jax.data.preference_groups import PreferenceData
 from posttrain_jax.data.preference_rows import PreferenceRows, row_shape
 from posttrain_jax.data.tokenized import TokenizeOptions
 from posttrain_jax.data.tokenized_preferences import build_preferences
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.transformer import Model, make_model
-from posttrain_jax.optim import gradient_sums, used_micro_batches
-from posttrain_jax.sharding import jit_step, put_batch, replicated, tree_shardings
-from posttrain_jax.types import Array, Metrics, PreferenceBatch, PyTree
+from posttrain_jax.run.checkpoint import Checkpoints
 
 WORDS = ("red", "a much longer answer that goes on for a while", "no", "perhaps, but who can tell", "yes!")
 
@@ -101,7 +101,7 @@ def assert_same(got: PyTree, want: PyTree, tolerance: float = 2e-5) -> None:
 
 
 def untrained_reward_run(config: ConfigDict, workdir: Path) -> dict[str, float]:
-    """The workdir of a reward model that was normalised but not trained (which saves compiling the train step).
+    """The workdir of a reward model that was normalized but not trained (which saves compiling the train step).
 
     Returns:
       Its metrics on the held-out rows; {} without any.

@@ -15,7 +15,7 @@ from write_golden import GOLDEN, ROOT, golden_path, render, specs
 from configs.base import base_config, online_config, preference_config
 from configs.ppo.letters import get_config as letters
 from launch.config import changes, check_allowed, check_values, flatten, load_file, resolve, write
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 
 SPECS = specs()
 FOLDERS = {

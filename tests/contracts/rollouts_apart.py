@@ -13,13 +13,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from posttrain_jax.core.sharding import jit_step, replicated
 from posttrain_jax.data.prompts import Prompt
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 from posttrain_jax.rewards.workers import PythonReward
 from posttrain_jax.rollouts.draw import RolloutOptions, as_rows, put_rollouts
 from posttrain_jax.rollouts.score import ScoreOptions, Scorer
 from posttrain_jax.sampling.generate import Sample
-from posttrain_jax.sharding import jit_step, replicated
 
 DRAWS = "tests.rollouts.letter_lengths:drawn"
 ROWS = 8

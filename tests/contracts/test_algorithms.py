@@ -11,8 +11,8 @@ import pytest
 
 from launch.config import load_file
 from launch.train import algorithms
-from posttrain_jax.checkpoint import Checkpoints
-from posttrain_jax.types import TrainState
+from posttrain_jax.core.types import TrainState
+from posttrain_jax.run.checkpoint import Checkpoints
 
 CONFIGS = {
     "sft": "configs/sft/smollm2_135m.py:tiny",

@@ -21,15 +21,16 @@ from entry_points import ROOT
 from configs.sft.smollm2_135m import TINY_MODEL, get_config
 from contracts.tiny import LLAMA, make_mesh, make_trainer, random_rows
 from launch.train import run
-from posttrain_jax import checkpoint
-from posttrain_jax.checkpoint import Checkpoints, restore_params
-from posttrain_jax.errors import InputError
-from posttrain_jax.experiment import policy_from_config
-from posttrain_jax.load_model import load_model
+from posttrain_jax.build.experiment import model_spec_from_config
+from posttrain_jax.core.checkpoint_params import restore_params
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.trees import leaf_paths
+from posttrain_jax.core.types import TrainState
+from posttrain_jax.core.workdir import MANIFEST, completed_steps, damage
+from posttrain_jax.models.io.load import load_model
 from posttrain_jax.models.transformer import make_model
-from posttrain_jax.trees import leaf_paths
-from posttrain_jax.types import TrainState
-from posttrain_jax.workdir import MANIFEST, completed_steps, damage
+from posttrain_jax.run import checkpoint
+from posttrain_jax.run.checkpoint import Checkpoints
 
 
 def tiny_config(**changes):
@@ -46,7 +47,7 @@ def tiny_config(**changes):
 
 
 def shapes_of(config):
-    return policy_from_config(config).model.abstract_params()
+    return model_spec_from_config(config).model.abstract_params()
 
 
 @pytest.fixture(scope="module", autouse=True)

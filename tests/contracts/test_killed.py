@@ -15,10 +15,10 @@ import pytest
 from entry_points import ROOT
 
 from configs.sft.smollm2_135m import get_config
-from posttrain_jax.checkpoint import restore_params
-from posttrain_jax.experiment import policy_from_config
-from posttrain_jax.load_model import load_members, load_model
-from posttrain_jax.workdir import completed_steps
+from posttrain_jax.build.experiment import model_spec_from_config
+from posttrain_jax.core.checkpoint_params import restore_params
+from posttrain_jax.core.workdir import completed_steps
+from posttrain_jax.models.io.load import load_members, load_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
@@ -46,7 +46,7 @@ def rows(workdir: Path, name: str) -> list[dict]:
 
 
 def params(workdir: Path, *, ema: bool):
-    shapes = policy_from_config(get_config("tiny")).model.abstract_params()
+    shapes = model_spec_from_config(get_config("tiny")).model.abstract_params()
     tree, step = restore_params(workdir, shapes, ema=ema)
     assert step == STEPS
     return jax.device_get(tree)
@@ -203,7 +203,7 @@ PREFERENCES = {
 
 @pytest.mark.parametrize("name", PREFERENCES)
 def test_learning_from_preferences_goes_on(processes, name: str, tmp_path: Path):
-    """DPO is killed after a checkpoint; reward models after the last step, before their scores are normalised."""
+    """DPO is killed after a checkpoint; reward models after the last step, before their scores are normalized."""
     command = (
         "launch.train",
         *PREFERENCES[name],

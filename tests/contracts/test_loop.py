@@ -17,15 +17,23 @@ from ml_collections import ConfigDict
 
 from configs.sft.smollm2_135m import get_config
 from launch.train import run
-from posttrain_jax import train_loop
 from posttrain_jax.algorithms import sft
-from posttrain_jax.checkpoint import Checkpoints, restore_params
-from posttrain_jax.errors import InputError, StepNotTaken
-from posttrain_jax.experiment import steps_from_config
-from posttrain_jax.metrics import Accumulator, as_json, plot_curves, progress_line, truncate_after, wandb_id
-from posttrain_jax.train_loop import LoopOptions, Summary, train
-from posttrain_jax.types import Metric, Task
-from posttrain_jax.workdir import completed_steps
+from posttrain_jax.build.experiment import steps_from_config
+from posttrain_jax.core.checkpoint_params import restore_params
+from posttrain_jax.core.errors import InputError, StepNotTaken
+from posttrain_jax.core.types import Metric, Task
+from posttrain_jax.core.workdir import completed_steps
+from posttrain_jax.run import loop as train_loop
+from posttrain_jax.run.checkpoint import Checkpoints
+from posttrain_jax.run.loop import LoopOptions, Summary, train
+from posttrain_jax.run.metrics import (
+    Accumulator,
+    as_json,
+    plot_curves,
+    progress_line,
+    truncate_after,
+    wandb_id,
+)
 
 SPEED = {"train/tokens_per_second", "train/seconds_per_step", "train/mfu"}
 

@@ -18,9 +18,9 @@ from contracts.tiny import (
     untied,
     worst_difference,
 )
+from posttrain_jax.core.trees import byte_count, leaf_paths
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.transformer import make_model
-from posttrain_jax.trees import byte_count, leaf_paths
 
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 2, 1), (1, 2, 4), (2, 1, 4), (1, 4, 2), (2, 1, 1))
 CONFIGS = {"llama": LLAMA, "llama_untied": untied(LLAMA), "gemma": GEMMA, "gemma_untied": untied(GEMMA)}
@@ -64,7 +64,7 @@ def bytes_on(device: jax.Device, tree) -> int:
 
 
 @pytest.mark.parametrize("mesh_shape,share", [((1, 8, 1), 8), ((1, 1, 8), 8), ((2, 2, 2), 4), ((8, 1, 1), 1)])
-def test_parameters_and_optimiser_state_are_split_over_fsdp_and_tensor(mesh_shape, share):
+def test_parameters_and_optimizer_state_are_split_over_fsdp_and_tensor(mesh_shape, share):
     """What is left whole are norms, biases and scalars: under 3 % of this tiny model."""
     state = make_trainer(make_mesh(*mesh_shape), ema=0.9).state
     for name, tree in (("params", state.params), ("opt_state", state.opt_state), ("ema", state.ema)):

@@ -16,9 +16,9 @@ import pytest
 from entry_points import EntryPoint, run_together
 
 from configs.sft.smollm2_135m import get_config
-from posttrain_jax.checkpoint import restore_params
-from posttrain_jax.experiment import policy_from_config
-from posttrain_jax.workdir import completed_steps
+from posttrain_jax.build.experiment import model_spec_from_config
+from posttrain_jax.core.checkpoint_params import restore_params
+from posttrain_jax.core.workdir import completed_steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
@@ -53,7 +53,7 @@ def losses(workdir: Path) -> list[tuple]:
 
 
 def params(workdir: Path):
-    shapes = policy_from_config(get_config("tiny")).model.abstract_params()
+    shapes = model_spec_from_config(get_config("tiny")).model.abstract_params()
     tree, step = restore_params(workdir, shapes)
     assert step == 6
     return jax.device_get(tree)

@@ -1,4 +1,4 @@
-"""The train step's promises: one compile, donated state, sums instead of means, skipped updates, optimisers, EMA."""
+"""The train step's promises: one compile, donated state, sums instead of means, skipped updates, optimizers, EMA."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from contracts.tiny import (
     random_rows,
     worst_difference,
 )
+from posttrain_jax.core.optim import OPTIMIZERS, SCHEDULES, make_schedule
 from posttrain_jax.data.packing import KEYS
 from posttrain_jax.models.transformer import REMAT_POLICIES, make_model
-from posttrain_jax.optim import OPTIMIZERS, SCHEDULES, make_schedule
 
 ONE = (1, 1, 1)
 
@@ -167,7 +167,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(poison):
 
 def test_a_gradient_that_overflows_is_skipped_although_the_loss_is_finite():
     """Norm of a gradient of 1e30 entries: its square overflows float32."""
-    from posttrain_jax.optim import apply_gradients, make_optimizer, new_state
+    from posttrain_jax.core.optim import make_optimizer
+    from posttrain_jax.core.updates import apply_gradients, new_state
 
     rule = make_optimizer("adamw", lambda step: jnp.float32(0.1))
     state = new_state({"w": jnp.ones(3)}, {}, jax.random.key(0), rule, ema=True)
@@ -191,7 +192,7 @@ def test_ema_is_the_moving_average_by_hand():
     assert worst_difference(host(state.ema), host(state.params)) > 1e-3
 
 
-# Learning rates that suit each optimiser on this model.
+# Learning rates that suit each optimizer on this model.
 RATES = {"adamw": 1e-2, "adafactor": 1e-2, "lion": 1e-2, "rmsprop": 1e-3, "sgd": 1e-1, "adam_tf": 1e-2}
 
 
@@ -205,7 +206,7 @@ def falls(optimizer: str, schedule: str) -> None:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_optimiser_learns(optimizer):
+def test_every_optimizer_learns(optimizer):
     falls(optimizer, "constant")
 
 

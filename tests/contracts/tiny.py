@@ -13,12 +13,20 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from posttrain_jax.algorithms import sft
+from posttrain_jax.core.optim import make_optimizer, make_schedule
+from posttrain_jax.core.sharding import (
+    MESH_AXES,
+    batch_sharding,
+    jit_step,
+    put_batch,
+    replicated,
+    tree_shardings,
+)
+from posttrain_jax.core.types import Array, Batch, Metrics, PyTree, TrainState
+from posttrain_jax.core.updates import gradient_sums
 from posttrain_jax.data.packing import KEYS
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.transformer import Model, make_model
-from posttrain_jax.optim import gradient_sums, make_optimizer, make_schedule
-from posttrain_jax.sharding import MESH_AXES, batch_sharding, jit_step, put_batch, replicated, tree_shardings
-from posttrain_jax.types import Array, Batch, Metrics, PyTree, TrainState
 
 LLAMA = ModelConfig(
     model_type="llama",

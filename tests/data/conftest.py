@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from posttrain_jax.models.tokenizer import load_tokenizer
+from posttrain_jax.models.io.tokenizer import load_tokenizer
 
 from .chats import FAMILIES, TEMPLATES
 

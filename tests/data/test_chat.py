@@ -10,13 +10,13 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from posttrain_jax.chat_template import ChatOptions
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.chat import Encoded, Encoder, encode
+from posttrain_jax.data.chat_template import ChatOptions
 from posttrain_jax.data.formats import to_conversation
 from posttrain_jax.data.sources import RowError, read_rows
 from posttrain_jax.data.spans import ChatTemplate
-from posttrain_jax.errors import InputError
-from posttrain_jax.models.tokenizer import load_tokenizer
+from posttrain_jax.models.io.tokenizer import load_tokenizer
 
 from .chats import FAMILIES, TEMPLATES, chat_row
 

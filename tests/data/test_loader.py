@@ -9,10 +9,10 @@ import types
 import numpy as np
 import pytest
 
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.loader import Loader, eval_batch_count, eval_batches
 from posttrain_jax.data.packing import PackedRows, pack
 from posttrain_jax.data.tokenized import TokenizeOptions, build
-from posttrain_jax.errors import InputError
 
 
 @pytest.fixture(scope="module")

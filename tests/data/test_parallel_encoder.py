@@ -9,13 +9,13 @@ import time
 import numpy as np
 import pytest
 
-from posttrain_jax.chat_template import ChatOptions
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.data import tokenized
 from posttrain_jax.data.chat import Encoder
+from posttrain_jax.data.chat_template import ChatOptions
 from posttrain_jax.data.formats import Conversation, to_conversation
 from posttrain_jax.data.parallel_encoder import ParallelEncoder
-from posttrain_jax.errors import InputError
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 
 
 def chat(number: int) -> Conversation:

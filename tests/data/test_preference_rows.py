@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.loader import Loader
 from posttrain_jax.data.preference_rows import PreferenceRows, pack_groups, row_shape, used_share
 from posttrain_jax.data.split import hold_out
 from posttrain_jax.data.tokenized import TokenizeOptions
 from posttrain_jax.data.tokenized_preferences import build_preferences
-from posttrain_jax.errors import InputError
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 
 PAIR = {"prompt": "abcd", "chosen": "xy", "rejected": "z"}
 
@@ -47,7 +47,7 @@ def test_a_row_with_a_shared_prompt(write_jsonl, tokenizer, tmp_path):
     )
     np.testing.assert_array_equal(arrays["loss_mask"][0, :n], [0] * shared + [0, 1, 1, 1] + [0, 1, 1])
     np.testing.assert_array_equal(arrays["segment_ids"][0], [1] * n + [0] * (16 - n))
-    np.testing.assert_array_equal(arrays["ends"][0, :2], [shared + 3, shared + 6])
+    np.testing.assert_array_equal(arrays["last_token_index"][0, :2], [shared + 3, shared + 6])
     np.testing.assert_array_equal(arrays["lengths"][0, :2], [3, 2])
     assert (arrays["better"][0, 0], arrays["worse"][0, 0], arrays["weights"][0, 0]) == (0, 1, 1)
     assert not arrays["segment_ids"][1].any() and not arrays["weights"][1].any()
@@ -67,7 +67,7 @@ def test_a_completion_ends_with_its_end_of_turn(write_jsonl, tokenizer, tmp_path
     data = built(write_jsonl, tokenizer, tmp_path, row)
     rows = PreferenceRows(data.sources[0], row_shape([data], groups=1))
     arrays = rows.collate([rows[0]])
-    ends = arrays["ends"][0, :2]
+    ends = arrays["last_token_index"][0, :2]
     assert arrays["loss_mask"][0, ends].tolist() == [1, 1]
     assert arrays["tokens"][0, ends].tolist() == [tokenizer.eos_token_id] * 2
     assert arrays["lengths"][0, :2].tolist() == [3, 2]
@@ -108,7 +108,7 @@ def test_rows_of_many_groups_lose_nothing(write_jsonl, tokenizer, tmp_path):
     offsets, tokens = data.sources[0].store.offsets, data.sources[0].store.tokens
     for r, slot in zip(*np.nonzero(ids), strict=True):
         here = arrays["branches"][r] == slot + 1
-        segment = arrays["segment_ids"][r, arrays["ends"][r, slot]]
+        segment = arrays["segment_ids"][r, arrays["last_token_index"][r, slot]]
         prompt = (arrays["branches"][r] == 0) & (arrays["segment_ids"][r] == segment)
         i = ids[r, slot] - 1
         np.testing.assert_array_equal(arrays["tokens"][r, prompt | here], tokens[offsets[i] : offsets[i + 1]])

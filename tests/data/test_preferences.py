@@ -274,7 +274,7 @@ def test_one_rated_completion():
         {"messages": [USER], "completion": [GOOD], "label": True},
     ],
 )
-def test_a_labelled_completion(row):
+def test_a_labeled_completion(row):
     preference = to_preference(row)
     assert preference.completions == (chat(USER, GOOD),)
     assert preference.label is True

@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.loader import Loader
 from posttrain_jax.data.prompts import read_prompts
 from posttrain_jax.data.sources import RowError
 from posttrain_jax.data.split import hold_out
-from posttrain_jax.errors import InputError
 
 
 def encode(row) -> np.ndarray:

@@ -7,7 +7,7 @@ import numpy as np
 from posttrain_jax.data.chat import encode
 from posttrain_jax.data.formats import to_conversation
 from posttrain_jax.data.shown_row import empty_warning, shown_row
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 
 from .chats import chat_row
 

@@ -10,10 +10,10 @@ import random
 
 import pytest
 
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.formats import to_conversation
 from posttrain_jax.data.rows import RowError
 from posttrain_jax.data.sources import read_rows, source_files, weighted_sources
-from posttrain_jax.errors import InputError
 
 ROWS = [{"text": "one"}, {"text": "zwei ü"}, {"text": "三"}]
 
@@ -65,7 +65,7 @@ def test_wrong_encoding_names_the_byte(data, offset, tmp_path):
     assert f"byte offset {offset} " in reason and f"0x{data[offset]:02x}" in reason
 
 
-def test_utf16_is_recognised(tmp_path):
+def test_utf16_is_recognized(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n', encoding="utf-16")
     assert "UTF-16" in errors_of(path)[0][1]

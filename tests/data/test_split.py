@@ -6,11 +6,11 @@ import json
 
 import pytest
 
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.split import hold_out, split_amount, trained_rows
 from posttrain_jax.data.tokenized import TokenizeOptions, build
 from posttrain_jax.data.tokenized_preferences import build_preferences
-from posttrain_jax.errors import InputError
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A folder of tokenised sequences comes back as it was written, or not at all."""
+"""A folder of tokenized sequences comes back as it was written, or not at all."""
 
 from __future__ import annotations
 

@@ -13,9 +13,9 @@ import shutil
 import numpy as np
 import pytest
 
-from posttrain_jax.chat_template import ChatOptions
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.data.chat_template import ChatOptions
 from posttrain_jax.data.tokenized import TokenizeOptions, build
-from posttrain_jax.errors import InputError
 
 from .chats import TEMPLATES, chat_row
 
@@ -248,7 +248,7 @@ def test_library_sources_are_keyed_by_their_rows(smollm2, tmp_path):
 
 
 def _build_in_child(path, gguf, cache, barrier, results):
-    from posttrain_jax.models.tokenizer import load_tokenizer
+    from posttrain_jax.models.io.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(gguf)
     barrier.wait(timeout=120)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from posttrain_jax.load_model import LoadedModel, Source
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.io.load import LoadedModel, Source
 from posttrain_jax.models.transformer import make_model
 
 CONFIG = ModelConfig(

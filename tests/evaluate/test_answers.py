@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from tokenizers import AddedToken
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.evaluate.answers import Answering, answer_all, without_thinking
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 from posttrain_jax.rewards.thoughts import answer_text, prompt_opens_thought
 
 

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.sharding import make_mesh, tree_shardings
 from posttrain_jax.data.packing import pack
 from posttrain_jax.data.tokenized import TokenizeOptions, build
-from posttrain_jax.errors import InputError
 from posttrain_jax.evaluate.held_out import SequenceLosses, estimates, held_out_loss
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.transformer import make_model
-from posttrain_jax.sharding import make_mesh, tree_shardings
 
 CONFIG = ModelConfig(
     model_type="llama",

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.evaluate.answers import Answering
 from posttrain_jax.evaluate.ifeval import (
     LEVELS,

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.evaluate.judge import (
     Cache,
     Pair,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.evaluate.kl_to_reference import estimate, kl_to_reference, ratio
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.transformer import make_model

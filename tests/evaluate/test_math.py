@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.evaluate.answers import Answering
 from posttrain_jax.evaluate.arithmetic import KINDS, arithmetic_rows
 from posttrain_jax.evaluate.math_problems import load_problems, math_problems

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.sharding import make_mesh, tree_shardings
 from posttrain_jax.evaluate.multiple_choice import (
     Question,
     choice_logps,
@@ -22,7 +23,6 @@ from posttrain_jax.evaluate.multiple_choice import (
     multiple_choice,
 )
 from posttrain_jax.evaluate.tasks import Items
-from posttrain_jax.sharding import make_mesh, tree_shardings
 
 QUESTIONS = [
     Question("a", "q:1", "The sky is", ("blue", "a deep and lasting green", "é"), 0),

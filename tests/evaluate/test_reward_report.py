@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.evaluate.reward_report import (
     ScoredPairs,
     calibration,

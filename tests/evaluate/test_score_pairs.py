@@ -13,12 +13,12 @@ import pytest
 from algorithms.tiny import data_of, tiny_model, tiny_params
 from contracts.tiny import make_mesh
 
-from posttrain_jax import completions
-from posttrain_jax.completions import reward_scores
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.evaluate.score_pairs import Combination, score_pairs
-from posttrain_jax.load_model import LoadedModel, Source
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
+from posttrain_jax.forward import completions
+from posttrain_jax.forward.completions import reward_scores
+from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.io.load import LoadedModel, Source
 from posttrain_jax.models.reward_head import score_head_params, scores
 
 ROWS = [

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.evaluate.statistics import compare, permutation_test, ratio_estimates, sign_test
 
 

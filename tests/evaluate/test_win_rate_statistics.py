@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.evaluate.win_rate import (
     Judgment,
     fit_length,

@@ -17,10 +17,10 @@ from entry_points import ROOT, environment
 from tiny_model import launch, save_tiny_model
 
 from launch.chat import Chat, Interrupt, command
-from posttrain_jax.chat_template import ChatOptions
-from posttrain_jax.errors import InputError
-from posttrain_jax.load_model import load_model
-from posttrain_jax.models.tokenizer import stop_token_ids
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.data.chat_template import ChatOptions
+from posttrain_jax.models.io.load import load_model
+from posttrain_jax.models.io.tokenizer import stop_token_ids
 from posttrain_jax.sampling.choose import Sampling
 from posttrain_jax.sampling.generate import GenerateOptions, generate
 from posttrain_jax.sampling.prompts import encode_chat

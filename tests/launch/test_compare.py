@@ -11,7 +11,7 @@ from tiny_model import launch, save_tiny_model
 from launch.compare import compare
 from launch.config import load_file
 from launch.evaluate import evaluate
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.evaluate.comparison import compare_rows
 
 

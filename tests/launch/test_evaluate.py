@@ -13,12 +13,12 @@ from tiny_model import launch, save_tiny_model
 from launch.config import flatten, load_file
 from launch.evaluate import TASKS, evaluate
 from launch.train import run as train
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.split import hold_out
 from posttrain_jax.data.tokenized import TokenizeOptions, build
-from posttrain_jax.errors import InputError
 from posttrain_jax.evaluate import kl_to_reference, own_data
 from posttrain_jax.evaluate.held_out import held_out_loss, held_out_rows
-from posttrain_jax.load_model import load_model
+from posttrain_jax.models.io.load import load_model
 
 CONFIG = str(ROOT / "configs/eval/held_out.py")
 

@@ -13,16 +13,17 @@ import pytest
 from tiny_model import CONFIG, launch, save_tiny_model
 
 from launch.export import export
-from posttrain_jax.checkpoint import Checkpoints
-from posttrain_jax.errors import InputError
-from posttrain_jax.export_model import export_hf, write_model_folder
-from posttrain_jax.load_model import load_model
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.optim import make_optimizer, make_schedule
+from posttrain_jax.core.trees import combine, partition
+from posttrain_jax.core.updates import new_state
 from posttrain_jax.models.config import LoraConfig
+from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.io.export import export_hf, write_model_folder
+from posttrain_jax.models.io.load import load_model
 from posttrain_jax.models.reward_head import score_head_params
 from posttrain_jax.models.transformer import make_model
-from posttrain_jax.optim import make_optimizer, make_schedule, new_state
-from posttrain_jax.trees import combine, partition
+from posttrain_jax.run.checkpoint import Checkpoints
 
 TOKENS = np.arange(1, 20)[None]
 LORA = LoraConfig(rank=2, alpha=8.0, targets=("q", "down"))

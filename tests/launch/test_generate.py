@@ -15,10 +15,10 @@ from entry_points import EntryPoint
 from tiny_model import launch, save_tiny_model
 
 from launch.generate import Options, generate, noise_id
-from posttrain_jax.errors import InputError
-from posttrain_jax.load_model import load_model
-from posttrain_jax.models.byte_tokenizer import CHATML
-from posttrain_jax.models.tokenizer import stop_token_ids
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.models.io.byte_tokenizer import CHATML
+from posttrain_jax.models.io.load import load_model
+from posttrain_jax.models.io.tokenizer import stop_token_ids
 from posttrain_jax.sampling import generate as engine
 from posttrain_jax.sampling.choose import Sampling
 from posttrain_jax.sampling.prompts import encode_chat, encode_text

@@ -16,7 +16,7 @@ from configs.reward_model.smollm2_135m import get_config
 from launch.export import export
 from launch.reward_report import IN_DISTRIBUTION, Options, read_sections, report
 from posttrain_jax.algorithms import reward_model
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 
 RATED = [
     {
@@ -185,7 +185,7 @@ def test_sections_that_make_no_sense(sections, message, tmp_path):
 
 def test_losses_of_scores_of_variance_1_are_of_the_scale_of_training(tmp_path):
     """The run's own evaluation has the same loss, also before its scores were rescaled."""
-    config = config_of(normalise="unit")
+    config = config_of(normalize="unit")
     metrics = untrained_reward_run(config, tmp_path / "run")
     task = reward_model.from_config(config, tmp_path / "run")
     assert task.evaluate is not None

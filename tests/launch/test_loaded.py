@@ -13,9 +13,9 @@ from entry_points import ROOT
 from tiny_model import save_tiny_model, save_tiny_reward_model
 
 import posttrain_jax
-from posttrain_jax.errors import InputError
-from posttrain_jax.load_model import load_model
-from posttrain_jax.models.byte_tokenizer import CHATML, byte_tokenizer
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.models.io.byte_tokenizer import CHATML, byte_tokenizer
+from posttrain_jax.models.io.load import load_model
 from posttrain_jax.models.reward_head import scores
 from posttrain_jax.sampling.generate import GenerateOptions, generate
 from posttrain_jax.sampling.prompts import encode_chat, encode_text

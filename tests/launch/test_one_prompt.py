@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.prompt_file import encode, read_prompts
-from posttrain_jax.chat_template import ChatOptions
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.chat import Encoder
+from posttrain_jax.data.chat_template import ChatOptions
 from posttrain_jax.data.formats import to_conversation
 from posttrain_jax.data.preferences import to_preference
 from posttrain_jax.data.prompt_rows import encode_prompt_row, read_prompt_row
 from posttrain_jax.data.rows import RowError
-from posttrain_jax.errors import InputError
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 from posttrain_jax.rollouts.draw import encode_prompt
 from posttrain_jax.serving.bodies import ChatBody
 from posttrain_jax.serving.orders import Limits, order_of

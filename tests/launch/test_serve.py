@@ -20,9 +20,9 @@ from entry_points import ROOT, EntryPoint, environment
 from tiny_model import launch, save_tiny_model
 
 from launch.serve import Options, check, listen, serve, start
-from posttrain_jax.errors import InputError
-from posttrain_jax.load_model import load_model
-from posttrain_jax.models.tokenizer import stop_token_ids
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.models.io.load import load_model
+from posttrain_jax.models.io.tokenizer import stop_token_ids
 from posttrain_jax.sampling.generate import GenerateOptions, generate
 from posttrain_jax.sampling.prompts import encode_chat, encode_text, special_tokens
 from posttrain_jax.serving.prompt_scores import score_prompts

@@ -14,7 +14,7 @@ from entry_points import ROOT, environment
 from test_serve import KEY, expected, serving, text_of
 from tiny_model import save_tiny_model
 
-from posttrain_jax.load_model import load_model
+from posttrain_jax.models.io.load import load_model
 from posttrain_jax.serving.prompt_scores import score_prompts
 
 pytestmark = [

@@ -12,7 +12,7 @@ from entry_points import ROOT
 
 from launch.config import load_file
 from launch.entry import outliving, set_up_jax
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 
 TINY = "--config=configs/sft/smollm2_135m.py:tiny"
 
@@ -82,7 +82,7 @@ def test_bad_flags(processes, name: str, tmp_path: Path):
 
 # Wrong values of keys that exist.
 VALUES = {
-    "optimiser": (
+    "optimizer": (
         "optim.name=adam",
         ["optim.name is 'adam'", "adamw, adafactor, lion, rmsprop, sgd, adam_tf"],
     ),
@@ -167,7 +167,7 @@ PREFERENCES = {
     "labels_for_reward": (REWARD, LABELS, ["configs/tiny/labels.jsonl", "no comparison", "regression"]),
     "pairs_for_ratings": (REWARD, "reward.loss=regression", ["no rating", "reward.loss=regression"]),
     "reward_loss": (REWARD, "reward.loss=bt", ["reward.loss is 'bt'", "bradley_terry"]),
-    "normalise": (REWARD, "reward.normalise=mean", ["reward.normalise is 'mean'", "demonstrations"]),
+    "normalize": (REWARD, "reward.normalize=mean", ["reward.normalize is 'mean'", "demonstrations"]),
     "members": (REWARD, "reward.members=0", ["reward.members is 0"]),
     "head": (REWARD, "reward.head_init=ones", ["'ones'", "normal or zeros"]),
 }

@@ -9,9 +9,9 @@ import subprocess
 import entry_points
 import jax
 
-from posttrain_jax.export_model import export_hf
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.io.export import export_hf
 from posttrain_jax.models.reward_head import score_head_params
 from posttrain_jax.models.transformer import make_model
 

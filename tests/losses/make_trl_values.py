@@ -150,7 +150,7 @@ def dpo_values() -> dict:
 
 
 def kto_values() -> dict:
-    """TRL's KTO on the answers of the pairs, with the chosen answers' neighbours as mismatched answers."""
+    """TRL's KTO on the answers of the pairs, with the chosen answers' neighbors as mismatched answers."""
     sums = PAIRS["policy_chosen_logps"] + PAIRS["policy_rejected_logps"]
     reference = PAIRS["reference_chosen_logps"] + PAIRS["reference_rejected_logps"]
     model = _LogProbs(sums, PAIRS["chosen_lengths"] + PAIRS["rejected_lengths"])
@@ -239,7 +239,7 @@ class _Scores(torch.nn.Module):
 
 
 def reward_values() -> dict:
-    """TRL's reward trainer: Bradley-Terry, with margins, and with the centring penalty."""
+    """TRL's reward trainer: Bradley-Terry, with margins, and with the centering penalty."""
     pairs = len(SCORES["chosen"])
     model = _Scores(SCORES["chosen"] + SCORES["rejected"]).eval()
 
@@ -257,7 +257,7 @@ def reward_values() -> dict:
     return {
         "bradley_terry_loss": {"loss": losses(None, False)},
         "margin_loss": {"loss": losses(None, True)},
-        "bradley_terry_with_centre_penalty": {"coefficient": 0.0625, "loss": losses(0.0625, False)},
+        "bradley_terry_with_center_penalty": {"coefficient": 0.0625, "loss": losses(0.0625, False)},
     }
 
 

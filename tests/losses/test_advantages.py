@@ -203,7 +203,7 @@ def test_the_score_is_never_on_padding_and_never_lost(seed):
 
 
 def test_the_penalty_of_an_answer_is_beta_times_its_log_ratio_in_float32():
-    """bfloat16 holds 8 bits: -1.0 and -1.0078125 are neighbours, and their difference is kept."""
+    """bfloat16 holds 8 bits: -1.0 and -1.0078125 are neighbors, and their difference is kept."""
     policy = jnp.where(jnp.asarray(MASKS) != 0, -1.0, NAN).astype(jnp.bfloat16)
     reference = jnp.where(jnp.asarray(MASKS) != 0, -1.0078125, NAN).astype(jnp.bfloat16)
     got = per_token_rewards(jnp.zeros(5), policy, reference, jnp.asarray(MASKS), kl_coefficient=2.0)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from posttrain_jax.core.types import Metric
 from posttrain_jax.losses import ppo
-from posttrain_jax.types import Metric
 
 # Ratios 2, 2, 1/2, 1/2 with advantages 1, -1, 1, -1.
 OLD = jnp.full((1, 4), -1.0)
@@ -160,7 +160,7 @@ def test_extreme_ratios_have_finite_losses_and_gradients(difference):
         assert np.isfinite(loss.loss).all()
         assert all(np.isfinite(mean(metric)) for metric in loss.metrics.values())
         gradient = policy_gradient(new, OLD, advantages, ALL, clip=0.2, **options)
-        # The two tokens at ratio 1 keep theirs, whatever their neighbours do.
+        # The two tokens at ratio 1 keep theirs, whatever their neighbors do.
         np.testing.assert_array_equal(gradient, [[0.0, -1.0, 0.0, 1.0]])
     if difference > 0:
         bounded = ppo.clipped_policy_loss(new, OLD, advantages, ALL, clip=0.2, dual_clip=3.0)
@@ -333,6 +333,6 @@ def test_entropy_gradient():
 def test_entropy_is_trls():
     """TRL: logsumexp(logits) - sum(softmax * logits), in float64."""
     logits = 3.0 * np.random.default_rng(0).normal(size=(3, 5, 11))
-    normaliser = np.log(np.exp(logits).sum(-1))
-    want = normaliser - (np.exp(logits - normaliser[..., None]) * logits).sum(-1)
+    normalizer = np.log(np.exp(logits).sum(-1))
+    want = normalizer - (np.exp(logits - normalizer[..., None]) * logits).sum(-1)
     np.testing.assert_allclose(ppo.entropy_of_logits(jnp.asarray(logits)), want, rtol=1e-5)

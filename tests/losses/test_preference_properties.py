@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from posttrain_jax.losses import anchored, dpo, kto, preference_odds
+from posttrain_jax.losses import anchored, dpo, kto, reference_free
 
 CHOSEN = jnp.array([-4.0, -7.5, -3.0, -9.0])
 REJECTED = jnp.array([-6.25, -6.0, -3.25, -12.0])
@@ -67,16 +67,16 @@ LOSSES = {
         c, r, rc, rr, filled(c, 0.75), filled(c, 0.25), beta=b, weights_B=w
     ),
     "sppo_hard": lambda c, r, rc, rr, w, b: anchored.sppo_hard_loss(c, r, rc, rr, beta=b, weights_B=w),
-    "slic": lambda c, r, rc, rr, w, b: preference_odds.slic_loss(
+    "slic": lambda c, r, rc, rr, w, b: reference_free.slic_loss(
         c, r, rc, delta=1.0, lambda_=0.5, weights_B=w
     ),
-    "simpo": lambda c, r, rc, rr, w, b: preference_odds.simpo_loss(
+    "simpo": lambda c, r, rc, rr, w, b: reference_free.simpo_loss(
         c, r, filled(c, 3.0), filled(c, 5.0), beta=b, gamma=0.5, weights_B=w
     ),
-    "orpo": lambda c, r, rc, rr, w, b: preference_odds.orpo_loss(
+    "orpo": lambda c, r, rc, rr, w, b: reference_free.orpo_loss(
         c, r, filled(c, 3.0), filled(c, 5.0), lambda_=0.25, weights_B=w
     ),
-    "cpo": lambda c, r, rc, rr, w, b: preference_odds.cpo_loss(
+    "cpo": lambda c, r, rc, rr, w, b: reference_free.cpo_loss(
         c, r, filled(c, 3.0), beta=b, alpha=1.0, weights_B=w
     ),
     "kto_good": lambda c, r, rc, rr, w, b: kto.kto_loss(

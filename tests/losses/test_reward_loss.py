@@ -82,9 +82,9 @@ def test_smoothed_labels_by_hand():
         reward.smoothed_label_loss(jnp.array([1.0]), jnp.array([0.0]), label_smoothing=0.5)
 
 
-def test_centre_penalty_by_hand():
+def test_center_penalty_by_hand():
     """0.01 * (3 - 1)^2 = 0.04; twice that under weight 2."""
-    loss = reward.centre_penalty(
+    loss = reward.center_penalty(
         jnp.array([3.0]), jnp.array([-1.0]), coefficient=0.01, weights_B=jnp.array([2.0])
     )
     np.testing.assert_allclose(loss.loss_B, [0.08], rtol=1e-6)
@@ -98,8 +98,8 @@ def test_equals_trl():
     np.testing.assert_allclose(plain.loss_B, TRL["reward"]["bradley_terry_loss"]["loss"], rtol=1e-6)
     margin = reward.margin_loss(chosen, rejected, scores["margins"])
     np.testing.assert_allclose(margin.loss_B, TRL["reward"]["margin_loss"]["loss"], rtol=1e-6)
-    want = TRL["reward"]["bradley_terry_with_centre_penalty"]
-    penalty = reward.centre_penalty(chosen, rejected, coefficient=want["coefficient"])
+    want = TRL["reward"]["bradley_terry_with_center_penalty"]
+    penalty = reward.center_penalty(chosen, rejected, coefficient=want["coefficient"])
     np.testing.assert_allclose(plain.loss_B + penalty.loss_B, want["loss"], rtol=1e-6)
 
 
@@ -289,7 +289,7 @@ PAIR_LOSSES = {
     "soft_label": lambda c, r, w: reward.soft_label_loss(c, r, filled(c, 0.75), weights_B=w),
     "smoothed": lambda c, r, w: reward.smoothed_label_loss(c, r, label_smoothing=0.1, weights_B=w),
     "regression": lambda c, r, w: reward.regression_loss(c, r, weights_B=w),
-    "centre": lambda c, r, w: reward.centre_penalty(c, r, coefficient=0.1, weights_B=w),
+    "center": lambda c, r, w: reward.center_penalty(c, r, coefficient=0.1, weights_B=w),
 }
 
 

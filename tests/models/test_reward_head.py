@@ -16,10 +16,13 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from posttrain_jax.checkpoint import Checkpoints
-from posttrain_jax.errors import InputError
-from posttrain_jax.export_model import export_hf, write_model_folder
-from posttrain_jax.load_model import (
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.sharding import jit_step, make_mesh, tree_shardings
+from posttrain_jax.core.types import PyTree, TrainState
+from posttrain_jax.models.config import LoraConfig, ModelConfig
+from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.io.export import export_hf, write_model_folder
+from posttrain_jax.models.io.load import (
     is_reward_model,
     load_config,
     load_members,
@@ -29,13 +32,10 @@ from posttrain_jax.load_model import (
     require_score_head,
     resolve,
 )
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
-from posttrain_jax.models.config import LoraConfig, ModelConfig
+from posttrain_jax.models.io.tokenizer import scoring_pad_id
 from posttrain_jax.models.reward_head import abstract_score_head, fold_gain, score_head_params, scores
-from posttrain_jax.models.tokenizer import scoring_pad_id
 from posttrain_jax.models.transformer import make_model
-from posttrain_jax.sharding import jit_step, make_mesh, tree_shardings
-from posttrain_jax.types import PyTree, TrainState
+from posttrain_jax.run.checkpoint import Checkpoints
 
 CONFIG = ModelConfig("llama", 24, 16, 2, 4, 2, 4, 32, query_scale=0.5, pad_token_id=0, eos_token_ids=(2,))
 UNTIED = dataclasses.replace(CONFIG, tied_embeddings=False)

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.models import attention
 from posttrain_jax.models.attention import AttentionMask, attend
-from posttrain_jax.models.block_attention import BLOCK, RowPlaces, first_key_blocks
 from posttrain_jax.models.config import LoraConfig, ModelConfig
+from posttrain_jax.models.kernels.block_attention import BLOCK, RowPlaces, first_key_blocks
 from posttrain_jax.models.kv_cache import init_cache
 from posttrain_jax.models.transformer import (
     MANY_ROWS,

@@ -16,9 +16,9 @@ torch = pytest.importorskip("torch", reason="torch is not installed (extra [pari
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from parity.torch_families import randomise
-from posttrain_jax.export_model import export_hf
-from posttrain_jax.load_model import load_model
+from parity.torch_families import randomize
+from posttrain_jax.models.io.export import export_hf
+from posttrain_jax.models.io.load import load_model
 
 TINY = {
     "vocab_size": 64,
@@ -91,7 +91,7 @@ def test_logits_and_export(case: str, tmp_path: pathlib.Path, caplog: pytest.Log
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({**TINY, **CASES[case]}))
     made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
-    randomise(made, seed=0)
+    randomize(made, seed=0)
     made.save_pretrained(tmp_path / "weights")
     (tmp_path / "weights" / "model.safetensors").rename(folder / "model.safetensors")
     expected = their_logits(folder)

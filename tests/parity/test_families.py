@@ -15,9 +15,9 @@ torch = pytest.importorskip("torch", reason="torch is not installed (extra [pari
 from transformers import AutoModelForCausalLM
 
 from parity.torch_families import FAMILIES, make_config, make_model
-from posttrain_jax.export_model import export_hf
-from posttrain_jax.load_model import LoadedModel, load_model
 from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.models.io.export import export_hf
+from posttrain_jax.models.io.load import LoadedModel, load_model
 from posttrain_jax.models.kv_cache import init_cache
 from posttrain_jax.models.transformer import make_model as make_ours
 

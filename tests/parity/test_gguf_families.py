@@ -17,8 +17,8 @@ import gguf
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from parity.torch_families import make_model
-from posttrain_jax.errors import InputError
-from posttrain_jax.models.gguf import load_gguf
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.models.io.gguf import load_gguf
 from posttrain_jax.models.transformer import make_model as make_ours
 
 _TINY = {

@@ -12,9 +12,9 @@ torch = pytest.importorskip("torch", reason="torch is not installed (extra [pari
 
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
-from parity.torch_families import make_config, randomise
-from posttrain_jax.export_model import export_hf
-from posttrain_jax.load_model import load_model
+from parity.torch_families import make_config, randomize
+from posttrain_jax.models.io.export import export_hf
+from posttrain_jax.models.io.load import load_model
 
 
 def test_multimodal_gemma3(tmp_path: pathlib.Path) -> None:
@@ -31,7 +31,7 @@ def test_multimodal_gemma3(tmp_path: pathlib.Path) -> None:
     )
     reference = Gemma3ForConditionalGeneration(config).eval()
     reference.set_attn_implementation("eager")
-    randomise(reference, 3)
+    randomize(reference, 3)
     reference.save_pretrained(tmp_path / "both")
     tokens_BT = np.random.default_rng(4).integers(3, 90, (2, 12)).astype(np.int32)
     with torch.no_grad():

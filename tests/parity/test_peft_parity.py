@@ -14,14 +14,14 @@ peft = pytest.importorskip("peft", reason="peft is not installed (extra [parity]
 from transformers import AutoModelForCausalLM
 
 from parity.torch_families import make_config, make_model
-from posttrain_jax.export_model import export_hf
-from posttrain_jax.load_model import load_model
+from posttrain_jax.core.trees import combine
+from posttrain_jax.core.types import PyTree
 from posttrain_jax.models.config import LoraConfig
-from posttrain_jax.models.peft import _HARMLESS, _PLAIN, _READ, _check_settings, save_adapter
+from posttrain_jax.models.io.export import export_hf
+from posttrain_jax.models.io.load import load_model
+from posttrain_jax.models.io.peft import _HARMLESS, _PLAIN, _READ, _check_settings, save_adapter
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.models.transformer import make_model as make_ours
-from posttrain_jax.trees import combine
-from posttrain_jax.types import PyTree
 
 # peft asks transformers by a name that transformers has deprecated
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

@@ -14,9 +14,9 @@ torch = pytest.importorskip("torch", reason="torch is not installed (extra [pari
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from posttrain_jax.export_model import export_hf
-from posttrain_jax.load_model import LoadedModel, load_model
-from posttrain_jax.models.tokenizer import stop_token_ids
+from posttrain_jax.models.io.export import export_hf
+from posttrain_jax.models.io.load import LoadedModel, load_model
+from posttrain_jax.models.io.tokenizer import stop_token_ids
 from posttrain_jax.models.transformer import make_model
 from posttrain_jax.sampling.choose import Sampling
 from posttrain_jax.sampling.generate import GenerateOptions, generate
@@ -87,7 +87,7 @@ def assert_close(ours: np.ndarray, reference: np.ndarray) -> None:
 def test_smollm2_answers_as_in_transformers(smollm2: Real) -> None:
     tokenizer = smollm2.ours.tokenizer
     assert tokenizer is not None
-    for question in ("What is the capital of France?", "Name three primary colours.", "What is 2 + 2?"):
+    for question in ("What is the capital of France?", "Name three primary colors.", "What is 2 + 2?"):
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
         )

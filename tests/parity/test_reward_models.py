@@ -21,17 +21,17 @@ from transformers import (
 )
 
 from launch.export import export
-from parity.torch_families import FAMILIES, make_config, randomise
-from posttrain_jax.checkpoint import Checkpoints
-from posttrain_jax.errors import InputError
-from posttrain_jax.export_model import export_hf, write_model_folder
-from posttrain_jax.load_model import LoadedModel, load_model, require_score_head
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
+from parity.torch_families import FAMILIES, make_config, randomize
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.trees import combine, partition
+from posttrain_jax.core.types import PyTree, TrainState
 from posttrain_jax.models.config import LoraConfig, ModelConfig
+from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.io.export import export_hf, write_model_folder
+from posttrain_jax.models.io.load import LoadedModel, load_model, require_score_head
 from posttrain_jax.models.reward_head import score_head_params, scores
 from posttrain_jax.models.transformer import Model, make_model
-from posttrain_jax.trees import combine, partition
-from posttrain_jax.types import PyTree, TrainState
+from posttrain_jax.run.checkpoint import Checkpoints
 
 LENGTHS = (24, 9, 17, 1)
 
@@ -83,7 +83,7 @@ def test_in_and_out(name: str, tmp_path: pathlib.Path) -> None:
     theirs = AutoModelForSequenceClassification.from_config(
         config, attn_implementation="eager", dtype=torch.float32
     )
-    randomise(theirs, seed=0)
+    randomize(theirs, seed=0)
     theirs.eval().save_pretrained(tmp_path / "theirs")
     tokens_BT, mask_BT = padded_rows(96, pad=0)
     reference = their_scores(theirs, tokens_BT, mask_BT)
@@ -258,7 +258,7 @@ def test_the_text_model_of_a_multimodal_reward_model(tmp_path: pathlib.Path) -> 
     )
     theirs = Gemma3ForSequenceClassification(config).eval()
     theirs.set_attn_implementation("eager")
-    randomise(theirs, 3)
+    randomize(theirs, 3)
     theirs.save_pretrained(tmp_path / "both")
     tokens_BT, mask_BT = padded_rows(90, pad=0)
     reference = their_scores(theirs, tokens_BT, mask_BT)

@@ -91,7 +91,7 @@ def make_config(name: str) -> PretrainedConfig:
     return AutoConfig.for_model(model_type, **copy.deepcopy(fields))
 
 
-def randomise(model: torch.nn.Module, seed: int) -> None:
+def randomize(model: torch.nn.Module, seed: int) -> None:
     """Larger weights, and norms and biases away from their trivial values, so that a mistake in any shows."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 def make_model(config: PretrainedConfig, folder: pathlib.Path, seed: int = 0) -> torch.nn.Module:
     """A random float32 model in eval mode with eager attention (which has soft caps), saved in `folder`."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
-    randomise(model, seed)
+    randomize(model, seed)
     model.eval()
     model.save_pretrained(folder)
     return model

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 
 
 def length(answers):

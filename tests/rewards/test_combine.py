@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.rewards import combine
 
 
@@ -94,11 +94,11 @@ def test_soft_overlong():
 
 
 def test_unfinished_answers():
-    """Replaced, a good answer and a bad one are equal; penalised, their difference of 3 is kept."""
+    """Replaced, a good answer and a bad one are equal; penalized, their difference of 3 is kept."""
     scores, ended = np.array([4.0, 4.0, 1.0]), np.array([True, False, False])
     close(combine.replace_unfinished(scores, ended), [4.0, -1.0, -1.0])
     close(combine.replace_unfinished(scores, ended, value=-10.0), [4.0, -10.0, -10.0])
-    close(combine.penalise_unfinished(scores, ended, penalty=2.5), [4.0, 1.5, -1.5])
+    close(combine.penalize_unfinished(scores, ended, penalty=2.5), [4.0, 1.5, -1.5])
     # A score that is no number is not looked at where it is replaced.
     close(combine.replace_unfinished(np.array([np.nan]), np.array([0])), [-1.0])
 

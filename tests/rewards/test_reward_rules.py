@@ -9,20 +9,20 @@ import sys
 import numpy as np
 import pytest
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.rewards import rules
-from posttrain_jax.rewards.answer import Answer
+from posttrain_jax.rewards.completion import Completion
 from posttrain_jax.rewards.workers import PythonReward, RewardWorkers
 
 
 def answer(text, *, tokens=0, **row):
-    return Answer("?", (), text, (7,) * tokens, "stop", row)
+    return Completion("?", (), text, (7,) * tokens, "stop", row)
 
 
 def cut(text, **changes):
     """An answer that hit the limit, to a question whose answer is 42."""
     given = {"prompt": "?", "in_thought": False, **changes}
-    return Answer(given["prompt"], (), text, (7,), "length", {"answer": "42"}, given["in_thought"])
+    return Completion(given["prompt"], (), text, (7,), "length", {"answer": "42"}, given["in_thought"])
 
 
 @pytest.mark.parametrize("rule", [rules.exact_match, rules.same_number, rules.same_result])
@@ -46,7 +46,7 @@ def test_an_answer_that_was_cut_off_inside_its_thought_has_no_result(rule):
         cut("42", prompt="In `<think>` say what 6 * 7 is."),
     ]
     assert rule(finished) == [1.0] * len(finished)
-    nothing = Answer("?", (), "<think>so", (7,), "length", {"answer": "0"})
+    nothing = Completion("?", (), "<think>so", (7,), "length", {"answer": "0"})
     assert rule([nothing]) == [0.0]
 
 
@@ -186,7 +186,7 @@ def test_real_problems_through_the_workers(demo_path):
     ]
     endless = [answer("a" * 40 + "!", answer="1")]
     functions = {
-        "number": PythonReward("posttrain_jax.rewards.rules:same_number", answers_per_call=25),
+        "number": PythonReward("posttrain_jax.rewards.rules:same_number", completions_per_call=25),
         "result": PythonReward("posttrain_jax.rewards.rules:same_result", seconds=20.0),
         "format": PythonReward(
             "posttrain_jax.rewards.rules:matches", arguments={"pattern": "(a+)+b|[^a].*"}, seconds=2.0

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import reward_cases
 
-from posttrain_jax.errors import InputError
-from posttrain_jax.rewards.answer import Answer
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.rewards.completion import Completion
 from posttrain_jax.rewards.workers import FAILURES, PythonReward, RewardWorkers
 
 
 def answer(text="", **row):
-    return Answer("Say:", (1, 2), text, (3, 4), "stop", row)
+    return Completion("Say:", (1, 2), text, (3, 4), "stop", row)
 
 
 def reward(function, **settings):
@@ -41,7 +41,7 @@ def test_float32_scores_in_the_order_of_the_answers():
     functions = {
         "length": reward("length", seconds=1e9),
         "double": reward("double.score"),
-        "scaled": reward("scaled", arguments={"by": 0.1, "plus": 1.0}, answers_per_call=8),
+        "scaled": reward("scaled", arguments={"by": 0.1, "plus": 1.0}, completions_per_call=8),
         "order": reward("slow_when_first"),
     }
     with RewardWorkers(functions, workers=3) as pool:
@@ -63,7 +63,7 @@ def test_float32_scores_in_the_order_of_the_answers():
 
 def test_all_of_an_answer_arrives_and_no_answers_are_no_scores():
     """len("Say:") + (1 + 2) + (3 + 4) + 10 = 24; the second was cut off."""
-    cut = Answer([{"role": "user", "content": "x"}], (), "", (), "length", {"n": 1})
+    cut = Completion([{"role": "user", "content": "x"}], (), "", (), "length", {"n": 1})
     with RewardWorkers({"it": reward("everything")}, workers=1) as pool:
         assert pool.score([answer(n=10), cut])["it"].scores_N.tolist() == [24.0, -1.0]
         empty = pool.score([])["it"]
@@ -136,7 +136,7 @@ def test_a_call_that_fails_as_a_whole_is_repeated_answer_by_answer():
     found = score(
         "wrong_when_many",
         [answer(text) for text in ("1", "2", "bad", "4", "5")],
-        answers_per_call=4,
+        completions_per_call=4,
         failure_score=-1.0,
     )
     assert found.scores_N.tolist() == [1.0, 2.0, -1.0, 4.0, 5.0]
@@ -145,7 +145,7 @@ def test_a_call_that_fails_as_a_whole_is_repeated_answer_by_answer():
     found = score(
         "by_text",
         [answer(text) for text in ("1", "kill", "3", "hang", "nan", "6")],
-        answers_per_call=3,
+        completions_per_call=3,
         seconds=1.5,
     )
     assert found.scores_N.tolist() == [1.0, 0.0, 3.0, 0.0, 0.0, 6.0]
@@ -231,11 +231,11 @@ def test_what_a_function_started_ends_with_it(tmp_path):
 PROGRAM = """
 import sys
 import jax  # the main module imports it; the workers must not
-from posttrain_jax.rewards.answer import Answer
+from posttrain_jax.rewards.completion import Completion
 from posttrain_jax.rewards.workers import PythonReward, RewardWorkers
 
 pool = RewardWorkers({name: PythonReward(f"reward_cases:{name}", seconds=600.0) for name in sys.argv[1:]}, workers=1)
-found = pool.score([Answer("", (), "hang", (), "stop", {})])
+found = pool.score([Completion("", (), "hang", (), "stop", {})])
 print({name: scores.scores_N.tolist() for name, scores in found.items()}, "jax" in sys.modules, flush=True)
 """
 
@@ -325,7 +325,7 @@ def test_a_module_that_takes_too_long_to_import(tmp_path, monkeypatch):
         ({"path": ":f"}, "names no reward function"),
         ({"path": "m:f", "seconds": 0.0}, "time limit of m:f is 0.0 s"),
         ({"path": "m:f", "seconds": float("nan")}, "time limit"),
-        ({"path": "m:f", "answers_per_call": 0}, "gets 0 answers per call"),
+        ({"path": "m:f", "completions_per_call": 0}, "gets 0 answers per call"),
         ({"path": "m:f", "failure_score": float("inf")}, "failure score of m:f is inf"),
         ({"path": "m:f", "failure_score": 1e39}, "failure score of m:f is 1e"),
     ],

@@ -11,9 +11,9 @@ import sys
 import numpy as np
 import pytest
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.rewards import sentiment
-from posttrain_jax.rewards.answer import Answer
+from posttrain_jax.rewards.completion import Completion
 from posttrain_jax.rewards.workers import PythonReward, RewardWorkers
 
 
@@ -32,7 +32,7 @@ def reviews(demo_path):
 
 
 def review(text, prompt=""):
-    return Answer(prompt, (), text, (), "stop", {})
+    return Completion(prompt, (), text, (), "stop", {})
 
 
 def test_praise_and_blame(classifier):
@@ -51,7 +51,7 @@ def test_the_prompt_is_part_of_the_review(classifier):
     assert sentiment.log_odds([review(" moving film.", "A wonderful,")]) == whole
     without = sentiment.log_odds([review(" moving film.", "A wonderful,")], with_prompt=False)
     assert without == sentiment.log_odds([review(" moving film.")]) != whole
-    messages = Answer([{"role": "user", "content": "A wonderful,"}], (), " moving film.", (), "stop", {})
+    messages = Completion([{"role": "user", "content": "A wonderful,"}], (), " moving film.", (), "stop", {})
     assert sentiment.log_odds([messages]) == without
 
 
@@ -74,7 +74,7 @@ def test_real_reviews_in_the_workers(classifier, reviews):
     (three times sqrt(0.72 * 0.28 / 600) = 0.018)."""
     chosen = reviews[::20][:600]
     answers = [review(row["rest"], row["prompt"]) for row in chosen]
-    reward = PythonReward("posttrain_jax.rewards.sentiment:log_odds", answers_per_call=64)
+    reward = PythonReward("posttrain_jax.rewards.sentiment:log_odds", completions_per_call=64)
     with RewardWorkers({"sentiment": reward}, workers=1) as workers:
         found = workers.score(answers)["sentiment"]
     assert not any(found.counts.values())

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from posttrain_jax.core.sharding import make_mesh
 from posttrain_jax.data.prompts import Prompt
 from posttrain_jax.data.sources import RowError
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.transformer import make_model
 from posttrain_jax.rollouts.draw import (
     RolloutOptions,
@@ -30,7 +31,6 @@ from posttrain_jax.rollouts.draw import (
 from posttrain_jax.sampling import decode as device
 from posttrain_jax.sampling.choose import Sampling
 from posttrain_jax.sampling.generate import GenerateOptions, Sample, generate
-from posttrain_jax.sharding import make_mesh
 
 OPTIONS = RolloutOptions(4, 1.0, 1, 2, (9,))
 
@@ -54,9 +54,9 @@ def test_every_number_stands_at_the_place_that_predicts_its_token():
     )
     assert rows.tokens.tolist() == [[5, 6, 7, 8, 9, 0, 0], [5, 1, 2, 3, 4, 0, 0]]
     assert rows.segment_ids.tolist() == [[1, 1, 1, 1, 1, 0, 0]] * 2
-    assert rows.actions.tolist() == [[0, 0, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0]]
+    assert rows.response_mask.tolist() == [[0, 0, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0]]
     assert rows.engine_logps.tolist() == [[0, 0, -1, -2, 0, 0, 0], [-1, -2, -3, -4, 0, 0, 0]]
-    assert rows.ends.tolist() == [4, 4] and rows.ended.tolist() == [True, False]
+    assert rows.last_token_index.tolist() == [4, 4] and rows.ended.tolist() == [True, False]
 
 
 @pytest.mark.parametrize(

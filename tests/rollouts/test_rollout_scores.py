@@ -13,18 +13,18 @@ import pytest
 from algorithms.tiny import untrained_reward_run
 
 from configs.reward_model.smollm2_135m import get_config
+from posttrain_jax.core.errors import InputError, StepNotTaken
+from posttrain_jax.core.sharding import make_mesh
 from posttrain_jax.data.prompts import Prompt
-from posttrain_jax.errors import InputError, StepNotTaken
-from posttrain_jax.export_model import export_hf
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.io.export import export_hf
 from posttrain_jax.models.reward_head import score_head_params
 from posttrain_jax.models.transformer import make_model
 from posttrain_jax.rewards.workers import PythonReward
 from posttrain_jax.rollouts.draw import RolloutOptions, Rollouts, as_rows
 from posttrain_jax.rollouts.score import RewardModel, ScoreOptions, Scorer, load_reward_model
 from posttrain_jax.sampling.generate import Sample
-from posttrain_jax.sharding import make_mesh
 
 CONFIG = ModelConfig("llama", 260, 16, 2, 4, 2, 4, 32, query_scale=0.5, eos_token_ids=(257,))
 LENGTH = "posttrain_jax.rewards.rules:token_count"
@@ -58,8 +58,8 @@ def scorer(options: ScoreOptions, **changes) -> Scorer:
         ({"weights": {LENGTH: -0.5}}, [-1, -2, -3]),
         ({"free_tokens": 3, "per_token": 2.0}, [2, 4 - 2, 6 - 6]),
         ({"clip": 3.0}, [2, 3, 3]),
-        ({"missing_end": "replace"}, [2, -1, 6]),
-        ({"missing_end": "penalise", "missing_end_value": 5.0}, [2, -1, 6]),
+        ({"missing_eos": "replace"}, [2, -1, 6]),
+        ({"missing_eos": "penalize", "missing_eos_value": 5.0}, [2, -1, 6]),
     ],
 )
 def test_how_components_become_a_score(change, want):
@@ -99,14 +99,14 @@ def test_a_function_that_fails_at_every_answer_is_refused():
 
 
 @pytest.mark.slow
-def test_scores_are_normalised_on_answers_of_the_start():
+def test_scores_are_normalized_on_answers_of_the_start():
     """Lengths 2, 4, 6 have mean 4 and variance 8/3: of length 6 the score is 2 / sqrt(8/3), of length 1 -3 / sqrt(8/3).
-    A price of length is not normalised: 0.5 for each of 6 - 4 tokens. One length alone has no variance."""
+    A price of length is not normalized: 0.5 for each of 6 - 4 tokens. One length alone has no variance."""
     priced = scorer(dataclasses.replace(KEEP, free_tokens=4, per_token=0.5))
-    gain, bias = priced.normalise(rollouts(["ab", "abcd", "abcdef"], [True] * 3))
+    gain, bias = priced.normalize(rollouts(["ab", "abcd", "abcdef"], [True] * 3))
     scored = priced(rollouts(["abcdef", "a"], [True] * 2), training=False)
     with pytest.raises(InputError, match="2 answers of the policy at the start all have the score 1"):
-        priced.normalise(rollouts(["a", "b"], [True] * 2))
+        priced.normalize(rollouts(["a", "b"], [True] * 2))
     priced.close()
     deviation = (8 / 3) ** 0.5
     assert (gain, bias) == pytest.approx((1 / deviation, -4 / deviation))
@@ -115,19 +115,19 @@ def test_scores_are_normalised_on_answers_of_the_start():
 
 def test_an_answer_that_a_function_fails_at_has_no_score():
     """Lengths 2, -, 4, -, where the last answer has no end and needs no function once its score is replaced. Where
-    scores are normalised the mean is of 2 and 4 alone (deviation 1); -1 is what a failure shows."""
+    scores are normalized the mean is of 2 and 4 alone (deviation 1); -1 is what a failure shows."""
     failing = {SOME: PythonReward(SOME, failure_score=-1.0)}
-    replaced = ScoreOptions({SOME: 1.0}, missing_end="replace", missing_end_value=-9.0)
+    replaced = ScoreOptions({SOME: 1.0}, missing_eos="replace", missing_eos_value=-9.0)
     four = rollouts(["ab", "x", "abcd", "xy"], [True, True, True, False])
     with contextlib.closing(scorer(replaced, functions=failing)) as scores:
         scored = scores(four, training=True)
-        normalisation = scores.normalise(four)
+        normalization = scores.normalize(four)
         with pytest.raises(InputError, match="failed at every answer of the policy at the start; .*an x"):
-            scores.normalise(rollouts(["x", "xx"], [True, True]))
+            scores.normalize(rollouts(["x", "xx"], [True, True]))
     assert scored.scores.tolist() == [2, -1, 4, -9]
     assert scored.has_score.tolist() == [True, False, True, True]
     assert scored.failures == {SOME: 2} and "an x" in scored.error
-    assert normalisation == (1.0, -3.0)
+    assert normalization == (1.0, -3.0)
 
 
 @pytest.mark.slow
@@ -135,7 +135,7 @@ def test_safety_or_helpfulness_by_prompt():
     """Safety = length, helpfulness = the negative of it, threshold 0.95 = log-odds 2.94: a safety prompt takes length
     6; of the others length 2 is below, so safety's 2, and length 4 is above, so helpfulness' -4. Mean 4/3; whitened
     for training alone."""
-    options = ScoreOptions({LENGTH: 1.0, SHORTER: 1.0}, join="piecewise", safety_threshold=0.95)
+    options = ScoreOptions({LENGTH: 1.0, SHORTER: 1.0}, aggregate="piecewise", safety_threshold=0.95)
     both = {name: PythonReward(name) for name in (LENGTH, SHORTER)}
     three = rollouts(["abcdef", "ab", "abcd"], [True] * 3)
     prompts = [
@@ -204,7 +204,7 @@ def test_an_ensemble_is_as_good_as_its_combination_says(tmp_path, monkeypatch):
     np.testing.assert_allclose(scored(mean), apart_EN.mean(axis=0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(scored(ensemble("min")), apart_EN.min(axis=0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(scored(ensemble("uncertainty")), uncertain, rtol=1e-5, atol=1e-6)
-    with pytest.raises(InputError, match="score.combine is 'max'; use one of mean, min, uncertainty"):
+    with pytest.raises(InputError, match="score.ensemble is 'max'; use one of mean, min, uncertainty"):
         ensemble("max")
 
 
@@ -229,17 +229,17 @@ def test_a_reward_model_with_another_tokenizer_is_refused(tmp_path):
 
 
 def test_bad_options():
-    with pytest.raises(InputError, match=r"score.missing_end is 'drop'; use one of keep, replace, penalise"):
-        dataclasses.replace(KEEP, missing_end="drop")
+    with pytest.raises(InputError, match=r"score.missing_eos is 'drop'; use one of keep, replace, penalize"):
+        dataclasses.replace(KEEP, missing_eos="drop")
     with pytest.raises(InputError, match="Nothing scores the answers; set score.functions or score.models"):
         scorer(KEEP, functions={})
-    with pytest.raises(InputError, match="score.join is 'max'; use one of sum, piecewise"):
-        dataclasses.replace(KEEP, join="max")
+    with pytest.raises(InputError, match="score.aggregate is 'max'; use one of sum, piecewise"):
+        dataclasses.replace(KEEP, aggregate="max")
     with pytest.raises(InputError, match="chooses between a safety and a helpfulness reward.* there are 1: "):
-        dataclasses.replace(KEEP, join="piecewise")
+        dataclasses.replace(KEEP, aggregate="piecewise")
     with pytest.raises(InputError, match="score.safety_threshold is 1.5; it is a probability"):
-        ScoreOptions({"a": 1.0, "b": 1.0}, join="piecewise", safety_threshold=1.5)
+        ScoreOptions({"a": 1.0, "b": 1.0}, aggregate="piecewise", safety_threshold=1.5)
     with pytest.raises(InputError, match="score.weights gives .* the weight inf"):
         dataclasses.replace(KEEP, weights={LENGTH: float("inf")})
-    with pytest.raises(InputError, match="score.missing_end_value is nan; write a finite number"):
-        dataclasses.replace(KEEP, missing_end_value=float("nan"))
+    with pytest.raises(InputError, match="score.missing_eos_value is nan; write a finite number"):
+        dataclasses.replace(KEEP, missing_eos_value=float("nan"))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.sampling.choose import (
     DRAW_BLOCK,
     Needs,
@@ -20,7 +20,7 @@ from posttrain_jax.sampling.choose import (
     draw,
     keep_likeliest,
     keep_min_p,
-    penalise,
+    penalize,
     sample_keys,
 )
 
@@ -98,7 +98,7 @@ def test_penalties_by_hand():
     prompt = jnp.asarray([[True, False, False, False]])
     counts = jnp.asarray([[0, 3, 0, 1]])
     rows = SamplingRows.of([Sampling(repetition_penalty=2.0, presence_penalty=0.1, frequency_penalty=0.5)])
-    got = penalise(logits, prompt, counts, rows)
+    got = penalize(logits, prompt, counts, rows)
     np.testing.assert_allclose(got, [[1.0, -4.0 - 0.1 - 1.5, 1.0, 0.25 - 0.1 - 0.5]], rtol=1e-6)
 
 

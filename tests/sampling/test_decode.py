@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from answers import answers
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.sharding import make_mesh, tree_shardings
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.transformer import decode_layers, make_model
 from posttrain_jax.sampling.choose import Needs, Sampling
 from posttrain_jax.sampling.decode import decode, empty_layers, empty_state
 from posttrain_jax.sampling.shapes import bucket
 from posttrain_jax.sampling.stream import Stream
-from posttrain_jax.sharding import make_mesh, tree_shardings
 
 CONFIG = ModelConfig(
     model_type="llama",

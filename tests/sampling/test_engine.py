@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from answers import answers
 
-from posttrain_jax.errors import InputError
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.sharding import make_mesh, tree_shardings
 from posttrain_jax.models.config import LoraConfig, ModelConfig
+from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.transformer import make_model
 from posttrain_jax.sampling import decode as device
 from posttrain_jax.sampling import engine as engine_module
@@ -24,7 +25,6 @@ from posttrain_jax.sampling.requests import Request
 from posttrain_jax.sampling.slots import decode_params
 from posttrain_jax.serving.pieces import Writer, join
 from posttrain_jax.serving.token_text import Vocabulary
-from posttrain_jax.sharding import make_mesh, tree_shardings
 
 CONFIG = ModelConfig(
     "llama", 97, 32, 2, 4, 2, 8, 48, max_length=96, query_scale=8**-0.5, tied_embeddings=False

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from posttrain_jax.errors import InputError
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 from posttrain_jax.sampling.prompts import encode_chat, encode_text, text_pieces
 
 
@@ -32,7 +32,7 @@ def test_a_chat_needs_a_template_that_takes_it(tokenizer):
 
 
 def test_plain_text_gets_one_bos_where_the_tokenizer_adds_one(tokenizer, gemma_gguf):
-    from posttrain_jax.models.tokenizer import load_tokenizer
+    from posttrain_jax.models.io.tokenizer import load_tokenizer
 
     assert tokenizer.decode(encode_text(tokenizer, "a b")) == "a b"
     gemma = load_tokenizer(gemma_gguf)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from answers import answers
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.sharding import make_mesh, tree_shardings
 from posttrain_jax.models.config import LoraConfig, ModelConfig
 from posttrain_jax.models.transformer import make_model
 from posttrain_jax.sampling.score import (
@@ -20,7 +21,6 @@ from posttrain_jax.sampling.score import (
     difference,
     score_samples,
 )
-from posttrain_jax.sharding import make_mesh, tree_shardings
 
 LLAMA = ModelConfig("llama", 97, 32, 2, 4, 2, 8, 48, max_length=96, query_scale=8**-0.5)
 GEMMA = ModelConfig(

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from posttrain_jax.core.sharding import make_mesh, tree_shardings
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.transformer import make_model
 from posttrain_jax.serving.prompt_scores import row_tokens, score_prompts
-from posttrain_jax.sharding import make_mesh, tree_shardings
 
 CONFIG = ModelConfig(
     model_type="llama",

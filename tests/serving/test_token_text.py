@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from posttrain_jax.models.byte_tokenizer import byte_tokenizer
-from posttrain_jax.models.tokenizer import load_tokenizer
+from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.io.tokenizer import load_tokenizer
 from posttrain_jax.sampling.prompts import REPLACEMENT, encode_text
 from posttrain_jax.serving.token_text import LONGEST_WINDOW, Detokenizer, Vocabulary, held_back
 

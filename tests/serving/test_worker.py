@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from posttrain_jax.errors import InputError
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.transformer import make_model
 from posttrain_jax.sampling.choose import Needs

@@ -1,0 +1,1 @@
+"""What every room stands on: types, errors, trees, masks, meshes, optimizers."""

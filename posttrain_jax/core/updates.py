@@ -1,0 +1,150 @@
+"""What every train step ends with: gradient sums over micro-batches, one division, one update, or none.
+
+A loss is a sum, and the caller divides once by the global count, so that micro-batches, devices and packing never
+change the result. An update whose loss or gradient is not finite is skipped.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from posttrain_jax.core.trees import global_norm
+from posttrain_jax.core.types import Array, Metric, Metrics, PyTree, TrainState, is_metric
+
+
+def gradient_sums(
+    loss_sum: Callable[[PyTree, PyTree], tuple[Array, Metrics]],
+    params: PyTree,
+    batch: PyTree,
+    *,
+    used: Array | None = None,
+) -> tuple[PyTree, Metrics]:
+    """Gradient and metrics of a loss that is a sum, added over the micro-batches on the batch's leading axis.
+
+    Nothing is averaged here: the caller divides once by the global count, so how rows are cut into
+    micro-batches (or spread over devices) never changes the result.
+
+    Args:
+      loss_sum: (params, micro-batch `[B, ...]`) -> (sum of losses, metrics).
+      params: differentiated.
+      batch: leaves `[M, B, ...]`.
+      used: scalar int32, how many micro-batches to do (the others are empty); None = all.
+    """
+    gradient = jax.grad(loss_sum, has_aux=True)
+    micro_batches = jax.tree.leaves(batch)[0].shape[0]
+    if micro_batches == 1:
+        return gradient(params, jax.tree.map(lambda leaf: leaf[0], batch))
+
+    def body(total: PyTree, micro: PyTree) -> tuple[PyTree, None]:
+        return jax.tree.map(operator.add, total, gradient(params, micro), is_leaf=is_metric), None
+
+    first = jax.tree.map(lambda leaf: leaf[0], batch)
+    shapes = jax.eval_shape(gradient, params, first)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    if used is None:
+        return jax.lax.scan(body, zeros, batch)[0]
+
+    def one(number: Array, total: PyTree) -> PyTree:
+        micro = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), batch)
+        return body(total, micro)[0]
+
+    return jax.lax.fori_loop(0, used, one, zeros)
+
+
+def used_micro_batches(segment_ids_MBT: Array) -> Array:
+    """How many micro-batches come before the first that holds padding alone (empty rows lie last), at least 1."""
+    filled_M = jnp.any(segment_ids_MBT != 0, axis=(1, 2))
+    count = segment_ids_MBT.shape[0]
+    return jnp.max(jnp.where(filled_M, jnp.arange(1, count + 1, dtype=jnp.int32), 1))
+
+
+def map_micro_batches(function: Callable[[PyTree], PyTree], batch: PyTree, used: Array) -> PyTree:
+    """`function` of each of the first `used` micro-batches, stacked on a leading axis; zeros for the others."""
+    first = jax.tree.map(lambda leaf: leaf[0], batch)
+    count = jax.tree.leaves(batch)[0].shape[0]
+    shapes = jax.eval_shape(function, first)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), shapes)
+
+    def one(number: Array, out: PyTree) -> PyTree:
+        micro = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), batch)
+        return jax.tree.map(lambda whole, part: whole.at[number].set(part), out, function(micro))
+
+    return jax.lax.fori_loop(0, used, one, zeros)
+
+
+def apply_gradients(
+    state: TrainState,
+    gradients: PyTree,
+    loss: Array,
+    *,
+    optimizer: optax.GradientTransformationExtraArgs,
+    count: Array | float = 1.0,
+    ema_decay: float = 0.0,
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step, or none: when the loss or the gradient norm is not finite, parameters, optimizer
+    state and EMA stay as they are, the step still counts, and `skipped` goes up.
+
+    Args:
+      state: before the step.
+      gradients: sums; the step uses gradients / count.
+      loss: anything that is finite exactly when the loss is.
+      optimizer: from `make_optimizer`.
+      count: what the sums are divided by, the global count (of trained tokens, or of weights); 0 counts as 1.
+      ema_decay: of the moving average of the parameters; 0 = off.
+    """
+    count = jnp.asarray(count, jnp.float32)
+    count = jnp.where(count > 0, count, 1.0)
+    norm = global_norm(gradients) / count
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+    # A branch and not a `where` over old and new: XLA then updates in place, where a `where` makes it copy parameters,
+    # moments and all (of PPO's minibatches in a scan, 1.75 times the size of the parameters).
+    def take(params: PyTree, opt_state: PyTree, ema: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        updates, opt_state = optimizer.update(gradients, opt_state, params, count=count, norm=norm)
+        params = optax.apply_updates(params, updates)
+        if ema_decay:
+            ema = jax.tree.map(lambda old, new: ema_decay * old + (1.0 - ema_decay) * new, ema, params)
+        return params, opt_state, ema
+
+    def leave(params: PyTree, opt_state: PyTree, ema: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        return params, opt_state, ema
+
+    params, opt_state, ema = jax.lax.cond(finite, take, leave, state.params, state.opt_state, state.ema)
+    skip = 1 - finite.astype(jnp.int32)
+    state = TrainState(
+        step=state.step + 1,
+        params=params,
+        frozen=state.frozen,
+        opt_state=opt_state,
+        ema=ema,
+        key=state.key,
+        skipped=state.skipped + skip,
+        skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1).astype(jnp.int32),
+    )
+    metrics = {
+        "train/grad_norm": Metric.of(norm),
+        "train/skipped": Metric.of(state.skipped),
+        "train/skipped_in_row": Metric.of(state.skipped_in_row),
+    }
+    return state, metrics
+
+
+def new_state(
+    params: PyTree, frozen: PyTree, key: Array, optimizer: optax.GradientTransformation, *, ema: bool
+) -> TrainState:
+    """The state before the first step."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        frozen=frozen,
+        opt_state=optimizer.init(params),
+        ema=jax.tree.map(jnp.copy, params) if ema else {},
+        key=key,
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_in_row=jnp.zeros((), jnp.int32),
+    )

@@ -1,0 +1,1 @@
+"""From tokens to log-probabilities and scores: policy, reference, completions."""

@@ -1,0 +1,1 @@
+"""Models on disk: Hugging Face, GGUF, PEFT, tokenizers, our own workdirs."""

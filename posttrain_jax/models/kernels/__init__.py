@@ -1,0 +1,1 @@
+"""What a backend needs and the mathematics does not."""
