@@ -104,13 +104,13 @@ def report(options: Options) -> dict[str, Any]:
     Raises:
       InputError: a bad flag, a language model, data that cannot be read or hold no comparison.
     """
-    from posttrain_jax.build.data import share_prompt
     from posttrain_jax.core.sharding import make_mesh, shard_multiple
     from posttrain_jax.evaluate.own_data import run_config
     from posttrain_jax.evaluate.reward_report import reward_report
     from posttrain_jax.evaluate.reward_report_files import write_report, write_rows
     from posttrain_jax.evaluate.score_pairs import Combination, score_pairs
     from posttrain_jax.models.io.load import load_members
+    from posttrain_jax.wiring.data import share_prompt
 
     combination = Combination(options.combine, options.coefficient)
     if options.batch_rows < 1:
@@ -271,12 +271,12 @@ def read_splits(
     Raises:
       InputError: the model has no tokenizer, or data cannot be read.
     """
-    from posttrain_jax.build.data import data_spec, tokenize_options
     from posttrain_jax.data.split import hold_out, split_amount
     from posttrain_jax.data.tokenized import TokenizeOptions
     from posttrain_jax.data.tokenized_preferences import build_preferences
     from posttrain_jax.evaluate.own_data import run_chat
     from posttrain_jax.evaluate.tasks import need_tokenizer
+    from posttrain_jax.wiring.data import data_spec, tokenize_options
 
     tokenizer = need_tokenizer(loaded)
     # The run's chat template is its tokenizer's by now.

@@ -27,8 +27,6 @@ from experiments.bench.preferences_contract import (
 from experiments.bench.preferences_prepare import load_source
 from launch.entry import set_up_jax
 from posttrain_jax.algorithms import dpo, reward_model
-from posttrain_jax.build.data import share_prompt
-from posttrain_jax.build.experiment import init_state
 from posttrain_jax.core.optim import make_optimizer, make_schedule
 from posttrain_jax.core.sharding import batch_sharding, jit_step, make_mesh, put_batch
 from posttrain_jax.core.types import Metric, PreferenceBatch, PyTree
@@ -37,6 +35,8 @@ from posttrain_jax.data.preference_rows import PreferenceRows, RowShape, row_sha
 from posttrain_jax.forward.reference import reference_logps
 from posttrain_jax.models.io.load import load_model
 from posttrain_jax.models.transformer import Model, make_model
+from posttrain_jax.wiring.data import share_prompt
+from posttrain_jax.wiring.experiment import init_state
 
 DPO = dpo.Options(
     loss="dpo",

@@ -18,11 +18,11 @@ from ml_collections import ConfigDict
 
 from experiments.training import read_lines, train, write_result
 from launch.entry import set_up_jax
-from posttrain_jax.build.data import preferences_from_config
-from posttrain_jax.build.experiment import mesh_from_config, micro_batches, model_spec_from_config, seed_key
 from posttrain_jax.evaluate.statistics import Estimate, bootstrap_counts, interval
 from posttrain_jax.forward.completions import map_completions, policy_logps_of
 from posttrain_jax.models.io.load import load_model
+from posttrain_jax.wiring.data import preferences_from_config
+from posttrain_jax.wiring.experiment import mesh_from_config, micro_batches, model_spec_from_config, seed_key
 
 HERE = Path(__file__).resolve().parent
 CONFIG = "configs/dpo/smollm2_135m_kto.py"

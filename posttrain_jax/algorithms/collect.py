@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from posttrain_jax.build.experiment import ModelSpec
 from posttrain_jax.core.log import log_on_host0
 from posttrain_jax.core.trees import combine
 from posttrain_jax.core.types import Metric, Metrics, PyTree, TrainState
@@ -26,6 +25,7 @@ from posttrain_jax.rollouts.experience import Experience, policy_params
 from posttrain_jax.rollouts.score import Scored, Scorer
 from posttrain_jax.sampling.engine import Engine
 from posttrain_jax.sampling.score import Difference
+from posttrain_jax.wiring.experiment import ModelSpec
 
 EVAL_SEED = 2**31 - 1  # of the answers to held-out prompts, which no step draws with
 NORMALIZE_SEED = 2**31 - 2  # of the answers that scores are normalized on

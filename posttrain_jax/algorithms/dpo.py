@@ -33,17 +33,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 from transformers import PreTrainedTokenizerBase
 
-from posttrain_jax.build.data import Preferences, eval_rows, preferences_from_config
-from posttrain_jax.build.experiment import (
-    ModelSpec,
-    Offline,
-    init_state,
-    mesh_from_config,
-    micro_batches,
-    model_spec_from_config,
-    seed_key,
-    task_from_config,
-)
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.log import log_on_host0
 from posttrain_jax.core.trees import combine, fingerprint, partition
@@ -67,6 +56,17 @@ from posttrain_jax.losses import anchored
 from posttrain_jax.losses import dpo as losses
 from posttrain_jax.losses import reference_free as odds
 from posttrain_jax.models.transformer import Model, make_model
+from posttrain_jax.wiring.data import Preferences, eval_rows, preferences_from_config
+from posttrain_jax.wiring.experiment import (
+    ModelSpec,
+    Offline,
+    init_state,
+    mesh_from_config,
+    micro_batches,
+    model_spec_from_config,
+    seed_key,
+    task_from_config,
+)
 
 REFERENCES = ("cached", "memory", "adapter", "none")
 

@@ -23,16 +23,6 @@ import optax
 from ml_collections import ConfigDict as Config
 
 from posttrain_jax.algorithms.dpo import DEFAULTS
-from posttrain_jax.build.data import preferences_from_config
-from posttrain_jax.build.experiment import (
-    Offline,
-    init_state,
-    mesh_from_config,
-    micro_batches,
-    model_spec_from_config,
-    seed_key,
-    task_from_config,
-)
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.trees import combine
 from posttrain_jax.core.types import Array, Metric, Metrics, PreferenceBatch, PyTree, Task, TrainState
@@ -44,6 +34,16 @@ from posttrain_jax.forward.completions import policy_logps
 from posttrain_jax.forward.reference import reference_logps
 from posttrain_jax.losses.kto import kto_kl_baseline, kto_loss
 from posttrain_jax.models.transformer import Model
+from posttrain_jax.wiring.data import preferences_from_config
+from posttrain_jax.wiring.experiment import (
+    Offline,
+    init_state,
+    mesh_from_config,
+    micro_batches,
+    model_spec_from_config,
+    seed_key,
+    task_from_config,
+)
 
 
 @dataclasses.dataclass(frozen=True)

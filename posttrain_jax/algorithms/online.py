@@ -26,25 +26,6 @@ from ml_collections import ConfigDict as Config
 
 from posttrain_jax.algorithms.collect import NORMALIZE_SEED, SAMPLED_PROMPTS, Collector, Evaluation
 from posttrain_jax.algorithms.pretraining import Pretraining
-from posttrain_jax.build.experiment import (
-    ModelSpec,
-    abstract_on_mesh,
-    is_trained,
-    optimizer_from_config,
-    seed_key,
-    steps_from_config,
-)
-from posttrain_jax.build.online_config import (
-    ValueNetwork,
-    check_gold,
-    cut_from_config,
-    gold_from_config,
-    prompts_from_config,
-    reference_model,
-    reference_params,
-    rollout_options,
-    scorer_from_config,
-)
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.log import log_on_host0
 from posttrain_jax.core.optim import scale_and_delay
@@ -58,6 +39,25 @@ from posttrain_jax.rollouts.draw import rollout_engine
 from posttrain_jax.rollouts.experience import Networks, experience_of
 from posttrain_jax.rollouts.score import Scorer
 from posttrain_jax.run.stop_rules import StopRules
+from posttrain_jax.wiring.experiment import (
+    ModelSpec,
+    abstract_on_mesh,
+    is_trained,
+    optimizer_from_config,
+    seed_key,
+    steps_from_config,
+)
+from posttrain_jax.wiring.online_config import (
+    ValueNetwork,
+    check_gold,
+    cut_from_config,
+    gold_from_config,
+    prompts_from_config,
+    reference_model,
+    reference_params,
+    rollout_options,
+    scorer_from_config,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,7 +54,6 @@ from ml_collections import ConfigDict as Config
 
 from posttrain_jax.algorithms.online import Mixed, Online, minibatch_updates, online_task
 from posttrain_jax.algorithms.pretraining import pretraining_from_config, pretraining_losses
-from posttrain_jax.build.experiment import mesh_from_config, model_spec_from_config
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.masking import masked_sum, whiten_biased
 from posttrain_jax.core.types import Array, Largest, Metric, Metrics, PyTree, Task, TrainState
@@ -62,6 +61,7 @@ from posttrain_jax.losses.advantages import gae
 from posttrain_jax.losses.kl import adapted_kl_coefficient
 from posttrain_jax.losses.ppo import clipped_policy_loss, clipped_value_loss, explained_variance, ratio_max
 from posttrain_jax.rollouts.experience import Experience, Networks, logps_and_values
+from posttrain_jax.wiring.experiment import mesh_from_config, model_spec_from_config
 
 VALUE_METRICS = ("returns", "returns_squared", "value_errors", "value_errors_squared")
 

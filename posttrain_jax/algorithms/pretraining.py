@@ -11,8 +11,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
 from posttrain_jax.algorithms.sft import token_losses
-from posttrain_jax.build.data import chat_from_config, data_spec
-from posttrain_jax.build.experiment import ModelSpec
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.log import log_on_host0
 from posttrain_jax.core.sharding import host_data_shards
@@ -22,6 +20,8 @@ from posttrain_jax.data.packing import PackedRows, pack
 from posttrain_jax.data.tokenized import TokenizeOptions, build
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.rollouts.experience import policy_params
+from posttrain_jax.wiring.data import chat_from_config, data_spec
+from posttrain_jax.wiring.experiment import ModelSpec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,16 +29,6 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
-from posttrain_jax.build.data import Preferences, preferences_from_config
-from posttrain_jax.build.experiment import (
-    ModelSpec,
-    Offline,
-    is_trained,
-    mesh_from_config,
-    micro_batches,
-    model_spec_from_config,
-    task_from_config,
-)
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.log import log_on_host0
 from posttrain_jax.core.trees import combine, partition
@@ -66,6 +56,16 @@ from posttrain_jax.losses import reward as losses
 from posttrain_jax.models.io.load import is_reward_model
 from posttrain_jax.models.reward_head import score_head_params
 from posttrain_jax.models.transformer import Model
+from posttrain_jax.wiring.data import Preferences, preferences_from_config
+from posttrain_jax.wiring.experiment import (
+    ModelSpec,
+    Offline,
+    is_trained,
+    mesh_from_config,
+    micro_batches,
+    model_spec_from_config,
+    task_from_config,
+)
 
 NORMALIZE = ("none", "demonstrations", "unit")
 

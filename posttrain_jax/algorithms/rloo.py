@@ -19,12 +19,12 @@ import optax
 from ml_collections import ConfigDict as Config
 
 from posttrain_jax.algorithms.online import Online, minibatch_updates, online_task
-from posttrain_jax.build.experiment import mesh_from_config, model_spec_from_config
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.types import Array, Largest, Metrics, PyTree, Task, TrainState
 from posttrain_jax.losses.advantages import leave_one_out
 from posttrain_jax.losses.ppo import clipped_policy_loss, ratio_max
 from posttrain_jax.rollouts.experience import Experience, Networks, logps_and_values
+from posttrain_jax.wiring.experiment import mesh_from_config, model_spec_from_config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,14 +17,6 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict as Config
 
-from posttrain_jax.build.data import rows_from_config
-from posttrain_jax.build.experiment import (
-    Offline,
-    init_state,
-    mesh_from_config,
-    model_spec_from_config,
-    task_from_config,
-)
 from posttrain_jax.core.masking import shift_left
 from posttrain_jax.core.trees import combine
 from posttrain_jax.core.types import Array, Batch, Metric, Metrics, PyTree, Task, TrainState
@@ -33,6 +25,14 @@ from posttrain_jax.forward.heads import sum_logps
 from posttrain_jax.losses.logprobs import Projection
 from posttrain_jax.losses.sft import nll_loss
 from posttrain_jax.models.transformer import Model, head_VD
+from posttrain_jax.wiring.data import rows_from_config
+from posttrain_jax.wiring.experiment import (
+    Offline,
+    init_state,
+    mesh_from_config,
+    model_spec_from_config,
+    task_from_config,
+)
 
 
 def token_losses(params: PyTree, batch: Batch, *, model: Model) -> tuple[Array, Array, Metrics]:

@@ -16,7 +16,6 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
-from posttrain_jax.build.data import data_spec, kept_date, tokenize_options
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.sharding import shard_multiple
 from posttrain_jax.core.types import PyTree
@@ -30,6 +29,7 @@ from posttrain_jax.evaluate.statistics import Estimate, bootstrap_means, interva
 from posttrain_jax.evaluate.tasks import Progress, TaskResult, check_first, need_tokenizer, say_data
 from posttrain_jax.models.io.load import LoadedModel
 from posttrain_jax.models.transformer import Model
+from posttrain_jax.wiring.data import data_spec, kept_date, tokenize_options
 
 DEMO = ("asset:alpaca_en_demo", "split:99")
 """What is evaluated on where neither `config.data` nor the model says anything: configs/sft/smollm2_135m.py's split."""

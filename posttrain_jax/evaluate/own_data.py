@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from posttrain_jax.build.data import data_spec, kept_date, tokenize_options
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.chat_template import ChatOptions, read_variables
 from posttrain_jax.data.prompts import read_prompts
@@ -19,6 +18,7 @@ from posttrain_jax.evaluate.tasks import need_tokenizer
 from posttrain_jax.models.io.hf_config import read_json
 from posttrain_jax.models.io.load import LoadedModel
 from posttrain_jax.rollouts.draw import encode_prompt
+from posttrain_jax.wiring.data import data_spec, kept_date, tokenize_options
 
 ON_PROMPTS = ("ppo", "rloo")
 ON_PREFERENCES = ("dpo", "kto", "reward_model")

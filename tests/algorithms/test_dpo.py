@@ -19,7 +19,6 @@ from algorithms.tiny import assert_same, batch_of, ranked_data, tiny_model, tiny
 from configs.base import preference_config
 from configs.dpo.smollm2_135m import get_config
 from posttrain_jax.algorithms import dpo
-from posttrain_jax.build.experiment import model_spec_from_config
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.sharding import put_batch
 from posttrain_jax.core.trees import combine
@@ -32,6 +31,7 @@ from posttrain_jax.data.tokenized_preferences import build_preferences
 from posttrain_jax.forward.completions import policy_logps
 from posttrain_jax.forward.reference import reference_logps
 from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
+from posttrain_jax.wiring.experiment import model_spec_from_config
 
 OPTIONS = dpo.Options(
     loss="dpo",

@@ -23,8 +23,6 @@ from configs.ppo.letters import get_config
 from launch.config import check_values
 from launch.train import algorithms, run
 from posttrain_jax.algorithms import ppo
-from posttrain_jax.build.experiment import model_spec_from_config
-from posttrain_jax.build.online_config import ValueNetwork
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.sharding import make_mesh
 from posttrain_jax.core.trees import combine
@@ -38,6 +36,8 @@ from posttrain_jax.models.transformer import make_model
 from posttrain_jax.rollouts.experience import policy_params
 from posttrain_jax.sampling.generate import GenerateOptions, generate
 from posttrain_jax.sampling.prompts import encode_text
+from posttrain_jax.wiring.experiment import model_spec_from_config
+from posttrain_jax.wiring.online_config import ValueNetwork
 
 WORDS = ("<end>", "a", "b", "c", "d")
 LONGEST = 3

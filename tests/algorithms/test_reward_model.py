@@ -23,8 +23,6 @@ from configs.reward_model.smollm2_135m import get_config
 from launch.export import export
 from launch.train import run
 from posttrain_jax.algorithms import reward_model
-from posttrain_jax.build.data import Preferences, preferences_from_config
-from posttrain_jax.build.experiment import model_spec_from_config
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.types import PreferenceBatch, PyTree
 from posttrain_jax.core.updates import used_micro_batches
@@ -37,6 +35,8 @@ from posttrain_jax.losses import reward as losses
 from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.io.load import load_members, load_model
 from posttrain_jax.models.reward_head import score_head_params
+from posttrain_jax.wiring.data import Preferences, preferences_from_config
+from posttrain_jax.wiring.experiment import model_spec_from_config
 
 OPTIONS = reward_model.Options(
     loss="bradley_terry",

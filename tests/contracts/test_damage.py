@@ -21,7 +21,6 @@ from entry_points import ROOT
 from configs.sft.smollm2_135m import TINY_MODEL, get_config
 from contracts.tiny import LLAMA, make_mesh, make_trainer, random_rows
 from launch.train import run
-from posttrain_jax.build.experiment import model_spec_from_config
 from posttrain_jax.core.checkpoint_params import restore_params
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.trees import leaf_paths
@@ -31,6 +30,7 @@ from posttrain_jax.models.io.load import load_model
 from posttrain_jax.models.transformer import make_model
 from posttrain_jax.run import checkpoint
 from posttrain_jax.run.checkpoint import Checkpoints
+from posttrain_jax.wiring.experiment import model_spec_from_config
 
 
 def tiny_config(**changes):

@@ -15,10 +15,10 @@ import pytest
 from entry_points import ROOT
 
 from configs.sft.smollm2_135m import get_config
-from posttrain_jax.build.experiment import model_spec_from_config
 from posttrain_jax.core.checkpoint_params import restore_params
 from posttrain_jax.core.workdir import completed_steps
 from posttrain_jax.models.io.load import load_members, load_model
+from posttrain_jax.wiring.experiment import model_spec_from_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 

@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 from configs.sft.smollm2_135m import get_config
 from launch.train import run
 from posttrain_jax.algorithms import sft
-from posttrain_jax.build.experiment import steps_from_config
 from posttrain_jax.core.checkpoint_params import restore_params
 from posttrain_jax.core.errors import InputError, StepNotTaken
 from posttrain_jax.core.types import Metric, Task
@@ -34,6 +33,7 @@ from posttrain_jax.run.metrics import (
     truncate_after,
     wandb_id,
 )
+from posttrain_jax.wiring.experiment import steps_from_config
 
 SPEED = {"train/tokens_per_second", "train/seconds_per_step", "train/mfu"}
 

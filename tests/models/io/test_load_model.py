@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 
 import posttrain_jax
 from configs.base import base_config
-from posttrain_jax.build.experiment import model_spec_from_config
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.sharding import make_mesh
 from posttrain_jax.core.trees import combine, partition
@@ -25,6 +24,7 @@ from posttrain_jax.models.io.load import base_name, has_adapter, load_config, lo
 from posttrain_jax.models.io.peft import save_adapter
 from posttrain_jax.models.transformer import make_model
 from posttrain_jax.run.checkpoint import Checkpoints
+from posttrain_jax.wiring.experiment import model_spec_from_config
 
 CONFIG = ModelConfig(
     "llama", 6, 16, 2, 4, 2, 4, 32, query_scale=0.5, bos_token_id=0, eos_token_ids=(1,), pad_token_id=1

@@ -15,27 +15,27 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.log import log_on_host0
+from posttrain_jax.core.sharding import jit_step, tree_shardings
+from posttrain_jax.core.trees import combine, partition
+from posttrain_jax.core.types import PyTree, TrainState
 from posttrain_jax.data.columns import unused_text
 from posttrain_jax.data.prompt_rows import is_plain_text, other_columns
 from posttrain_jax.data.prompts import Prompt, PromptData, read_prompts
 from posttrain_jax.data.shown_row import plain_text_warning, shown_row
 from posttrain_jax.data.split import hold_out, split_amount
-from posttrain_jax.core.errors import InputError
-from posttrain_jax.build.experiment import ModelSpec
-from posttrain_jax.build.data import chat_from_config, data_spec, say_trained_rows
-from posttrain_jax.models.io.load import load_model, require_score_head
-from posttrain_jax.core.log import log_on_host0
 from posttrain_jax.models.config import LoraConfig, ModelConfig
-from posttrain_jax.models.reward_head import score_head_params
+from posttrain_jax.models.io.load import load_model, require_score_head
 from posttrain_jax.models.io.tokenizer import stop_token_ids
+from posttrain_jax.models.reward_head import score_head_params
 from posttrain_jax.models.transformer import Model, make_model
 from posttrain_jax.rewards.workers import PythonReward
 from posttrain_jax.rollouts.draw import RolloutOptions, encode_prompt
 from posttrain_jax.rollouts.experience import policy_params
 from posttrain_jax.rollouts.score import ScoreOptions, Scorer, check_tokenizer, load_reward_model
-from posttrain_jax.core.sharding import jit_step, tree_shardings
-from posttrain_jax.core.trees import combine, partition
-from posttrain_jax.core.types import PyTree, TrainState
+from posttrain_jax.wiring.data import chat_from_config, data_spec, say_trained_rows
+from posttrain_jax.wiring.experiment import ModelSpec
 
 VALUES = ("none", "policy", "shared")
 REFERENCES = ("frozen", "adapter", "ema")

@@ -19,22 +19,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 from transformers import PreTrainedTokenizerBase
 
-from posttrain_jax.data.chat_template import resolve_template
-from posttrain_jax.data.loader import Loader, RowSource, eval_batches
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.build.data import chat_from_config, eval_rows
-from posttrain_jax.models.io.export import write_model_folder
-from posttrain_jax.models.io.load import Source, has_adapter, is_reward_model, load_config, load_model, resolve
-from posttrain_jax.run.metrics import (Accumulator, to_host)
 from posttrain_jax.core.log import log_on_host0
-from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
-from posttrain_jax.models.config import LoraConfig, ModelConfig
-from posttrain_jax.models.io.hf_config import config_from_hf
-from posttrain_jax.models.io.tokenizer import load_tokenizer
-from posttrain_jax.models.transformer import Model, make_model
-from posttrain_jax.core.optim import (make_optimizer, make_schedule)
-from posttrain_jax.core.updates import new_state
-from posttrain_jax.sampling.fixed_prompts import answer_fixed_prompts
+from posttrain_jax.core.optim import make_optimizer, make_schedule
 from posttrain_jax.core.sharding import (
     RowBatch,
     batch_sharding,
@@ -47,6 +34,26 @@ from posttrain_jax.core.sharding import (
 )
 from posttrain_jax.core.trees import combine, partition
 from posttrain_jax.core.types import Array, Metrics, PyTree, Task, TrainState
+from posttrain_jax.core.updates import new_state
+from posttrain_jax.data.chat_template import resolve_template
+from posttrain_jax.data.loader import Loader, RowSource, eval_batches
+from posttrain_jax.models.config import LoraConfig, ModelConfig
+from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
+from posttrain_jax.models.io.export import write_model_folder
+from posttrain_jax.models.io.hf_config import config_from_hf
+from posttrain_jax.models.io.load import (
+    Source,
+    has_adapter,
+    is_reward_model,
+    load_config,
+    load_model,
+    resolve,
+)
+from posttrain_jax.models.io.tokenizer import load_tokenizer
+from posttrain_jax.models.transformer import Model, make_model
+from posttrain_jax.run.metrics import Accumulator, to_host
+from posttrain_jax.sampling.fixed_prompts import answer_fixed_prompts
+from posttrain_jax.wiring.data import chat_from_config, eval_rows
 
 
 def mesh_from_config(config: Config) -> Mesh:
@@ -178,7 +185,9 @@ def model_spec_from_config(config: Config, *, reward: bool = False) -> ModelSpec
     tokenizer = _tokenizer(config, source, model_config)
     if config.data.chat_template:
         tokenizer.chat_template = resolve_template(tokenizer, config.data.chat_template)
-    return ModelSpec(model=model, tokenizer=tokenizer, source=source, original=original, generation=generation)
+    return ModelSpec(
+        model=model, tokenizer=tokenizer, source=source, original=original, generation=generation
+    )
 
 
 def _random_config(config: Config) -> ModelConfig:

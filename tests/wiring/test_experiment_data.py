@@ -10,16 +10,16 @@ import pytest
 from configs.dpo.smollm2_135m import get_config as dpo
 from configs.ppo.letters import get_config as ppo
 from configs.sft.smollm2_135m import get_config as sft
-from posttrain_jax.build.online_config import prompts_from_config
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.packing import pack
 from posttrain_jax.data.preference_rows import PreferenceRows, row_shape
 from posttrain_jax.data.sources import source_files, weighted_sources
 from posttrain_jax.data.tokenized import build
 from posttrain_jax.data.tokenized_preferences import build_preferences
-from posttrain_jax.core.errors import InputError
-from posttrain_jax.build.experiment import model_spec_from_config, say_longer_than_context
-from posttrain_jax.build.data import data_spec, preferences_from_config, rows_from_config
 from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
+from posttrain_jax.wiring.data import data_spec, preferences_from_config, rows_from_config
+from posttrain_jax.wiring.experiment import model_spec_from_config, say_longer_than_context
+from posttrain_jax.wiring.online_config import prompts_from_config
 
 ROWS = {
     sft: lambda n: {"prompt": "Q", "completion": f" {n}"},

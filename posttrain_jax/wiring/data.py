@@ -14,7 +14,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict as Config
 from transformers import PreTrainedTokenizerBase
 
-from posttrain_jax.demo.assets import fetch
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.log import log_on_host0
 from posttrain_jax.data.chat_template import ChatOptions, read_variables, shown_dates
 from posttrain_jax.data.json_text import parse
 from posttrain_jax.data.packing import PackedRows, efficiency, pack
@@ -26,8 +27,7 @@ from posttrain_jax.data.sources import MIXTURE, weighted_sources
 from posttrain_jax.data.split import Data, hold_out, split_amount, trained_rows
 from posttrain_jax.data.tokenized import TokenizedData, TokenizeOptions, build
 from posttrain_jax.data.tokenized_preferences import build_preferences
-from posttrain_jax.core.errors import InputError
-from posttrain_jax.core.log import log_on_host0
+from posttrain_jax.demo.assets import fetch
 
 
 @dataclasses.dataclass(frozen=True)

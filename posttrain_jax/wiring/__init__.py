@@ -1,0 +1,1 @@
+"""Where a ConfigDict ends: mesh, model, data, optimizer, task."""
