@@ -1,5 +1,5 @@
 """From a config to the pieces every algorithm needs: mesh, model, optimizer, and the `Task` of one that learns from
-rows. With `experiment_data.py`, here ConfigDicts end."""
+rows. With `data.py`, here ConfigDicts end."""
 
 from __future__ import annotations
 
