@@ -18,7 +18,10 @@ class InputError(Exception):
 
 def shown(value: object, limit: int = 80) -> str:
     """A value of the input as an error shows it: its repr, cut where it is long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply; a whole number of thousands of digits
+        return f"a {type(value).__name__} that is too large to show"
     return text if len(text) <= limit else f"{text[: limit - 4]} ..."
 
 
