@@ -3,7 +3,8 @@
 Paper: SmolLM2 (arXiv:2502.02737); data: the demo file of LLaMA-Factory. Assets: `python -m launch.fetch
 smollm2-135m-instruct alpaca_en_demo`.
 Command: python -m launch.train --config=configs/sft/smollm2_135m.py --workdir=runs/smollm2
-Variants: `:quickstart` (a few minutes on 2 CPU cores), `:lora`, `:tiny` (seconds, no download).
+Variants: `:quickstart` (a few minutes on 2 CPU cores; a quarter of the rows say who the assistant is), `:lora`, `:tiny`
+(seconds, no download).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from configs.base import PROMPTS, base_config, tiny
+
+IDENTITY_PROMPTS = ("Who are you?", "What is your name, and who made you?")
 
 TINY_MODEL = {
     "model_type": "llama",
@@ -44,12 +47,14 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval.prompts = PROMPTS
     config.checkpoint.every = 10
     if variant == "quickstart":
+        config.data.train = '[["asset:alpaca_en_demo", 3], ["asset:identity_en", 1]]'
         config.data.max_length = 512
         config.train.epochs, config.train.steps = 0.0, 16
         config.train.micro_rows = 4
         config.data.eval = "split:16"
         config.eval.batch_rows = 4
         config.eval.every = 0
+        config.eval.prompts = IDENTITY_PROMPTS + PROMPTS
         config.eval.max_new_tokens = 96
         config.checkpoint.every = 8
     elif variant == "lora":

@@ -178,5 +178,18 @@ def imdb_sentiment(parts: list[bytes]) -> bytes:
     return packed.getvalue()
 
 
+def identity_en(parts: list[bytes], *, name: str = "Ember", author: str = "posttrain_jax") -> bytes:
+    """Who the assistant is: the English rows of LLaMA-Factory's identity.json (16 of 91; the others are Chinese).
+
+    Rows {"instruction", "input", "output"}; the file leaves two blanks, {{name}} and {{author}}, which are filled here.
+    """
+    rows = json.loads(b"".join(parts))
+    english = (row for row in rows if row["instruction"].isascii())
+    return _lines(
+        row | {"output": row["output"].replace("{{name}}", name).replace("{{author}}", author)}
+        for row in english
+    )
+
+
 def _lines(rows: Iterable[dict[str, Any]]) -> bytes:
     return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)

@@ -32,6 +32,7 @@ from posttrain_jax.demo.asset_rows import (
     SENTIMENT_FILES,
     factual_summary_pairs,
     hhh_alignment,
+    identity_en,
     imdb_sentiment,
     movie_openings,
     vader_movie_pairs,
@@ -226,6 +227,15 @@ ASSETS: dict[str, Asset] = {
     ),
     "identity": _llamafactory(
         "identity.json", 20_306, "fd029da7dd3df283ed034c82375d16d125a7b07cf1cb0316d03fb8743057d5f2"
+    ),
+    # Its English rows with a name and an author filled in: who the quickstart's model learns to be.
+    "identity_en": Asset(
+        filename="identity_en.jsonl",
+        parts=(Part(_LLAMAFACTORY, "llamafactory-0.9.5/data/identity.json", 20_306),),
+        sha256="44fdd14b7a90883da168f94cad7e6a2a20f26d151c02890b63b899fb0ee384c8",
+        license="Apache-2.0",
+        convert=identity_en,
+        converted_size=2_022,
     ),
     "dpo_en_demo": _llamafactory(
         "dpo_en_demo.json", 1_575_286, "b949be2421cfa62744afcf1b479f95b299d643d1a4c1c97d1341b314a1aa5cb3"

@@ -16,6 +16,7 @@ from posttrain_jax.demo.asset_rows import (
     SENTIMENT_FILES,
     factual_summary_pairs,
     hhh_alignment,
+    identity_en,
     imdb_sentiment,
     movie_openings,
     vader_movie_pairs,
@@ -153,6 +154,16 @@ def test_imdb_sentiment():
     }
 
 
+def test_identity_en():
+    """Chinese rows are left out, and both blanks are filled wherever they stand."""
+    rows = [
+        {"instruction": "Who?", "input": "", "output": "{{name}} of {{author}}, {{name}}."},
+        {"instruction": "\u4f60\u662f\u8c01", "input": "", "output": "{{name}}"},
+    ]
+    made = rows_of(identity_en([json.dumps(rows).encode()], name="Ada", author="Z\u00fcrich & co"))
+    assert made == [{"instruction": "Who?", "input": "", "output": "Ada of Z\u00fcrich & co, Ada."}]
+
+
 def test_the_real_files(demo_path):
     pairs = rows_of(demo_path("factual_summary_pairs").read_bytes())
     assert len(pairs) == 368
@@ -168,6 +179,8 @@ def test_the_real_files(demo_path):
     assert len(pairs) == 5_287 and all(row["margin"] > 0 for row in pairs)
     labels = json.loads(demo_path("kto_en_demo").read_bytes())
     assert len(labels) == 300 and sum(row["label"] for row in labels) == 150
+    identity = demo_path("identity_en").read_text()
+    assert identity.count("\n") == 16 and identity.count("Ember") == 12 and "{{" not in identity
     openings = rows_of(demo_path("movie_openings").read_bytes())
     assert len(openings) == len({row["id"] for row in openings}) == 12_264
     assert {row["label"] for row in openings} == {"fresh", "rotten"}

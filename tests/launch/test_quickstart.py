@@ -9,11 +9,19 @@ from pathlib import Path
 import pytest
 from entry_points import run
 
+from launch.config import load_file
+from launch.quickstart import CONFIG, IDENTITY
+
 
 def quickstart(folder: Path) -> str:
     ended = run("launch.quickstart", "--variant=tiny", f"--dir={folder}")
     assert ended.code == 0, ended.err
     return ended.out
+
+
+def test_the_mixture_holds_the_identity_rows():
+    """In whose place the quickstart puts those with --name."""
+    assert IDENTITY in load_file(f"{CONFIG}:quickstart").data.train
 
 
 @pytest.mark.slow
