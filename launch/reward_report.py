@@ -108,11 +108,12 @@ def report(options: Options) -> dict[str, Any]:
     from posttrain_jax.evaluate.own_data import run_config
     from posttrain_jax.evaluate.reward_report import reward_report
     from posttrain_jax.evaluate.reward_report_files import write_report, write_rows
-    from posttrain_jax.evaluate.score_pairs import Combination, score_pairs
+    from posttrain_jax.evaluate.score_pairs import score_pairs
     from posttrain_jax.models.io.load import load_members
+    from posttrain_jax.rewards.ensemble import Ensemble
     from posttrain_jax.wiring.data import share_prompt
 
-    combination = Combination(options.combine, options.coefficient)
+    ensemble = Ensemble(options.combine, options.coefficient)
     if options.batch_rows < 1:
         raise InputError(f"--batch_rows is {options.batch_rows}; it must be at least 1.")
     if options.resamples < 0:
@@ -134,7 +135,7 @@ def report(options: Options) -> dict[str, Any]:
         members,
         splits,
         mesh,
-        combination=combination,
+        ensemble=ensemble,
         groups=shard_multiple(options.batch_rows, mesh),
         share_prompt=share_prompt("auto", members[0].model.module.implementation),
     )
@@ -275,7 +276,7 @@ def read_splits(
     from posttrain_jax.data.tokenized import TokenizeOptions
     from posttrain_jax.data.tokenized_preferences import build_preferences
     from posttrain_jax.evaluate.own_data import run_chat
-    from posttrain_jax.evaluate.tasks import need_tokenizer
+    from posttrain_jax.sampling.prompts import need_tokenizer
     from posttrain_jax.wiring.data import data_spec, tokenize_options
 
     tokenizer = need_tokenizer(loaded)

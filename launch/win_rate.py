@@ -34,7 +34,7 @@ from posttrain_jax.core.errors import InputError, without_secrets
 
 if TYPE_CHECKING:
     from posttrain_jax.data.sources import Row
-    from posttrain_jax.evaluate.judge import Judge, Judged, Pair, Usage
+    from posttrain_jax.rewards.judge import Judge, Judged, Pair, Usage
 
 EXAMPLE = (
     "python -m launch.win_rate --a=base.jsonl --b=tuned.jsonl --judge=http://127.0.0.1:8000/v1 "
@@ -108,8 +108,8 @@ def compare(options: Options) -> dict[str, Any]:
       InputError: a bad flag, files that do not belong together, or a judge that cannot be asked; what was judged until
         then is in the cache.
     """
-    from posttrain_jax.evaluate.judge import VERSION, Cache, judge_pairs
     from posttrain_jax.evaluate.win_rate import table, win_rate
+    from posttrain_jax.rewards.judge import VERSION, Cache, judge_pairs
 
     if options.resamples < 1:
         raise InputError(f"--resamples is {options.resamples}; it must be at least 1.")
@@ -184,18 +184,16 @@ def judge_by_scores(options: Options, pairs: list[Pair], out: Path) -> Judged:
       InputError: a bad flag, or an answer that cannot be scored.
     """
     from posttrain_jax.core.sharding import make_mesh
-    from posttrain_jax.evaluate.judge_reward import judge_by_reward
-    from posttrain_jax.evaluate.score_pairs import Combination
     from posttrain_jax.models.io.load import load_members
+    from posttrain_jax.rewards.ensemble import Ensemble
+    from posttrain_jax.rewards.judge_reward import judge_by_reward
 
     if options.batch_rows < 1:
         raise InputError(f"--batch_rows is {options.batch_rows}; it must be at least 1.")
     mesh = make_mesh()
     members = load_members(options.judge, dtype=options.dtype, param_dtype=options.dtype, mesh=mesh)
     rows = out / "scored_answers.jsonl"
-    return judge_by_reward(
-        members, pairs, rows, mesh, combination=Combination(), batch_rows=options.batch_rows
-    )
+    return judge_by_reward(members, pairs, rows, mesh, ensemble=Ensemble(), batch_rows=options.batch_rows)
 
 
 def make_judge(options: Options) -> Judge:
@@ -205,7 +203,7 @@ def make_judge(options: Options) -> Judge:
       InputError: there is no such model, or a flag for it is bad.
     """
     if options.judge.startswith(URLS):
-        from posttrain_jax.evaluate.judge_endpoint import Endpoint, EndpointJudge
+        from posttrain_jax.rewards.judge_endpoint import Endpoint, EndpointJudge
 
         if not options.judge_model:
             raise InputError(
@@ -225,8 +223,8 @@ def make_judge(options: Options) -> Judge:
     import jax
 
     from posttrain_jax.core.sharding import make_mesh
-    from posttrain_jax.evaluate.judge_model import ModelJudge
     from posttrain_jax.models.io.load import load_model
+    from posttrain_jax.rewards.judge_model import ModelJudge
 
     mesh = make_mesh() if jax.device_count() > 1 else None
     loaded = load_model(options.judge, dtype=options.dtype, param_dtype=options.dtype, mesh=mesh)
@@ -253,7 +251,7 @@ def read_pairs(options: Options) -> list[Pair]:
       InputError: a file is missing, a row is no answer, an answer has no partner, or the two were asked different
         things; names file and line.
     """
-    from posttrain_jax.evaluate.judge import Pair
+    from posttrain_jax.rewards.judge import Pair
 
     a, b = read_answers(options.a, options.prompts), read_answers(options.b, options.prompts)
     for name, here, other, there in (("--a", a, "--b", b), ("--b", b, "--a", a)):
@@ -371,7 +369,7 @@ def _checked(row: Row) -> tuple[Key, str, bool]:
 
 def _request(prompt: Prompt | None, name: str | int) -> str:
     from posttrain_jax.data.sources import RowError
-    from posttrain_jax.evaluate.judge import request_text
+    from posttrain_jax.rewards.judge import request_text
 
     if prompt is None:
         raise RowError("id", f"is {name!r}, which no prompt has")

@@ -11,12 +11,13 @@ from transformers import PreTrainedTokenizerFast
 
 from posttrain_jax.data.chat_template import DEFAULT_CHAT, ChatOptions
 from posttrain_jax.data.shown_row import empty_warning, shown_row
-from posttrain_jax.evaluate.tasks import Progress, chat_options, encode_prompt, is_chat, need_tokenizer
+from posttrain_jax.evaluate.tasks import Progress, chat_options
 from posttrain_jax.models.io.load import LoadedModel
 from posttrain_jax.models.io.tokenizer import stop_token_ids
 from posttrain_jax.rewards.thoughts import after_thought, answer_text, prompt_opens_thought
 from posttrain_jax.sampling.choose import Sampling
 from posttrain_jax.sampling.generate import GenerateOptions, Sample, generate_as_finished
+from posttrain_jax.sampling.prompts import encode_user_prompt, is_chat, need_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,7 @@ def answer_all(
     """
     chat = is_chat(loaded, options.render)
     prompts = [
-        encode_prompt(loaded, text, chat=chat, name=name, options=options.chat)
+        encode_user_prompt(loaded, text, chat=chat, name=name, options=options.chat)
         for text, name in zip(questions, names, strict=True)
     ]
     asked = GenerateOptions(

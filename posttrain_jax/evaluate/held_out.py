@@ -24,11 +24,12 @@ from posttrain_jax.data.packing import PackedRows, pack
 from posttrain_jax.data.split import hold_out, split_amount
 from posttrain_jax.data.tokenized import TokenizedData, TokenizeOptions, build
 from posttrain_jax.evaluate.own_data import HeldOutData, held_out_by, run_config
-from posttrain_jax.evaluate.sequence_sums import sequence_sums
 from posttrain_jax.evaluate.statistics import Estimate, bootstrap_means, interval
-from posttrain_jax.evaluate.tasks import Progress, TaskResult, check_first, need_tokenizer, say_data
+from posttrain_jax.evaluate.tasks import Progress, TaskResult, check_first, say_data
 from posttrain_jax.models.io.load import LoadedModel
 from posttrain_jax.models.transformer import Model
+from posttrain_jax.sampling.prompts import need_tokenizer
+from posttrain_jax.sampling.sequence_sums import sequence_sums
 from posttrain_jax.wiring.data import data_spec, kept_date, tokenize_options
 
 DEMO = ("asset:alpaca_en_demo", "split:99")

@@ -30,9 +30,6 @@ from posttrain_jax.evaluate.tasks import (
     TaskResult,
     chat_options,
     check_first,
-    encode_prompt,
-    is_chat,
-    need_tokenizer,
     read_items,
     say_data,
     summarize,
@@ -44,6 +41,7 @@ from posttrain_jax.models.io.tokenizer import stop_token_ids
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.choose import Sampling
 from posttrain_jax.sampling.generate import GenerateOptions, Sample, generate
+from posttrain_jax.sampling.prompts import encode_user_prompt, is_chat, need_tokenizer
 from posttrain_jax.sampling.score import score_samples
 
 DEMO = "asset:alpaca_en_demo"
@@ -286,7 +284,7 @@ def _prompts_of(config: Config, loaded: LoadedModel) -> tuple[list[_Prompt], lis
     chat = is_chat(loaded, config.data.render)
     rendering = chat_options(config)
     prompts = [
-        encode_prompt(loaded, item.text, chat=chat, name=item.where, options=rendering)
+        encode_user_prompt(loaded, item.text, chat=chat, name=item.where, options=rendering)
         for item in items.items
     ]
     return items.items, prompts, items.skipped, name

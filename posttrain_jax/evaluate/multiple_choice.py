@@ -14,21 +14,15 @@ space at the end of a chat template's header is the template's, not the choice's
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
-from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.core.sharding import shard_multiple
 from posttrain_jax.data.chat_template import DEFAULT_CHAT, ChatOptions
-from posttrain_jax.data.packing import best_fit, empty_row
 from posttrain_jax.data.sources import Row, RowError
-from posttrain_jax.evaluate.sequence_sums import sequence_sums
 from posttrain_jax.evaluate.tasks import (
     Items,
     Progress,
@@ -36,18 +30,15 @@ from posttrain_jax.evaluate.tasks import (
     TaskResult,
     chat_options,
     column,
-    encode_prompt,
-    is_chat,
-    need_tokenizer,
     read_items,
     say_data,
     summarize,
     task_rows,
 )
 from posttrain_jax.models.io.load import LoadedModel
-from posttrain_jax.sampling.shapes import bucket
+from posttrain_jax.sampling.choices import choice_logps, encode_choices
+from posttrain_jax.sampling.prompts import is_chat
 
-ROW_TOKENS = 512
 COUNT_FROM = ("auto", "0", "1")
 _LETTERED = re.compile(r"^([A-Z])[.)] ", re.MULTILINE)
 
@@ -197,121 +188,6 @@ def _right(value: Any, texts: list[str], labels: list[str], name: str) -> int | 
     raise RowError(name, f"is {value!r}, which is no choice: no text, label or place of one")
 
 
-@dataclasses.dataclass(frozen=True)
-class EncodedQuestion:
-    """The tokens of each choice after its question, and how many tokens at the start all of them share."""
-
-    tokens: list[np.ndarray]
-    shared: int
-
-
-def encode_question(
-    loaded: LoadedModel, question: Question, *, chat: bool, options: ChatOptions = DEFAULT_CHAT
-) -> EncodedQuestion:
-    """The tokens of question and choice together, for each choice.
-
-    In plain text a space stands between them, unless the prompt ends with white space already, and white space at its
-    end belongs to the choice (lm-eval's `_encode_pair`); after a chat template the choice is what the assistant writes,
-    encoded on its own, for no token reaches over the end of a turn's header.
-
-    Raises:
-      InputError: names the row; a question and choice longer than the model's context, without a token that all
-        choices share to start from, or a choice without a token of its own.
-    """
-    asked = question.prompt if chat else question.prompt.rstrip()
-    prompt = encode_prompt(loaded, asked, chat=chat, name=question.where, options=options)
-    if chat:
-        tokenizer = need_tokenizer(loaded)
-        ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in question.choices]
-        whole = [np.concatenate([prompt, np.asarray(end, np.int32)]) for end in ends]
-    else:
-        space = "" if question.prompt[-1:].isspace() else " "
-        texts = [question.prompt + space + text for text in question.choices]
-        whole = [encode_prompt(loaded, text, chat=False, name=question.where) for text in texts]
-    columns = zip(prompt, *whole, strict=False)
-    shared = sum(1 for _ in itertools.takewhile(lambda ids: len(set(ids)) == 1, columns))
-    if shared == 0:
-        raise InputError(f"{question.where}: the prompt has no token that every choice starts with.")
-    for ids, text in zip(whole, question.choices, strict=True):
-        if len(ids) == shared:
-            raise InputError(f"{question.where}: the choice {text!r} has no token of its own.")
-        if len(ids) > loaded.config.max_length:
-            raise InputError(
-                f"{question.where} has {len(ids)} tokens with the choice {text!r}, more than the model's context of "
-                f"{loaded.config.max_length}; shorten it."
-            )
-    return EncodedQuestion(whole, shared)
-
-
-def choice_logps(
-    loaded: LoadedModel,
-    questions: Sequence[EncodedQuestion],
-    *,
-    batch_rows: int = 8,
-    mesh: Mesh | None = None,
-    progress: Progress | None = None,
-) -> list[np.ndarray]:
-    """For each question the log-probability (nats) of each choice's own tokens, summed, float64 `[choices]`.
-
-    Sequences are packed into rows, where they do not see each other; `batch_rows` rows at once over all devices.
-
-    Raises:
-      InputError: a log-probability that is not finite.
-    """
-    if batch_rows < 1:
-        raise InputError(f"eval.batch_rows is {batch_rows}; it must be at least 1.")
-    sequences = [(ids, question.shared) for question in questions for ids in question.tokens]
-    lengths = [len(ids) for ids, _ in sequences]
-    width = min(bucket(max([*lengths, ROW_TOKENS])), loaded.config.max_length)
-    rows = best_fit(lengths, width)
-    rows_per_batch = shard_multiple(min(batch_rows, len(rows)), mesh)
-    total = -(-len(rows) // rows_per_batch)
-
-    def show(done: int) -> None:
-        if progress is not None:
-            progress(done, total)
-
-    sums_S4 = sequence_sums(
-        loaded.model,
-        loaded.params,
-        _batches(sequences, rows, width, rows_per_batch),
-        mesh=mesh,
-        progress=show,
-    )
-    logps_S = np.zeros(len(sequences))
-    logps_S[[place for row in rows for place in row]] = -sums_S4[:, 0]
-    if not np.isfinite(logps_S).all():
-        raise InputError(
-            "A choice's log-probability is not finite; the model's weights or model.dtype cannot be right."
-        )
-    return np.split(logps_S, np.cumsum([len(question.tokens) for question in questions])[:-1])
-
-
-def _batches(
-    sequences: list[tuple[np.ndarray, int]], rows: list[list[int]], width: int, rows_per_batch: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of packed rows, `[rows_per_batch, width]`; the last one is filled up with rows of padding."""
-    for first in range(0, len(rows), rows_per_batch):
-        filled = [
-            _row([sequences[place] for place in row], width) for row in rows[first : first + rows_per_batch]
-        ]
-        filled += [empty_row(width)] * (rows_per_batch - len(filled))
-        yield {key: np.stack([row[key] for row in filled]) for key in filled[0]}
-
-
-def _row(sequences: list[tuple[np.ndarray, int]], width: int) -> dict[str, np.ndarray]:
-    arrays = empty_row(width)
-    at = 0
-    for segment, (ids, shared) in enumerate(sequences, 1):
-        end = at + len(ids)
-        arrays["tokens"][at:end] = ids
-        arrays["loss_mask"][at + shared : end] = 1
-        arrays["segment_ids"][at:end] = segment
-        arrays["positions"][at:end] = np.arange(len(ids))
-        at = end
-    return arrays
-
-
 def multiple_choice(
     loaded: LoadedModel,
     questions: Items[Question],
@@ -334,7 +210,12 @@ def multiple_choice(
       InputError: a bad option, or a question that the model cannot take.
     """
     chat = is_chat(loaded, render)
-    encoded = [encode_question(loaded, question, chat=chat, options=options) for question in questions.items]
+    encoded = [
+        encode_choices(
+            loaded, question.prompt, question.choices, chat=chat, name=question.where, options=options
+        )
+        for question in questions.items
+    ]
     found = choice_logps(loaded, encoded, batch_rows=batch_rows, mesh=mesh, progress=progress)
     rows = []
     for question, logps in zip(questions.items, found, strict=True):

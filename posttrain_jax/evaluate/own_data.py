@@ -14,10 +14,10 @@ from posttrain_jax.data.prompts import read_prompts
 from posttrain_jax.data.split import hold_out, split_amount
 from posttrain_jax.data.tokenized import build
 from posttrain_jax.data.tokenized_preferences import build_preferences
-from posttrain_jax.evaluate.tasks import need_tokenizer
 from posttrain_jax.models.io.hf_config import read_json
 from posttrain_jax.models.io.load import LoadedModel
 from posttrain_jax.rollouts.draw import encode_prompt
+from posttrain_jax.sampling.prompts import need_tokenizer
 from posttrain_jax.wiring.data import data_spec, kept_date, tokenize_options
 
 ON_PROMPTS = ("ppo", "rloo")

@@ -5,54 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.preference_groups import PreferenceData, PreferenceSource
-from posttrain_jax.data.preference_rows import RowShape, row_shape
+from posttrain_jax.data.preference_rows import row_shape
 from posttrain_jax.evaluate.reward_report import ScoredPairs
-from posttrain_jax.forward.completions import map_completions, reward_scores_of
-from posttrain_jax.losses.reward import (
-    combine_scores_mean,
-    combine_scores_min,
-    combine_scores_uncertainty,
-)
 from posttrain_jax.models.io.load import LoadedModel
-
-COMBINATIONS = ("mean", "min", "uncertainty")
-
-
-@dataclasses.dataclass(frozen=True)
-class Combination:
-    """How the members' scores of a completion become one (Coste et al., arXiv:2310.02743).
-
-    Attributes:
-      name: "mean", "min" (the lowest) or "uncertainty" (mean - coefficient * variance).
-      coefficient: of "uncertainty", above 0; 0 for the others.
-    """
-
-    name: str = "mean"
-    coefficient: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.name not in COMBINATIONS:
-            raise InputError(f"combine is {self.name!r}; use one of {', '.join(COMBINATIONS)}.")
-        if (self.name == "uncertainty") != (self.coefficient > 0) or self.coefficient < 0:
-            raise InputError(
-                f"combine={self.name} with coefficient={self.coefficient:g}: a coefficient above 0 goes with "
-                "uncertainty, and with it alone."
-            )
-
-    def __call__(self, scores_SE: np.ndarray) -> np.ndarray:
-        """One score for each of S completions, `[S]`, of their scores by E members."""
-        scores_ES = jnp.asarray(scores_SE.T)
-        if self.name == "mean":
-            return np.asarray(combine_scores_mean(scores_ES))
-        if self.name == "min":
-            return np.asarray(combine_scores_min(scores_ES))
-        return np.asarray(combine_scores_uncertainty(scores_ES, coefficient=self.coefficient))
+from posttrain_jax.rewards.ensemble import Ensemble, member_scores
 
 
 def score_pairs(
@@ -60,7 +21,7 @@ def score_pairs(
     splits: Mapping[str, PreferenceData],
     mesh: Mesh,
     *,
-    combination: Combination,
+    ensemble: Ensemble,
     groups: int,
     share_prompt: bool,
 ) -> list[ScoredPairs]:
@@ -73,7 +34,7 @@ def score_pairs(
       members: of an ensemble, or a single model.
       splits: data by the split's name.
       mesh: where the members' parameters are.
-      combination: of the members' scores.
+      ensemble: how the members' scores become one.
       groups: prompts at once; a multiple of mesh.data x mesh.fsdp.
       share_prompt: whether the completions of a prompt share it (`RowShape`).
 
@@ -88,24 +49,9 @@ def score_pairs(
         parts = []
         for source in data.sources:
             scores_SE = member_scores(members, source, shape, mesh, groups=groups)
-            parts.append(_part(source, scores_SE, combination(scores_SE)))
+            parts.append(_part(source, scores_SE, ensemble(scores_SE)))
         scored.append(_joined(name, data, parts, members=len(members), gain=gain))
     return scored
-
-
-def member_scores(
-    members: Sequence[LoadedModel], source: PreferenceSource, shape: RowShape, mesh: Mesh, *, groups: int
-) -> np.ndarray:
-    """Every member's score of every completion of a source, float32 `[S, E]`, S as in the source's store."""
-    of_rows = reward_scores_of(members[0].model, shape.share_prompt)
-    micro_batches = groups // (mesh.shape["data"] * mesh.shape["fsdp"])
-    scores = [
-        map_completions(
-            of_rows, member.params, source, shape, mesh, groups=groups, micro_batches=micro_batches
-        )
-        for member in members
-    ]
-    return np.stack(scores, axis=-1)
 
 
 def _compared(name: str, data: PreferenceData) -> PreferenceData:

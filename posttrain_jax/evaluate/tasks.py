@@ -8,19 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict as Config
-from transformers import PreTrainedTokenizerFast
 
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.data.chat_template import DEFAULT_CHAT, ChatOptions, read_variables
+from posttrain_jax.data.chat_template import ChatOptions, read_variables
 from posttrain_jax.data.sources import Row, RowError, read_rows
 from posttrain_jax.demo.assets import fetch
 from posttrain_jax.evaluate.statistics import Estimate, ratio_estimates
-from posttrain_jax.models.io.load import LoadedModel
-from posttrain_jax.sampling.prompts import encode_chat, encode_text
-
-RENDERINGS = ("auto", "chat", "text")
 
 Item = TypeVar("Item")
 Progress = Callable[[int, int], None]
@@ -222,53 +216,8 @@ class PromptTemplate:
         )
 
 
-def need_tokenizer(loaded: LoadedModel) -> PreTrainedTokenizerFast:
-    """The model's tokenizer. Raises InputError for a model without one."""
-    if loaded.tokenizer is None:
-        raise InputError(
-            f"{loaded.source.name} has no tokenizer, so text cannot be evaluated; add its tokenizer files."
-        )
-    return loaded.tokenizer
-
-
-def is_chat(loaded: LoadedModel, render: str) -> bool:
-    """Whether prompts are rendered by the chat template: "auto" does so where there is one.
-
-    Raises:
-      InputError: the model has no tokenizer, or `render` is not one of RENDERINGS.
-    """
-    if render not in RENDERINGS:
-        raise InputError(f"data.render is {render!r}; use one of {', '.join(RENDERINGS)}.")
-    tokenizer = need_tokenizer(loaded)
-    return render == "chat" or (render == "auto" and bool(tokenizer.chat_template))
-
-
 def chat_options(config: Config) -> ChatOptions:
     """How a task's prompts are rendered, where they are chats. Raises InputError."""
     return ChatOptions(
         variables=read_variables(config.data.chat_template_kwargs, "data.chat_template_kwargs")
     )
-
-
-def encode_prompt(
-    loaded: LoadedModel, text: str, *, chat: bool, name: str, options: ChatOptions = DEFAULT_CHAT
-) -> np.ndarray:
-    """int32 ids of a prompt: one user turn of the chat template, up to where the assistant starts; or plain text.
-
-    Args:
-      loaded: the model.
-      text: what a user would write.
-      chat: whether it is rendered by the chat template.
-      name: what to call it in an error.
-      options: of the rendering.
-
-    Raises:
-      InputError: names the row; there is no chat template, or it refuses the text.
-    """
-    tokenizer = need_tokenizer(loaded)
-    if not chat:
-        return encode_text(tokenizer, text)
-    try:
-        return encode_chat(tokenizer, [{"role": "user", "content": text}], chat=options)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from error

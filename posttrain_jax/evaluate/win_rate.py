@@ -34,39 +34,13 @@ from posttrain_jax.evaluate.statistics import (
     permutation_test,
     sign_test,
 )
+from posttrain_jax.rewards.judge import Judgment
 
 RIDGE = 1e-3
 STEPS = 200
 PRECISION = 1e-9
 LENGTH_RESAMPLES = 1000  # each one is a regression
 BLOCK = 1 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Judgment:
-    """What a judge thinks of one pair of answers, in both orders.
-
-    Attributes:
-      prompt: the prompt's id; judgments with the same one are of several samples.
-      a_first: preference for B in [0, 1] when A's answer was shown first; 0.5 = a tie.
-      b_first: preference for B (not for the first one) in [0, 1] when B's answer was shown first.
-      length_a, length_b: characters of the answers.
-      sample: which answer to the prompt.
-      unparsed: in how many of the two orders the judge's words could not be read, so that they count as a tie.
-    """
-
-    prompt: str | int
-    a_first: float
-    b_first: float
-    length_a: int
-    length_b: int
-    sample: int = 0
-    unparsed: int = 0
-
-    @property
-    def preference(self) -> float:
-        """For B, mean of both orders."""
-        return (self.a_first + self.b_first) / 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.chat_template import DEFAULT_CHAT, ChatOptions
@@ -17,7 +17,9 @@ from posttrain_jax.data.prompt_rows import PromptRow, encode_prompt_row
 from posttrain_jax.data.prompt_rows import encode_text as encode_text
 from posttrain_jax.data.rows import RowError
 from posttrain_jax.data.spans import ChatTemplate
+from posttrain_jax.models.io.load import LoadedModel
 
+RENDERINGS = ("auto", "chat", "text")
 REPLACEMENT = "\ufffd"
 PRIVATE_USE = range(0xE000, 0xF900)  # of Unicode
 
@@ -54,6 +56,51 @@ def encode_chat(
         return ids
     except RowError as error:
         raise InputError(f"{error.column}: {error.reason}.") from error
+
+
+def need_tokenizer(loaded: LoadedModel) -> PreTrainedTokenizerFast:
+    """The model's tokenizer. Raises InputError for a model without one."""
+    if loaded.tokenizer is None:
+        raise InputError(
+            f"{loaded.source.name} has no tokenizer, so text cannot be evaluated; add its tokenizer files."
+        )
+    return loaded.tokenizer
+
+
+def is_chat(loaded: LoadedModel, render: str) -> bool:
+    """Whether prompts are rendered by the chat template: "auto" does so where there is one.
+
+    Raises:
+      InputError: the model has no tokenizer, or `render` is not one of RENDERINGS.
+    """
+    if render not in RENDERINGS:
+        raise InputError(f"data.render is {render!r}; use one of {', '.join(RENDERINGS)}.")
+    tokenizer = need_tokenizer(loaded)
+    return render == "chat" or (render == "auto" and bool(tokenizer.chat_template))
+
+
+def encode_user_prompt(
+    loaded: LoadedModel, text: str, *, chat: bool, name: str, options: ChatOptions = DEFAULT_CHAT
+) -> np.ndarray:
+    """int32 ids of a prompt: one user turn of the chat template, up to where the assistant starts; or plain text.
+
+    Args:
+      loaded: the model.
+      text: what a user would write.
+      chat: whether it is rendered by the chat template.
+      name: what to call it in an error.
+      options: of the rendering.
+
+    Raises:
+      InputError: names the row; there is no chat template, or it refuses the text.
+    """
+    tokenizer = need_tokenizer(loaded)
+    if not chat:
+        return encode_text(tokenizer, text)
+    try:
+        return encode_chat(tokenizer, [{"role": "user", "content": text}], chat=options)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 def _refuse_control_tokens(tokenizer: PreTrainedTokenizerBase, chat: ChatOptions) -> None:

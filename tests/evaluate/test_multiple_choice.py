@@ -17,12 +17,16 @@ from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.sharding import make_mesh, tree_shardings
 from posttrain_jax.evaluate.multiple_choice import (
     Question,
-    choice_logps,
-    encode_question,
     load_questions,
     multiple_choice,
 )
 from posttrain_jax.evaluate.tasks import Items
+from posttrain_jax.sampling.choices import choice_logps, encode_choices
+
+
+def encode(loaded, question, *, chat):
+    return encode_choices(loaded, question.prompt, question.choices, chat=chat, name=question.where)
+
 
 QUESTIONS = [
     Question("a", "q:1", "The sky is", ("blue", "a deep and lasting green", "é"), 0),
@@ -42,7 +46,7 @@ def by_hand(loaded, ids, shared):
 
 @pytest.mark.parametrize("batch_rows", [1, 8])
 def test_log_probabilities_are_those_of_the_whole_softmax(loaded, batch_rows):
-    encoded = [encode_question(loaded, question, chat=False) for question in QUESTIONS]
+    encoded = [encode(loaded, question, chat=False) for question in QUESTIONS]
     found = choice_logps(loaded, encoded, batch_rows=batch_rows)
     assert [len(logps) for logps in found] == [3, 2, 4]
     for question, item, logps in zip(QUESTIONS, encoded, found, strict=True):
@@ -69,7 +73,7 @@ def test_question_and_choice_are_divided_as_lm_eval_divides_them(loaded, prompt)
             return list(loaded.tokenizer(text)["input_ids"])
 
     choices = ("4", "5", "22")
-    encoded = encode_question(loaded, Question("q", "q:1", prompt, choices, 0), chat=False)
+    encoded = encode(loaded, Question("q", "q:1", prompt, choices, 0), chat=False)
     assert encoded.shared == len(prompt.rstrip())
     between = "" if prompt[-1].isspace() else " "
     for ids, text in zip(encoded.tokens, choices, strict=True):
@@ -80,7 +84,7 @@ def test_question_and_choice_are_divided_as_lm_eval_divides_them(loaded, prompt)
 def test_a_mesh_changes_nothing(loaded):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     params = jax.device_put(loaded.params, tree_shardings(loaded.params, mesh))
-    encoded = [encode_question(loaded, question, chat=False) for question in QUESTIONS]
+    encoded = [encode(loaded, question, chat=False) for question in QUESTIONS]
     whole = choice_logps(loaded, encoded)
     sharded = choice_logps(dataclasses.replace(loaded, params=params), encoded, batch_rows=3, mesh=mesh)
     np.testing.assert_allclose(np.concatenate(whole), np.concatenate(sharded), rtol=1e-5)
@@ -102,7 +106,7 @@ def test_a_token_over_the_boundary_moves_it_for_every_choice(loaded):
     merging = dataclasses.replace(loaded, tokenizer=merging_tokenizer())
     for prompt in ("x", "x "):
         question = Question("q", "q:1", prompt, ("ab", "cd"), 0)
-        encoded = encode_question(merging, question, chat=False)
+        encoded = encode(merging, question, chat=False)
         assert [len(ids) for ids in encoded.tokens] == [3, 4]
         assert encoded.shared == 1
         (logps,) = choice_logps(merging, [encoded])
@@ -112,7 +116,7 @@ def test_a_token_over_the_boundary_moves_it_for_every_choice(loaded):
 
 def test_after_a_chat_template_the_choice_is_what_the_assistant_writes(loaded):
     question = Question("q", "q:1", "Hi?", ("yes", "no"), 0)
-    encoded = encode_question(loaded, question, chat=True)
+    encoded = encode(loaded, question, chat=True)
     header = "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
     assert [loaded.tokenizer.decode(ids) for ids in encoded.tokens] == [f"{header}yes", f"{header}no"]
     assert loaded.tokenizer.decode(encoded.tokens[0][: encoded.shared]) == header
@@ -251,4 +255,4 @@ def test_what_the_model_cannot_take_is_refused(loaded):
         asked("Which?", "a", "b", render="html")
     broken = dataclasses.replace(loaded, params=jax.tree.map(lambda leaf: leaf * jnp.nan, loaded.params))
     with pytest.raises(InputError, match="not finite"):
-        choice_logps(broken, [encode_question(loaded, QUESTIONS[0], chat=False)])
+        choice_logps(broken, [encode(loaded, QUESTIONS[0], chat=False)])

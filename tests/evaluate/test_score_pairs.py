@@ -14,12 +14,13 @@ from algorithms.tiny import data_of, tiny_model, tiny_params
 from contracts.tiny import make_mesh
 
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.evaluate.score_pairs import Combination, score_pairs
+from posttrain_jax.evaluate.score_pairs import score_pairs
 from posttrain_jax.forward import completions
 from posttrain_jax.forward.completions import reward_scores
 from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.io.load import LoadedModel, Source
 from posttrain_jax.models.reward_head import score_head_params, scores
+from posttrain_jax.rewards.ensemble import Ensemble
 
 ROWS = [
     {"prompt": "one ", "chosen": "yes", "rejected": "no", "weight": 2.0, "margin": 0.5},
@@ -79,7 +80,7 @@ def test_pairs_by_hand(data):
         members,
         {"all": data},
         make_mesh(1, 1, 1),
-        combination=Combination("min"),
+        ensemble=Ensemble("min"),
         groups=4,
         share_prompt=True,
     )
@@ -116,7 +117,7 @@ def test_every_source_and_split_is_scored_by_one_program(data, monkeypatch):
             [member(0), member(1)],
             dict.fromkeys(splits, data),
             make_mesh(1, 1, 1),
-            combination=Combination(),
+            ensemble=Ensemble(),
             groups=4,
             share_prompt=True,
         )
@@ -136,7 +137,7 @@ def test_the_gain_is_the_mean_of_the_members(data):
     members = [member(0), member(1)]
     members[0].params["score_head"]["gain"] = jnp.float32(4)
     (pairs,) = score_pairs(
-        members, {"all": data}, make_mesh(1, 1, 1), combination=Combination(), groups=4, share_prompt=True
+        members, {"all": data}, make_mesh(1, 1, 1), ensemble=Ensemble(), groups=4, share_prompt=True
     )
     assert pairs.gain == 2.5
 
@@ -144,9 +145,9 @@ def test_the_gain_is_the_mean_of_the_members(data):
 def test_combinations_by_hand():
     """Scores 1 and 3: mean 2, the lowest 1, 2 - 0.5 x variance 1 = 1.5."""
     scores_SE = np.asarray([[1.0, 3.0]])
-    assert Combination()(scores_SE) == 2
-    assert Combination("min")(scores_SE) == 1
-    assert Combination("uncertainty", 0.5)(scores_SE) == 1.5
+    assert Ensemble()(scores_SE) == 2
+    assert Ensemble("min")(scores_SE) == 1
+    assert Ensemble("uncertainty", 0.5)(scores_SE) == 1.5
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_combinations_by_hand():
 )
 def test_a_combination_that_makes_no_sense(name, coefficient, message):
     with pytest.raises(InputError, match=message):
-        Combination(name, coefficient)
+        Ensemble(name, coefficient)
 
 
 def test_data_without_comparisons_are_refused(data):
@@ -170,7 +171,7 @@ def test_data_without_comparisons_are_refused(data):
             [member(0)],
             {"all": data, "kto": labels_alone},
             make_mesh(1, 1, 1),
-            combination=Combination(),
+            ensemble=Ensemble(),
             groups=4,
             share_prompt=True,
         )

@@ -24,14 +24,14 @@ from tiny_model import CONFIG, launch, save_tiny_model
 from launch import generate
 from launch.win_rate import KEY_VARIABLE, Options, compare, read_pairs
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.evaluate import judge
-from posttrain_jax.evaluate.judge import Cache, judge_pairs
-from posttrain_jax.evaluate.judge_endpoint import Endpoint, EndpointJudge
-from posttrain_jax.evaluate.judge_model import second_preferred
 from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.io.export import export_hf
 from posttrain_jax.models.reward_head import score_head_params
 from posttrain_jax.models.transformer import make_model
+from posttrain_jax.rewards import judge
+from posttrain_jax.rewards.judge import Cache, judge_pairs
+from posttrain_jax.rewards.judge_endpoint import Endpoint, EndpointJudge
+from posttrain_jax.rewards.judge_model import second_preferred
 
 KEY = "judges-only"
 PLACES = 2048  # a question has about 700 bytes

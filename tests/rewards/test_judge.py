@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.evaluate.judge import (
+from posttrain_jax.rewards.judge import (
     Cache,
+    Judgment,
     Pair,
     Question,
     Reply,
@@ -25,9 +26,8 @@ from posttrain_jax.evaluate.judge import (
     questions_of,
     request_text,
 )
-from posttrain_jax.evaluate.judge_endpoint import Endpoint, EndpointJudge
-from posttrain_jax.evaluate.judge_model import ModelJudge, second_preferred
-from posttrain_jax.evaluate.win_rate import Judgment
+from posttrain_jax.rewards.judge_endpoint import Endpoint, EndpointJudge
+from posttrain_jax.rewards.judge_model import ModelJudge, second_preferred
 
 
 class LengthJudge:

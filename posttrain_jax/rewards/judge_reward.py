@@ -19,10 +19,9 @@ from posttrain_jax.core.sharding import shard_multiple
 from posttrain_jax.data.preference_rows import row_shape
 from posttrain_jax.data.tokenized import TokenizeOptions
 from posttrain_jax.data.tokenized_preferences import build_preferences
-from posttrain_jax.evaluate.judge import Judged, Pair, Usage, preferences_of_scores
-from posttrain_jax.evaluate.score_pairs import Combination, member_scores
-from posttrain_jax.evaluate.win_rate import Judgment
 from posttrain_jax.models.io.load import LoadedModel
+from posttrain_jax.rewards.ensemble import Ensemble, member_scores
+from posttrain_jax.rewards.judge import Judged, Judgment, Pair, Usage, preferences_of_scores
 
 
 def judge_by_reward(
@@ -31,7 +30,7 @@ def judge_by_reward(
     rows: Path,
     mesh: Mesh,
     *,
-    combination: Combination,
+    ensemble: Ensemble,
     batch_rows: int,
 ) -> Judged:
     """Judges every pair by the scores of its two answers; what is "said" of an answer is its score. An empty answer has
@@ -42,7 +41,7 @@ def judge_by_reward(
       pairs: about what.
       rows: JSON Lines of the answers are written here, A's and B's in turn, and named in errors.
       mesh: where the members' parameters are.
-      combination: of the members' scores.
+      ensemble: how the members' scores become one.
       batch_rows: answers at once; rounded up to the devices that split rows.
 
     Raises:
@@ -57,7 +56,7 @@ def judge_by_reward(
     read = 0
     if written:
         scores[written], read = _scores(
-            members, [answers[place] for place in written], rows, mesh, combination, batch_rows
+            members, [answers[place] for place in written], rows, mesh, ensemble, batch_rows
         )
     # Where they stand in a row changes the last bits of two equal answers' scores, and must not decide.
     equal = [pair.a == pair.b for pair in pairs]
@@ -75,7 +74,7 @@ def _scores(
     answers: Sequence[tuple[str | list[dict[str, Any]], str]],
     rows: Path,
     mesh: Mesh,
-    combination: Combination,
+    ensemble: Ensemble,
     batch_rows: int,
 ) -> tuple[np.ndarray, int]:
     """The score of every (prompt, answer), and how many tokens were read."""
@@ -93,7 +92,7 @@ def _scores(
     groups = shard_multiple(batch_rows, mesh)
     shape = row_shape([data], groups=groups, share_prompt=False)
     scores_SE = member_scores(members, source, shape, mesh, groups=groups)
-    scores_N = combination(scores_SE)[[source.group(i).first_sequence for i in range(len(source))]]
+    scores_N = ensemble(scores_SE)[[source.group(i).first_sequence for i in range(len(source))]]
     if len(scores_N) != len(answers):
         raise InputError(f"{rows}: only {len(scores_N)} of {len(answers)} answers could be scored.")
     return scores_N, int(source.store.offsets[-1])

@@ -15,11 +15,10 @@ from jax.sharding import Mesh
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.trees import fingerprint
 from posttrain_jax.data.cache_key import tokenizer_fingerprint
-from posttrain_jax.evaluate import judge
-from posttrain_jax.evaluate.judge import Reply
-from posttrain_jax.evaluate.multiple_choice import Question, choice_logps, encode_question
-from posttrain_jax.evaluate.tasks import is_chat, need_tokenizer
 from posttrain_jax.models.io.load import LoadedModel
+from posttrain_jax.rewards.judge import Question, Reply
+from posttrain_jax.sampling.choices import choice_logps, encode_choices
+from posttrain_jax.sampling.prompts import is_chat, need_tokenizer
 
 CHOICES = ("A", "B")
 AT_ONCE = 64
@@ -58,7 +57,7 @@ class ModelJudge:
         step = "" if source.step is None else f"@{source.step}"
         return f"{source.name}{step} {self._loaded.model.dtype} {'chat' if self._chat else 'text'} {self._identity}"
 
-    def ask(self, questions: Sequence[judge.Question]) -> Iterator[tuple[int, Reply]]:
+    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
         """See `Judge.ask`.
 
         Raises:
@@ -66,10 +65,8 @@ class ModelJudge:
         """
         for first in range(0, len(questions), AT_ONCE):
             encoded = [
-                encode_question(
-                    self._loaded, Question(number, question.where, question.text, CHOICES, 0), chat=self._chat
-                )
-                for number, question in enumerate(questions[first : first + AT_ONCE], first)
+                encode_choices(self._loaded, question.text, CHOICES, chat=self._chat, name=question.where)
+                for question in questions[first : first + AT_ONCE]
             ]
             scores = choice_logps(self._loaded, encoded, batch_rows=self._batch_rows, mesh=self._mesh)
             for number, (question, (a, b)) in enumerate(zip(encoded, scores, strict=True), first):

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit, urlunsplit
 
 from posttrain_jax.core.errors import InputError, without_secrets
-from posttrain_jax.evaluate.judge import Question, Reply, parse_verdict
+from posttrain_jax.rewards.judge import Question, Reply, parse_verdict
 
 MOST_WORDS = 300
 _SHORTEST_SECRET = 4  # a shorter one would be taken out of words that only look like it
