@@ -37,6 +37,7 @@ def base_config() -> ConfigDict:
     config.data.pack = True
     config.data.truncate = "right"  # right, drop, error
     config.data.on_bad_row = "stop"  # stop, skip
+    config.data.columns = ""  # our name -> the file's, as JSON: {"prompt": "question", "completion": "best"}
     config.data.ignore_columns = ""  # columns of the rows that are not read, "a,b"
     config.data.train_on = "all_turns"  # all_turns, last_turn
     config.data.chat_template = ""  # "" = the model's own; a path, the text, or the name of one of several

@@ -20,6 +20,7 @@ FREE_OPTIONS = (
     "tensor",
     "text_as",
     "chat_template_kwargs",
+    "columns",
     "ignore_columns",
     "template_date",
 )

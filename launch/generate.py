@@ -70,6 +70,7 @@ class Options:
     tensor: int = 1
     text_as: str = "plain"
     chat_template_kwargs: str = ""
+    columns: str = ""
     ignore_columns: str = ""
 
 
@@ -119,6 +120,11 @@ def define_flags() -> None:
         'Variables of the chat template, as JSON: {"enable_thinking": false}.',
     )
     flags.DEFINE_string(
+        "columns",
+        Options.columns,
+        """Our names of columns of --prompts, as JSON: {"prompt": "question"}.""",
+    )
+    flags.DEFINE_string(
         "ignore_columns", Options.ignore_columns, 'Columns of --prompts that are not read, "a,b".'
     )
 
@@ -152,7 +158,12 @@ def generate(options: Options) -> None:
     from posttrain_jax.sampling.generate import generate_as_finished
 
     _asked(options, stop_token_ids=(), bad_words=())  # refuses bad options before the model is read
-    prompts = read_prompts(options.prompts, text_as=options.text_as, ignore_columns=options.ignore_columns)
+    prompts = read_prompts(
+        options.prompts,
+        text_as=options.text_as,
+        columns=options.columns,
+        ignore_columns=options.ignore_columns,
+    )
     out = Path(options.out).expanduser()
     chat = ChatOptions(
         variables=read_variables(options.chat_template_kwargs, "--chat_template_kwargs"),

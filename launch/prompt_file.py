@@ -31,13 +31,19 @@ class Prompt:
 
 
 def read_prompts(
-    path: str, *, text_as: str = "plain", ignore_columns: str = "", travels: bool = False
+    path: str,
+    *,
+    text_as: str = "plain",
+    columns: str = "",
+    ignore_columns: str = "",
+    travels: bool = False,
 ) -> list[Prompt]:
     """All prompts, in order.
 
     Args:
       path: of the file.
       text_as: "plain" or "chat", see `ChatOptions`.
+      columns: what the file's columns are called here, as JSON (`data.columns`).
       ignore_columns: columns that are left out before anything reads them, "a,b".
       travels: as in `read_prompt_row`.
 
@@ -45,24 +51,23 @@ def read_prompts(
       InputError: the file is missing or empty, or a row is bad; names the file and the line.
     """
     from posttrain_jax.data.prompt_rows import read_prompt_row
-    from posttrain_jax.data.rows import RowError, without_columns
+    from posttrain_jax.data.rows import ColumnNames, RowError, read_columns
     from posttrain_jax.data.sources import read_rows
 
     if not Path(path).is_file():
         raise InputError(f"--prompts={path}: there is no such file.")
     prompts: list[Prompt] = []
     first: dict[str | int, str] = {}
-    for number, row in enumerate(read_rows(path)):
+    names = ColumnNames(read_columns(columns, "--columns"), ignore_columns)
+    for number, row in enumerate(read_rows(path, names)):
         where = f"{row.source}:{row.line}"
         try:
-            if row.error is not None:
-                raise row.error
-            columns = dict(without_columns(row, ignore_columns).value)
-            name = _row_id(columns, number)
-            columns.pop("id", None)
-            read = read_prompt_row(columns, text_as=text_as, travels=travels)
-            columns |= {"messages": list(read.messages)} if read.messages else {}
-            prompt = Prompt(name, where, columns, read)
+            values = dict(row.columns())
+            name = _row_id(values, number)
+            values.pop("id", None)
+            read = read_prompt_row(values, text_as=text_as, travels=travels)
+            values |= {"messages": list(read.messages)} if read.messages else {}
+            prompt = Prompt(name, where, values, read)
             if first.setdefault(prompt.id, where) != where:
                 raise RowError("id", f"is {prompt.id!r}, which {first[prompt.id]} has already")
             prompts.append(prompt)

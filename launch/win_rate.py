@@ -325,11 +325,13 @@ def prompts_of(path: str, prompts: str) -> dict[str | int, Prompt]:
     Raises:
       InputError: it is not known, or the file that holds it is missing or bad.
     """
+    columns = ignored = ""
     if not prompts:
         description = options_path(Path(path).expanduser())
         try:
             made = json.loads(description.read_text("utf-8"))
             prompts, sha256 = str(made["prompts"]), made.get("prompts_file_sha256")
+            columns, ignored = str(made.get("columns", "")), str(made.get("ignore_columns", ""))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{path}: its rows have no column prompt or messages, and {description.name} beside it does not say "
@@ -343,7 +345,10 @@ def prompts_of(path: str, prompts: str) -> dict[str | int, Prompt]:
             raise InputError(
                 f"{prompts} was changed since {path} answered it; give the prompts as they were with --prompts."
             )
-    return {prompt.id: prompt for prompt in read_prompts(prompts, travels=True)}
+    return {
+        prompt.id: prompt
+        for prompt in read_prompts(prompts, columns=columns, ignore_columns=ignored, travels=True)
+    }
 
 
 def _checked(row: Row) -> tuple[Key, str, bool]:

@@ -25,6 +25,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.max_length = -1  # tokens per row
     config.data.truncate = ""  # right, drop, error
     config.data.on_bad_row = ""  # stop, skip
+    config.data.columns = ""  # our name -> the file's, as JSON: {"prompt": "question", "completion": "best"}
     config.data.ignore_columns = ""  # columns of the rows that are not read, "a,b"
     config.data.train_on = ""  # all_turns, last_turn
     config.data.text_as = ""  # text prompts and completions: plain (as they are), chat (turns of a chat)

@@ -17,6 +17,7 @@ from posttrain_jax.core.sharding import host_data_shards
 from posttrain_jax.core.types import Array, Batch, Metrics, PyTree
 from posttrain_jax.data.loader import Loader
 from posttrain_jax.data.packing import PackedRows, pack
+from posttrain_jax.data.rows import ColumnNames
 from posttrain_jax.data.tokenized import TokenizeOptions, build
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.rollouts.experience import policy_params
@@ -77,7 +78,7 @@ def pretraining_from_config(
         train_on="all_turns",
         chat=chat_from_config(config, policy.tokenizer, workdir),
         on_bad_row=config.data.on_bad_row,
-        ignore_columns=config.data.ignore_columns,
+        columns=ColumnNames(ignored=config.data.ignore_columns),
         progress=jax.process_index() == 0,
     )
     data = build(

@@ -18,28 +18,34 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from posttrain_jax.data.chat_template import DEFAULT_CHAT, ChatOptions, resolve_template, shown_dates
-from posttrain_jax.data.rows import Row
+from posttrain_jax.data.rows import AS_IN_THE_FILE, ColumnNames, Row
 from posttrain_jax.data.sources import read_rows, source_files
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Raise it when the same rows become other tokens, or the files another layout."""
 
 _HASHED_WHOLE = 256 * 2**20
 
 
 class SourceRows:
-    """The rows of a source, which can be read twice: once for the key, once to tokenize them."""
+    """The rows of a source, which can be read twice: once for the key, once to tokenize them.
 
-    def __init__(self, source: str) -> None:
+    Args:
+      source: as of `read_rows`.
+      columns: what its columns are called here.
+    """
+
+    def __init__(self, source: str, columns: ColumnNames = AS_IN_THE_FILE) -> None:
         self.source = source
+        self.columns = columns
         self._files = source_files(source)
         # A stream is downloaded as it is read, so it is read once and held.
         streamed = self._files is None and "streaming=1" in source
-        self._held = list(read_rows(source)) if streamed else None
+        self._held = list(read_rows(source, columns)) if streamed else None
 
     def read(self) -> Iterator[Row]:
         """The rows, from the start."""
-        return iter(self._held) if self._held is not None else read_rows(self.source)
+        return iter(self._held) if self._held is not None else read_rows(self.source, self.columns)
 
     def count(self) -> int | None:
         """About how many rows there are, where that is quick to say: lines of JSON Lines."""
@@ -66,6 +72,7 @@ def cache_key(rows: SourceRows, tokenizer_key: str, options: list[Any]) -> str:
         "versions": [transformers.__version__, tokenizers.__version__],
         "source": rows.source,
         "rows": rows.digest(),
+        "columns": [sorted(rows.columns.renamed.items()), rows.columns.ignored],
         "tokenizer": tokenizer_key,
         "options": options,
     }

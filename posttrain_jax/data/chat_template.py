@@ -1,8 +1,9 @@
 """Chat templates, rendered: messages in, text out, within limits. Every entry point renders here.
 
 The environment is that of transformers' `apply_chat_template` (sandbox, `{% generation %}`, `tojson`, `strftime_now`,
-`raise_exception`, loop controls), with three differences: the date is an argument, so that a run can fix it; code that
-does not end, or grows without bound, is stopped; whatever the template's code raises is told in one sentence.
+`raise_exception`, loop controls), with four differences: the date is an argument, so that a run can fix it; code that
+does not end, or grows without bound, is stopped; whatever the template's code raises is told in one sentence; a
+`developer` is the `system` where the template does not know the role.
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ class Template:
                 raise InputError(
                     f"chat_template_kwargs: the chat template has no variable {name!r}; it {has}."
                 )
+        self._has_developer = "developer" in source
         self._variables = {"documents": None, **special, **variables}
 
     def render(
@@ -128,7 +130,7 @@ class Template:
         try:
             for block in self._compiled.template.generate(
                 **self._variables,
-                messages=[_message(message) for message in messages],
+                messages=[self._message(message) for message in messages],
                 tools=tools,
                 add_generation_prompt=prompt,
                 strftime_now=(self._now or datetime.datetime.now()).strftime,
@@ -146,6 +148,17 @@ class Template:
         finally:
             running.begin(float("inf"))
         return Rendered("".join(blocks), list(running.generated))
+
+    def _message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """As transformers gives it to a template: no null keys, and the reasoning under the two names that are read. A
+        developer is the system where the template knows no developer (OpenAI's newer word for the same)."""
+        given = {key: value for key, value in message.items() if value is not None}
+        if given.get("role") == "developer" and not self._has_developer:
+            given["role"] = "system"
+        reasoning = next((given[key] for key in _REASONING_KEYS if key in given), None)
+        return (
+            given if reasoning is None else {"thinking": reasoning, **given, "reasoning_content": reasoning}
+        )
 
 
 def has_template(tokenizer: PreTrainedTokenizerBase, options: ChatOptions = DEFAULT_CHAT) -> bool:
@@ -224,13 +237,6 @@ def read_variables(text: str, name: str) -> dict[str, Any]:
             f'{name} is {text!r}; it must be a JSON object such as {{"enable_thinking": false}}.'
         )
     return value
-
-
-def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """As transformers gives it to a template: no null keys, and the reasoning under the two names that are read."""
-    given = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((given[key] for key in _REASONING_KEYS if key in given), None)
-    return given if reasoning is None else {"thinking": reasoning, **given, "reasoning_content": reasoning}
 
 
 def _plain(token: Any) -> Any:

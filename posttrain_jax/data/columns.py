@@ -154,8 +154,10 @@ def _refusal(name: str, read: set[str], is_chat: bool) -> str:
 def _unknown_keys(value: Any) -> Iterator[str]:
     """Keys of messages (of one, of a list, of lists of them) that hold something and mean nothing here."""
     if isinstance(value, dict) and ("role" in value or "from" in value):
+        # ShareGPT's turns may have their text under `text`.
+        text = {"text"} if value.get("content") is None and value.get("value") is None else set()
         for key, item in value.items():
-            if key not in MESSAGE_KEYS and item not in (None, "", [], {}):
+            if key not in MESSAGE_KEYS | text and item not in (None, "", [], {}):
                 yield key
     elif isinstance(value, list):
         yield from dict.fromkeys(key for item in value for key in _unknown_keys(item))

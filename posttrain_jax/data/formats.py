@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain_jax.data.columns import Columns, same_text
-from posttrain_jax.data.messages import Message, describe_kind, is_same_turn, read_sharegpt, read_text
+from posttrain_jax.data.messages import Message, describe_kind, is_same_turn, read_text
 from posttrain_jax.data.messages import read_messages as read_messages
 from posttrain_jax.data.messages import read_tools as read_tools
 from posttrain_jax.data.rows import RowError
@@ -80,10 +80,8 @@ def texts_of(conversation: Conversation) -> tuple[list[str], list[str]]:
 def _read(row: Columns, text_as: str) -> Conversation:
     # A row that only a null column makes one of a format is refused for the null.
     kind = _format(row.given) or _format(set(row))
-    if kind == "messages":
-        return _chat(read_messages(row["messages"], "messages"), row)
-    if kind == "conversations":
-        return _chat(read_sharegpt(row["conversations"]), row)
+    if kind in ("messages", "conversations"):
+        return _chat(read_messages(row[kind], kind), row)
     if kind == "prompt":
         return _prompt_completion(row, text_as)
     if kind == "text":
@@ -144,7 +142,7 @@ def with_system(messages: list[Message], row: Mapping[str, Any]) -> list[Message
     if not system:
         return messages
     first = messages[0][0]
-    if first["role"] != "system":
+    if first["role"] not in ("system", "developer"):
         return [({"role": "system", "content": system}, False), *messages]
     if same_text(system) != same_text(first.get("content", "")):
         raise RowError(column, "is another system prompt than the one that the messages begin with; keep one")

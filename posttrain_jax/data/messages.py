@@ -1,32 +1,35 @@
 """Messages as people write them (OpenAI's, ShareGPT's, blocks of content), as a chat template takes them.
 
-A message has `role`, and `content`: text or a list of blocks (text, reasoning or thinking, tool_call). An assistant's
-message may carry its thoughts under `reasoning_content`, `reasoning` or `thinking`; calls under `tool_calls` or
-OpenAI's older `function_call` (then `content` may be null), with arguments as an object or as JSON text; and whether it
-is trained: `weight` or `loss_weight` 0 or 1, `train` or `training` true or false. A role `function` is a `tool`. `name`
-and `tool_call_id` go to the template. A key that would change the training and is not known is refused; others that
-hold something are counted (`columns.py`).
+A message has `role`, and `content`: text or a list of blocks (text, reasoning or thinking, tool_call). In ShareGPT's
+form it has `from`, one of SPEAKERS, and its text under `value`, `content` or `text`. An assistant's message may carry
+its thoughts under `reasoning_content`, `reasoning` or `thinking`; calls under `tool_calls` or OpenAI's older
+`function_call` (then `content` may be null), with arguments as an object or as JSON text; and whether it is trained:
+`weight` or `loss_weight` 0 or 1, `train` or `training` true or false. A role `function` is a `tool`; what a `developer`
+is to a template says `chat_template.py`. `name` and `tool_call_id` go to the template. A key that would change the
+training and is not known is refused; others that hold something are counted (`columns.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from posttrain_jax.data.columns import MESSAGE_KEYS, may_be_prompt, same_text
 from posttrain_jax.data.json_text import parse
 from posttrain_jax.data.rows import RowError
 
-ROLES = ("system", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function_call": "assistant",
-}
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# ShareGPT's names of who speaks, in lower case; what follows a slash is the role.
+_SPEAKERS = """
+    system/system developer/developer
+    human/user user/user prompter/user input/user
+    gpt/assistant assistant/assistant chatgpt/assistant bing/assistant bard/assistant claude/assistant model/assistant
+    output/assistant
+    tool/tool function/tool observation/tool tool_response/tool function_response/tool ipython/tool
+    function_call/assistant tool_call/assistant"""
+SPEAKERS = dict(pair.split("/") for pair in _SPEAKERS.split())
+_CALLS = ("function_call", "tool_call")
+_TEXTS = ("value", "content", "text")
 
 # A message as a chat template takes it, and whether it is an assistant turn that may be trained.
 Message = tuple[dict[str, Any], bool]
@@ -42,7 +45,7 @@ _UNCLEAR = {
 
 
 def read_messages(value: Any, column: str, *, empty_answers: bool = False) -> list[Message]:
-    """[{"role", "content", ...}], each with whether it may be trained. Raises RowError.
+    """[{"role", "content", ...}] or [{"from", "value", ...}], each with whether it may be trained. Raises RowError.
 
     `empty_answers`: an assistant's turn may be empty, in what has been said and is not trained.
     """
@@ -52,6 +55,9 @@ def read_messages(value: Any, column: str, *, empty_answers: bool = False) -> li
 
 def _message(item: dict[str, Any], where: str, *, empty_answers: bool) -> Message:
     """One message, and whether it is trained."""
+    text_key = "content"
+    if is_sharegpt(item):
+        item, text_key = _from_sharegpt(item, where)
     role = "tool" if item.get("role") == "function" else item.get("role")
     if role is None:
         raise RowError(f"{where}.role", "is missing" if "role" not in item else "is null")
@@ -68,9 +74,9 @@ def _message(item: dict[str, Any], where: str, *, empty_answers: bool) -> Messag
     if calls and role != "assistant":
         raise RowError(f"{where}.tool_calls", f"stands in a {role} turn; only an assistant calls tools")
     if content is None and not calls:
-        raise RowError(f"{where}.content", "is null" if "content" in item else "is missing")
+        raise RowError(f"{where}.{text_key}", "is null" if "content" in item else "is missing")
     if role == "assistant" and not calls and not empty_answers and not (content or "").strip():
-        raise RowError(f"{where}.content", "is an empty assistant turn")
+        raise RowError(f"{where}.{text_key}", "is an empty assistant turn")
     if content is not None:
         message["content"] = content
     reasoning = _reasoning(item, role, reasoning, where)
@@ -177,40 +183,38 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     return result
 
 
-def read_sharegpt(value: Any, column: str = "conversations") -> list[Message]:
-    """ShareGPT turns [{"from", "value"}], or messages, as messages. Raises RowError."""
-    items = read_list(value, column)
-    if "from" not in items[0] and "role" in items[0]:
-        return read_messages(items, column)
-    messages = []
-    for i, item in enumerate(items):
-        where = f"{column}[{i}]"
-        speaker = item.get("from")
-        if speaker is None:
-            raise RowError(f"{where}.from", "is missing" if "from" not in item else "is null")
-        if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
-            raise RowError(
-                f"{where}.from", f"is {speaker!r}; the known speakers are {', '.join(SHAREGPT_ROLES)}"
-            )
-        text = read_text(item, "value", f"{where}.value")
-        role = SHAREGPT_ROLES[speaker]
-        message: dict[str, Any] = {"role": role}
-        for key in ("content", "tool_calls", "function_call"):
-            if item.get(key):
-                raise RowError(f"{where}.{key}", "stands beside from and value; write role and content")
-        if speaker == "function_call":
-            calls = parse_json(text, f"{where}.value")
-            calls = calls if isinstance(calls, list) else [calls]
-            message["tool_calls"] = [_tool_call(call, f"{where}.value") for call in calls]
-        else:
-            message["content"] = text
-            if role == "assistant" and not text.strip():
-                raise RowError(f"{where}.value", "is an empty assistant turn")
-        reasoning = _reasoning(item, role, "", where)
-        if reasoning:
-            message["reasoning_content"] = reasoning
-        messages.append((message, _is_trained(item, role, where)))
-    return messages
+def is_sharegpt(item: Mapping[str, Any]) -> bool:
+    """Whether a message has ShareGPT's keys or ShareGPT's name of who speaks."""
+    role = item.get("role")
+    speaks = isinstance(role, str) and role not in (*ROLES, "function") and role.lower() in SPEAKERS
+    return item.get("from") is not None or speaks or ("content" not in item and "value" in item)
+
+
+def _from_sharegpt(item: dict[str, Any], where: str) -> tuple[dict[str, Any], str]:
+    """A turn in ShareGPT's form with `role` and `content` (or `tool_calls`), and the key that its text stands under."""
+    key = "role" if item.get("role") is not None and item.get("from") is None else "from"
+    speaker = item.get(key)
+    if speaker is None:
+        raise RowError(f"{where}.{key}", "is null" if key in item else "is missing")
+    if not isinstance(speaker, str) or speaker.lower() not in SPEAKERS:
+        raise RowError(f"{where}.{key}", f"is {speaker!r}; the known speakers are {', '.join(SPEAKERS)}")
+    for other in ("tool_calls", "function_call"):
+        if item.get(other):
+            raise RowError(f"{where}.{other}", "stands beside from and value; write role and content")
+    if key == "from" and item.get("role") is not None:
+        raise RowError(f"{where}.role", "stands beside from; keep one of them")
+    given = [name for name in _TEXTS if item.get(name) is not None]
+    if len(given) > 1:
+        raise RowError(f"{where}.{given[1]}", f"stands beside {given[0]}; keep one of them")
+    text_key = given[0] if given else next((name for name in _TEXTS if name in item), "value")
+    text = read_text(item, text_key, f"{where}.{text_key}")
+    rest = {name: value for name, value in item.items() if name not in ("from", "role", *_TEXTS)}
+    if speaker.lower() in _CALLS:
+        calls = parse_json(text, f"{where}.{text_key}")
+        calls = calls if isinstance(calls, list) else [calls]
+        calls = [_tool_call(call, f"{where}.{text_key}") for call in calls]
+        return {"role": "assistant", "tool_calls": calls, **rest}, text_key
+    return {"role": SPEAKERS[speaker.lower()], "content": text, **rest}, text_key
 
 
 def read_tools(value: Any) -> list[dict[str, Any]] | None:

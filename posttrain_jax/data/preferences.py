@@ -31,7 +31,7 @@ from typing import Any
 
 from posttrain_jax.data.columns import Columns
 from posttrain_jax.data.formats import Conversation, texts_of
-from posttrain_jax.data.messages import describe_kind, read_messages, read_sharegpt
+from posttrain_jax.data.messages import describe_kind, read_messages
 from posttrain_jax.data.prompt_completions import PromptCompletions, last_turn, read_completions
 from posttrain_jax.data.rows import RowError
 
@@ -254,10 +254,9 @@ def _one_completion(row: Columns, text_as: str) -> PromptCompletions:
         if row["completion"] is None:
             raise RowError("completion", "is null")
         return read_completions(row, {"completion": row["completion"]}, text_as)
-    if "messages" in row.given:
-        return last_turn(row, read_messages(row["messages"], "messages"), "messages")
-    if "conversations" in row.given:
-        return last_turn(row, read_sharegpt(row["conversations"]), "conversations")
+    for column in _CHATS:
+        if column in row.given:
+            return last_turn(row, read_messages(row[column], column), column)
     raise RowError("completion", "is missing (the row has a label)")
 
 

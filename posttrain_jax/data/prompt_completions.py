@@ -25,7 +25,7 @@ from posttrain_jax.data.formats import (
     user_turns,
     with_system,
 )
-from posttrain_jax.data.messages import Message, is_same_turn, read_messages, read_sharegpt
+from posttrain_jax.data.messages import SPEAKERS, Message, is_same_turn, read_messages
 from posttrain_jax.data.rows import RowError
 
 Prompt = str | list[Message]
@@ -81,7 +81,8 @@ def _is_whole(value: Any) -> bool:
         return value.lstrip().startswith(_DIALOGUE_START) and _DIALOGUE_TURN in value
     if not (isinstance(value, list) and value and isinstance(value[0], dict)):
         return False
-    return value[0].get("role", value[0].get("from")) not in ("assistant", "gpt")
+    speaker = value[0].get("role", value[0].get("from"))
+    return not isinstance(speaker, str) or SPEAKERS.get(speaker.lower()) != "assistant"
 
 
 def _prompt(row: Columns, text_as: str) -> Prompt:
@@ -109,8 +110,6 @@ def _turns(value: Any, column: str) -> list[Message]:
             raise RowError(column, "is empty")
         return [({"role": "assistant", "content": value}, True)]
     items = [value] if isinstance(value, dict) and ("role" in value or "from" in value) else value
-    if isinstance(items, list) and items and isinstance(items[0], dict) and "from" in items[0]:
-        return read_sharegpt(items, column)
     return read_messages(items, column)
 
 

@@ -19,7 +19,7 @@ from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.chat_template import DEFAULT_CHAT, ChatOptions, has_template
 from posttrain_jax.data.columns import Columns
 from posttrain_jax.data.formats import USER_COLUMNS, tools_of, user_text, user_turns, with_system
-from posttrain_jax.data.messages import Message, describe_kind, read_messages, read_sharegpt
+from posttrain_jax.data.messages import Message, describe_kind, read_messages
 from posttrain_jax.data.rows import RowError
 from posttrain_jax.data.spans import ChatTemplate
 
@@ -80,7 +80,7 @@ def _read(row: Columns, text_as: str) -> PromptRow:
     if given:
         return _chat(read_messages(row[given[0]], given[0], empty_answers=True), row)
     if row.get("conversations") is not None:
-        return _chat(read_sharegpt(row["conversations"]), row)
+        return _chat(read_messages(row["conversations"], "conversations", empty_answers=True), row)
     if not row.given.isdisjoint(USER_COLUMNS):
         return _chat(user_turns(row, *user_text(row)), row)
     found = f"its columns: {', '.join(row) or 'none'}"

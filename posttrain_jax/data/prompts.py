@@ -16,7 +16,7 @@ import numpy as np
 
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.cache_key import canonical
-from posttrain_jax.data.rows import Row, RowError, without_columns
+from posttrain_jax.data.rows import AS_IN_THE_FILE, ColumnNames, Row, RowError
 from posttrain_jax.data.sources import Spec, read_rows, weighted_sources
 from posttrain_jax.data.tokenized import rejection
 
@@ -132,7 +132,7 @@ def read_prompts(
     max_tokens: int,
     long_prompts: str = "error",
     on_bad_row: str = "stop",
-    ignore_columns: str = "",
+    columns: ColumnNames = AS_IN_THE_FILE,
     rejected_path: pathlib.Path | None = None,
 ) -> PromptData:
     """The prompts of every source of `spec`.
@@ -143,7 +143,7 @@ def read_prompts(
       max_tokens: most tokens of a prompt.
       long_prompts: "error", or "drop": a prompt that is longer is left out and counted.
       on_bad_row: "stop" or "skip".
-      ignore_columns: columns of the rows that are left out before anything reads them, "a,b".
+      columns: what the rows' columns are called here, and which are left out before anything reads them.
       rejected_path: a file for the rows that are skipped, with the reason; there is none when no row is bad.
 
     Raises:
@@ -156,8 +156,7 @@ def read_prompts(
     for number, (source, weight) in enumerate(weighted_sources(spec)):
         prompts: list[Prompt] = []
         dropped = bad = 0
-        for row in read_rows(source):
-            row = without_columns(row, ignore_columns)
+        for row in read_rows(source, columns):
             where = f"{row.source}:{row.line}"
             try:
                 tokens = _encoded(row, encode)
@@ -201,9 +200,7 @@ def read_prompts(
 
 
 def _encoded(row: Row, encode: Encode) -> np.ndarray:
-    if row.error is not None:
-        raise row.error
-    tokens = encode(row.value)
+    tokens = encode(row.columns())
     if tokens.ndim != 1 or tokens.size == 0:
         raise RowError("prompt", "has no tokens; a model needs at least one to go on from")
     return tokens

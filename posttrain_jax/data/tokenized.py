@@ -28,7 +28,7 @@ from posttrain_jax.data.chat_template import DEFAULT_CHAT, ChatOptions
 from posttrain_jax.data.columns import unused_text
 from posttrain_jax.data.formats import to_conversation
 from posttrain_jax.data.parallel_encoder import ParallelEncoder
-from posttrain_jax.data.rows import Row, RowError, without_columns
+from posttrain_jax.data.rows import AS_IN_THE_FILE, ColumnNames, Row, RowError
 from posttrain_jax.data.shown_row import plain_text_warning
 from posttrain_jax.data.sources import Spec, weighted_sources
 from posttrain_jax.data.store import StoredSequences, StoreWriter, publish, read_store
@@ -50,7 +50,7 @@ class TokenizeOptions:
       train_on: "all_turns" or "last_turn".
       chat: how chats become text.
       on_bad_row: "stop" raises before anything is trained; "skip" leaves bad rows out and lists them.
-      ignore_columns: columns of the rows that are left out before they are read, "a,b".
+      columns: what the columns of the files are called here, and which are left out.
       progress: whether a bar is shown where it takes long (one process of a run shows it).
     """
 
@@ -59,7 +59,7 @@ class TokenizeOptions:
     train_on: str = "all_turns"
     chat: ChatOptions = DEFAULT_CHAT
     on_bad_row: str = "stop"
-    ignore_columns: str = ""
+    columns: ColumnNames = AS_IN_THE_FILE
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -72,12 +72,6 @@ class TokenizeOptions:
                 raise InputError(f"data.{name} is {value!r}; it must be one of {', '.join(known)}")
         if self.max_length < 0 or self.max_length == 1:
             raise InputError(f"data.max_length is {self.max_length}; a sequence needs at least 2 tokens")
-
-    def columns(self, row: Row) -> dict[str, Any]:
-        """The columns of a row that are read. Raises RowError where the row could not be read."""
-        if row.error is not None:
-            raise row.error
-        return without_columns(row, self.ignore_columns).value
 
     def at_one_time(self) -> TokenizeOptions:
         """With the present as the date that a template shows, so that all rows show the same."""
@@ -226,11 +220,11 @@ def build(
     tokenizer_key = tokenizer_fingerprint(tokenizer, options.chat)
     sources, folders = [], []
     for source, weight in weighted_sources(spec):
-        rows = SourceRows(source)
+        rows = SourceRows(source, options.columns)
         key = cache_key(
             rows,
             tokenizer_key,
-            [options.max_length, options.truncate, options.train_on, options.ignore_columns],
+            [options.max_length, options.truncate, options.train_on],
         )
         store = read_store(root / key)
         if store is None:
@@ -340,7 +334,7 @@ def _encode(
     for row in chunk:
         counts["rows"] += 1
         try:
-            conversation = to_conversation(options.columns(row), text_as=options.chat.text_as)
+            conversation = to_conversation(row.columns(), text_as=options.chat.text_as)
             conversations.append(conversation)
             results.append(None)
             counts["repeated"] += conversation.repeated

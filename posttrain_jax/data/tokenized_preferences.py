@@ -66,9 +66,10 @@ def build_preferences(
     tokenizer_key = tokenizer_fingerprint(tokenizer, options.chat)
     sources, folders = [], []
     for source, weight in weighted_sources(spec):
-        rows = SourceRows(source)
-        kept = [options.max_length, options.truncate, options.ignore_columns]
-        key = cache_key(rows, tokenizer_key, ["preferences", FORMAT_VERSION, *kept])
+        rows = SourceRows(source, options.columns)
+        key = cache_key(
+            rows, tokenizer_key, ["preferences", FORMAT_VERSION, options.max_length, options.truncate]
+        )
         found = _read(root / key)
         if found is None:
             with publish(root / key, read=_read) as scratch:
@@ -196,7 +197,7 @@ def _encode(
     for row in chunk:
         counts["rows"] += 1
         try:
-            preference = to_preference(options.columns(row), text_as=options.chat.text_as)
+            preference = to_preference(row.columns(), text_as=options.chat.text_as)
             results.append(preference)
             counts["repeated"] += preference.repeated
             counts["plain"] += encoder.has_template and preference.completions[0].prompt is not None

@@ -40,6 +40,7 @@ RULES: dict[str, Any] = {
     "truncate": "right",
     "on_bad_row": "stop",
     "train_on": "all_turns",
+    "columns": "",
     "ignore_columns": "",
     "text_as": "plain",
     "chat_template_kwargs": "",
@@ -265,7 +266,7 @@ def rules_of(config: Config, loaded: LoadedModel) -> TokenizeOptions:
     run = run_config(loaded)
     rules = {**RULES, "max_length": min(RULES["max_length"], loaded.config.max_length)}
     rules |= {} if run is None else {name: run["data"][name] for name in RULES if name in run["data"]}
-    given = {name: config.data[name] for name in RULES if config.data[name] not in ("", -1)}
+    given = {name: config.data[name] for name in RULES if config.data[name] not in ("", -1, {})}
     # The run's chat template is its tokenizer's by now.
     options = tokenize_options({**rules, **given, "chat_template": config.data.chat_template})
     if run is None:

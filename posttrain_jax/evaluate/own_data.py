@@ -18,7 +18,7 @@ from posttrain_jax.models.io.hf_config import read_json
 from posttrain_jax.models.io.load import LoadedModel
 from posttrain_jax.rollouts.draw import encode_prompt
 from posttrain_jax.sampling.prompts import need_tokenizer
-from posttrain_jax.wiring.data import data_spec, kept_date, tokenize_options
+from posttrain_jax.wiring.data import column_names, data_spec, kept_date, tokenize_options
 
 ON_PROMPTS = ("ppo", "rloo")
 ON_PREFERENCES = ("dpo", "kto", "reward_model")
@@ -106,6 +106,7 @@ def held_out_prompts(run: dict[str, Any], loaded: LoadedModel, source: HeldOutDa
             max_tokens=run["data"]["max_length"] - run["rollout"]["max_new_tokens"],
             long_prompts=run["data"]["long_prompts"],
             on_bad_row=run["data"]["on_bad_row"],
+            columns=column_names(run["data"]),
         )
     else:
         read = build_preferences if run["algorithm"] in ON_PREFERENCES else build

@@ -21,7 +21,7 @@ from posttrain_jax.data.json_text import parse
 from posttrain_jax.data.packing import PackedRows, efficiency, pack
 from posttrain_jax.data.preference_groups import PreferenceData
 from posttrain_jax.data.preference_rows import RowShape, row_shape
-from posttrain_jax.data.rows import RowError, one_line
+from posttrain_jax.data.rows import ColumnNames, RowError, one_line, read_columns
 from posttrain_jax.data.shown_row import shown_row
 from posttrain_jax.data.sources import MIXTURE, weighted_sources
 from posttrain_jax.data.split import Data, hold_out, split_amount, trained_rows
@@ -41,7 +41,7 @@ class Rows:
 def tokenize_options(data: Mapping[str, Any]) -> TokenizeOptions:
     """How rows become sequences, as `config.data` says: an experiment's, an evaluation's, or that of a run's
     config.json, which may be older than a key; preferences have no `train_on`."""
-    of_some = {"train_on": "all_turns", "ignore_columns": "", "text_as": "plain", "chat_template_kwargs": ""}
+    of_some = {"train_on": "all_turns", "text_as": "plain", "chat_template_kwargs": ""}
     rules = {**of_some, **data}
     return TokenizeOptions(
         max_length=rules["max_length"],
@@ -53,9 +53,18 @@ def tokenize_options(data: Mapping[str, Any]) -> TokenizeOptions:
             text_as=rules["text_as"],
         ),
         on_bad_row=rules["on_bad_row"],
-        ignore_columns=rules["ignore_columns"],
+        columns=column_names(data),
         progress=jax.process_index() == 0,
     )
+
+
+def column_names(data: Mapping[str, Any]) -> ColumnNames:
+    """`data.columns` and `data.ignore_columns`, of a config that may be older than either.
+
+    Raises:
+      InputError: `data.columns` is no mapping of names.
+    """
+    return ColumnNames(read_columns(data.get("columns", ""), "data.columns"), data.get("ignore_columns", ""))
 
 
 def chat_from_config(config: Config, tokenizer: PreTrainedTokenizerBase, workdir: Path) -> ChatOptions:

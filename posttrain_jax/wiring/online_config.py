@@ -34,7 +34,7 @@ from posttrain_jax.rewards.workers import PythonReward
 from posttrain_jax.rollouts.draw import RolloutOptions, encode_prompt
 from posttrain_jax.rollouts.experience import policy_params
 from posttrain_jax.rollouts.score import ScoreOptions, Scorer, check_tokenizer, load_reward_model
-from posttrain_jax.wiring.data import chat_from_config, data_spec, say_trained_rows
+from posttrain_jax.wiring.data import chat_from_config, column_names, data_spec, say_trained_rows
 from posttrain_jax.wiring.experiment import ModelSpec
 
 VALUES = ("none", "policy", "shared")
@@ -262,7 +262,7 @@ def prompts_from_config(config: Config, policy: ModelSpec, workdir: Path) -> tup
             max_tokens=config.data.max_length - config.rollout.max_new_tokens,
             long_prompts=config.data.long_prompts,
             on_bad_row=config.data.on_bad_row,
-            ignore_columns=config.data.ignore_columns,
+            columns=column_names(config.data),
             rejected_path=workdir / rejected if jax.process_index() == 0 else None,
         )
 

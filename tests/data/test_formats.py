@@ -291,7 +291,7 @@ BAD = [
     (
         chat({"role": "bot", "content": "q"}),
         "messages[0].role",
-        "'bot'; the known roles are system, user, assistant",
+        "'bot'; the known roles are system, developer, user, assistant",
     ),
     (chat({"role": ["user"], "content": "q"}), "messages[0].role", "the known roles are"),
     (
@@ -355,7 +355,7 @@ BAD = [
         "another system",
     ),
     (talk({"from": ["human"], "value": "q"}, GPT), "conversations[0].from", "the known speakers"),
-    (talk({**HUMAN, "content": "other"}, GPT), "conversations[0].content", "write role and content"),
+    (talk({**HUMAN, "content": "other"}, GPT), "conversations[0].content", "stands beside value"),
     # tools
     (chat({**USER, "tool_calls": [{"name": "f"}]}, ASSISTANT), "messages[0].tool_calls", "only an assistant"),
     (chat(USER, {**ASSISTANT, "tool_calls": [{"id": "1"}]}), "messages[1].tool_calls[0]", "no function name"),

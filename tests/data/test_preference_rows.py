@@ -8,6 +8,7 @@ import pytest
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.loader import Loader
 from posttrain_jax.data.preference_rows import PreferenceRows, pack_groups, row_shape, used_share
+from posttrain_jax.data.rows import ColumnNames
 from posttrain_jax.data.split import hold_out
 from posttrain_jax.data.tokenized import TokenizeOptions
 from posttrain_jax.data.tokenized_preferences import build_preferences
@@ -149,7 +150,7 @@ def test_all_that_is_said_of_a_prompt_is_on_one_side(write_jsonl, tokenizer, tmp
 
 def test_columns_that_are_not_used_are_said(write_jsonl, tokenizer, tmp_path):
     rows = ({**PAIR, "id": 1}, {**PAIR, "id": 2, "context": "c"})
-    data = built(write_jsonl, tokenizer, tmp_path, *rows, ignore_columns="context")
+    data = built(write_jsonl, tokenizer, tmp_path, *rows, columns=ColumnNames(ignored="context"))
     assert "columns not used: id (2 rows)" in data.text()
     row = {"prompt": "The sky is", "chosen": "The sky is up", "rejected": "The sky is on"}
     assert "1 repeated the prompt" in built(write_jsonl, tokenizer, tmp_path, row).text()

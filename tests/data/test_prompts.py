@@ -10,6 +10,7 @@ import pytest
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.loader import Loader
 from posttrain_jax.data.prompts import read_prompts
+from posttrain_jax.data.rows import ColumnNames
 from posttrain_jax.data.sources import RowError
 from posttrain_jax.data.split import hold_out
 
@@ -38,7 +39,7 @@ def test_rows_places_and_what_travels_with_them(tmp_path):
 
 def test_columns_that_are_left_out_do_not_travel(tmp_path):
     spec = write(tmp_path / "p.jsonl", [{"prompt": "ab", "answer": 3, "note": "x"}, {"prompt": "c"}])
-    prompts = read_prompts(spec, encode, max_tokens=4, ignore_columns="answer,note").all()
+    prompts = read_prompts(spec, encode, max_tokens=4, columns=ColumnNames(ignored="answer,note")).all()
     assert [prompt.row for prompt in prompts] == [{"prompt": "ab"}, {"prompt": "c"}]
 
 

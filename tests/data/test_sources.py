@@ -176,7 +176,7 @@ def test_folder_of_files_in_order(tmp_path):
         ("empty.json", "is empty"),
         ("empty_array.json", "is empty"),
         ("empty.txt", "is empty"),
-        ("rows.csv", "must end in one of"),
+        ("rows.xlsx", "must end in one of"),
         ("empty_folder", "holds no file"),
     ],
 )
@@ -185,7 +185,7 @@ def test_sources_that_hold_nothing(name, message, tmp_path):
         (tmp_path / empty).touch()
     (tmp_path / "blank.jsonl").write_text("\n \n")
     (tmp_path / "empty_array.json").write_text("[]")
-    (tmp_path / "rows.csv").write_text("text\na\n")
+    (tmp_path / "rows.xlsx").write_text("text\na\n")
     (tmp_path / "empty_folder").mkdir()
     with pytest.raises(InputError, match=message) as error:
         list(read_rows(str(tmp_path / name)))

@@ -15,6 +15,7 @@ import pytest
 
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.chat_template import ChatOptions
+from posttrain_jax.data.rows import ColumnNames
 from posttrain_jax.data.tokenized import TokenizeOptions, build
 
 from .chats import TEMPLATES, chat_row
@@ -44,7 +45,7 @@ def test_columns_that_are_not_used_are_counted_and_said(make, write_jsonl):
     rows = [{**row, "context": "c"} for row in rows]
     with pytest.raises(InputError, match=r"line 1, context: could be part of .*data\.ignore_columns=context"):
         make(write_jsonl(*rows))
-    assert len(make(write_jsonl(*rows), ignore_columns="context,id")) == 4
+    assert len(make(write_jsonl(*rows), columns=ColumnNames(ignored="context,id"))) == 4
 
 
 def test_a_prompt_that_is_said_twice_is_counted(make, write_jsonl):
