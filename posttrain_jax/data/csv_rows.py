@@ -18,14 +18,12 @@ from posttrain_jax.data.json_text import parse
 from posttrain_jax.data.rows import Row, RowError
 from posttrain_jax.data.text_rows import decode
 
-NUMBERS = frozenset(
-    """label rating margin weight probability chosen_score rejected_score score_chosen score_rejected
-    is_safety""".split()
-)
-LISTS = frozenset(
-    """messages conversations history completions ranks scores ratings chosen_messages rejected_messages prompt_ids
-    instruction_id_list kwargs""".split()
-)
+_NUMBERS = """
+    label rating margin weight probability chosen_score rejected_score score_chosen score_rejected is_safety"""
+_LISTS = """
+    messages conversations history completions ranks scores ratings chosen_messages rejected_messages prompt_ids
+    instruction_id_list kwargs"""
+NUMBERS, LISTS = frozenset(_NUMBERS.split()), frozenset(_LISTS.split())
 TEXTS_OR_CHATS = frozenset(["prompt", "completion", "chosen", "rejected", "context"])
 _MESSAGES = re.compile(r"""\[?\s*\{\s*["'](?:role|content|from|value)["']\s*:""")
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
