@@ -297,7 +297,7 @@ BAD = [
     (
         talk({"from": "alien", "value": "q"}),
         "conversations[0].from",
-        "'alien'; the known speakers are system, human",
+        "'alien'; the known speakers are system, developer, human",
     ),
     # content that is not text
     (chat({"role": "user", "content": 7}, ASSISTANT), "messages[0].content", "is a number, not text"),

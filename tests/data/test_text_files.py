@@ -1,0 +1,251 @@
+"""The same rows as JSON Lines, JSON over several lines, CSV and with gzip; and columns under other names."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import pathlib
+import tempfile
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.data.formats import to_conversation
+from posttrain_jax.data.preferences import to_preference
+from posttrain_jax.data.rows import ColumnNames, read_columns
+from posttrain_jax.data.sources import read_rows
+from posttrain_jax.data.tokenized import TokenizeOptions, build
+from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
+
+SETTINGS = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
+
+
+def rows_of(path: object, columns: ColumnNames = ColumnNames()) -> list[dict]:  # noqa: B008
+    rows = list(read_rows(str(path), columns))
+    assert [str(row.error) for row in rows if row.error] == []
+    return [row.value for row in rows]
+
+
+def error_of(path: object, columns: ColumnNames = ColumnNames()) -> tuple[int, str]:  # noqa: B008
+    """The only row that cannot be read: its line and why."""
+    ((line, error),) = [(row.line, row.error) for row in read_rows(str(path), columns) if row.error]
+    return line, str(error)
+
+
+def csv_text(rows: list[dict], **options) -> str:
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)), **options)
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+NAME = st.text("abcdefg_ é,;\"'", min_size=1, max_size=5).map(lambda name: f"c{name}x")
+
+
+@given(
+    st.lists(NAME, unique=True, min_size=2, max_size=4).flatmap(
+        lambda names: st.lists(st.fixed_dictionaries(dict.fromkeys(names, TEXT)), min_size=1, max_size=4)
+    )
+)
+@example([{"prompt": '5" disk, 3', "x": 'a\nb"c'}, {"prompt": "=1+1", "x": "\u2028\x85\x0c"}])
+@settings(SETTINGS, max_examples=60)
+def test_every_kind_of_file_holds_the_same_rows(rows):
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        texts = {
+            "a.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+            "b.json": json.dumps(rows, indent=2, ensure_ascii=False),
+            "c.json": "\n".join(json.dumps(row, indent=1) for row in rows),
+            "d.jsonl": "\n\n".join(json.dumps(row, indent=1) for row in rows),
+            "e.csv": csv_text(rows),
+            "f.tsv": csv_text(rows, dialect="excel-tab"),
+            "g.CSV": csv_text(rows, quoting=csv.QUOTE_ALL, lineterminator="\n"),
+        }
+        for file, text in texts.items():
+            (folder / file).write_bytes(text.encode())
+            (folder / f"{file}.gz").write_bytes(gzip.compress(text.encode()))
+            if "csv" in file.lower() and "\r" in json.dumps(rows, ensure_ascii=False):
+                continue  # a lone carriage return ends a row in some dialects; what is refused is below
+            assert rows_of(folder / file) == rows, file
+            assert rows_of(folder / f"{file}.gz") == rows, file
+
+
+def test_lines_of_a_csv_and_what_its_cells_are(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(
+        '\ufeff,prompt,completion,label,note\r\n0,"one\nline",yes,True,\r\n\r\n1,007,"[1, 2]",0,x\r\n',
+        newline="",
+    )
+    rows = list(read_rows(str(path)))
+    assert [row.line for row in rows] == [2, 5]
+    assert [row.value for row in rows] == [
+        {"index": "0", "prompt": "one\nline", "completion": "yes", "label": True, "note": None},
+        {"index": "1", "prompt": "007", "completion": "[1, 2]", "label": 0, "note": "x"},
+    ]
+    assert to_preference(rows[0].value).label is True
+
+
+def test_chats_and_numbers_in_cells(tmp_path):
+    messages = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": 'Yes, "yes".'}]
+    path = tmp_path / "a.csv"
+    path.write_text(csv_text([{"messages": json.dumps(messages), "tools": ""}]), newline="")
+    (row,) = rows_of(path)
+    assert list(to_conversation(row).messages) == messages
+    path.write_text(
+        csv_text(
+            [
+                {
+                    "prompt": json.dumps(messages[:1]),
+                    "chosen": "A",
+                    "rejected": "B",
+                    "margin": "better",
+                    "weight": "0.5",
+                }
+            ]
+        ),
+        newline="",
+    )
+    (row,) = rows_of(path)
+    preference = to_preference(row)
+    assert preference.completions[0].messages[0] == messages[0]
+    assert (preference.comparisons[0].weight, preference.comparisons[0].margin) == (0.5, 2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "reason"),
+    [
+        ("a,b\n1,2\n1,2,3\n1,2\n", 3, "has 3 cells, and the header has 2: a, b"),
+        ("a,b\n1\n1,2\n", 2, "has 1 cells"),
+        ('a,b\n1,"2\n3,4\n', 2, "is broken (unexpected end of data); nothing after it was read"),
+        ('a,b\n1,"2"x\n3,4\n', 2, "is broken (',' expected after '\"')"),
+        ("a,a\n1,2\n", 1, "has the column 'a' twice"),
+        ("a;b\n1;2\n", 1, "separated by something else than commas"),
+        (b"a,b\n1,caf\xe9\n1,2\n", 2, "b: holds the byte 0xe9, not UTF-8"),
+        ("a,b\n".encode("utf-16"), 1, "UTF-16"),
+        (
+            "prompt,completion\n\"[{'role': 'user', 'content': 'x'}]\",y\n",
+            2,
+            "begins like JSON messages, but it is broken",
+        ),
+        ("messages\n[{'role': 'user'}]\n", 2, "messages: should hold JSON, but it is broken"),
+    ],
+)
+def test_a_broken_csv_names_the_line(text, line, reason, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    found = error_of(path)
+    assert found[0] == line and reason in found[1]
+
+
+@pytest.mark.parametrize(("name", "suffix"), [("a.jsonl", "\n"), ("b.json", "]")])
+def test_json_over_several_lines_that_is_broken(name, suffix, tmp_path):
+    path = tmp_path / name
+    path.write_text('{\n "text": "a"\n}\n{\n "text": \n}\n{"text": "b"}' + suffix)
+    line, reason = error_of(path)
+    assert line == 6 and "is broken at line 6, column 1" in reason and "nothing after it was read" in reason
+
+
+def test_a_gzip_file_that_is_cut_off_or_none(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    whole = gzip.compress(b"".join(b'{"text": "%d"}\n' % n for n in range(10_000)))
+    for data, words in (
+        (whole[: len(whole) // 2], "cut off or damaged"),
+        (b"text", "Not a gzipped file"),
+        (b"", "is empty"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=words) as error:
+            rows_of(path)
+        assert str(path) in str(error.value)
+    (tmp_path / "a.parquet.gz").touch()
+    with pytest.raises(InputError, match="must end in one of"):
+        rows_of(tmp_path / "a.parquet.gz")
+
+
+def test_columns_under_other_names(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        '{"question": "Q", "best": "A", "id": 1}\n{"question": "R", "best": "B", "prompt": null}\n'
+    )
+    columns = ColumnNames({"prompt": "question", "completion": "best"}, "id")
+    assert rows_of(path, columns) == [{"prompt": "Q", "completion": "A"}, {"prompt": "R", "completion": "B"}]
+    # Two names that are exchanged; a name that the rows have already.
+    assert rows_of(path, ColumnNames({"best": "question", "question": "best"}, "id,prompt"))[0] == {
+        "best": "Q",
+        "question": "A",
+    }
+    assert rows_of(path, ColumnNames({"best": "gold"}))[0]["best"] == "A"
+    with pytest.raises(
+        InputError, match="calls a column 'qestion' completion, and .* the nearest is 'question'"
+    ):
+        rows_of(path, ColumnNames({"completion": "qestion"}))
+    path.write_text('{"question": "Q", "prompt": "P"}\n')
+    assert "stands in the row beside 'question'" in error_of(path, ColumnNames({"prompt": "question"}))[1]
+    assert rows_of(path, ColumnNames({"prompt": "question"}, "prompt")) == [{"prompt": "Q"}]
+
+
+def test_cells_are_read_by_our_names(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("question,reply,is_good\nQ,A,true\n")
+    columns = ColumnNames({"prompt": "question", "completion": "reply", "label": "is_good"})
+    assert rows_of(path, columns) == [{"prompt": "Q", "completion": "A", "label": True}]
+
+
+@pytest.mark.parametrize(
+    "value", ["prompt", '["a"]', '{"a": 1}', '{"": "a"}', {"a": ""}, '{"a": "x", "b": "x"}', 7]
+)
+def test_what_is_no_mapping_of_names(value):
+    with pytest.raises(InputError, match=r"data\.columns"):
+        read_columns(value, "data.columns")
+    assert read_columns("", "data.columns") == {} == read_columns({}, "data.columns")
+    assert read_columns('{"prompt": "q"}', "data.columns") == {"prompt": "q"}
+
+
+def test_names_of_columns_are_part_of_what_is_cached(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "Q", "good": "long answer", "short": "A", "id": 1}\n')
+    lengths = []
+    for name in ("good", "short"):
+        other = {"good": "short", "short": "good"}[name]
+        options = TokenizeOptions(columns=ColumnNames({"completion": name}, other))
+        (source,) = build(str(path), byte_tokenizer(), options, cache_dir=tmp_path).sources
+        lengths.append(int(source.lengths[0]))
+    assert lengths == [len("Qlong answer") + 1, len("QA") + 1]
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+@pytest.mark.parametrize("text", ["value", "content", "text"])
+@pytest.mark.parametrize(
+    ("human", "gpt"), [("human", "gpt"), ("user", "assistant"), ("Human", "ChatGPT"), ("prompter", "bing")]
+)
+def test_sharegpts_other_names(column, text, human, gpt):
+    row = {column: [{"from": human, text: "Q"}, {"from": gpt, text: "A"}]}
+    expected = to_conversation(
+        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
+    )
+    assert to_conversation(row) == expected
+    by_role = {column: [{"role": turn["from"], text: turn[text]} for turn in row[column]]}
+    if text != "text":
+        assert to_conversation(by_role) == expected
+
+
+def test_roles_of_tools_and_developers():
+    turns = [
+        {"role": "developer", "content": "D"},
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "A"},
+    ]
+    assert [message["role"] for message in to_conversation({"messages": turns}).messages] == [
+        "developer",
+        "user",
+        "assistant",
+    ]
+    for role in ("function", "tool", "observation", "tool_response", "function_response", "ipython"):
+        chat = [turns[1], turns[2], {"from": role, "value": "R"}, turns[2]]
+        assert to_conversation({"conversations": chat}).messages[2] == {"role": "tool", "content": "R"}
