@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import pytest
-from evaluate.tiny_loaded import load
+from tiny_loaded import load
 
 from posttrain_jax.models.io.load import LoadedModel
 

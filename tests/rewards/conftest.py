@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from evaluate.tiny_loaded import load
+from tiny_loaded import load
 
 from posttrain_jax.models.io.load import LoadedModel
 
