@@ -106,12 +106,13 @@ def read_columns(value: str | Mapping[str, str], name: str) -> dict[str, str]:
     Raises:
       InputError: it is no object of texts, or calls one column by two names; `name` is what to call it.
     """
+    given: Any = value
     if isinstance(value, str):
         try:
-            value = json.loads(value) if value.strip() else {}
+            given = json.loads(value) if value.strip() else {}
         except ValueError:
-            value = {"": value}
-    renamed = dict(value) if isinstance(value, Mapping) else {"": ""}
+            given = None
+    renamed = dict(given) if isinstance(given, Mapping) else {"": ""}
     if not all(isinstance(text, str) and text for pair in renamed.items() for text in pair):
         raise InputError(
             f"{name} is {one_line(repr(value), 200)}; write our name and the one in the file, such as "

@@ -121,11 +121,8 @@ def read_rows(source: str, columns: ColumnNames = AS_IN_THE_FILE) -> Iterator[Ro
     """
     files = source_files(source)
     if files is None:
-        rows = map(columns.row, _checked(library_rows(source), source, columns))
-    else:
-        parts = (_file_rows(path, columns) for path in files)
-        rows = itertools.chain.from_iterable(parts)
-    return rows
+        return map(columns.row, _checked(library_rows(source), source, columns))
+    return itertools.chain.from_iterable(_file_rows(path, columns) for path in files)
 
 
 def _checked(rows: Iterator[Row], source: str, columns: ColumnNames) -> Iterator[Row]:
