@@ -107,8 +107,10 @@ def _run(
 ) -> None:
     import jax
 
+    from posttrain_jax.core.schema import read
     from posttrain_jax.core.workdir import completed_steps
     from posttrain_jax.run.loop import LoopOptions, train
+    from posttrain_jax.run.options import CheckpointOptions, EvalOptions, LogOptions
 
     config_flag.check_values(config)
     config_flag.check_allowed(config, allowed)
@@ -118,18 +120,12 @@ def _run(
     changed = config_flag.changes(config, workdir, allowed) if steps else []
     if first and not steps:
         config_flag.write(resolved, workdir)
+    values = config.to_dict()
     options = LoopOptions(
-        log_every=config.log.every,
-        eval_every=config.eval.every,
-        eval_weights=config.eval.weights,
-        checkpoint_every=config.checkpoint.every,
-        keep=config.checkpoint.keep,
-        best_metric=config.checkpoint.best_metric,
-        best_is_high=config.checkpoint.best_is_high,
+        log=read(LogOptions, values["log"], "log"),
+        eval=EvalOptions(config.eval.every, config.eval.weights),
+        checkpoint=read(CheckpointOptions, values["checkpoint"], "checkpoint"),
         max_skipped=config.train.max_skipped,
-        profile=config.log.profile,
-        tensorboard=config.log.tensorboard,
-        wandb_project=config.log.wandb_project,
         config=resolved,
     )
     task = from_config(config, workdir)

@@ -27,7 +27,7 @@ from experiments.bench.preferences_contract import (
 from experiments.bench.preferences_prepare import load_source
 from launch.entry import set_up_jax
 from posttrain_jax.algorithms import dpo, reward_model
-from posttrain_jax.core.optim import make_optimizer, make_schedule
+from posttrain_jax.core.optim import OptimOptions, make_optimizer, make_schedule
 from posttrain_jax.core.sharding import batch_sharding, jit_step, make_mesh, put_batch
 from posttrain_jax.core.types import Metric, PreferenceBatch, PyTree
 from posttrain_jax.data.preference_groups import PreferenceData, PreferenceSource
@@ -105,8 +105,8 @@ def make_step(
     settings: Settings, model: Model, params: PyTree, layout: Layout, mesh: Mesh
 ) -> tuple[PyTree, Callable[[PyTree, PreferenceBatch], Any]]:
     """The first state (it takes `params` over) and the jitted step."""
-    schedule = make_schedule("constant", lr=settings.lr, steps=settings.steps)
-    optimizer = make_optimizer("adamw", schedule, clip_norm=1.0)
+    schedule = make_schedule(OptimOptions(schedule="constant", lr=settings.lr), steps=settings.steps)
+    optimizer = make_optimizer(OptimOptions(name="adamw", clip_norm=1.0), schedule)
     share = layout.shape.share_prompt
     key = jax.random.key(0)
     if settings.setting == "dpo":

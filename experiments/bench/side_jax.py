@@ -13,7 +13,7 @@ import numpy as np
 from experiments.bench.contract import Recorder, load_packed, parse_settings
 from launch.entry import set_up_jax
 from posttrain_jax.algorithms import sft
-from posttrain_jax.core.optim import make_optimizer, make_schedule
+from posttrain_jax.core.optim import OptimOptions, make_optimizer, make_schedule
 from posttrain_jax.core.sharding import batch_sharding, jit_step, make_mesh, put_batch
 from posttrain_jax.core.trees import combine, partition
 from posttrain_jax.models.config import LoraConfig
@@ -29,8 +29,8 @@ def main() -> None:
     loaded = load_model(str(settings.rows / "model"), mesh=mesh)
     lora = LoraConfig(rank=settings.lora_rank, alpha=2.0 * settings.lora_rank)
     model = make_model(loaded.config, remat=settings.variant or "elementwise", lora=lora)
-    schedule = make_schedule("constant", lr=settings.lr, steps=settings.steps)
-    optimizer = make_optimizer("adamw", schedule, clip_norm=1.0)
+    schedule = make_schedule(OptimOptions(schedule="constant", lr=settings.lr), steps=settings.steps)
+    optimizer = make_optimizer(OptimOptions(name="adamw", clip_norm=1.0), schedule)
     params = loaded.params
     del loaded
     if lora.rank:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.schema import check, setting
 from posttrain_jax.core.trees import global_norm, leaf_path
 from posttrain_jax.core.types import Array, PyTree
 
@@ -17,16 +18,34 @@ SCHEDULES = ("constant", "linear", "cosine", "wsd")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "rmsprop", "sgd", "adam_tf")
 
 
-def make_schedule(
-    name: str,
-    *,
-    lr: float,
-    steps: int,
-    warmup: float = 0.0,
-    warmup_start: float = 0.0,
-    min_lr_ratio: float = 0.0,
-    decay_share: float = 0.1,
-) -> Callable[[Array], Array]:
+@dataclasses.dataclass(frozen=True)
+class OptimOptions:
+    """The section `optim` of a config."""
+
+    name: str = setting("adamw", "the optimizer", choices=OPTIMIZERS)
+    lr: float = setting(1e-5, "peak learning rate", maximum=1e6)
+    schedule: str = setting("cosine", "of the learning rate after the warm-up", choices=SCHEDULES)
+    warmup: float = setting(
+        0.0, "linear warm-up: below 1 a share of the run's updates, else a number of them", maximum=2**31 - 1
+    )
+    warmup_start: float = setting(
+        0.0, "where the warm-up begins, as a share of lr (InstructGPT: 0.1)", maximum=1
+    )
+    min_lr_ratio: float = setting(0.0, "lowest learning rate, as a share of lr", maximum=1)
+    decay_share: float = setting(0.1, "wsd: the last share of the updates, in which lr falls", maximum=1)
+    beta1: float = setting(0.9, "decay of the first moment", below=1)
+    beta2: float = setting(0.999, "decay of the second moment (rmsprop: PyTorch's alpha)", below=1)
+    eps: float = setting(1e-8, "added to the root of the second moment", maximum=1e6)
+    weight_decay: float = setting(0.0, "decoupled: lr x decay x parameter in every update", maximum=1e6)
+    momentum: float = setting(0.0, "sgd", maximum=1)
+    clip_norm: float = setting(1.0, "largest global norm of the gradient; 0 = off")
+    ema: float = setting(0.0, "decay of the moving average of the weights; 0 = off", below=1)
+
+    def __post_init__(self) -> None:
+        check(self, "optim")
+
+
+def make_schedule(options: OptimOptions, *, steps: int) -> Callable[[Array], Array]:
     """Learning rate as a function of the 0-based step.
 
     The warm-up is linear, lr * (s + (1 - s) (t + 1) / W) at step t < W with s = `warmup_start`, so that the first step
@@ -38,19 +57,11 @@ def make_schedule(
       wsd       constant, then linear to min_lr_ratio * lr over the last `decay_share` (arXiv:2404.06395)
 
     Args:
-      name: one of SCHEDULES.
-      lr: peak learning rate.
+      options: `lr`, `schedule`, and its numbers; W is `warmup`, or that share of `steps`.
       steps: optimizer steps in the whole run.
-      warmup: W: below 1 a share of `steps`, else a number of steps.
-      warmup_start: where it begins, relative to `lr` (InstructGPT: 0.1).
-      min_lr_ratio: the floor, relative to `lr`.
-      decay_share: "wsd" only.
-
-    Raises:
-      InputError: an unknown name.
     """
-    if name not in SCHEDULES:
-        raise InputError(f"optim.schedule is {name!r}; use one of {', '.join(SCHEDULES)}.")
+    name, lr, min_lr_ratio = options.schedule, options.lr, options.min_lr_ratio
+    warmup, warmup_start, decay_share = options.warmup, options.warmup_start, options.decay_share
     warmup_steps = round(warmup * steps) if warmup < 1 else int(warmup)
     rest = max(steps - warmup_steps, 1)
 
@@ -82,15 +93,7 @@ def decay_mask(params: PyTree) -> PyTree:
 
 
 def make_optimizer(
-    name: str,
-    schedule: Callable[[Array], Array],
-    *,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    clip_norm: float = 1.0,
-    momentum: float = 0.0,
+    options: OptimOptions, schedule: Callable[[Array], Array]
 ) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm (0 = off), then the named optimizer.
 
@@ -101,33 +104,19 @@ def make_optimizer(
     that `lr` means the same everywhere), RMSprop as PyTorch has it (its alpha is `beta2`; eps outside the root), SGD
     with momentum, and Adam as TensorFlow 1 has it (`scale_by_adam_tf`, the optimizer of OpenAI's RLHF code; decay as
     in AdamW).
-
-    Raises:
-      InputError: an unknown name.
     """
-    if name == "adamw":
-        rule = optax.adamw(schedule, beta1, beta2, eps, weight_decay=weight_decay, mask=decay_mask)
-    elif name == "lion":
-        rule = optax.lion(schedule, beta1, beta2, weight_decay=weight_decay, mask=decay_mask)
-    elif name == "adafactor":
-        decay = optax.add_decayed_weights(weight_decay, decay_mask)
-        rule = optax.chain(scale_by_adafactor(), decay, optax.scale_by_learning_rate(schedule))
-    elif name == "rmsprop":
-        decay = optax.add_decayed_weights(weight_decay, decay_mask)
-        rule = optax.chain(
-            optax.scale_by_rms(decay=beta2, eps=eps, eps_in_sqrt=False),
-            decay,
-            optax.scale_by_learning_rate(schedule),
-        )
-    elif name == "sgd":
-        decay = optax.add_decayed_weights(weight_decay, decay_mask)
-        rule = optax.chain(decay, optax.sgd(schedule, momentum=momentum or None))
-    elif name == "adam_tf":
-        decay = optax.add_decayed_weights(weight_decay, decay_mask)
-        rule = optax.chain(scale_by_adam_tf(beta1, beta2, eps), decay, optax.scale_by_learning_rate(schedule))
-    else:
-        raise InputError(f"optim.name is {name!r}; use one of {', '.join(OPTIMIZERS)}.")
-    return optax.chain(divide_and_clip(clip_norm), rule)
+    beta1, beta2, eps = options.beta1, options.beta2, options.eps
+    decay = optax.add_decayed_weights(options.weight_decay, decay_mask)
+    scale = optax.scale_by_learning_rate(schedule)
+    rules: dict[str, tuple[optax.GradientTransformation, ...]] = {
+        "adamw": (optax.scale_by_adam(beta1, beta2, eps), decay, scale),
+        "lion": (optax.scale_by_lion(beta1, beta2), decay, scale),
+        "adafactor": (scale_by_adafactor(), decay, scale),
+        "rmsprop": (optax.scale_by_rms(decay=beta2, eps=eps, eps_in_sqrt=False), decay, scale),
+        "sgd": (decay, optax.sgd(schedule, momentum=options.momentum or None)),
+        "adam_tf": (scale_by_adam_tf(beta1, beta2, eps), decay, scale),
+    }
+    return optax.chain(divide_and_clip(options.clip_norm), optax.chain(*rules[options.name]))
 
 
 def stacked_axes(path: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.schema import check, setting
 from posttrain_jax.core.trees import leaf_path
 from posttrain_jax.core.types import Array, Batch, PreferenceBatch, PyTree
 
@@ -39,6 +41,21 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 OPTIONS: dict[str, bool | str] = {"xla_allow_excess_precision": False}
 # XLA's CPU backend then computes large products with Eigen instead of YNNPACK: 4 % of an SFT step, 3 % with LoRA.
 CPU_OPTIONS = {**OPTIONS, "xla_cpu_experimental_ynn_fusion_type": ""}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshOptions:
+    """The section `mesh` of a config: how the devices are laid out; at most one size is -1."""
+
+    data: int = setting(-1, "devices that split rows; -1 = those that are left", minimum=-1)
+    fsdp: int = setting(1, "devices that split rows, and parameters too; -1 = as above", minimum=-1)
+    tensor: int = setting(1, "devices that split each layer's computation; -1 = as above", minimum=-1)
+
+    def __post_init__(self) -> None:
+        check(self, "mesh")
+        sizes = (self.data, self.fsdp, self.tensor)
+        if 0 in sizes or sizes.count(-1) > 1:
+            raise InputError(f"The mesh {sizes} is not valid: sizes are positive, and at most one is -1.")
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.schema import setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,16 +131,15 @@ def check_sizes(config: ModelConfig, where: str) -> None:
 class LoraConfig:
     """Low-rank adapters (arXiv:2106.09685): W x + scale * B (A x), A and B trained, W frozen.
 
-    Attributes:
-      rank: R; 0 = off.
-      alpha: scale = alpha / R, or alpha / sqrt(R) with `rslora` (arXiv:2312.03732).
-      targets: which linear layers, by our names: any of q k v o gate up down.
+    The scale is alpha / R, or alpha / sqrt(R) with `rslora` (arXiv:2312.03732).
     """
 
-    rank: int = 0
-    alpha: float = 16.0
-    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
-    rslora: bool = False
+    rank: int = setting(0, "R; 0 = every parameter is trained, no adapter", maximum=65_536)
+    alpha: float = setting(16.0, "the adapter's output times alpha / R", above=0)
+    targets: tuple[str, ...] = setting(
+        ("q", "k", "v", "o", "gate", "up", "down"), "which linear layers: any of q k v o gate up down"
+    )
+    rslora: bool = setting(False, "alpha / sqrt(R) instead")
 
     @property
     def scale(self) -> float:

@@ -34,6 +34,7 @@ from posttrain_jax.run.metrics import (
     to_host,
     truncate_after,
 )
+from posttrain_jax.run.options import CheckpointOptions, EvalOptions, LogOptions, profiled_steps
 from posttrain_jax.run.preemption import Preemption
 from posttrain_jax.run.samples_page import write_page
 
@@ -48,33 +49,12 @@ SECONDS = "train/seconds_"  # so begin metrics that no two runs have alike; they
 
 @dataclasses.dataclass(frozen=True)
 class LoopOptions:
-    """How often things happen, in steps.
+    """When things happen; `config` is the resolved config, for W&B and the checkpoints."""
 
-    Attributes:
-      log_every: a line in `metrics.jsonl` and on the terminal.
-      eval_every: evaluation and samples; 0 = only before the first and after the last step.
-      eval_weights: what they look at: "raw", the last weights, or "ema", their moving average.
-      checkpoint_every: 0 = only at the end (and where a signal ends the run).
-      keep: the latest checkpoints kept.
-      best_metric: its best checkpoint is kept too, for which every checkpoint is evaluated; "" = off.
-      best_is_high: whether the best is the highest.
-      max_skipped: this many skipped updates in a row stop the run.
-      profile: "FIRST:LAST" steps traced into `profile/`; "" = off.
-      tensorboard, wandb_project: where metrics go besides JSON Lines.
-      config: the resolved config, for W&B and the checkpoints.
-    """
-
-    log_every: int
-    eval_every: int
-    eval_weights: str
-    checkpoint_every: int
-    keep: int
-    best_metric: str
-    best_is_high: bool
+    log: LogOptions
+    eval: EvalOptions
+    checkpoint: CheckpointOptions
     max_skipped: int
-    profile: str
-    tensorboard: bool
-    wandb_project: str
     config: dict[str, Any]
 
 
@@ -118,8 +98,8 @@ class _Run:
         self.writer = MetricsWriter(
             workdir,
             last_kept=last_kept,
-            tensorboard=options.tensorboard,
-            wandb_project=options.wandb_project,
+            tensorboard=options.log.tensorboard,
+            wandb_project=options.log.wandb_project,
             config=options.config,
         )
         if self.writer.active:
@@ -143,7 +123,7 @@ class _Run:
         self.window_started = time.perf_counter()
         self.window_tokens = 0.0
         self.window_first = start + 1
-        self.first_profiled, self.last_profiled = _profile_window(options.profile)
+        self.first_profiled, self.last_profiled = profiled_steps(options.log.profile)
         self.profiling = False
 
     def start_profile(self, step: int) -> None:
@@ -173,7 +153,7 @@ class _Run:
             _finite(float(metric.sum)) for metric in metrics.values()
         ):
             self.accumulator.add({name: m for name, m in metrics.items() if name not in EXACT_METRICS})
-        if item.step % self.options.log_every and item.step != self.task.steps:
+        if item.step % self.options.log.every and item.step != self.task.steps:
             return
         now = time.perf_counter()
         seconds = max(now - self.window_started, 1e-9)
@@ -248,10 +228,10 @@ class _Run:
         Raises:
           InputError: `checkpoint.best_metric` is not among the metrics.
         """
-        if self.options.eval_weights == "ema":
+        if self.options.eval.weights == "ema":
             state = dataclasses.replace(state, params=state.ema)
         values = self.task.evaluate(state) if self.task.evaluate is not None else {}
-        best = self.options.best_metric
+        best = self.options.checkpoint.best_metric
         if best and best not in values:
             have = f"one of {', '.join(values)}" if values else "nothing, for data.eval is not set"
             raise InputError(f"checkpoint.best_metric is {best!r}, but the evaluation gives {have}.")
@@ -292,8 +272,9 @@ def train(task: Task, options: LoopOptions, workdir: Path) -> Summary:
     """
     preemption = Preemption()
     try:
+        kept = options.checkpoint
         checkpoints = Checkpoints(
-            workdir, keep=options.keep, best_metric=options.best_metric, best_is_high=options.best_is_high
+            workdir, keep=kept.keep, best_metric=kept.best_metric, best_is_high=kept.best_is_high
         )
         try:
             return _train(task, options, workdir, checkpoints, preemption)
@@ -327,9 +308,9 @@ def _train(
         log_on_host0(f"Resuming from step {start} ({checkpoints.folder / str(start)}).")
 
     if state.ema:
-        which = "moving average" if options.eval_weights == "ema" else "last weights"
+        which = "moving average" if options.eval.weights == "ema" else "last weights"
         log_on_host0(
-            f"Evaluations, samples and the best checkpoint look at the {which} (eval.weights={options.eval_weights})."
+            f"Evaluations, samples and the best checkpoint look at the {which} (eval.weights={options.eval.weights})."
         )
     git_hash = _git_hash()
     run = _Run(task, options, workdir, start, meta, skipped=float(state.skipped))
@@ -362,9 +343,9 @@ def _train(
                 run.drain()
                 state = task.finish(state)
             evaluated: dict[str, float] = {}
-            kept = bool(options.checkpoint_every and step % options.checkpoint_every == 0)
-            measured = options.eval_every and step % options.eval_every == 0
-            if last or measured or (kept and options.best_metric):
+            kept = bool(options.checkpoint.every and step % options.checkpoint.every == 0)
+            measured = options.eval.every and step % options.eval.every == 0
+            if last or measured or (kept and options.checkpoint.best_metric):
                 run.drain()
                 evaluated = run.evaluate(state, step)
             last = last or bool(run.stopped)
@@ -398,15 +379,6 @@ def _sections(config: dict[str, Any], keys: tuple[tuple[str, str], ...]) -> list
 
 def _finite(value: float) -> bool:
     return value == value and abs(value) != float("inf")
-
-
-def _profile_window(profile: str) -> tuple[int, int]:
-    if not profile:
-        return -1, -1
-    first, _, last = profile.partition(":")
-    if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)):
-        raise InputError(f'log.profile is {profile!r}; write "FIRST:LAST" steps, for example "10:12".')
-    return int(first), int(last)
 
 
 def _git_hash() -> str:

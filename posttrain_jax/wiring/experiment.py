@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.log import log_on_host0
-from posttrain_jax.core.optim import make_optimizer, make_schedule
+from posttrain_jax.core.optim import OptimOptions, make_optimizer, make_schedule
+from posttrain_jax.core.schema import read
 from posttrain_jax.core.sharding import (
     RowBatch,
     batch_sharding,
@@ -313,30 +314,9 @@ class Optimizer:
 
 def optimizer_from_config(config: Config, steps: int) -> Optimizer:
     """The optimizer that `config.optim` names."""
-    optim = config.optim
-    if not (math.isfinite(optim.lr) and optim.lr >= 0):
-        raise InputError(f"optim.lr is {optim.lr}; it must be 0 or more.")
-    if not 0 <= optim.ema < 1:
-        raise InputError(f"optim.ema is {optim.ema}; it must be 0 (off) or a decay below 1, such as 0.999.")
-    schedule = make_schedule(
-        optim.schedule,
-        lr=optim.lr,
-        steps=steps,
-        warmup=optim.warmup,
-        warmup_start=optim.warmup_start,
-        min_lr_ratio=optim.min_lr_ratio,
-        decay_share=optim.decay_share,
-    )
-    transformation = make_optimizer(
-        optim.name,
-        schedule,
-        beta1=optim.beta1,
-        beta2=optim.beta2,
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        clip_norm=optim.clip_norm,
-        momentum=optim.momentum,
-    )
+    options = read(OptimOptions, config.optim.to_dict(), "optim")
+    schedule = make_schedule(options, steps=steps)
+    transformation = make_optimizer(options, schedule)
     return Optimizer(transformation=transformation, schedule=schedule)
 
 

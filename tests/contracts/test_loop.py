@@ -20,6 +20,7 @@ from launch.train import run
 from posttrain_jax.algorithms import sft
 from posttrain_jax.core.checkpoint_params import restore_params
 from posttrain_jax.core.errors import InputError, StepNotTaken
+from posttrain_jax.core.schema import read
 from posttrain_jax.core.types import Metric, Task
 from posttrain_jax.core.workdir import completed_steps
 from posttrain_jax.run import loop as train_loop
@@ -33,6 +34,7 @@ from posttrain_jax.run.metrics import (
     truncate_after,
     wandb_id,
 )
+from posttrain_jax.run.options import CheckpointOptions, LogOptions, OfflineEvalOptions
 from posttrain_jax.wiring.experiment import steps_from_config
 
 SPEED = {"train/tokens_per_second", "train/seconds_per_step", "train/mfu"}
@@ -51,19 +53,13 @@ def tiny_config(**changes) -> ConfigDict:
 
 
 def options(config: ConfigDict) -> LoopOptions:
+    values = config.to_dict()
     return LoopOptions(
-        log_every=config.log.every,
-        eval_every=config.eval.every,
-        eval_weights=config.eval.weights,
-        checkpoint_every=config.checkpoint.every,
-        keep=config.checkpoint.keep,
-        best_metric=config.checkpoint.best_metric,
-        best_is_high=config.checkpoint.best_is_high,
+        log=read(LogOptions, values["log"], "log"),
+        eval=read(OfflineEvalOptions, values["eval"], "eval"),
+        checkpoint=read(CheckpointOptions, values["checkpoint"], "checkpoint"),
         max_skipped=config.train.max_skipped,
-        profile=config.log.profile,
-        tensorboard=config.log.tensorboard,
-        wandb_project="",
-        config=config.to_dict(),
+        config=values,
     )
 
 

@@ -18,7 +18,7 @@ from contracts.tiny import (
     random_rows,
     worst_difference,
 )
-from posttrain_jax.core.optim import OPTIMIZERS, SCHEDULES, make_schedule
+from posttrain_jax.core.optim import OPTIMIZERS, SCHEDULES, OptimOptions, make_schedule
 from posttrain_jax.data.packing import KEYS
 from posttrain_jax.models.transformer import REMAT_POLICIES, make_model
 
@@ -167,10 +167,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(poison):
 
 def test_a_gradient_that_overflows_is_skipped_although_the_loss_is_finite():
     """Norm of a gradient of 1e30 entries: its square overflows float32."""
-    from posttrain_jax.core.optim import make_optimizer
+    from posttrain_jax.core.optim import OptimOptions, make_optimizer
     from posttrain_jax.core.updates import apply_gradients, new_state
 
-    rule = make_optimizer("adamw", lambda step: jnp.float32(0.1))
+    rule = make_optimizer(OptimOptions(name="adamw"), lambda step: jnp.float32(0.1))
     state = new_state({"w": jnp.ones(3)}, {}, jax.random.key(0), rule, ema=True)
     new, metrics = apply_gradients(
         state, {"w": jnp.full(3, 1e30)}, jnp.float32(1.0), optimizer=rule, ema_decay=0.5
@@ -220,7 +220,9 @@ def test_schedules_by_hand():
 
     def at(name, step, **options):
         return float(
-            make_schedule(name, lr=1.0, steps=20, warmup=4, min_lr_ratio=0.1, **options)(jnp.int32(step))
+            make_schedule(
+                OptimOptions(schedule=name, lr=1.0, warmup=4, min_lr_ratio=0.1, **options), steps=20
+            )(jnp.int32(step))
         )
 
     for name in SCHEDULES:
@@ -233,7 +235,7 @@ def test_schedules_by_hand():
     assert at("wsd", 12, decay_share=0.25) == pytest.approx(1.0)
     assert at("wsd", 18, decay_share=0.25) == pytest.approx(1 - 0.9 * 0.5)
     assert at("wsd", 20, decay_share=0.25) == pytest.approx(0.1)
-    share = make_schedule("constant", lr=1.0, steps=20, warmup=0.1)
+    share = make_schedule(OptimOptions(schedule="constant", lr=1.0, warmup=0.1), steps=20)
     assert [float(share(jnp.int32(t))) for t in range(3)] == pytest.approx([0.5, 1.0, 1.0])
 
 

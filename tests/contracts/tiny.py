@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from posttrain_jax.algorithms import sft
-from posttrain_jax.core.optim import make_optimizer, make_schedule
+from posttrain_jax.core.optim import OptimOptions, make_optimizer, make_schedule
 from posttrain_jax.core.sharding import (
     MESH_AXES,
     batch_sharding,
@@ -166,13 +166,17 @@ def make_trainer(
 ) -> Trainer:
     """A trainer whose parameters depend on `config` alone; `on_trace` is called whenever the step is traced."""
     model = make_model(config, remat="none", attention="xla")
-    plain_rate = make_schedule(schedule, lr=lr, steps=steps, warmup=2, min_lr_ratio=0.1)
+    plain_rate = make_schedule(
+        OptimOptions(schedule=schedule, lr=lr, warmup=2, min_lr_ratio=0.1), steps=steps
+    )
 
     def rate(step: Array) -> Array:
         on_trace()
         return plain_rate(step)
 
-    rule = make_optimizer(optimizer, rate, clip_norm=clip_norm, weight_decay=weight_decay, momentum=0.9)
+    rule = make_optimizer(
+        OptimOptions(name=optimizer, clip_norm=clip_norm, weight_decay=weight_decay, momentum=0.9), rate
+    )
     key = jax.random.key(0)
     state = sft.init_state(params_of(model, mesh), key, model=model, optimizer=rule, ema_decay=ema)
     places = tree_shardings(state, mesh)

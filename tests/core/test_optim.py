@@ -9,12 +9,12 @@ import optax
 import pytest
 
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.core.optim import OPTIMIZERS, decay_mask, make_optimizer, make_schedule
+from posttrain_jax.core.optim import OPTIMIZERS, OptimOptions, decay_mask, make_optimizer, make_schedule
 from posttrain_jax.core.updates import apply_gradients, new_state
 
 
 def values(name, steps, **options):
-    schedule = make_schedule(name, lr=1.0, steps=steps, **options)
+    schedule = make_schedule(OptimOptions(schedule=name, lr=1.0, **options), steps=steps)
     return np.asarray([schedule(jnp.asarray(step)) for step in range(steps + 1)])
 
 
@@ -46,9 +46,9 @@ def test_wsd_by_hand():
 
 def test_unknown_names_are_refused():
     with pytest.raises(InputError, match=r"optim\.schedule is 'cosin'"):
-        make_schedule("cosin", lr=1.0, steps=1)
+        make_schedule(OptimOptions(schedule="cosin", lr=1.0), steps=1)
     with pytest.raises(InputError, match=r"optim\.name is 'adam'"):
-        make_optimizer("adam", lambda step: 1.0)
+        make_optimizer(OptimOptions(name="adam"), lambda step: 1.0)
 
 
 def test_decay_leaves_norms_and_biases_alone():
@@ -61,7 +61,7 @@ def test_decay_leaves_norms_and_biases_alone():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_weight_decay_by_hand(name):
     """With zero gradients a kernel moves by -lr * decay * w = -0.1 * 0.5 * 2 = -0.1, and a bias not at all."""
-    optimizer = make_optimizer(name, lambda step: 0.1, weight_decay=0.5)
+    optimizer = make_optimizer(OptimOptions(name=name, weight_decay=0.5), lambda step: 0.1)
     params = {"kernel": jnp.array([2.0]), "bias": jnp.array([2.0])}
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
@@ -71,7 +71,7 @@ def test_weight_decay_by_hand(name):
 
 def test_weights_below_one_still_give_the_mean():
     """A gradient sum of 1 over weights of 0.25: the mean is 4, and SGD at rate 0.1 subtracts 0.4."""
-    optimizer = make_optimizer("sgd", lambda step: 0.1, clip_norm=0.0)
+    optimizer = make_optimizer(OptimOptions(name="sgd", clip_norm=0.0), lambda step: 0.1)
     state = new_state({"kernel": jnp.zeros(1)}, {}, jax.random.key(0), optimizer, ema=False)
     state, metrics = apply_gradients(
         state, {"kernel": jnp.ones(1)}, jnp.float32(1), optimizer=optimizer, count=jnp.float32(0.25)
@@ -87,7 +87,7 @@ def test_adafactor_clips_each_matrix_by_itself():
     to 1. The RMS of all four, 1.088, would make the three 0.919 and the fourth 1.212. So for members too.
     """
     for path in ("layers", "members"):
-        optimizer = make_optimizer("adafactor", lambda step: 1.0, clip_norm=0.0)
+        optimizer = make_optimizer(OptimOptions(name="adafactor", clip_norm=0.0), lambda step: 1.0)
         params = {
             path: {"kernel": jnp.zeros((4, 2, 3)), "scale": jnp.zeros((4, 3))},
             "embed": jnp.zeros((4, 3)),
@@ -109,7 +109,7 @@ def test_a_stack_of_layers_is_updated_as_the_layers_alone_are():
     """Also where there are more layers than rows, which optax would factor over: 130 layers of 130 x 129."""
     key = jax.random.key(0)
     stack = jax.random.normal(key, (130, 130, 129)) * jnp.arange(1, 131.0)[:, None, None]
-    optimizer = make_optimizer("adafactor", lambda step: 1.0, clip_norm=0.0)
+    optimizer = make_optimizer(OptimOptions(name="adafactor", clip_norm=0.0), lambda step: 1.0)
     whole, alone = {"layers": {"kernel": stack}}, {"kernel": stack[7]}
     state, own = optimizer.init(whole), optimizer.init(alone)
     assert (
@@ -123,7 +123,7 @@ def test_a_stack_of_layers_is_updated_as_the_layers_alone_are():
 
 def test_members_of_an_ensemble_are_clipped_each_by_its_own_norm():
     """(3, 4) has norm 5 and becomes (0.6, 0.8); (0.3, 0.4) has norm 0.5 and stays, at a count of 1."""
-    optimizer = make_optimizer("sgd", lambda step: 1.0, clip_norm=1.0)
+    optimizer = make_optimizer(OptimOptions(name="sgd", clip_norm=1.0), lambda step: 1.0)
     params = {"members": {"kernel": jnp.zeros((2, 2))}}
     gradients = {"members": {"kernel": jnp.array([[6.0, 8.0], [0.6, 0.8]])}}
     updates, _ = optimizer.update(gradients, optimizer.init(params), params, count=2.0)
@@ -132,7 +132,7 @@ def test_members_of_an_ensemble_are_clipped_each_by_its_own_norm():
 
 def test_clipping_by_hand():
     """Gradient (3, 4) has norm 5; clipped to 1 it is (0.6, 0.8), and SGD at rate 1 subtracts it."""
-    optimizer = make_optimizer("sgd", lambda step: 1.0, clip_norm=1.0)
+    optimizer = make_optimizer(OptimOptions(name="sgd", clip_norm=1.0), lambda step: 1.0)
     params = {"kernel": jnp.zeros(2)}
     updates, _ = optimizer.update({"kernel": jnp.array([3.0, 4.0])}, optimizer.init(params), params)
     np.testing.assert_allclose(updates["kernel"], [-0.6, -0.8], rtol=1e-6)
@@ -140,7 +140,9 @@ def test_clipping_by_hand():
 
 def test_rmsprop_by_hand():
     """PyTorch's rule, alpha 0.99: v = 0.01 * 0.5^2, update 0.5 / (0.05 + 1e-8) = 10; 1 - 0.1 * 10 = 0."""
-    optimizer = make_optimizer("rmsprop", lambda step: 0.1, beta2=0.99, eps=1e-8, clip_norm=0.0)
+    optimizer = make_optimizer(
+        OptimOptions(name="rmsprop", beta2=0.99, eps=1e-8, clip_norm=0.0), lambda step: 0.1
+    )
     params = {"w": jnp.asarray([1.0])}
     updates, _ = optimizer.update({"w": jnp.asarray([0.5])}, optimizer.init(params), params)
     np.testing.assert_allclose(params["w"] + updates["w"], [0.0], atol=1e-5)
@@ -156,7 +158,9 @@ def test_adam_tf_by_hand():
     """
     params = {"kernel": jnp.zeros(1)}
     for name, want in (("adam_tf", -1 / 15), ("adamw", -0.08)):
-        optimizer = make_optimizer(name, lambda step: 0.1, beta2=0.75, eps=0.5, clip_norm=0.0)
+        optimizer = make_optimizer(
+            OptimOptions(name=name, beta2=0.75, eps=0.5, clip_norm=0.0), lambda step: 0.1
+        )
         updates, _ = optimizer.update({"kernel": jnp.array([2.0])}, optimizer.init(params), params)
         np.testing.assert_allclose(updates["kernel"], [want], rtol=1e-6)
 
@@ -165,7 +169,9 @@ def test_adam_tf_against_a_loop():
     """TensorFlow's rule in float64, with a rate that changes: 0.1, 0.09, ... and the mean of sums over 4."""
     with jax.enable_x64(True):
         params = {"kernel": jnp.array([1.0, -1.0])}
-        optimizer = make_optimizer("adam_tf", lambda step: 0.1 - 0.01 * step, eps=1e-5, clip_norm=0.0)
+        optimizer = make_optimizer(
+            OptimOptions(name="adam_tf", eps=1e-5, clip_norm=0.0), lambda step: 0.1 - 0.01 * step
+        )
         state = optimizer.init(params)
         theta, m, v = np.array([1.0, -1.0]), np.zeros(2), np.zeros(2)
         for t, gradient in enumerate(ADAM_GRADIENTS, start=1):
@@ -185,11 +191,11 @@ def test_adam_tf_is_adam_with_another_eps():
         params = {"kernel": jnp.zeros(2)}
         adam = optax.adam(0.1, eps=1e-5)
         adam_state = adam.init(params)
-        state = make_optimizer("adam_tf", lambda step: 0.1, clip_norm=0.0).init(params)
+        state = make_optimizer(OptimOptions(name="adam_tf", clip_norm=0.0), lambda step: 0.1).init(params)
         for t, gradient in enumerate(ADAM_GRADIENTS, start=1):
             eps = 1e-5 * float(np.sqrt(1 - 0.999**t))
-            matching = make_optimizer("adam_tf", lambda step: 0.1, eps=eps, clip_norm=0.0)
-            same = make_optimizer("adam_tf", lambda step: 0.1, eps=1e-5, clip_norm=0.0)
+            matching = make_optimizer(OptimOptions(name="adam_tf", eps=eps, clip_norm=0.0), lambda step: 0.1)
+            same = make_optimizer(OptimOptions(name="adam_tf", eps=1e-5, clip_norm=0.0), lambda step: 0.1)
             gradients = {"kernel": jnp.asarray(gradient)}
             want, adam_state = adam.update(gradients, adam_state)
             other, _ = same.update(gradients, state, params)
@@ -201,7 +207,7 @@ def test_adam_tf_is_adam_with_another_eps():
 
 def test_adam_tf_decays_as_adamw_does():
     """No gradient: a kernel moves by -lr * decay * w = -0.1 * 0.5 * 2, a bias not at all."""
-    optimizer = make_optimizer("adam_tf", lambda step: 0.1, weight_decay=0.5)
+    optimizer = make_optimizer(OptimOptions(name="adam_tf", weight_decay=0.5), lambda step: 0.1)
     params = {"kernel": jnp.array([2.0]), "bias": jnp.array([2.0])}
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     np.testing.assert_allclose(updates["kernel"], [-0.1], rtol=1e-6)
@@ -210,7 +216,7 @@ def test_adam_tf_decays_as_adamw_does():
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_descends(name):
-    optimizer = make_optimizer(name, lambda step: 0.05, clip_norm=0.0)
+    optimizer = make_optimizer(OptimOptions(name=name, clip_norm=0.0), lambda step: 0.05)
     state = new_state({"kernel": jnp.array([1.0, -2.0])}, {}, jax.random.key(0), optimizer, ema=False)
     loss = lambda params: jnp.sum(params["kernel"] ** 2)  # noqa: E731
     first = loss(state.params)
@@ -226,7 +232,7 @@ def test_every_optimizer_descends(name):
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 def test_a_non_finite_update_is_skipped_and_counted(bad):
-    optimizer = make_optimizer("adamw", lambda step: 0.1)
+    optimizer = make_optimizer(OptimOptions(name="adamw"), lambda step: 0.1)
     state = new_state({"kernel": jnp.array([1.0])}, {}, jax.random.key(0), optimizer, ema=True)
     fine, _ = apply_gradients(
         state, {"kernel": jnp.array([1.0])}, jnp.float32(0), optimizer=optimizer, ema_decay=0.9
@@ -249,7 +255,7 @@ def test_a_non_finite_update_is_skipped_and_counted(bad):
 
 def test_ema_by_hand():
     """SGD at rate 1 from 1 with gradient 1 gives 0; the average at decay 0.9 is 0.9 * 1 + 0.1 * 0 = 0.9."""
-    optimizer = make_optimizer("sgd", lambda step: 1.0, clip_norm=0.0)
+    optimizer = make_optimizer(OptimOptions(name="sgd", clip_norm=0.0), lambda step: 1.0)
     state = new_state({"kernel": jnp.array([1.0])}, {}, jax.random.key(0), optimizer, ema=True)
     state, _ = apply_gradients(
         state, {"kernel": jnp.array([1.0])}, jnp.float32(0), optimizer=optimizer, ema_decay=0.9

@@ -14,7 +14,7 @@ from tiny_model import CONFIG, launch, save_tiny_model
 
 from launch.export import export
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.core.optim import make_optimizer, make_schedule
+from posttrain_jax.core.optim import OptimOptions, make_optimizer, make_schedule
 from posttrain_jax.core.trees import combine, partition
 from posttrain_jax.core.updates import new_state
 from posttrain_jax.models.config import LoraConfig
@@ -34,16 +34,14 @@ def save_run(workdir, *, lora: LoraConfig, ema: bool = False):
     model = make_model(CONFIG, lora=lora)
     params = model.init(jax.random.key(0))
     trained, frozen = partition(params, lambda path: not lora.rank or "lora" in path)
-    schedule = make_schedule("constant", lr=0.1, steps=2, warmup=0.0, min_lr_ratio=0.0, decay_share=0.1)
+    schedule = make_schedule(
+        OptimOptions(schedule="constant", lr=0.1, warmup=0.0, min_lr_ratio=0.0, decay_share=0.1), steps=2
+    )
     optimizer = make_optimizer(
-        "sgd",
+        OptimOptions(
+            name="sgd", beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=0.0, momentum=0.0
+        ),
         schedule,
-        beta1=0.9,
-        beta2=0.999,
-        eps=1e-8,
-        weight_decay=0.0,
-        clip_norm=0.0,
-        momentum=0.0,
     )
     state = new_state(trained, frozen, jax.random.key(0), optimizer, ema=ema)
     write_model_folder(workdir / "model", config=CONFIG, tokenizer=byte_tokenizer())
