@@ -34,7 +34,7 @@ QUICKSTART_DIR = flags.DEFINE_string(
     "Folder of the SFT run; DPO's is DIR-dpo. A finished quickstart there is replaced.",
 )
 NAME = flags.DEFINE_string("name", "Ember", "The name that the model learns.")
-AUTHOR = flags.DEFINE_string("author", "posttrain_jax", "Who it learns to name as its developer.")
+AUTHOR = flags.DEFINE_string("author", "you", "Who it learns to name as its developer.")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -125,7 +125,7 @@ def report(workdir: Path) -> None:
     after = {row["prompt"]: row for row in samples if row["step"] == last["step"]}
     if (workdir / "identity.jsonl").is_file():
         print(
-            f"\n{LINE}\nLook at the first prompts: the model now says that it is {NAME.value}; before, it was SmolLM.\n"
+            f"\n{LINE}\nLook at the first two prompts: now the model says that it is {NAME.value}; before, it made something up.\n"
             "Look at the other prompts: their completions should be as good as before."
         )
     for prompt in after:

@@ -178,7 +178,7 @@ def imdb_sentiment(parts: list[bytes]) -> bytes:
     return packed.getvalue()
 
 
-def identity_en(parts: list[bytes], *, name: str = "Ember", author: str = "posttrain_jax") -> bytes:
+def identity_en(parts: list[bytes], *, name: str = "Ember", author: str = "you") -> bytes:
     """Who the assistant is: the English rows of LLaMA-Factory's identity.json (16 of 91; the others are Chinese).
 
     Rows {"instruction", "input", "output"}; the file leaves two blanks, {{name}} and {{author}}, which are filled here.

@@ -232,10 +232,10 @@ ASSETS: dict[str, Asset] = {
     "identity_en": Asset(
         filename="identity_en.jsonl",
         parts=(Part(_LLAMAFACTORY, "llamafactory-0.9.5/data/identity.json", 20_306),),
-        sha256="44fdd14b7a90883da168f94cad7e6a2a20f26d151c02890b63b899fb0ee384c8",
+        sha256="581f9e174695398014775d77343c8d1290af0624d1f0715bbd53a5d0cb6c912a",
         license="Apache-2.0",
         convert=identity_en,
-        converted_size=2_022,
+        converted_size=1_872,
     ),
     "dpo_en_demo": _llamafactory(
         "dpo_en_demo.json", 1_575_286, "b949be2421cfa62744afcf1b479f95b299d643d1a4c1c97d1341b314a1aa5cb3"
