@@ -125,7 +125,7 @@ def report(workdir: Path) -> None:
     after = {row["prompt"]: row for row in samples if row["step"] == last["step"]}
     if (workdir / "identity.jsonl").is_file():
         print(
-            f"\n{LINE}\nLook at the first two prompts: now the model says that it is {NAME.value}; before, it made something up.\n"
+            f"\n{LINE}\nLook at the first two prompts: now the model is {NAME.value}; before, it made something up.\n"
             "Look at the other prompts: their completions should be as good as before."
         )
     for prompt in after:
