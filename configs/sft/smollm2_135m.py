@@ -3,7 +3,7 @@
 Paper: SmolLM2 (arXiv:2502.02737); data: the demo file of LLaMA-Factory. Assets: `python -m launch.fetch
 smollm2-135m-instruct alpaca_en_demo`.
 Command: python -m launch.train --config=configs/sft/smollm2_135m.py --workdir=runs/smollm2
-Variants: `:quickstart` (a few minutes on 2 CPU cores; a quarter of the rows say who the assistant is), `:lora`, `:tiny`
+Variants: `:quickstart` (a few minutes on 2 CPU cores; half of the rows say who the assistant is), `:lora`, `:tiny`
 (seconds, no download).
 """
 
@@ -13,7 +13,12 @@ from ml_collections import ConfigDict
 
 from configs.base import PROMPTS, base_config, tiny
 
-IDENTITY_PROMPTS = ("Who are you?", "What is your name, and who made you?")
+QUICKSTART_PROMPTS = (
+    "Who are you?",
+    "What is your name, and who made you?",
+    *PROMPTS[:2],
+    "Explain in one sentence why the sky is blue.",
+)
 
 TINY_MODEL = {
     "model_type": "llama",
@@ -47,14 +52,15 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval.prompts = PROMPTS
     config.checkpoint.every = 10
     if variant == "quickstart":
-        config.data.train = '[["asset:alpaca_en_demo", 3], ["asset:identity_en", 1]]'
+        config.data.train = '[["asset:alpaca_en_demo", 1], ["asset:identity_en", 1]]'
         config.data.max_length = 512
         config.train.epochs, config.train.steps = 0.0, 16
         config.train.micro_rows = 4
+        config.optim.lr = 5e-5  # with twice that, completions repeat themselves
         config.data.eval = "split:16"
         config.eval.batch_rows = 4
         config.eval.every = 0
-        config.eval.prompts = IDENTITY_PROMPTS + PROMPTS
+        config.eval.prompts = QUICKSTART_PROMPTS
         config.eval.max_new_tokens = 96
         config.checkpoint.every = 8
     elif variant == "lora":
