@@ -82,7 +82,10 @@ def _write_identity(config: ConfigDict, path: Path) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(identity_en([fetch("identity").read_bytes()], name=NAME.value, author=AUTHOR.value))
-    config.data.train = config.data.train.replace(IDENTITY, str(path))
+    mixture = json.loads(config.data.train)
+    config.data.train = json.dumps(
+        [[str(path) if source == IDENTITY else source, weight] for source, weight in mixture]
+    )
 
 
 def _complete(workdir: Path) -> bool:
