@@ -222,9 +222,9 @@ def online_config() -> ConfigDict:
     config.rloo.kl_coefficient = 0.05
 
     config.stop = ConfigDict()  # what ends a run early, checked wherever it is logged; 0 = off
-    config.stop.kl = 0.0  # train/kl above this, nats per answer
-    config.stop.entropy = 0.0  # train/entropy below this, nats per token
-    config.stop.repetition = 0.0  # train/repetition above this, a share
+    config.stop.kl = 0.0  # train/kl_per_sequence above this, nats
+    config.stop.entropy = 0.0  # train/entropy_per_token below this, nats
+    config.stop.repetition = 0.0  # train/repeated_4gram_share above this, a share
     config.stop.gold_errors = 0.0  # eval/gold below its best by this many standard errors
 
     config.optim.eps = 1e-5

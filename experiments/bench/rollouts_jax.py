@@ -65,14 +65,16 @@ def main() -> None:
         state = task.init_state()
         recorder.start()
         for _ in range(settings.iterations):
-            state, metrics = task.train_step(state, task.put(next(task.rows).arrays))
+            collected = task.collector.next(state)
+            state, metrics = task.train_step(state, collected.batch)
+            metrics = {**collected.metrics, **metrics}
             jax.block_until_ready(state)
             recorder.iteration(
                 completion_tokens=value(metrics, "train/completion_tokens"),
-                kl=value(metrics, "train/kl"),
+                kl=value(metrics, "train/kl_per_sequence"),
                 parts={part: value(metrics, name) for part, name in PARTS.items()},
             )
-        task.rows.close()
+        task.collector.close()
     recorder.finish()
 
 

@@ -71,7 +71,7 @@ def _train(workdir: Path, config: str, *flags: str) -> dict[str, Any]:
         "score_before": round(evaluations[0]["eval/score"], 4),
         "score_after": round(evaluations[-1]["eval/score"], 4),
         "last_train_score": round(windows[-1]["train/score"], 4),
-        "last_train_kl": round(windows[-1]["train/kl"], 3),
+        "last_train_kl": round(windows[-1]["train/kl_per_sequence"], 3),
         "iterations_to_95": reached[0] if reached else None,
         "seconds": float(seconds.read_text("utf-8")),
     }

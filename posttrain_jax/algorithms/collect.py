@@ -127,9 +127,9 @@ class Collector:
             params, state.opt_state["kl_coefficient"], batch, self.reference(state)
         )
         jax.block_until_ready(experience)
-        apart = metrics["engine_logp_gap_mean"]
+        apart = metrics["sampler_logp_gap_per_token"]
         Difference(
-            largest=float(metrics["engine_logp_gap"].sum),
+            largest=float(metrics["sampler_logp_gap_max"].sum),
             mean=float(apart.sum) / max(float(apart.count), 1.0),
             tokens=int(apart.count),
         ).check(self.max_logp_difference)
@@ -242,8 +242,8 @@ def _with_error(name: str, scores: np.ndarray, prompts: int) -> dict[str, float]
 def _of_answers(rollouts: Rollouts) -> dict[str, float]:
     """Share of answers without an end token, and their mean `repetition`."""
     return {
-        "no_eos": float(1.0 - rollouts.ended.mean()),
-        "repetition": float(np.mean([repetition(answer) for answer in rollouts.answers])),
+        "no_eos_share": float(1.0 - rollouts.ended.mean()),
+        "repeated_4gram_share": float(np.mean([repetition(answer) for answer in rollouts.answers])),
     }
 
 

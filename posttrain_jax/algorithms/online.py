@@ -31,7 +31,19 @@ from posttrain_jax.core.log import log_on_host0
 from posttrain_jax.core.optim import scale_and_delay
 from posttrain_jax.core.sharding import batch_sharding, jit_step, put_batch, replicated
 from posttrain_jax.core.trees import combine, partition
-from posttrain_jax.core.types import Array, Batch, HostRows, Metric, Metrics, PyTree, Task, TrainState
+from posttrain_jax.core.types import (
+    Array,
+    Batch,
+    CollectorState,
+    Maximum,
+    Metric,
+    Metrics,
+    PartMetrics,
+    PyTree,
+    StepBatch,
+    Task,
+    TrainState,
+)
 from posttrain_jax.core.updates import apply_gradients, gradient_sums, new_state
 from posttrain_jax.data.loader import Loader
 from posttrain_jax.models.transformer import Model
@@ -142,7 +154,7 @@ def minibatch_updates(
     epochs: int,
     minibatches: int,
     targets: Callable[[Any], PyTree],
-    losses: Callable[[PyTree, PyTree], tuple[Array, Metrics]],
+    losses: Callable[[PyTree, PyTree], tuple[Array, PartMetrics]],
     optimizer: optax.GradientTransformationExtraArgs,
     schedule: Callable[[Array], Array],
     ema_decay: float,
@@ -182,16 +194,17 @@ def minibatch_updates(
         factor = mixed.coefficient * count / jnp.maximum(metrics[mixed.name].count, 1.0)
         return jax.tree.map(lambda own, other: own + factor * other, gradients, more), metrics
 
-    def update(state: TrainState, turn: tuple[Array, Array]) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, turn: tuple[Array, Array]) -> tuple[TrainState, PartMetrics]:
         number, order_N = turn
         whole = targets(jax.tree.map(lambda leaf: leaf[order_N], flat))
         cut = jax.tree.map(lambda leaf: leaf.reshape(-1, rows, *leaf.shape[1:]), whole)
 
-        def loss_sum(params: PyTree, part: PyTree) -> tuple[Array, Metrics]:
+        def loss_sum(params: PyTree, part: PyTree) -> tuple[Array, PartMetrics]:
             return losses(combine(params, state.frozen), part)
 
         gradients, metrics = gradient_sums(loss_sum, state.params, cut)
         loss = metrics["loss"]
+        assert isinstance(loss, Metric)
         if mixed is not None:
             gradients, more = add_mixed(state, mixed, number, gradients, loss.count)
             mean = more[mixed.name].sum / jnp.maximum(more[mixed.name].count, 1.0)
@@ -202,14 +215,24 @@ def minibatch_updates(
             state, gradients, loss.sum, optimizer=optimizer, count=loss.count, ema_decay=ema_decay
         )
         named = {**{f"train/{name}": metric for name, metric in metrics.items()}, **update_metrics}
-        # An update that is skipped, for something in it is not finite, is in no mean.
-        return state, jax.tree.map(lambda leaf: jnp.where(state.skipped == before, leaf, 0), named)
+        kept = state.skipped == before
+
+        def counted(metric: Metric | Maximum) -> Metric | Maximum:
+            """As it is, or nothing: an update that is skipped, for something in it is not finite, is in no mean."""
+            if isinstance(metric, Maximum):
+                return Maximum(jnp.where(kept, metric.value, -jnp.inf))
+            return jax.tree.map(lambda leaf: jnp.where(kept, leaf, 0), metric)
+
+        return state, {name: counted(metric) for name, metric in named.items()}
 
     updates = state.opt_state["updates"]
     inner = dataclasses.replace(state, opt_state=state.opt_state["optimizer"])
     turns = jnp.arange(epochs * minibatches), orders_EN.reshape(-1, answers // minibatches)
     inner, stacked = jax.lax.scan(update, inner, turns)
-    metrics = {name: metric.over_leading_axis() for name, metric in stacked.items()}
+    joined = {name: metric.over_leading_axis() for name, metric in stacked.items()}
+    metrics = {
+        name: metric.as_metric() if isinstance(metric, Maximum) else metric for name, metric in joined.items()
+    }
     metrics |= {
         "train/lr": Metric.of(
             schedule(updates - state.skipped)
@@ -221,38 +244,39 @@ def minibatch_updates(
     return dataclasses.replace(inner, step=state.step + 1, opt_state=opt_state), metrics
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """A step's: where its prompts are, and pretraining text."""
+class _Batches:
+    """The collector of the loop: prompts from a loader, experience made of their completions, and pretraining text.
 
-    arrays: dict[str, np.ndarray]
-    row_ids: list[str]
-
-
-class _Stream:
-    """The prompts' loader and, where text is mixed in, the text's; closing it ends the reward workers too.
-
-    The scores' normalization is part of the state: found again, on another mesh or with a reward that failed at an
-    answer this time, it would be another one in the middle of a run.
+    The scores' normalization is part of the state: found again, on another mesh or with a reward that failed at a
+    completion this time, it would be another one in the middle of a run.
     """
 
-    def __init__(self, prompts: Loader, text: Loader | None, scorers: Sequence[Scorer]) -> None:
+    def __init__(
+        self,
+        prompts: Loader,
+        text: Loader | None,
+        scorers: Sequence[Scorer],
+        collect: Callable[[TrainState, dict[str, np.ndarray], dict[str, np.ndarray]], tuple[PyTree, Metrics]],
+    ) -> None:
         self._loaders = {"prompts": prompts} if text is None else {"prompts": prompts, "text": text}
         self._scorers = scorers
+        self._collect = collect
 
-    def __next__(self) -> HostRows:
+    def next(self, state: TrainState) -> StepBatch:
+        """An iteration's experience."""
         rows = {name: next(loader) for name, loader in self._loaders.items()}
-        arrays = rows["prompts"].arrays | (rows["text"].arrays if "text" in rows else {})
-        return _Rows(arrays, rows["prompts"].row_ids)
+        text = rows["text"].arrays if "text" in rows else {}
+        batch, metrics = self._collect(state, rows["prompts"].arrays, text)
+        return StepBatch(batch, metrics, rows["prompts"].row_ids)
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> CollectorState:
         loaders = {name: loader.get_state() for name, loader in self._loaders.items()}
-        return {**loaders, "normalization": list(self._scorers[0].normalization)}
+        return CollectorState({**loaders, "normalization": list(self._scorers[0].normalization)})
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: CollectorState) -> None:
         for name, loader in self._loaders.items():
-            loader.set_state(state[name])
-        self._scorers[0].normalization = state["normalization"]
+            loader.set_state(state.values[name])
+        self._scorers[0].normalization = state.values["normalization"]
 
     def close(self) -> None:
         for loader in self._loaders.values():
@@ -340,17 +364,22 @@ def online_task(config: Config, workdir: Path, policy: ModelSpec, mesh: Mesh, on
     )
     text = online.pretraining
 
-    def train_step(state: TrainState, arrays: dict[str, np.ndarray]) -> tuple[TrainState, Metrics]:
-        asked = [prompts.at(place) for place in arrays["places"].tolist()]
+    def collect(
+        state: TrainState, places: dict[str, np.ndarray], packed: dict[str, np.ndarray]
+    ) -> tuple[PyTree, Metrics]:
+        asked = [prompts.at(place) for place in places["places"].tolist()]
         seed = step_seed(config.seed, int(state.step))
         experience, metrics = collector.collect(state, asked, seed, cut.micro_batches)
-        started = time.perf_counter()
-        packed = {name: rows for name, rows in arrays.items() if name != "places"}
         mixed: PyTree = put_batch(packed, mesh, text.micro_batches, Batch) if text is not None else {}
-        state, learnt = learn(state, experience, metrics["kl"].sum / metrics["kl"].count, mixed)
-        jax.block_until_ready(learnt)
-        metrics["seconds_train"] = Metric.of(time.perf_counter() - started)
-        return state, {**{f"train/{name}": metric for name, metric in metrics.items()}, **learnt}
+        kl = metrics["kl_per_sequence"]
+        named = {f"train/{name}": metric for name, metric in metrics.items()}
+        return (experience, kl.sum / kl.count, mixed), named
+
+    def train_step(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
+        started = time.perf_counter()
+        state, metrics = learn(state, *batch)
+        jax.block_until_ready(metrics)
+        return state, {**metrics, "train/seconds_train": Metric.of(time.perf_counter() - started)}
 
     loader = Loader(prompts.sources, rows_per_step=config.train.rows_per_step, seed=config.seed)
     shown = held_out or prompts.all()[:SAMPLED_PROMPTS]
@@ -359,12 +388,12 @@ def online_task(config: Config, workdir: Path, policy: ModelSpec, mesh: Mesh, on
         steps=steps,
         init_state=first_state,
         abstract_state=abstract,
-        rows=_Stream(
+        collector=_Batches(
             loader,
             text.loader(mesh, config.seed) if text is not None else None,
             [scorer] if gold is None else [scorer, gold],
+            collect,
         ),
-        put=lambda arrays: arrays,
         train_step=train_step,
         evaluate=evaluation.metrics if held_out else None,
         sample=evaluation.samples,

@@ -56,7 +56,7 @@ from posttrain_jax.algorithms.online import Mixed, Online, minibatch_updates, on
 from posttrain_jax.algorithms.pretraining import pretraining_from_config, pretraining_losses
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.masking import masked_sum, whiten_biased
-from posttrain_jax.core.types import Array, Largest, Metric, Metrics, PyTree, Task, TrainState
+from posttrain_jax.core.types import Array, Maximum, Metric, Metrics, PartMetrics, PyTree, Task, TrainState
 from posttrain_jax.losses.advantages import gae
 from posttrain_jax.losses.kl import adapted_kl_coefficient
 from posttrain_jax.losses.ppo import clipped_policy_loss, clipped_value_loss, explained_variance, ratio_max
@@ -126,7 +126,7 @@ def targets_of(minibatch: Experience, *, options: Options) -> Targets:
 
 def token_losses(
     params: PyTree, targets: Targets, *, networks: Networks, options: Options
-) -> tuple[Array, Metrics]:
+) -> tuple[Array, PartMetrics]:
     """Sum over the answers' tokens of policy loss and value loss (differentiable), and metrics, of `[B, T]`."""
     rows = targets.rows
     logps_BT, values_BT = logps_and_values(params, rows, networks)
@@ -144,13 +144,13 @@ def token_losses(
     )
     total = jnp.sum(policy.loss) + options.value_coefficient * jnp.sum(value.loss)
     advantages_BT = targets.returns - rows.values  # before whitening
-    metrics = {
+    metrics: PartMetrics = {
         **value.metrics,
         **policy.metrics,
         "policy_loss": policy.metrics["loss"],
         "value_loss": value.metrics["loss"],
         "loss": Metric(total, policy.count),
-        "ratio_max": Largest.of(ratio_max(logps_BT, rows.logps, rows.response_mask)),
+        "ratio_max": Maximum(ratio_max(logps_BT, rows.logps, rows.response_mask)),
         "advantages": Metric(masked_sum(advantages_BT, rows.response_mask), policy.count),
         "advantages_squared": Metric(masked_sum(jnp.square(advantages_BT), rows.response_mask), policy.count),
     }

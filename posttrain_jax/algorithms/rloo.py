@@ -20,7 +20,7 @@ from ml_collections import ConfigDict as Config
 
 from posttrain_jax.algorithms.online import Online, minibatch_updates, online_task
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.core.types import Array, Largest, Metrics, PyTree, Task, TrainState
+from posttrain_jax.core.types import Array, Maximum, Metrics, PartMetrics, PyTree, Task, TrainState
 from posttrain_jax.losses.advantages import leave_one_out
 from posttrain_jax.losses.ppo import clipped_policy_loss, ratio_max
 from posttrain_jax.rollouts.experience import Experience, Networks, logps_and_values
@@ -69,7 +69,7 @@ def compared(experience: Experience, *, samples: int) -> Compared:
 
 def answer_losses(
     params: PyTree, part: Compared, *, networks: Networks, options: Options
-) -> tuple[Array, Metrics]:
+) -> tuple[Array, PartMetrics]:
     """Sum of the losses of the answers `[B, T]` (differentiable), and metrics."""
     rows = part.rows
     logps_BT, _ = logps_and_values(params, rows, networks)
@@ -78,7 +78,7 @@ def answer_losses(
     logps_B = jnp.sum(jnp.where(acts, logps_BT, 0.0), axis=-1)
     old_logps_B = jnp.sum(jnp.where(acts, rows.logps, 0.0), axis=-1)
     output = clipped_policy_loss(logps_B, old_logps_B, part.advantages, present_B, clip=options.clip)
-    metrics = output.metrics | {"ratio_max": Largest.of(ratio_max(logps_B, old_logps_B, present_B))}
+    metrics = output.metrics | {"ratio_max": Maximum(ratio_max(logps_B, old_logps_B, present_B))}
     return jnp.sum(output.loss), jax.lax.stop_gradient(metrics)
 
 

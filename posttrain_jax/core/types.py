@@ -45,29 +45,34 @@ class Metric:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Largest(Metric):
-    """The largest of many numbers, none below 0: parts within a step are joined by their maximum (`count` is 1). Over
-    the steps of a log window its mean is taken, as of any metric."""
+class Maximum:
+    """The largest of many numbers: the parts of a step are joined by their maximum. It is no `Metric`, for it is no
+    mean; a step hands it to the loop as one (`as_metric`), so that a log window shows the mean of its steps' maxima."""
 
-    def __add__(self, other: Metric) -> Largest:
-        return Largest(jnp.maximum(self.sum, other.sum), jnp.maximum(self.count, other.count))
+    value: Array
 
-    def over_leading_axis(self) -> Largest:
+    def join(self, other: Maximum) -> Maximum:
+        """The larger of the two."""
+        return Maximum(jnp.maximum(self.value, other.value))
+
+    def over_leading_axis(self) -> Maximum:
         """Its parts, stacked on a leading axis, as one."""
-        return Largest(jnp.max(self.sum, axis=0), jnp.max(self.count, axis=0))
+        return Maximum(jnp.max(self.value, axis=0))
 
-    @staticmethod
-    def of(value: Array | float) -> Largest:
-        """Of one number."""
-        return Largest(jnp.asarray(value, jnp.float32), jnp.ones((), jnp.float32))
+    def as_metric(self) -> Metric:
+        """As a metric that is this single number; one that counts nothing where there was no number (-inf)."""
+        known = self.value > -jnp.inf
+        return Metric(jnp.where(known, self.value, 0.0), known.astype(jnp.float32))
 
 
 Metrics = dict[str, Metric]
+PartMetrics = dict[str, Metric | Maximum]
+"""Of a part of a step, a micro-batch or a minibatch."""
 
 
 def is_metric(node: Any) -> bool:
-    """Where a tree of metrics is to be cut so that they are added as metrics."""
-    return isinstance(node, Metric)
+    """Where a tree of metrics is to be cut so that they are joined as metrics."""
+    return isinstance(node, Metric | Maximum)
 
 
 @jax.tree_util.register_dataclass
@@ -206,11 +211,51 @@ class HostRows(Protocol):
 
 
 class RowStream(Protocol):
-    """An endless stream of steps' rows whose place can be saved as JSON and found again at once."""
+    """An endless stream of steps' rows whose position can be saved as JSON and found again at once."""
 
     def __next__(self) -> HostRows: ...
     def get_state(self) -> dict[str, Any]: ...
     def set_state(self, state: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class StepBatch:
+    """What one step learns from.
+
+    Attributes:
+      batch: the global batch on the devices, as the algorithm's train step takes it.
+      metrics: about how it was collected, named "train/..."; they are logged with those of the step.
+      row_ids: "file:line" of the rows (or prompts) in it, for messages.
+    """
+
+    batch: PyTree
+    metrics: Metrics
+    row_ids: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectorState:
+    """All that a collector needs to go on as if it had not stopped; every process has the same.
+
+    Attributes:
+      values: plain JSON.
+      arrays: host arrays by name (a replay buffer, say); none of them is written to afterwards.
+    """
+
+    values: dict[str, Any]
+    arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+class Collector(Protocol):
+    """Where the loop's batches come from: rows on disk (`run/batches.py`), or completions that the policy samples
+    (`rollouts/collector.py`)."""
+
+    def next(self, state: TrainState) -> StepBatch:
+        """The next step's batch. Raises StepNotTaken where there is none to learn from; `state` is then as it was."""
+
+    def get_state(self) -> CollectorState: ...
+    def set_state(self, state: CollectorState) -> None: ...
     def close(self) -> None: ...
 
 
@@ -222,12 +267,11 @@ class Task:
       steps: how many steps the whole run has.
       init_state: makes the first state, on the devices.
       abstract_state: its shapes, dtypes and shardings, for restoring without making it.
-      rows: where the steps' rows come from.
-      put: this process's rows -> the global batch on the devices.
-      train_step: jitted (state, batch) -> (state, metrics), state donated.
+      collector: where the steps' batches come from.
+      train_step: (state, batch) -> (state, metrics), jitted, state donated.
       evaluate: state -> named numbers, at every evaluation; or None.
       sample: state -> rows for `samples.jsonl`, at every evaluation; or None.
-      flops_per_token: model FLOPs of one step per token, for MFU; 0 = not told.
+      flops_per_token: model FLOPs of one step per token, for MFU; 0 = unknown.
       finish: what is done to the state once, after the last step and before it is evaluated and saved; or None.
       stop: (what was just logged, the highest value so far of each metric of an evaluation) -> why the run should end
         here, or ""; None = it has all its steps.
@@ -237,8 +281,7 @@ class Task:
     steps: int
     init_state: Callable[[], TrainState]
     abstract_state: TrainState
-    rows: RowStream
-    put: Callable[[dict[str, np.ndarray]], PyTree]
+    collector: Collector
     train_step: Callable[[TrainState, PyTree], tuple[TrainState, Metrics]]
     evaluate: Callable[[TrainState], dict[str, float]] | None
     sample: Callable[[TrainState], list[dict[str, Any]]] | None

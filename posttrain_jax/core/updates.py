@@ -6,24 +6,35 @@ change the result. An update whose loss or gradient is not finite is skipped.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from posttrain_jax.core.trees import global_norm
-from posttrain_jax.core.types import Array, Metric, Metrics, PyTree, TrainState, is_metric
+from posttrain_jax.core.types import (
+    Array,
+    Maximum,
+    Metric,
+    Metrics,
+    PartMetrics,
+    PyTree,
+    TrainState,
+    is_metric,
+)
+
+M = TypeVar("M", Metrics, PartMetrics)
 
 
 def gradient_sums(
-    loss_sum: Callable[[PyTree, PyTree], tuple[Array, Metrics]],
+    loss_sum: Callable[[PyTree, PyTree], tuple[Array, M]],
     params: PyTree,
     batch: PyTree,
     *,
     used: Array | None = None,
-) -> tuple[PyTree, Metrics]:
+) -> tuple[PyTree, M]:
     """Gradient and metrics of a loss that is a sum, added over the micro-batches on the batch's leading axis.
 
     Nothing is averaged here: the caller divides once by the global count, so how rows are cut into
@@ -41,11 +52,11 @@ def gradient_sums(
         return gradient(params, jax.tree.map(lambda leaf: leaf[0], batch))
 
     def body(total: PyTree, micro: PyTree) -> tuple[PyTree, None]:
-        return jax.tree.map(operator.add, total, gradient(params, micro), is_leaf=is_metric), None
+        return jax.tree.map(_join, total, gradient(params, micro), is_leaf=is_metric), None
 
     first = jax.tree.map(lambda leaf: leaf[0], batch)
     shapes = jax.eval_shape(gradient, params, first)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    zeros = jax.tree.map(_nothing, shapes, is_leaf=is_metric)
     if used is None:
         return jax.lax.scan(body, zeros, batch)[0]
 
@@ -54,6 +65,18 @@ def gradient_sums(
         return body(total, micro)[0]
 
     return jax.lax.fori_loop(0, used, one, zeros)
+
+
+def _join(total: Any, part: Any) -> Any:
+    """Maxima by the maximum, all else by the sum."""
+    return total.join(part) if isinstance(total, Maximum) else total + part
+
+
+def _nothing(shape: Any) -> Any:
+    """What a sum, or a maximum, begins with."""
+    if isinstance(shape, Maximum):
+        return Maximum(jnp.full(shape.value.shape, -jnp.inf, shape.value.dtype))
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
 
 
 def used_micro_batches(segment_ids_MBT: Array) -> Array:

@@ -22,6 +22,7 @@ from posttrain_jax.core.errors import InputError
 MANIFEST = "manifest.json"
 ITEMS = ("params", "optimizer", "meta")
 METRICS = "metrics"  # Orbax's own item, there only where the best checkpoint is kept
+COLLECTOR = "collector"  # arrays of the collector of batches, where it has some
 LOCK = ".lock"
 
 
@@ -43,7 +44,7 @@ def _is_step(name: str) -> bool:
     return name.isascii() and name.isdigit() and (name == "0" or name[0] != "0")
 
 
-def write_manifest(folder: Path, items: Sequence[str] = (*ITEMS, METRICS)) -> None:
+def write_manifest(folder: Path, items: Sequence[str] = (*ITEMS, METRICS, COLLECTOR)) -> None:
     """Writes size and CRC-32 of every file of the items of a checkpoint."""
     sums = {name: list(_size_and_crc(folder / name)) for name in _files(folder, items)}
     (folder / MANIFEST).write_text(json.dumps(sums, indent=0))

@@ -66,7 +66,7 @@ class Rollouts:
       tokens: `[N, T]` int32.
       segment_ids: `[N, T]` int32, 1 where there is a token.
       response_mask: `[N, T]` int32, 1 at the places that predict a token of the answer.
-      engine_logps: `[N, T]` float32 at these places: under the distribution that the token was drawn from.
+      sampler_logps: `[N, T]` float32 at these places: under the distribution that the token was drawn from.
       last_token_index: `[N]` int32, the place of the last token.
     """
 
@@ -76,7 +76,7 @@ class Rollouts:
     tokens: np.ndarray
     segment_ids: np.ndarray
     response_mask: np.ndarray
-    engine_logps: np.ndarray
+    sampler_logps: np.ndarray
     last_token_index: np.ndarray
 
     def select(self, rows: np.ndarray) -> Rollouts:
@@ -88,7 +88,7 @@ class Rollouts:
             tokens=self.tokens[rows],
             segment_ids=self.segment_ids[rows],
             response_mask=self.response_mask[rows],
-            engine_logps=self.engine_logps[rows],
+            sampler_logps=self.sampler_logps[rows],
             last_token_index=self.last_token_index[rows],
         )
 
@@ -106,7 +106,7 @@ class RolloutBatch:
     tokens: Array
     segment_ids: Array
     response_mask: Array
-    engine_logps: Array
+    sampler_logps: Array
     last_token_index: Array
     scores: Array
     has_score: Array
@@ -223,7 +223,7 @@ def as_rows(
     """Samples (and the prompt of each) as rows."""
     shape = (len(samples), row_length)
     tokens, segments, response_mask = (np.zeros(shape, np.int32) for _ in range(3))
-    engine_logps = np.zeros(shape, np.float32)
+    sampler_logps = np.zeros(shape, np.float32)
     answers, ended = [], []
     for n, (prompt, sample) in enumerate(zip(prompts, samples, strict=True)):
         answer, end = truncate(
@@ -236,7 +236,7 @@ def as_rows(
         tokens[n, :first], tokens[n, first:last] = prompt.tokens, answer
         segments[n, :last] = 1
         response_mask[n, first - 1 : last - 1] = 1
-        engine_logps[n, first - 1 : last - 1] = sample.sample_logprobs[: answer.size]
+        sampler_logps[n, first - 1 : last - 1] = sample.sample_logprobs[: answer.size]
         answers.append(answer)
         ended.append(end)
     return Rollouts(
@@ -246,7 +246,7 @@ def as_rows(
         tokens=tokens,
         segment_ids=segments,
         response_mask=response_mask,
-        engine_logps=engine_logps,
+        sampler_logps=sampler_logps,
         last_token_index=segments.sum(axis=1, dtype=np.int32) - 1,
     )
 
@@ -291,7 +291,7 @@ def put_rollouts(
         tokens=put(rollouts.tokens),
         segment_ids=put(rollouts.segment_ids),
         response_mask=put(rollouts.response_mask),
-        engine_logps=put(rollouts.engine_logps),
+        sampler_logps=put(rollouts.sampler_logps),
         last_token_index=put(rollouts.last_token_index),
         scores=put(scores.astype(np.float32)),
         has_score=put(has_score.astype(np.int32)),

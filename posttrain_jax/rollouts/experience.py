@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from posttrain_jax.core.masking import masked_sum, shift_left
 from posttrain_jax.core.trees import partition
-from posttrain_jax.core.types import Array, Largest, Metric, Metrics, PyTree
+from posttrain_jax.core.types import Array, Maximum, Metric, Metrics, PyTree
 from posttrain_jax.core.updates import map_micro_batches
 from posttrain_jax.forward.heads import token_logps
 from posttrain_jax.losses.advantages import per_token_rewards
@@ -175,17 +175,18 @@ def _metrics(batch: RolloutBatch, found: _Found, kl_coefficient: Array) -> Metri
         return jnp.sum(jnp.where(acts, values, 0.0))
 
     pair = found.logps, found.reference
-    gaps = jnp.where(acts, jnp.abs(found.logps - batch.engine_logps), 0.0)
+    gaps = jnp.where(acts, jnp.abs(found.logps - batch.sampler_logps), 0.0)
     return {
         "score": Metric(masked_sum(batch.scores, batch.has_score), scored),
-        "reward": Metric(total(found.rewards * batch.has_score), scored),
-        "kl": Metric(total(k1(*pair)), answers),
-        "kl_k2": Metric(total(k2(*pair)), answers),
-        "kl_k3": Metric(total(k3(*pair)), answers),
+        "reward_per_sequence": Metric(total(found.rewards * batch.has_score), scored),
+        "kl_per_sequence": Metric(total(k1(*pair)), answers),
+        "kl_per_token": Metric(total(k1(*pair)), drawn),
+        "kl_k2_per_sequence": Metric(total(k2(*pair)), answers),
+        "kl_k3_per_sequence": Metric(total(k3(*pair)), answers),
         "kl_coefficient": Metric.of(kl_coefficient),
-        "entropy": Metric(-total(found.logps), drawn),
+        "entropy_per_token": Metric(-total(found.logps), drawn),
         "completion_tokens": Metric(drawn, answers),
         "tokens": Metric.of(jnp.sum(batch.segment_ids != 0, dtype=jnp.float32)),
-        "engine_logp_gap": Largest.of(jnp.max(gaps)),
-        "engine_logp_gap_mean": Metric(jnp.sum(gaps), drawn),
+        "sampler_logp_gap_max": Maximum(jnp.max(gaps)).as_metric(),
+        "sampler_logp_gap_per_token": Metric(jnp.sum(gaps), drawn),
     }

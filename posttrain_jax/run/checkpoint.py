@@ -4,8 +4,9 @@ A checkpoint at step S is the folder `checkpoints/S/` with the items
 
     params      the trained parameters
     optimizer   optimizer state, step, RNG key data, skip counters, EMA
+    collector   arrays of the collector of batches, if it has any (a replay buffer, say)
     metrics     JSON: the metric by which the best is kept, if any
-    meta        JSON: data iterator, metric sums not yet logged, git hash, anything the loop wants back
+    meta        JSON: the collector's position, metric sums not yet logged, git hash, anything the loop wants back
 
 and `manifest.json` with the size and CRC-32 of every file, written just before Orbax's atomic rename makes the
 folder visible under its name. Parameters that are not trained (LoRA's
@@ -22,11 +23,13 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
@@ -36,6 +39,7 @@ from posttrain_jax.core.errors import InputError, file_error
 from posttrain_jax.core.trees import byte_count, leaf_paths
 from posttrain_jax.core.types import PyTree, TrainState
 from posttrain_jax.core.workdir import (
+    COLLECTOR,
     ITEMS,
     METRICS,
     agree,
@@ -50,11 +54,12 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What `Checkpoints.restore` found."""
+    """What `Checkpoints.restore` found; `arrays` are the collector's."""
 
     state: TrainState
     meta: dict[str, Any]
     step: int
+    arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class Checkpoints:
@@ -91,7 +96,7 @@ class Checkpoints:
         self._drop_unreadable_metrics()
         self._manager = ocp.CheckpointManager(
             self.folder.absolute(),
-            item_names=ITEMS,
+            item_names=(*ITEMS, COLLECTOR),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
                 # Orbax writes the metrics, so that a resumed run knows the best, only where it is given this too.
@@ -151,8 +156,20 @@ class Checkpoints:
             )
         self.save_frozen(make())
 
-    def save(self, state: TrainState, meta: dict[str, Any], metrics: dict[str, float]) -> int:
+    def save(
+        self,
+        state: TrainState,
+        meta: dict[str, Any],
+        metrics: dict[str, float],
+        arrays: Mapping[str, np.ndarray] = MappingProxyType({}),
+    ) -> int:
         """Starts saving; returns the step. Waits only for the copy off the devices and for the save before.
+
+        Args:
+          state: what is trained.
+          meta: JSON.
+          metrics: of the evaluation at this step, for `best_metric`.
+          arrays: the collector's, by name; every process has the same.
 
         Raises:
           InputError: the disk is full; the checkpoint before is untouched.
@@ -171,15 +188,20 @@ class Checkpoints:
         # A NaN would be neither better nor worse than what was the best.
         has_best = math.isfinite(metrics.get(self._best_metric, math.nan))
         self.wait()
-        self._check_space(byte_count((state.params, state.opt_state, state.ema)))
+        self._check_space(byte_count((state.params, state.opt_state, state.ema, dict(arrays))))
         self._saving = step
+        # Which arrays there are is written too: what is not known cannot be restored.
+        described = {name: [list(array.shape), str(array.dtype)] for name, array in arrays.items()}
+        items: dict[str, Any] = {
+            "params": ocp.args.StandardSave(state.params),
+            "optimizer": ocp.args.StandardSave(optimizer),
+            "meta": ocp.args.JsonSave({**meta, COLLECTOR: described}),
+        }
+        if arrays:
+            items[COLLECTOR] = ocp.args.StandardSave(dict(arrays))
         self._manager.save(
             step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                optimizer=ocp.args.StandardSave(optimizer),
-                meta=ocp.args.JsonSave(meta),
-            ),
+            args=ocp.args.Composite(**items),
             metrics={self._best_metric: metrics[self._best_metric]} if has_best else None,
         )
         return step
@@ -264,6 +286,7 @@ class Checkpoints:
                     meta=ocp.args.JsonRestore(),
                 ),
             )
+            arrays = self._read_arrays(step, items.meta.get(COLLECTOR, {}))
         except Exception as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise InputError(
@@ -281,7 +304,17 @@ class Checkpoints:
             skipped=saved["skipped"],
             skipped_in_row=saved["skipped_in_row"],
         )
-        return Restored(state=state, meta=items.meta, step=step)
+        return Restored(state=state, meta=items.meta, step=step, arrays=arrays)
+
+    def _read_arrays(self, step: int, described: dict[str, Any]) -> dict[str, np.ndarray]:
+        """The collector's arrays, as the checkpoint's meta describes them."""
+        if not described:
+            return {}
+        like = {name: np.zeros(shape, dtype) for name, (shape, dtype) in described.items()}
+        items = self._manager.restore(
+            step, args=ocp.args.Composite(**{COLLECTOR: ocp.args.StandardRestore(like)})
+        )
+        return {name: np.asarray(array) for name, array in items[COLLECTOR].items()}
 
     def _read_frozen(self, like: PyTree) -> PyTree:
         if not like:

@@ -1,4 +1,5 @@
-"""The one training loop. It is handed a `Task` (a state, a jitted step, rows, an evaluation) and knows no algorithm.
+"""The one training loop. It is handed a `Task` (a state, a collector of batches, a jitted step, an evaluation)
+and knows no algorithm.
 
 Step t + 1 is dispatched before the metrics of step t are read (`Task.ahead`), so the devices never wait for the host.
 Everything that a run writes can be cut back to a checkpoint, so a run that was killed at any moment and started again
@@ -20,7 +21,7 @@ import jax
 
 from posttrain_jax.core.errors import InputError, StepNotTaken
 from posttrain_jax.core.log import log_on_host0
-from posttrain_jax.core.types import Metric, Metrics, Task, TrainState
+from posttrain_jax.core.types import CollectorState, Metric, Metrics, Task, TrainState
 from posttrain_jax.core.workdir import completed_steps
 from posttrain_jax.run.checkpoint import Checkpoints, explain
 from posttrain_jax.run.metrics import (
@@ -251,10 +252,10 @@ class _Run:
         self.reset_window(step)
         return values
 
-    def meta(self, git_hash: str) -> dict[str, Any]:
+    def meta(self, git_hash: str, collector: CollectorState) -> dict[str, Any]:
         """What a checkpoint needs besides arrays, as JSON."""
         return {
-            "rows": self.task.rows.get_state(),
+            "rows": collector.values,
             "accumulator": self.accumulator.state(),
             "last": self.last,
             "best": self.best,
@@ -289,7 +290,7 @@ def train(task: Task, options: LoopOptions, workdir: Path) -> Summary:
         raise explained from error
     finally:
         preemption.close()
-        task.rows.close()
+        task.collector.close()
 
 
 def _train(
@@ -304,7 +305,7 @@ def _train(
         checkpoints.save_frozen(state.frozen)
     else:
         state, start, meta = restored.state, restored.step, restored.meta
-        task.rows.set_state(meta["rows"])
+        task.collector.set_state(CollectorState(meta["rows"], restored.arrays))
         log_on_host0(f"Resuming from step {start} ({checkpoints.folder / str(start)}).")
 
     if state.ema:
@@ -320,20 +321,20 @@ def _train(
     step = saved = start
     try:
         while step < task.steps and not run.stopped:
-            rows_before = task.rows.get_state()
-            rows = next(task.rows)
+            before = task.collector.get_state()
             run.start_profile(step + 1)
             try:
-                state, metrics = task.train_step(state, task.put(rows.arrays))
+                collected = task.collector.next(state)
             except StepNotTaken:
                 if step > saved:
                     run.drain()
                     run.writer.sync()
-                    checkpoints.save(state, {**run.meta(git_hash), "rows": rows_before}, {})
+                    checkpoints.save(state, run.meta(git_hash, before), {}, before.arrays)
                     checkpoints.close()
                 raise
+            state, metrics = task.train_step(state, collected.batch)
             step += 1
-            run.pending.append(_Pending(step, metrics, rows.row_ids))
+            run.pending.append(_Pending(step, {**collected.metrics, **metrics}, collected.row_ids))
             if len(run.pending) > task.ahead:
                 run.read_one()
             stop = preemption.stop_after(step)
@@ -352,7 +353,8 @@ def _train(
             if last or stop or kept:
                 run.drain()
                 run.writer.sync()
-                checkpoints.save(state, run.meta(git_hash), evaluated)
+                after = task.collector.get_state()
+                checkpoints.save(state, run.meta(git_hash, after), evaluated, after.arrays)
                 saved = step
             if stop and not last:
                 status = "preempted"

@@ -253,9 +253,9 @@ OFFLINE_PANELS = (
 )
 ONLINE_PANELS = (
     ("score", ("train/score", "eval/score", "eval/gold")),
-    ("KL to the reference (nats per answer)", ("train/kl",)),
-    ("entropy (nats per token)", ("train/entropy",)),
-    ("clip fraction, share without an end", ("train/clip_fraction", "train/no_eos")),
+    ("KL to the reference (nats per sequence)", ("train/kl_per_sequence",)),
+    ("entropy (nats per token)", ("train/entropy_per_token",)),
+    ("clip fraction, share without an end", ("train/clip_fraction", "train/no_eos_share")),
 )
 
 

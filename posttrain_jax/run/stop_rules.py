@@ -11,10 +11,11 @@ class StopRules:
     """Limits; 0 = off.
 
     Attributes:
-      kl: `train/kl`, nats per answer, must not be above: beyond some KL the score is gained by what it does not measure
-        (arXiv:2210.10760).
-      entropy: `train/entropy`, nats per token, must not be below: the policy has come down to a few answers.
-      repetition: `train/repetition`, the share of an answer that it had written before, must not be above.
+      kl: `train/kl_per_sequence`, nats, must not be above: beyond some KL the score is gained by what it does not
+        measure (arXiv:2210.10760).
+      entropy: `train/entropy_per_token`, nats, must not be below: the policy has come down to a few completions.
+      repetition: `train/repeated_4gram_share`, the share of a completion that repeats what stands before it, must not
+        be above.
       gold_errors: `eval/gold` must not be below its best by more than this many of its standard errors: the score that
         is learnt from still rises, what it stands for falls.
     """
@@ -31,14 +32,16 @@ class StopRules:
           values: what was just logged; a name that is not there is not checked.
           best: the highest value so far of each metric of an evaluation, this one included.
         """
-        kl, entropy = values.get("train/kl"), values.get("train/entropy")
-        repetition, gold = values.get("train/repetition"), values.get("eval/gold")
+        kl, entropy = values.get("train/kl_per_sequence"), values.get("train/entropy_per_token")
+        repetition, gold = values.get("train/repeated_4gram_share"), values.get("eval/gold")
         if self.kl and kl is not None and kl > self.kl:
-            return f"train/kl is {kl:.4g}, above stop.kl={self.kl:g}"
+            return f"train/kl_per_sequence is {kl:.4g}, above stop.kl={self.kl:g}"
         if self.entropy and entropy is not None and entropy < self.entropy:
-            return f"train/entropy is {entropy:.4g}, below stop.entropy={self.entropy:g}"
+            return f"train/entropy_per_token is {entropy:.4g}, below stop.entropy={self.entropy:g}"
         if self.repetition and repetition is not None and repetition > self.repetition:
-            return f"train/repetition is {repetition:.4g}, above stop.repetition={self.repetition:g}"
+            return (
+                f"train/repeated_4gram_share is {repetition:.4g}, above stop.repetition={self.repetition:g}"
+            )
         if self.gold_errors and gold is not None:
             lowest = best["eval/gold"] - self.gold_errors * values["eval/gold_standard_error"]
             if gold < lowest:

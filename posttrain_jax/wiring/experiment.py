@@ -52,6 +52,7 @@ from posttrain_jax.models.io.load import (
 )
 from posttrain_jax.models.io.tokenizer import load_tokenizer
 from posttrain_jax.models.transformer import Model, make_model
+from posttrain_jax.run.batches import RowBatches
 from posttrain_jax.run.metrics import Accumulator, to_host
 from posttrain_jax.sampling.fixed_prompts import answer_fixed_prompts
 from posttrain_jax.wiring.data import chat_from_config, eval_rows
@@ -446,9 +447,11 @@ def task_from_config(
         steps=steps,
         init_state=first_state,
         abstract_state=abstract,
-        rows=loader,
-        put=functools.partial(
-            put_batch, mesh=mesh, micro_batches=micro_batches(config, mesh), kind=algorithm.batch
+        collector=RowBatches(
+            loader,
+            functools.partial(
+                put_batch, mesh=mesh, micro_batches=micro_batches(config, mesh), kind=algorithm.batch
+            ),
         ),
         train_step=lambda state, batch: step(state, batch, *algorithm.constants),
         evaluate=_evaluation(config, algorithm, mesh) if algorithm.held_out else None,

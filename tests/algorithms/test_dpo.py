@@ -214,8 +214,9 @@ def test_in_bfloat16_the_first_step_begins_at_the_reference(reference, tmp_path,
     config = config_of(reference=reference)
     config.model.dtype, config.data.eval = "bfloat16", ""
     task = dpo.from_config(config, tmp_path)
-    _, metrics = task.train_step(task.init_state(), task.put(next(task.rows).arrays))
-    task.rows.close()
+    state = task.init_state()
+    _, metrics = task.train_step(state, task.collector.next(state).batch)
+    task.collector.close()
     assert float(metrics["train/loss"].sum / metrics["train/loss"].count) == pytest.approx(
         np.log(2), abs=1e-7
     )
@@ -241,8 +242,8 @@ def test_in_bfloat16_ties_are_ties_wherever_a_completion_stands(tmp_path, monkey
     task = dpo.from_config(config, tmp_path)
     state = task.init_state()
     held_out = task.evaluate(state)
-    batch = task.put(next(task.rows).arrays)
-    task.rows.close()
+    batch = task.collector.next(state).batch
+    task.collector.close()
     policy = model_spec_from_config(config)
     params = combine(state.params, state.frozen)
     rows = jax.tree.map(lambda leaf: leaf[0], batch)

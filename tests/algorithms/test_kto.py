@@ -169,7 +169,7 @@ def test_the_batches_of_an_evaluation_do_not_change_it(tmp_path, monkeypatch):
         moved = dataclasses.replace(state, params=jax.tree.map(lambda leaf: 0.5 * leaf, state.params))
         assert task.evaluate is not None
         found.append(task.evaluate(moved))
-        task.rows.close()
+        task.collector.close()
     assert found[0]["eval/kl"] > 0
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 

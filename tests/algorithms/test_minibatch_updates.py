@@ -16,7 +16,7 @@ from posttrain_jax.algorithms import ppo, rloo
 from posttrain_jax.algorithms.collect import repetition
 from posttrain_jax.algorithms.online import Mixed, init_state, minibatch_updates
 from posttrain_jax.core.optim import divide_and_clip, scale_and_delay
-from posttrain_jax.core.types import Array, Largest, Metric, Metrics, TrainState
+from posttrain_jax.core.types import Array, Maximum, Metric, Metrics, TrainState
 from posttrain_jax.core.updates import new_state
 from posttrain_jax.models.config import LoraConfig, ModelConfig
 from posttrain_jax.models.transformer import make_model
@@ -82,7 +82,7 @@ def test_a_failed_answer_is_worth_nothing_to_learn_from():
         tokens=ones,
         segment_ids=ones,
         response_mask=jnp.asarray([[[0, 1, 1, 0], [0, 1, 1, 0]]]),
-        engine_logps=jnp.zeros((1, 2, 4)),
+        sampler_logps=jnp.zeros((1, 2, 4)),
         last_token_index=jnp.full((1, 2, 1), 3),
         scores=jnp.asarray([[[3.0], [99.0]]]),
         has_score=jnp.asarray([[[1], [0]]]),
@@ -92,7 +92,12 @@ def test_a_failed_answer_is_worth_nothing_to_learn_from():
     )
     assert made.response_mask.tolist() == [[[0, 1, 1, 0], [0, 0, 0, 0]]]
     np.testing.assert_allclose(made.rewards[0, 0], [0, 0, 3, 0], atol=1e-6)
-    for name, sum_, count in (("score", 3, 1), ("reward", 3, 1), ("completion_tokens", 4, 2), ("kl", 0, 2)):
+    for name, sum_, count in (
+        ("score", 3, 1),
+        ("reward_per_sequence", 3, 1),
+        ("completion_tokens", 4, 2),
+        ("kl_per_sequence", 0, 2),
+    ):
         np.testing.assert_allclose((metrics[name].sum, metrics[name].count), (sum_, count), atol=1e-5)
 
 
@@ -130,7 +135,7 @@ def linear(params: dict, part: Array) -> tuple[Array, Metrics]:
     """Sum of x (w + v) over the numbers x of a micro-batch `[B, 1]`: the gradient of its mean is the mean of x."""
     total = jnp.sum(part) * (params["w"] + params["value"]["v"])
     count = jnp.float32(part.size)
-    return total, {"loss": Metric(total, count), "most": Largest.of(jnp.max(part))}
+    return total, {"loss": Metric(total, count), "most": Maximum(jnp.max(part))}
 
 
 def text_loss(params: dict, part: Array) -> tuple[Array, Metrics]:

@@ -26,6 +26,7 @@ from posttrain_jax.algorithms import ppo
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.sharding import make_mesh
 from posttrain_jax.core.trees import combine
+from posttrain_jax.core.types import CollectorState
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.io.export import export_hf
@@ -252,9 +253,9 @@ def test_other_networks(kind, tmp_path):
         config = short(ppo__value="shared", optim__ema=0.5)
     run(config, tmp_path / "run")
     first, last = logged(tmp_path / "run")
-    assert abs(first["train/kl"]) < 1e-4
-    assert abs(last["train/kl"]) > abs(first["train/kl"])
-    assert first["train/engine_logp_gap"] < 1e-3 and last["train/skipped"] == 0
+    assert abs(first["train/kl_per_sequence"]) < 1e-4
+    assert abs(last["train/kl_per_sequence"]) > abs(first["train/kl_per_sequence"])
+    assert first["train/sampler_logp_gap_max"] < 1e-3 and last["train/skipped"] == 0
     assert last["train/value_loss"] > 0
     loaded = load_model(str(tmp_path / "run"), ema=kind == "shared")
     assert "value" not in loaded.params and loaded.lora.rank == (2 if kind == "adapter" else 0)
@@ -279,7 +280,7 @@ def test_an_evaluation_may_draw_at_a_temperature_of_its_own(tmp_path):
     task = ppo.from_config(config, tmp_path)
     state = task.init_state()
     rows = task.sample(state)
-    task.rows.close()
+    task.collector.close()
     asked = GenerateOptions(
         config.rollout.max_new_tokens, stop_token_ids=stop_token_ids(policy.model.config, policy.tokenizer)
     )
@@ -306,9 +307,9 @@ def test_all_that_instructgpt_adds(tmp_path):
     config.optim.warmup, config.optim.lr = 0, 1e-2
     run(config, tmp_path / "run")
     rows = logged(tmp_path / "run")
-    steps = [row for row in rows if "train/kl" in row]
+    steps = [row for row in rows if "train/kl_per_sequence" in row]
     evaluations = [row for row in rows if "eval/gold" in row]
-    assert [abs(row["train/kl"]) < 1e-4 for row in steps] == [True, True, True, False]
+    assert [abs(row["train/kl_per_sequence"]) < 1e-4 for row in steps] == [True, True, True, False]
     price = [row["train/kl_coefficient"] for row in steps]
     assert price[0] == price[1] == price[2] == pytest.approx(0.02) and price[3] < 0.02
     assert steps[0]["train/pretraining_loss"] == pytest.approx(math.log(260), abs=0.3)
@@ -326,16 +327,16 @@ def test_the_normalization_of_scores_is_part_of_what_is_saved(tmp_path, capsys):
     config = short(data__eval="split:3", score__normalize=16)
     config.score.functions = ("tests.algorithms.letter_rewards:mean_token",)
     task = ppo.from_config(config, tmp_path)
-    assert task.rows.get_state()["normalization"] == [1.0, 0.0]
+    assert task.collector.get_state().values["normalization"] == [1.0, 0.0]
     task.init_state()
-    saved = json.loads(json.dumps(task.rows.get_state()))
-    task.rows.close()
+    saved = json.loads(json.dumps(task.collector.get_state().values))
+    task.collector.close()
     assert saved["normalization"] != [1.0, 0.0] and "Scores are" in capsys.readouterr().out
     resumed = ppo.from_config(config, tmp_path)
-    resumed.rows.set_state({**saved, "normalization": [0.0, 7.0]})
+    resumed.collector.set_state(CollectorState({**saved, "normalization": [0.0, 7.0]}))
     scores = resumed.evaluate(resumed.init_state())
-    resumed.rows.close()
-    assert resumed.rows.get_state()["normalization"] == [0.0, 7.0]
+    resumed.collector.close()
+    assert resumed.collector.get_state().values["normalization"] == [0.0, 7.0]
     assert (scores["eval/score"], scores["eval/score_standard_error"]) == (7.0, 0.0)
     assert "Scores are" not in capsys.readouterr().out
 
@@ -373,7 +374,13 @@ def test_a_sampler_that_is_off_stops_the_run(tmp_path):
 @pytest.mark.slow
 def test_a_mesh_changes_nothing(tmp_path):
     """The first iteration draws the same answers and learns the same on 8 devices and on 2 x 2 x 2."""
-    names = ("train/score", "train/loss", "train/grad_norm", "train/entropy", "train/completion_tokens")
+    names = (
+        "train/score",
+        "train/loss",
+        "train/grad_norm",
+        "train/entropy_per_token",
+        "train/completion_tokens",
+    )
     found = []
     for number, (data, fsdp, tensor) in enumerate([(8, 1, 1), (2, 2, 2)]):
         config = short(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, train__steps=1)

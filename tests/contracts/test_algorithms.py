@@ -69,19 +69,24 @@ def steps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     checkpoints.save_frozen(first.frozen)
     signatures = [signature(first)]
     leaves = jax.tree.leaves((first.params, first.opt_state))
-    second, metrics_1 = task.train_step(first, task.put(next(task.rows).arrays))
+    collected = task.collector.next(first)
+    second, metrics_1 = task.train_step(first, collected.batch)
+    metrics_1 = {**collected.metrics, **metrics_1}
     signatures.append(signature(second))
     checkpoints.save(second, {}, {})
     checkpoints.wait()
     restored = checkpoints.restore(task.abstract_state)
     assert restored is not None
     checkpoints.close()
-    batch = next(task.rows).arrays
+    position = task.collector.get_state()
     ends = []
     for state in (second, restored.state):
-        after, metrics_2 = task.train_step(state, task.put(batch))
+        task.collector.set_state(position)
+        collected = task.collector.next(state)
+        after, metrics_2 = task.train_step(state, collected.batch)
+        metrics_2 = {**collected.metrics, **metrics_2}
         ends.append(jax.device_get((after.params, after.opt_state)))
-    task.rows.close()
+    task.collector.close()
     return Steps(
         abstract=signature(task.abstract_state),
         signatures=signatures,

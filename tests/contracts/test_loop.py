@@ -176,7 +176,11 @@ def test_the_step_of_a_resumed_run_compiles_once(tmp_path: Path):
     config = tiny_config(train__steps=4, checkpoint__every=2, eval__every=0)
     task = make_task(config, tmp_path)
     with pytest.raises(RuntimeError, match="crash"):
-        train(dataclasses.replace(task, rows=CrashingRows(task.rows, after=3)), options(config), tmp_path)
+        train(
+            dataclasses.replace(task, collector=CrashingCollector(task.collector, after=3)),
+            options(config),
+            tmp_path,
+        )
     assert completed_steps(tmp_path) == [2]
     task = make_task(config, tmp_path)
     signatures = []
@@ -190,26 +194,26 @@ def test_the_step_of_a_resumed_run_compiles_once(tmp_path: Path):
     assert jax.tree.leaves(signatures[0]) == jax.tree.leaves(signatures[1])
 
 
-class CrashingRows:
-    """Rows that fail after some steps, as a crash of the process would, but within this one."""
+class CrashingCollector:
+    """A collector that fails after some steps, as a crash of the process would, but within this one."""
 
-    def __init__(self, rows, after: int):
-        self.rows, self.left = rows, after
+    def __init__(self, inner, after: int):
+        self.inner, self.left = inner, after
 
-    def __next__(self):
+    def next(self, state):
         if not self.left:
             raise RuntimeError("crash")
         self.left -= 1
-        return next(self.rows)
+        return self.inner.next(state)
 
     def get_state(self):
-        return self.rows.get_state()
+        return self.inner.get_state()
 
     def set_state(self, state):
-        self.rows.set_state(state)
+        self.inner.set_state(state)
 
     def close(self):
-        self.rows.close()
+        self.inner.close()
 
 
 def same_but_for_speed(a: Path, b: Path, name: str = "metrics.jsonl") -> None:
@@ -243,7 +247,11 @@ def test_a_crashed_run_ends_as_one_that_never_crashed(tmp_path: Path, name: str)
     train(task, options(config), whole)
     task = make_task(config, broken)
     with pytest.raises(RuntimeError, match="crash"):
-        train(dataclasses.replace(task, rows=CrashingRows(task.rows, after=5)), options(config), broken)
+        train(
+            dataclasses.replace(task, collector=CrashingCollector(task.collector, after=5)),
+            options(config),
+            broken,
+        )
     assert completed_steps(broken)[-1] == 4
     train(make_task(config, broken), options(config), broken)
     same_but_for_speed(whole, broken)
@@ -258,23 +266,79 @@ def test_a_crashed_run_ends_as_one_that_never_crashed(tmp_path: Path, name: str)
 def test_a_step_that_is_not_taken_loses_nothing(tmp_path: Path):
     """The third of 4 steps, where the next checkpoint is of the last: step 2 is saved, and the rows are read again."""
     config = tiny_config(log__every=1, checkpoint__every=0)
-    task = make_task(config, tmp_path)
     read: list[np.ndarray] = []
 
-    def step(state, batch):
-        read.append(np.asarray(batch.tokens))
-        if len(read) == 3:
-            raise StepNotTaken("The reward function f failed at all 8 answers.")
-        return task.train_step(state, batch)
+    class Failing(CrashingCollector):
+        def next(self, state):
+            collected = self.inner.next(state)
+            read.append(np.asarray(collected.batch.tokens))
+            if len(read) == 3:
+                raise StepNotTaken("The reward function f failed at all 8 completions.")
+            return collected
 
-    with pytest.raises(InputError, match="failed at all 8 answers"):
-        train(dataclasses.replace(task, train_step=step), options(config), tmp_path)
+    def failing_task():
+        task = make_task(config, tmp_path)
+        return dataclasses.replace(task, collector=Failing(task.collector, after=-1))
+
+    with pytest.raises(InputError, match="failed at all 8 completions"):
+        train(failing_task(), options(config), tmp_path)
     assert completed_steps(tmp_path) == [2]
     assert not (tmp_path / "summary.json").exists()
-    task = make_task(config, tmp_path)
-    train(dataclasses.replace(task, train_step=step), options(config), tmp_path)
+    train(failing_task(), options(config), tmp_path)
     np.testing.assert_array_equal(read[2], read[3])
     assert len(read) == 5 and [row["step"] for row in lines(tmp_path) if "train/loss" in row] == [1, 2, 3, 4]
+
+
+class Replaying(CrashingCollector):
+    """A collector with arrays of its own: it gives the older half of a step's rows again in the next step."""
+
+    def __init__(self, inner, after: int):
+        super().__init__(inner, after)
+        self.kept = np.zeros((0, 0), np.int32)
+
+    def next(self, state):
+        collected = super().next(state)
+        tokens = np.asarray(collected.batch.tokens)
+        half = tokens.shape[1] // 2
+        if self.kept.size:
+            replayed = np.concatenate([self.kept, tokens[:, half:]], axis=1)
+            new = jax.device_put(replayed, collected.batch.tokens.sharding)
+            batch = dataclasses.replace(collected.batch, tokens=new)
+            collected = dataclasses.replace(collected, batch=batch)
+        self.kept = tokens[:, half:]
+        return collected
+
+    def get_state(self):
+        state = self.inner.get_state()
+        return dataclasses.replace(state, arrays={"kept": self.kept} if self.kept.size else {})
+
+    def set_state(self, state):
+        self.inner.set_state(state)
+        self.kept = state.arrays["kept"]
+
+
+def test_arrays_of_a_collector_are_in_the_checkpoint(tmp_path: Path):
+    """A run that crashes after its third step ends as one that does not. A checkpoint whose arrays are damaged is set
+    aside like any other."""
+    config = tiny_config(train__steps=6, checkpoint__every=2, eval__every=0)
+
+    def run_in(folder: Path, after: int) -> None:
+        task = make_task(config, folder)
+        train(dataclasses.replace(task, collector=Replaying(task.collector, after)), options(config), folder)
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    run_in(whole, -1)
+    with pytest.raises(RuntimeError, match="crash"):
+        run_in(broken, 5)
+    assert completed_steps(broken) == [2, 4]
+    for file in (broken / "checkpoints/4/collector").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:-1])
+    run_in(broken, -1)
+    assert (broken / "checkpoints/4.damaged").is_dir()
+    same_but_for_speed(whole, broken)
 
 
 def test_a_new_start_forgets_the_frozen_parameters_of_one_without_checkpoints(tmp_path: Path):
@@ -284,7 +348,11 @@ def test_a_new_start_forgets_the_frozen_parameters_of_one_without_checkpoints(tm
     config.model.lora.rank = 2
     task = make_task(config, tmp_path)
     with pytest.raises(RuntimeError, match="crash"):
-        train(dataclasses.replace(task, rows=CrashingRows(task.rows, after=0)), options(config), tmp_path)
+        train(
+            dataclasses.replace(task, collector=CrashingCollector(task.collector, after=0)),
+            options(config),
+            tmp_path,
+        )
     config.seed += 1
     task = make_task(config, tmp_path)
     train(task, options(config), tmp_path)
@@ -306,7 +374,9 @@ def test_a_resumed_run_does_not_name_rows_of_updates_skipped_before_its_checkpoi
         skipped = jax.device_put(state.skipped + 1, state.skipped.sharding) if first else state.skipped
         return dataclasses.replace(state, skipped=skipped), metrics
 
-    broken = dataclasses.replace(task, train_step=skipping_step, rows=CrashingRows(task.rows, after=3))
+    broken = dataclasses.replace(
+        task, train_step=skipping_step, collector=CrashingCollector(task.collector, after=3)
+    )
     with pytest.raises(RuntimeError, match="crash"):
         train(broken, options(config), tmp_path)
     assert [row["step"] for row in lines(tmp_path, "skipped.jsonl")] == [2]
@@ -371,7 +441,9 @@ def test_a_resumed_run_remembers_which_checkpoint_was_best(tmp_path: Path):
     values = iter([9.0, 5.0, 3.0, 4.0, 6.0, 7.0, 8.0])
     task = make_task(config, tmp_path)
     crashing = dataclasses.replace(
-        task, rows=CrashingRows(task.rows, after=3), evaluate=lambda state: {"eval/loss": next(values)}
+        task,
+        collector=CrashingCollector(task.collector, after=3),
+        evaluate=lambda state: {"eval/loss": next(values)},
     )
     with pytest.raises(RuntimeError, match="crash"):
         train(crashing, options(config), tmp_path)
@@ -406,18 +478,18 @@ def test_every_checkpoint_is_evaluated_where_the_best_is_kept(tmp_path: Path):
     assert averages == [True] * 5
 
 
-class Meddling(CrashingRows):
-    """Rows before one of which something happens to the workdir."""
+class Meddling(CrashingCollector):
+    """Batches before one of which something happens to the workdir."""
 
-    def __init__(self, rows, after: int, meddle):
-        super().__init__(rows, after)
+    def __init__(self, inner, after: int, meddle):
+        super().__init__(inner, after)
         self.meddle = meddle
 
-    def __next__(self):
+    def next(self, state):
         if not self.left:
             self.meddle()
         self.left -= 1
-        return next(self.rows)
+        return self.inner.next(state)
 
 
 def test_a_save_that_a_file_system_refuses_is_one_line_and_spares_the_checkpoints_before(tmp_path: Path):
@@ -433,7 +505,7 @@ def test_a_save_that_a_file_system_refuses_is_one_line_and_spares_the_checkpoint
         (tmp_path / "checkpoints").write_text("not a folder")
 
     task = make_task(config, tmp_path)
-    task = dataclasses.replace(task, rows=Meddling(task.rows, 3, meddle))
+    task = dataclasses.replace(task, collector=Meddling(task.collector, 3, meddle))
     with pytest.raises(InputError, match=r"met a file error \((File exists|Not a directory)") as caught:
         train(task, options(config), tmp_path)
     assert "\n" not in str(caught.value) and str(tmp_path / "checkpoints") in str(caught.value)

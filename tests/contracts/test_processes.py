@@ -128,7 +128,7 @@ def test_ppo_in_two_processes_follows_one(processes, tmp_path: Path):
     ]
     for mine, yours in zip(*rows, strict=True):
         assert mine.keys() == yours.keys()
-        for name in ("train/score", "train/loss", "train/kl", "train/grad_norm", "eval/score"):
+        for name in ("train/score", "train/loss", "train/kl_per_sequence", "train/grad_norm", "eval/score"):
             if name in mine:
                 assert mine[name] == pytest.approx(yours[name], rel=2e-3, abs=1e-5), name
 

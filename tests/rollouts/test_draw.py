@@ -55,7 +55,7 @@ def test_every_number_stands_at_the_place_that_predicts_its_token():
     assert rows.tokens.tolist() == [[5, 6, 7, 8, 9, 0, 0], [5, 1, 2, 3, 4, 0, 0]]
     assert rows.segment_ids.tolist() == [[1, 1, 1, 1, 1, 0, 0]] * 2
     assert rows.response_mask.tolist() == [[0, 0, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0]]
-    assert rows.engine_logps.tolist() == [[0, 0, -1, -2, 0, 0, 0], [-1, -2, -3, -4, 0, 0, 0]]
+    assert rows.sampler_logps.tolist() == [[0, 0, -1, -2, 0, 0, 0], [-1, -2, -3, -4, 0, 0, 0]]
     assert rows.last_token_index.tolist() == [4, 4] and rows.ended.tolist() == [True, False]
 
 

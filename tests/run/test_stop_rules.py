@@ -12,16 +12,24 @@ GOLD = {"eval/gold": 0.5, "eval/gold_standard_error": 0.1}
 @pytest.mark.parametrize(
     ("rules", "values", "words"),
     [
-        ({"kl": 10.0}, {"train/kl": 10.5}, "train/kl is 10.5, above stop.kl=10"),
-        ({"kl": 10.0}, {"train/kl": 9.5}, ""),
+        ({"kl": 10.0}, {"train/kl_per_sequence": 10.5}, "train/kl_per_sequence is 10.5, above stop.kl=10"),
+        ({"kl": 10.0}, {"train/kl_per_sequence": 9.5}, ""),
         ({"kl": 10.0}, {"eval/score": 1.0}, ""),
-        ({}, {"train/kl": 1e9, "train/entropy": 0.0, "train/repetition": 1.0}, ""),
-        ({"entropy": 0.2}, {"train/entropy": 0.1}, "train/entropy is 0.1, below stop.entropy=0.2"),
-        ({"entropy": 0.2}, {"train/entropy": 0.3}, ""),
+        (
+            {},
+            {"train/kl_per_sequence": 1e9, "train/entropy_per_token": 0.0, "train/repeated_4gram_share": 1.0},
+            "",
+        ),
+        (
+            {"entropy": 0.2},
+            {"train/entropy_per_token": 0.1},
+            "train/entropy_per_token is 0.1, below stop.entropy=0.2",
+        ),
+        ({"entropy": 0.2}, {"train/entropy_per_token": 0.3}, ""),
         (
             {"repetition": 0.5},
-            {"train/repetition": 0.6},
-            "train/repetition is 0.6, above stop.repetition=0.5",
+            {"train/repeated_4gram_share": 0.6},
+            "train/repeated_4gram_share is 0.6, above stop.repetition=0.5",
         ),
         # The best is 0.8: 3 standard errors of 0.1 above 0.5, which is allowed with 3.1 and not with 2.
         (
