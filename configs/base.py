@@ -158,9 +158,9 @@ def online_config() -> ConfigDict:
     config.rollout.truncate_token = -1  # answers end after the first of these; -1 = off
     config.rollout.truncate_after = 0  # but not within so many tokens
     config.rollout.max_logp_difference = 0.0  # nats, engine to trainer; more stops the run; 0 = off
-    config.rollout.reference = (
-        "frozen"  # frozen (a second copy of the policy), adapter (LoRA off), ema (optim.ema's)
-    )
+    # auto (where the KL is charged or watched: the policy at the start; else none), none, frozen (a second copy of the
+    # policy), adapter (LoRA off), ema (optim.ema's), or a MODEL
+    config.rollout.reference = "auto"
 
     config.score = ConfigDict()
     config.score.functions = ()  # "module:function", each run in worker processes

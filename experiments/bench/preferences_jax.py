@@ -32,7 +32,7 @@ from posttrain_jax.core.sharding import batch_sharding, jit_step, make_mesh, put
 from posttrain_jax.core.types import Metric, PreferenceBatch, PyTree
 from posttrain_jax.data.preference_groups import PreferenceData, PreferenceSource
 from posttrain_jax.data.preference_rows import PreferenceRows, RowShape, row_shape
-from posttrain_jax.forward.reference import reference_logps
+from posttrain_jax.forward.reference_cache import reference_logps
 from posttrain_jax.models.io.load import load_model
 from posttrain_jax.models.transformer import Model, make_model
 from posttrain_jax.wiring.data import share_prompt

@@ -8,7 +8,7 @@ weight of the comparisons -> clip, optimizer, EMA, unless something is not finit
 
 The reference is the model that training starts from. By `dpo.reference` its log-probabilities are
 
-    cached    computed before the first step and kept on disk (posttrain_jax/forward/reference.py); the default
+    cached    computed before the first step and kept on disk (posttrain_jax/forward/reference_cache.py); the default
     memory    computed in every step by a second copy of the parameters
     adapter   computed in every step by the same parameters with the LoRA adapter left out
     none      not there, as for all losses that need no reference
@@ -51,7 +51,7 @@ from posttrain_jax.data.preference_groups import PreferenceData, PreferenceSourc
 from posttrain_jax.data.preference_rows import PreferenceRows, RowShape
 from posttrain_jax.data.spans import ChatTemplate
 from posttrain_jax.forward.completions import decided_weights, policy_logps
-from posttrain_jax.forward.reference import reference_logps
+from posttrain_jax.forward.reference_cache import reference_logps
 from posttrain_jax.losses import anchored
 from posttrain_jax.losses import dpo as losses
 from posttrain_jax.losses import reference_free as odds

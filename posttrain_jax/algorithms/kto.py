@@ -7,7 +7,7 @@ optimizer, EMA. Where the step has several micro-batches, a forward pass over al
 rows are cut never changes the result.
 
 The reference is the model that training starts from; its log-probabilities are cached
-(posttrain_jax/forward/reference.py).
+(posttrain_jax/forward/reference_cache.py).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from posttrain_jax.data.mismatched import with_mismatched
 from posttrain_jax.data.preference_groups import PreferenceData
 from posttrain_jax.data.preference_rows import PreferenceRows, RowShape
 from posttrain_jax.forward.completions import policy_logps
-from posttrain_jax.forward.reference import reference_logps
+from posttrain_jax.forward.reference_cache import reference_logps
 from posttrain_jax.losses.kto import kto_kl_baseline, kto_loss
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.wiring.data import preferences_from_config

@@ -1,9 +1,9 @@
-"""RLOO: REINFORCE with a leave-one-out baseline (arXiv:2402.14740). Several answers to a prompt are scored, and each is
-compared with the mean of the others; there is no value network.
+"""RLOO: REINFORCE with a leave-one-out baseline (arXiv:2402.14740). Several completions of a prompt are scored, and
+each is compared with the mean of the others; there is no value network.
 
-The whole answer is one action: its reward is the score less beta times the sum of its tokens' k1, its log-probability
-the sum of its tokens'. With one update an iteration this is REINFORCE; with more, the ratio of the answer's
-probabilities is clipped as in PPO (which in the paper happened to fewer than 5 % of the answers).
+The whole completion is one action: its reward is the score less beta times the sum of its tokens' k1, its
+log-probability the sum of its tokens'. With one update an iteration this is REINFORCE; with more, the ratio of the
+completion's probabilities is clipped as in PPO (which in the paper happened to fewer than 5 % of the completions).
 """
 
 from __future__ import annotations
@@ -18,95 +18,100 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict as Config
 
-from posttrain_jax.algorithms.online import Online, minibatch_updates, online_task
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.core.types import Array, Maximum, Metrics, PartMetrics, PyTree, Task, TrainState
+from posttrain_jax.core.schema import check, read, setting
+from posttrain_jax.core.trees import combine
+from posttrain_jax.core.types import Array, Maximum, Metric, Metrics, PartMetrics, PyTree, Task, TrainState
+from posttrain_jax.forward.packed_rows import PackedRows
 from posttrain_jax.losses.advantages import leave_one_out
 from posttrain_jax.losses.ppo import clipped_policy_loss, ratio_max
-from posttrain_jax.rollouts.experience import Experience, Networks, logps_and_values
-from posttrain_jax.wiring.experiment import mesh_from_config, model_spec_from_config
+from posttrain_jax.rollouts.experience import Experience, Networks, experience_of, logps_and_values
+from posttrain_jax.rollouts.trajectory import TrajectoryBatch
+from posttrain_jax.rollouts.updates import minibatch_updates
+from posttrain_jax.wiring.online import Online, online_task
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """RLOO's numbers.
+    """The section `rloo` of a config."""
 
-    Attributes:
-      samples: answers per prompt, at least 2.
-      epochs, minibatches: as in PPO; 1 and 1 = REINFORCE.
-      clip: of the ratio of an answer's probabilities.
-    """
+    epochs: int = setting(1, "passes over an iteration's completions", minimum=1)
+    minibatches: int = setting(
+        1, "updates in a pass; with 1 epoch and 1 minibatch it is REINFORCE", minimum=1
+    )
+    clip: float = setting(0.2, "how far the ratio of a completion's probabilities may leave 1", above=0)
+    kl_coefficient: float = setting(0.05, "beta, of the KL to the reference")
 
-    samples: int
-    epochs: int
-    minibatches: int
-    clip: float
+    def __post_init__(self) -> None:
+        check(self, "rloo")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Compared:
-    """Answers `[..., T]` with their advantages `[...]`."""
+class WithAdvantages:
+    """Whole completions: log-probabilities under the policy before the updates, and advantages, `[N]`."""
 
-    rows: Experience
+    logps: Array
     advantages: Array
 
 
-def compared(experience: Experience, *, samples: int) -> Compared:
-    """Every answer's reward (score and penalty) less the mean of the other answers' to its prompt.
+def with_advantages(experience: Experience, *, samples: int) -> WithAdvantages:
+    """Every completion's reward (score and penalty) less the mean of the other completions' to its prompt.
 
     Args:
-      experience: `[M, B, T]`, the completions of one prompt side by side. Those without a score have an empty
-        response mask: they are in no baseline, and their own advantage is 0.
-      samples: K.
+      experience: `[N, S]`, the completions of one prompt side by side. Those without a score have an empty mask: they
+        are in no baseline, and their own advantage is 0.
+      samples: K completions of a prompt.
     """
-    acts = experience.response_mask != 0
-    rewards = jnp.sum(jnp.where(acts, experience.rewards, 0.0), axis=-1)
-    grouped_PK = rewards.reshape(-1, samples)
-    baselines_PK = leave_one_out(grouped_PK, jnp.any(acts, axis=-1).reshape(-1, samples))
-    return Compared(experience, (grouped_PK - baselines_PK).reshape(rewards.shape))
+    learned = experience.mask != 0
+    rewards_N = jnp.sum(jnp.where(learned, experience.rewards, 0.0), axis=-1)
+    rewards_PK = rewards_N.reshape(-1, samples)
+    baselines_PK = leave_one_out(rewards_PK, jnp.any(learned, axis=-1).reshape(-1, samples))
+    logps_N = jnp.sum(jnp.where(learned, experience.logps, 0.0), axis=-1)
+    return WithAdvantages(logps_N, (rewards_PK - baselines_PK).reshape(-1))
 
 
-def answer_losses(
-    params: PyTree, part: Compared, *, networks: Networks, options: Options
+def completion_losses(
+    params: PyTree, rows: PackedRows, targets: WithAdvantages, *, networks: Networks, options: Options
 ) -> tuple[Array, PartMetrics]:
-    """Sum of the losses of the answers `[B, T]` (differentiable), and metrics."""
-    rows = part.rows
-    logps_BT, _ = logps_and_values(params, rows, networks)
-    acts = rows.response_mask != 0
-    present_B = jnp.any(acts, axis=-1)
-    logps_B = jnp.sum(jnp.where(acts, logps_BT, 0.0), axis=-1)
-    old_logps_B = jnp.sum(jnp.where(acts, rows.logps, 0.0), axis=-1)
-    output = clipped_policy_loss(logps_B, old_logps_B, part.advantages, present_B, clip=options.clip)
-    metrics = output.metrics | {"ratio_max": Maximum(ratio_max(logps_B, old_logps_B, present_B))}
+    """Sum of the losses of the completions in packed rows (differentiable), and metrics."""
+    logps_RT, _ = logps_and_values(params, rows, networks)
+    logps_N, present_N = rows.sums(logps_RT), rows.present()
+    output = clipped_policy_loss(logps_N, targets.logps, targets.advantages, present_N, clip=options.clip)
+    metrics: PartMetrics = {
+        **output.metrics,
+        "ratio_max": Maximum(ratio_max(logps_N, targets.logps, present_N)),
+    }
     return jnp.sum(output.loss), jax.lax.stop_gradient(metrics)
 
 
 def train_step(
     state: TrainState,
-    experience: Experience,
-    kl: Array,
-    pretraining: PyTree,
+    batch: TrajectoryBatch,
     *,
     networks: Networks,
     optimizer: optax.GradientTransformationExtraArgs,
     schedule: Callable[[Array], Array],
     ema_decay: float,
     options: Options,
+    samples: int,
 ) -> tuple[TrainState, Metrics]:
-    """One iteration on `[M, B, T]`; beta is fixed and no text is mixed in."""
-    del kl, pretraining
-    return minibatch_updates(
+    """One iteration: experience, advantages, then epochs x minibatches of updates."""
+    beta = state.opt_state["kl_coefficient"]
+    experience, collected = experience_of(combine(state.params, state.frozen), beta, batch, networks=networks)
+    targets = with_advantages(experience, samples=samples)
+    state, metrics = minibatch_updates(
         state,
-        compared(experience, samples=options.samples),
-        epochs=options.epochs,
-        minibatches=options.minibatches,
-        targets=lambda minibatch: minibatch,
-        losses=functools.partial(answer_losses, networks=networks, options=options),
+        batch,
+        experience.mask,
+        targets=lambda member_N: targets,
+        losses=functools.partial(completion_losses, networks=networks, options=options),
         optimizer=optimizer,
         schedule=schedule,
         ema_decay=ema_decay,
     )
+    named = {f"train/{name}": metric for name, metric in collected.items()}
+    return state, {**metrics, **named, "train/kl_coefficient": Metric.of(beta)}
 
 
 def from_config(config: Config, workdir: Path) -> Task:
@@ -115,38 +120,15 @@ def from_config(config: Config, workdir: Path) -> Task:
     Raises:
       InputError: a bad value, a bad prompt, a model or a reward that cannot be used.
     """
-    options = options_from_config(config)
-    mesh = mesh_from_config(config)
-    policy = model_spec_from_config(config)
-    online = Online(
-        train_step=functools.partial(train_step, options=options),
-        updates=options.epochs * options.minibatches,
-        minibatches=options.minibatches,
-        value="none",
-        kl_coefficient=config.rloo.kl_coefficient,
-    )
-    return online_task(config, workdir, policy, mesh, online)
-
-
-def options_from_config(config: Config) -> Options:
-    """RLOO's numbers.
-
-    Raises:
-      InputError: a number out of its range.
-    """
-    rloo, samples = config.rloo, config.rollout.samples
-    for name in ("kl_target", "ptx_coefficient", "value_lr", "value_warmup"):
-        if config.ppo[name]:
-            raise InputError(
-                f"ppo.{name} is {config.ppo[name]:g}, but algorithm=rloo does not look at it; leave it 0."
-            )
+    options, samples = read(Options, config.rloo.to_dict(), "rloo"), config.rollout.samples
     if samples < 2:
         raise InputError(
-            f"rollout.samples is {samples}; RLOO compares the answers to a prompt, so it needs 2 or more."
+            f"rollout.samples is {samples}; RLOO compares the completions of a prompt, so it needs 2 or more."
         )
-    for name, value in {"epochs": rloo.epochs, "minibatches": rloo.minibatches, "clip": rloo.clip}.items():
-        if not value > 0:
-            raise InputError(f"rloo.{name} is {value}; it must be more than 0.")
-    if not rloo.kl_coefficient >= 0:
-        raise InputError(f"rloo.kl_coefficient is {rloo.kl_coefficient}; it must be 0 or more.")
-    return Options(samples=samples, epochs=rloo.epochs, minibatches=rloo.minibatches, clip=rloo.clip)
+    online = Online(
+        train_step=functools.partial(train_step, options=options, samples=samples),
+        epochs=options.epochs,
+        minibatches=options.minibatches,
+        kl_coefficient=options.kl_coefficient,
+    )
+    return online_task(config, workdir, online)

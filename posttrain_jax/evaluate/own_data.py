@@ -16,7 +16,7 @@ from posttrain_jax.data.tokenized import build
 from posttrain_jax.data.tokenized_preferences import build_preferences
 from posttrain_jax.models.io.hf_config import read_json
 from posttrain_jax.models.io.load import LoadedModel
-from posttrain_jax.rollouts.draw import encode_prompt
+from posttrain_jax.rollouts.sampling import encode_prompt
 from posttrain_jax.sampling.prompts import need_tokenizer
 from posttrain_jax.wiring.data import column_names, data_spec, kept_date, tokenize_options
 

@@ -1,150 +1,72 @@
-"""Log-probabilities of completions under a frozen reference model, computed once and kept on disk.
+"""The reference policy: what the KL of reinforcement learning is measured to, and what DPO compares with.
 
-DPO and its family compare the policy with the model it started from. That model does not change, so what it says of
-every completion is computed before the first step, in the rows that training uses, and found again by the next run on
-the same model and data: no second model in memory, no second forward pass in a step. A run keeps its own copy, so that
-it resumes with the same bits when the cache was emptied or JAX is another version.
+    none      there is none: nothing is loaded, nothing is computed
+    frozen    the policy that training starts from, as a second copy of the parameters
+    adapter   the policy with its LoRA adapter left out, which is the policy that training starts from
+    ema       the moving average of the policy's weights (optim.ema)
+    MODEL     another model with the same tokens (a Hugging Face folder or name, a workdir, asset:NAME)
+
+`forward/reference_cache.py` keeps on disk what a reference that does not change says of a data set.
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import os
-import tempfile
-import zipfile
-import zlib
-from collections.abc import Sequence
-from pathlib import Path
+import dataclasses
+from collections.abc import Callable
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from posttrain_jax.core.cache import cache_root
-from posttrain_jax.core.errors import InputError
-from posttrain_jax.core.log import log_on_host0
-from posttrain_jax.core.trees import fingerprint
-from posttrain_jax.core.types import PyTree
-from posttrain_jax.data.preference_groups import PreferenceSource
-from posttrain_jax.data.preference_rows import RowShape
-from posttrain_jax.forward.completions import map_completions, policy_logps_of
+from posttrain_jax.core.sharding import jit_step, replicated
+from posttrain_jax.core.trees import combine, partition
+from posttrain_jax.core.types import Array, PyTree, TrainState
+from posttrain_jax.forward.packed_rows import PackedRows, hidden_states, target_logps
 from posttrain_jax.models.transformer import Model
 
-log = logging.getLogger(__name__)
-
-FORMAT_VERSION = 4
+KINDS = ("none", "frozen", "adapter", "ema")
 
 
-def reference_logps(
-    model: Model,
-    params: PyTree,
-    sources: Sequence[PreferenceSource],
-    shape: RowShape,
-    mesh: Mesh,
-    *,
-    groups: int,
-    micro_batches: int,
-    workdir: Path,
-    folder: Path | None = None,
-    in_order: bool = False,
-) -> list[np.ndarray]:
-    """What the reference says of every completion of some sources, from the cache where it is there.
+@dataclasses.dataclass(frozen=True)
+class ReferencePolicy:
+    """A reference that is computed.
 
-    Args:
-      model, params: the reference.
-      sources: their groups.
-      shape: of the rows, as training packs them.
-      mesh: where `params` lie.
-      groups: prompts at once, over all processes.
-      micro_batches: how these rows are cut.
-      workdir: of the run; its copy lies in `reference_logps/` and is read first.
-      folder: the cache; by default `$POSTTRAIN_CACHE` or `~/.cache/posttrain_jax`, in `reference_logps/`.
-      in_order: see `map_completions`. What bfloat16 gives depends on the place in a row (by tenths of a nat), so of
-        held-out rows it is computed in the rows that they are evaluated in.
-
-    Returns:
-      For each source float32 `[S, 2]` (S sequences of its store; those of groups that are not in the source's index
-      are 0): of all trained tokens, and of the last one alone.
+    Attributes:
+      kind: "frozen", "adapter", "ema" or a MODEL.
+      model: the definition that its parameters belong to.
+      params: those that lie on the mesh for the whole run; {} of "adapter" and "ema", which are the policy's own.
     """
-    root = folder if folder is not None else cache_root() / "reference_logps"
-    identity = fingerprint(params)
-    results = []
-    for source in sources:
-        index = hashlib.sha256(np.ascontiguousarray(source.index, np.int64).tobytes()).hexdigest()
-        layout = [groups, micro_batches] if in_order else []
-        name = _digest(FORMAT_VERSION, model, identity, index, shape, source.store.meta["sha256"], *layout)
-        own = workdir / "reference_logps" / f"{name}.npz"
-        shared = root / f"{_digest(name, jax.__version__, jax.default_backend())}.npz"
-        kept = _read(own, len(source.store.lines))
-        found = _read(shared, len(source.store.lines)) if kept is None else kept
-        if not _everywhere(found is not None) or found is None:
-            log_on_host0(
-                f"Reference log-probabilities of {len(source):,} prompts are computed once and kept in {shared}."
-            )
-            logps = policy_logps_of(model, shape.share_prompt)
-            found = map_completions(
-                logps,
-                params,
-                source,
-                shape,
-                mesh,
-                groups=groups,
-                micro_batches=micro_batches,
-                in_order=in_order,
-            )
-            _require_finite(found, source)
-            _write(shared, found)
-        if found is not kept:
-            _write(own, found)
-        results.append(found)
-    return results
+
+    kind: str
+    model: Model
+    params: PyTree
+
+    def parameters(self, policy_params: PyTree, ema_params: PyTree, params: PyTree) -> PyTree:
+        """The reference's parameters; inside a jitted step too, whose arguments these are.
+
+        Args:
+          policy_params: the policy's, whole.
+          ema_params: their moving average, whole; looked at by "ema" alone.
+          params: as `self.params`.
+        """
+        if self.kind == "adapter":
+            return partition(policy_params, is_adapter)[1]
+        return ema_params if self.kind == "ema" else params
+
+    def of_state(self, state: TrainState) -> PyTree:
+        """The reference's parameters at a state of the training, without a value network's."""
+        ema = combine(state.ema, state.frozen) if self.kind == "ema" else {}
+        params = self.parameters(combine(state.params, state.frozen), ema, self.params)
+        return {name: part for name, part in params.items() if name != "value"}
 
 
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:32]
+def is_adapter(path: str) -> bool:
+    """Whether a parameter is one of a LoRA adapter."""
+    return path.endswith(("lora_a", "lora_b"))
 
 
-def _everywhere(found: bool) -> bool:
-    """Whether every process has found it; they compute together or not at all."""
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(found))))
+def row_logps(model: Model, temperature: float, mesh: Mesh) -> Callable[[PyTree, PackedRows], Array]:
+    """A jitted (parameters, packed rows `[R, T]`) -> log-probabilities of the targets, for `packed_rows.map_rows`."""
 
+    def step(params: PyTree, rows: PackedRows) -> Array:
+        return target_logps(params, hidden_states(params, rows, model), rows, model, temperature)
 
-def _require_finite(logps: np.ndarray, source: PreferenceSource) -> None:
-    wrong = np.flatnonzero(~np.isfinite(logps).all(axis=1))
-    if len(wrong):
-        store = source.store
-        where = f"{store.meta['files'][store.files[wrong[0]]]}:{store.lines[wrong[0]]}"
-        raise InputError(
-            f"The reference's log-probability of {len(wrong):,} completions is no finite number, first of {where}; "
-            "are the weights of model.init whole, or is model.dtype too small for them?"
-        )
-
-
-def _read(path: Path, sequences: int) -> np.ndarray | None:
-    """What `_write` wrote; None where it is not there, or (which is said) is not that any more."""
-    if not path.exists():
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found, digest = file["logps"], str(file["sha256"])
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, TypeError):
-        found, digest = np.zeros(0, np.float32), ""
-    if found.shape == (sequences, 2) and found.dtype == np.float32 and _sha256(found) == digest:
-        return found
-    log.warning(
-        "The reference log-probabilities in %s are not as they were written; they are computed again.", path
-    )
-    return None
-
-
-def _sha256(values: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
-
-
-def _write(path: Path, values: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-        np.savez(file, logps=values, sha256=_sha256(values))
-    os.replace(file.name, path)
+    return jit_step(step, mesh, in_shardings=None, out_shardings=replicated(mesh))

@@ -9,7 +9,7 @@ A reward model is the transformer without its vocabulary projection and with one
 `gain` and `bias` are the normalization that is stored with the model (Ziegler et al. 2019, arXiv:1909.08593: rewards
 of mean 0 and variance 1 under the initial policy; InstructGPT, arXiv:2203.02155, section 3.5: a bias alone, so that
 demonstrations score 0 on average). A difference of two scores does not depend on `bias`. Neither is trained in a reward
-model; of a value network's head the kernel and the bias are (see `algorithms/online.py`).
+model; of a value network's head the kernel and the bias are (see `wiring/online.py`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What is learnt from: scored answers, with log-probabilities of policy and reference, values, rewards per token."""
+"""What an iteration learns from besides its trajectories: log-probabilities of the policy that it starts from, values,
+and a reward for every token."""
 
 from __future__ import annotations
 
@@ -7,32 +8,35 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from posttrain_jax.core.masking import masked_sum, shift_left
-from posttrain_jax.core.trees import partition
+from posttrain_jax.core.masking import masked_sum
 from posttrain_jax.core.types import Array, Maximum, Metric, Metrics, PyTree
-from posttrain_jax.core.updates import map_micro_batches
-from posttrain_jax.forward.heads import token_logps
+from posttrain_jax.core.updates import map_micro_batches, used_micro_batches
+from posttrain_jax.forward.packed_rows import (
+    PackedRows,
+    hidden_states,
+    packed_rows,
+    row_indices,
+    scatter,
+    target_logps,
+)
 from posttrain_jax.losses.advantages import per_token_rewards
 from posttrain_jax.losses.kl import k1, k2, k3
-from posttrain_jax.losses.logprobs import Projection
 from posttrain_jax.models.reward_head import scores
-from posttrain_jax.models.transformer import Model, head_VD
-from posttrain_jax.rollouts.draw import RolloutBatch
+from posttrain_jax.models.transformer import Model
+from posttrain_jax.rollouts.trajectory import TrajectoryBatch
 
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """The definitions, and the temperature that answers are drawn at.
+    """What is trained, and the temperature of the sampling.
 
     Attributes:
-      policy: what answers.
-      reference: what the KL is measured to; the policy's definition without adapters where these are left out.
-      value: None = no values (a leave-one-out baseline); the policy's own where the trunk is shared.
+      policy: its definition.
+      value: the value network's; None = no values. The policy's own where the trunk is shared.
       temperature: logits are divided by it.
     """
 
     policy: Model
-    reference: Model
     value: Model | None
     temperature: float
 
@@ -40,44 +44,20 @@ class Networks:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Experience:
-    """An iteration's answers, `[M, B, T]`; a token's numbers stand at the place that predicts it.
+    """Of N trajectories, `[N, S]`; a token's numbers stand at the token.
 
     Attributes:
-      tokens, segment_ids: as in `Rollouts`.
-      response_mask: as in `Rollouts`, and 0 everywhere in a completion that has no score: nothing is learnt from it,
-        and it is in no mean, deviation or baseline of the others.
-      logps: of the policy that drew the tokens, as the trainer computes them.
+      mask: int32, 1 on the tokens that are learned from: those that the policy sampled, in trajectories with a score.
+        The others are in no mean, deviation or baseline.
+      logps: of the policy before this iteration's updates, as the trainer computes them.
       values: of the states before the tokens; 0 without a value network.
       rewards: -beta k1 of every token, and the score at the last one.
     """
 
-    tokens: Array
-    segment_ids: Array
-    response_mask: Array
+    mask: Array
     logps: Array
     values: Array
     rewards: Array
-
-
-Rows = RolloutBatch | Experience
-
-
-def logps_and_values(params: PyTree, rows: Rows, networks: Networks) -> tuple[Array, Array]:
-    """Log-probabilities of the answers' tokens and values of the states before them, `[B, T]` float32 each.
-
-    Args:
-      params: the policy's, with the value network (or, on a shared trunk, its head alone) under "value".
-      rows: `[B, T]`.
-      networks: the definitions.
-    """
-    hidden_BTD = _hidden(params, rows, networks.policy)
-    logps_BT = _logps(params, hidden_BTD, rows, networks.policy, networks.temperature)
-    if networks.value is None:
-        return logps_BT, jnp.zeros_like(logps_BT)
-    if "embed" in params["value"]:
-        hidden_BTD = _hidden(params["value"], rows, networks.value)
-    values_BT = scores(params["value"]["score_head"], hidden_BTD, _places(rows))
-    return logps_BT, jnp.where(rows.response_mask != 0, values_BT, 0.0)
 
 
 def policy_params(params: PyTree) -> PyTree:
@@ -85,108 +65,90 @@ def policy_params(params: PyTree) -> PyTree:
     return {name: part for name, part in params.items() if name != "value"}
 
 
-def _places(rows: Rows) -> Array:
-    return jnp.broadcast_to(jnp.arange(rows.tokens.shape[1], dtype=jnp.int32)[None], rows.tokens.shape)
+def logps_and_values(params: PyTree, rows: PackedRows, networks: Networks) -> tuple[Array, Array]:
+    """Log-probabilities of the rows' targets, and values of the states before them, float32 `[R, T]` each.
 
-
-def _hidden(params: PyTree, rows: Rows, model: Model) -> Array:
-    return model.apply(
-        policy_params(params),
-        rows.tokens,
-        segment_ids_BT=rows.segment_ids,
-        positions_BT=_places(rows),
-        logits=False,
-    ).hidden_BTD
-
-
-def _logps(params: PyTree, hidden_BTD: Array, rows: Rows, model: Model, temperature: float) -> Array:
-    projection = Projection(softcap=model.config.logits_softcap, temperature=temperature)
-    return token_logps(hidden_BTD, head_VD(params), shift_left(rows.tokens), rows.response_mask, projection)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    """Of rows `[M, B, T]`."""
-
-    logps: Array
-    reference: Array
-    values: Array
-    rewards: Array
+    Args:
+      params: the policy's, with the value network (or, on a shared trunk, its head alone) under "value".
+      rows: packed trajectories.
+      networks: the definitions.
+    """
+    policy = policy_params(params)
+    hidden_RTD = hidden_states(policy, rows, networks.policy)
+    logps_RT = target_logps(policy, hidden_RTD, rows, networks.policy, networks.temperature)
+    if networks.value is None:
+        return logps_RT, jnp.zeros_like(logps_RT)
+    if "embed" in params["value"]:
+        hidden_RTD = hidden_states(params["value"], rows, networks.value)
+    values_RT = scores(params["value"]["score_head"], hidden_RTD, row_indices(rows.tokens))
+    return logps_RT, jnp.where(rows.mask != 0, values_RT, 0.0)
 
 
 def experience_of(
-    params: PyTree,
-    kl_coefficient: Array,
-    batch: RolloutBatch,
-    reference_params: PyTree,
-    *,
-    networks: Networks,
+    params: PyTree, kl_coefficient: Array, batch: TrajectoryBatch, *, networks: Networks
 ) -> tuple[Experience, Metrics]:
-    """Scored answers `[M, B, T]` -> what is learnt from, and what is said of them, without gradient.
+    """Scored trajectories -> what is learned from, and metrics of them (without a prefix); no gradient.
+
+    The log-probabilities are computed in the rows of the first epoch's minibatches: in bfloat16 a token's depends on
+    its place in a row, and so the first update of every trajectory begins at a ratio of 1.
 
     Args:
-      params: policy and value, whole.
-      kl_coefficient: beta, scalar.
-      batch: rows, with their scores.
-      reference_params: {} = the policy's without its LoRA adapter.
+      params: policy and value network, whole.
+      kl_coefficient: beta, scalar; not used without a reference.
+      batch: an iteration's trajectories.
       networks: the definitions.
     """
+    shape, size = batch.tokens.shape, batch.tokens.size
 
-    def of_rows(rows: RolloutBatch) -> tuple[Array, Array, Array, Array]:
-        logps_BT, values_BT = logps_and_values(params, rows, networks)
-        reference = reference_params or partition(params, _is_adapter)[1]
-        hidden_BTD = _hidden(reference, rows, networks.reference)
-        reference_BT = _logps(reference, hidden_BTD, rows, networks.reference, networks.temperature)
-        rewards_BT = per_token_rewards(
-            rows.scores[:, 0],
-            logps_BT,
-            reference_BT,
-            rows.response_mask,
-            kl_coefficient=kl_coefficient,
-            score_at_B=rows.last_token_index[:, 0] - 1,
-        )
-        return logps_BT, reference_BT, values_BT, rewards_BT
+    def of_minibatch(places_MRT: Array) -> tuple[Array, Array]:
+        def of_rows(places_RT: Array) -> tuple[Array, Array]:
+            rows = packed_rows(places_RT, batch.tokens, batch.response_mask)
+            return logps_and_values(params, rows, networks)
 
-    found = _Found(*map_micro_batches(of_rows, batch, jnp.int32(batch.tokens.shape[0])))
-    experience = Experience(
-        tokens=batch.tokens,
-        segment_ids=batch.segment_ids,
-        response_mask=batch.response_mask * batch.has_score,
-        logps=found.logps,
-        values=found.values,
-        rewards=found.rewards,
+        return map_micro_batches(of_rows, places_MRT, used_micro_batches(places_MRT < size))
+
+    first_epoch_KMRT = batch.places[0]
+    logps_KMRT, values_KMRT = jax.lax.map(of_minibatch, first_epoch_KMRT)
+    counted_KMRT = packed_rows(first_epoch_KMRT, batch.tokens, batch.response_mask).mask
+    logps = scatter(logps_KMRT, first_epoch_KMRT, counted_KMRT, shape)
+    values = scatter(values_KMRT, first_epoch_KMRT, counted_KMRT, shape)
+    reference_logps = logps if batch.reference_logps is None else batch.reference_logps
+    rewards = per_token_rewards(
+        batch.scores, logps, reference_logps, batch.response_mask, kl_coefficient=kl_coefficient
     )
-    return experience, _metrics(batch, found, kl_coefficient)
+    experience = Experience(batch.response_mask * batch.has_score[:, None], logps, values, rewards)
+    return experience, _metrics(batch, experience)
 
 
-def _is_adapter(path: str) -> bool:
-    return path.endswith(("lora_a", "lora_b"))
-
-
-def _metrics(batch: RolloutBatch, found: _Found, kl_coefficient: Array) -> Metrics:
-    """Per answer that has a score: score, reward; per answer: the three estimates of the KL, tokens; per token: entropy
-    (the mean of -log pi of what was drawn, an unbiased estimate for the distribution drawn from); the largest and the
-    mean gap between the engine's log-probability of a token and the trainer's."""
-    acts = batch.response_mask != 0
-    answers, drawn = jnp.float32(batch.scores.size), jnp.sum(acts, dtype=jnp.float32)
+def _metrics(batch: TrajectoryBatch, experience: Experience) -> Metrics:
+    """Per trajectory with a score: score and reward; per trajectory: tokens, and the estimates of the KL to the
+    reference; per token: entropy (the mean of -log pi of what was sampled, an unbiased estimate for the distribution
+    sampled from), KL, and the gap between the sampler's log-probability and the trainer's."""
+    sampled = batch.response_mask != 0
+    trajectories = jnp.sum(jnp.any(sampled, axis=-1), dtype=jnp.float32)
+    tokens = jnp.sum(sampled, dtype=jnp.float32)
     scored = jnp.sum(batch.has_score, dtype=jnp.float32)
+    filled = batch.places[0] < batch.tokens.size
 
     def total(values: Array) -> Array:
-        return jnp.sum(jnp.where(acts, values, 0.0))
+        return jnp.sum(jnp.where(sampled, values, 0.0))
 
-    pair = found.logps, found.reference
-    gaps = jnp.where(acts, jnp.abs(found.logps - batch.sampler_logps), 0.0)
-    return {
+    gaps = jnp.where(sampled, jnp.abs(experience.logps - batch.sampler_logps), 0.0)
+    metrics = {
         "score": Metric(masked_sum(batch.scores, batch.has_score), scored),
-        "reward_per_sequence": Metric(total(found.rewards * batch.has_score), scored),
-        "kl_per_sequence": Metric(total(k1(*pair)), answers),
-        "kl_per_token": Metric(total(k1(*pair)), drawn),
-        "kl_k2_per_sequence": Metric(total(k2(*pair)), answers),
-        "kl_k3_per_sequence": Metric(total(k3(*pair)), answers),
-        "kl_coefficient": Metric.of(kl_coefficient),
-        "entropy_per_token": Metric(-total(found.logps), drawn),
-        "completion_tokens": Metric(drawn, answers),
-        "tokens": Metric.of(jnp.sum(batch.segment_ids != 0, dtype=jnp.float32)),
+        "reward_per_sequence": Metric(total(experience.rewards * batch.has_score[:, None]), scored),
+        "entropy_per_token": Metric(-total(experience.logps), tokens),
+        "completion_tokens": Metric(tokens, trajectories),
+        "tokens": Metric.of(jnp.sum(filled, dtype=jnp.float32)),
         "sampler_logp_gap_max": Maximum(jnp.max(gaps)).as_metric(),
-        "sampler_logp_gap_per_token": Metric(jnp.sum(gaps), drawn),
+        "sampler_logp_gap_per_token": Metric(jnp.sum(gaps), tokens),
+    }
+    if batch.reference_logps is None:
+        return metrics
+    pair = experience.logps, batch.reference_logps
+    return metrics | {
+        "kl_per_sequence": Metric(total(k1(*pair)), trajectories),
+        "kl_per_token": Metric(total(k1(*pair)), tokens),
+        "kl_k2_per_sequence": Metric(total(k2(*pair)), trajectories),
+        "kl_k3_per_sequence": Metric(total(k3(*pair)), trajectories),
     }

@@ -5,25 +5,33 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from posttrain_jax.core.schema import check, setting
+
 
 @dataclasses.dataclass(frozen=True)
 class StopRules:
-    """Limits; 0 = off.
+    """The section `stop` of a config: limits, checked wherever it is logged; 0 = off."""
 
-    Attributes:
-      kl: `train/kl_per_sequence`, nats, must not be above: beyond some KL the score is gained by what it does not
-        measure (arXiv:2210.10760).
-      entropy: `train/entropy_per_token`, nats, must not be below: the policy has come down to a few completions.
-      repetition: `train/repeated_4gram_share`, the share of a completion that repeats what stands before it, must not
-        be above.
-      gold_errors: `eval/gold` must not be below its best by more than this many of its standard errors: the score that
-        is learnt from still rises, what it stands for falls.
-    """
+    kl: float = setting(
+        0.0,
+        "train/kl_per_sequence above this: beyond some KL the score is gained by what it does not measure "
+        "(arXiv:2210.10760)",
+        unit="nats",
+    )
+    entropy: float = setting(
+        0.0, "train/entropy_per_token below this: the policy has come down to a few completions", unit="nats"
+    )
+    repetition: float = setting(
+        0.0, "train/repeated_4gram_share above this: completions repeat themselves", maximum=1
+    )
+    gold_errors: float = setting(
+        0.0,
+        "eval/gold below its best by so many of its standard errors: the score that is learned from still rises, what "
+        "it stands for falls",
+    )
 
-    kl: float = 0.0
-    entropy: float = 0.0
-    repetition: float = 0.0
-    gold_errors: float = 0.0
+    def __post_init__(self) -> None:
+        check(self, "stop")
 
     def reason(self, values: Mapping[str, float], best: Mapping[str, float]) -> str:
         """Why to end here, in a clause; "" = go on.

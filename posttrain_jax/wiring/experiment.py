@@ -111,6 +111,11 @@ class ModelSpec:
         with jax.set_mesh(mesh):
             return combine(loaded.params, jax.jit(adapters, out_shardings=places)(key))
 
+    @property
+    def has_new_adapter(self) -> bool:
+        """Whether it has a LoRA adapter that training starts at zero."""
+        return bool(self.model.lora.rank) and not (self.source is not None and has_adapter(self.source))
+
     def require_new_adapter(self, what: str) -> None:
         """For what takes the parameters without their adapter to be those that training starts from.
 

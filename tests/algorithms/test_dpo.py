@@ -29,7 +29,7 @@ from posttrain_jax.data.preference_rows import PreferenceRows, row_shape
 from posttrain_jax.data.tokenized import TokenizeOptions
 from posttrain_jax.data.tokenized_preferences import build_preferences
 from posttrain_jax.forward.completions import policy_logps
-from posttrain_jax.forward.reference import reference_logps
+from posttrain_jax.forward.reference_cache import reference_logps
 from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 from posttrain_jax.wiring.experiment import model_spec_from_config
 

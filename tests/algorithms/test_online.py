@@ -38,7 +38,7 @@ from posttrain_jax.rollouts.experience import policy_params
 from posttrain_jax.sampling.generate import GenerateOptions, generate
 from posttrain_jax.sampling.prompts import encode_text
 from posttrain_jax.wiring.experiment import model_spec_from_config
-from posttrain_jax.wiring.online_config import ValueNetwork
+from posttrain_jax.wiring.networks import ValueNetwork
 
 WORDS = ("<end>", "a", "b", "c", "d")
 LONGEST = 3
@@ -226,6 +226,7 @@ def short(**changes) -> ConfigDict:
     config = get_config("tiny")
     config.train.steps, config.data.eval, config.log.tensorboard = 2, "", False
     config.checkpoint.every = 0
+    config.rollout.reference = "frozen"  # the KL is not charged, but looked at
     for name, value in changes.items():
         section, _, key = name.rpartition("__")
         target = config
@@ -322,21 +323,25 @@ def test_all_that_instructgpt_adds(tmp_path):
 
 
 def test_the_normalization_of_scores_is_part_of_what_is_saved(tmp_path, capsys):
-    """Found by a new run's first state. Gain 0 and bias 7, set as from a checkpoint: every score is 7, and no answers
-    are drawn to find others."""
+    """Found by a new run's first state. Gain 0 and bias 7, set as from a checkpoint: every score is 7, and no
+    completions are sampled to find others. The state of an earlier version is refused."""
     config = short(data__eval="split:3", score__normalize=16)
     config.score.functions = ("tests.algorithms.letter_rewards:mean_token",)
     task = ppo.from_config(config, tmp_path)
-    assert task.collector.get_state().values["normalization"] == [1.0, 0.0]
+    assert task.collector.get_state().arrays["normalization"].tolist() == [1.0, 0.0]
     task.init_state()
-    saved = json.loads(json.dumps(task.collector.get_state().values))
+    saved = task.collector.get_state()
     task.collector.close()
-    assert saved["normalization"] != [1.0, 0.0] and "Scores are" in capsys.readouterr().out
+    assert saved.arrays["normalization"].tolist() != [1.0, 0.0]
+    assert "Scores are" in capsys.readouterr().out
     resumed = ppo.from_config(config, tmp_path)
-    resumed.collector.set_state(CollectorState({**saved, "normalization": [0.0, 7.0]}))
+    with pytest.raises(InputError, match="in the middle of a run of an earlier version"):
+        resumed.collector.set_state(CollectorState({"prompts": saved.values["prompts"]}))
+    arrays = {"normalization": np.asarray([0.0, 7.0])}
+    resumed.collector.set_state(CollectorState(json.loads(json.dumps(saved.values)), arrays))
     scores = resumed.evaluate(resumed.init_state())
     resumed.collector.close()
-    assert resumed.collector.get_state().values["normalization"] == [0.0, 7.0]
+    assert resumed.collector.get_state().arrays["normalization"].tolist() == [0.0, 7.0]
     assert (scores["eval/score"], scores["eval/score_standard_error"]) == (7.0, 0.0)
     assert "Scores are" not in capsys.readouterr().out
 
@@ -405,22 +410,22 @@ def start(config: ConfigDict, workdir: Path) -> None:
         ({"ppo.kl_coefficient": 0.0, "ppo.kl_target": 6.0}, "ppo.kl_coefficient is 0; set where it starts"),
         (
             {"ppo.kl_coefficient": 0.1, "ppo.kl_target": 6.0, "ppo.kl_horizon": 6.0},
-            "ppo.kl_horizon is 6 answers, and an iteration has 32: .* above 6.4",
+            "ppo.kl_horizon is 6 completions, and an iteration has 32: .* above 6.4",
         ),
-        ({"score.arguments": "{"}, "score.arguments is '{' .*; write JSON"),
+        ({"score.arguments": "{"}, "score.arguments is '{', which is no JSON"),
         ({"score.arguments": '{"a:b": {}}'}, "score.arguments names a:b, which is neither among"),
         ({"score.completions_per_call": 0}, "score.completions_per_call is 0; it must be at least 1"),
         ({"ppo.clip": 0.0}, "ppo.clip is 0.0; it must be more than 0"),
-        ({"ppo.lam": 1.5}, "ppo.lam is 1.5; it must lie between 0 and 1"),
+        ({"ppo.lam": 1.5}, "ppo.lam is 1.5; it must be .*at most 1"),
         ({"ppo.dual_clip": 0.5}, "ppo.dual_clip is 0.5; it must be more than 1, or 0"),
         ({"ppo.value": "none"}, "ppo.value is none, but PPO's advantages need values"),
         (
             {"train.rows_per_step": 3},
-            r"3 prompts x rollout.samples=4 = 12 answers do not divide into 2 minibatches",
+            r"3 prompts x rollout.samples=4 = 12 completions do not divide into 2 minibatches",
         ),
         (
             {"train.micro_rows": 3},
-            r"train.micro_rows=3 must divide a minibatch's 16 answers .* could be 8, 16",
+            r"train.micro_rows=3 must divide a minibatch's 16 completions .* could be 8, 16",
         ),
         (
             {"rollout.max_new_tokens": 48},
@@ -429,7 +434,10 @@ def start(config: ConfigDict, workdir: Path) -> None:
         ({"data.max_length": 20}, r"prompts.jsonl:\d+: the prompt has \d+ tokens, more than 8"),
         ({"data.max_length": 1000}, "data.max_length is 1000, and the model was made for 512 tokens"),
         ({"rollout.temperature": 0.0}, "rollout.temperature is 0.0; it must be more than 0"),
-        ({"rollout.reference": "old"}, "rollout.reference is 'old'; use one of frozen, adapter, ema"),
+        (
+            {"rollout.reference": "old"},
+            "rollout.reference is 'old': use one of none, frozen, adapter, ema, or a MODEL",
+        ),
         ({"rollout.reference": "ema"}, "rollout.reference=ema is the moving average .* but optim.ema is 0"),
         ({"ppo.ptx_coefficient": 1.0}, "mixes pretraining text in, but ppo.ptx_data names none"),
         (
@@ -451,8 +459,11 @@ def start(config: ConfigDict, workdir: Path) -> None:
             },
             "ppo.ptx_length is 1000, and the policy was made for 512 tokens",
         ),
-        ({"algorithm": "rloo", "ppo.kl_target": 6.0}, "ppo.kl_target is 6, but algorithm=rloo does not"),
-        ({"score.gold_model": "x", "data.eval": ""}, "score held-out answers; set data.eval"),
+        (
+            {"rollout.reference": "none", "ppo.kl_coefficient": 0.1},
+            "rollout.reference is none, but the KL coefficient is above 0",
+        ),
+        ({"score.gold_model": "x", "data.eval": ""}, "score held-out completions; set data.eval"),
         ({"score.gold_model": "x", "score.gold_function": "y"}, "the gold score is one of them"),
         ({"score.normalize": -1}, "score.normalize is -1; it must be at least 0"),
         (
@@ -461,7 +472,7 @@ def start(config: ConfigDict, workdir: Path) -> None:
         ),
         ({"score.aggregate": "piecewise"}, "score.aggregate=piecewise chooses between .* there are 1"),
         ({"rollout.reference": "adapter"}, "rollout.reference=adapter .* but model.lora.rank is 0"),
-        ({"score.functions": ()}, "Nothing scores the answers"),
+        ({"score.functions": ()}, "Nothing scores the completions"),
         ({"score.weights": (1.0, 2.0)}, "score.weights has 2 numbers for 1 rewards"),
         ({"score.functions": ("configs.tiny.rewards:none",)}, "configs.tiny.rewards"),
         (

@@ -20,7 +20,7 @@ from posttrain_jax.data.preferences import to_preference
 from posttrain_jax.data.prompt_rows import encode_prompt_row, read_prompt_row
 from posttrain_jax.data.rows import RowError
 from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
-from posttrain_jax.rollouts.draw import encode_prompt
+from posttrain_jax.rollouts.sampling import encode_prompt
 from posttrain_jax.serving.bodies import ChatBody
 from posttrain_jax.serving.orders import Limits, order_of
 from posttrain_jax.serving.token_text import Vocabulary

@@ -19,7 +19,7 @@ from posttrain_jax.data.tokenized_preferences import build_preferences
 from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 from posttrain_jax.wiring.data import data_spec, preferences_from_config, rows_from_config
 from posttrain_jax.wiring.experiment import model_spec_from_config, say_longer_than_context
-from posttrain_jax.wiring.online_config import prompts_from_config
+from posttrain_jax.wiring.rollouts import prompts_from_config
 
 ROWS = {
     sft: lambda n: {"prompt": "Q", "completion": f" {n}"},

@@ -1,4 +1,4 @@
-"""Answers as rows, by hand."""
+"""Prompts, completions and trajectories, by hand."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from posttrain_jax.data.sources import RowError
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.transformer import make_model
-from posttrain_jax.rollouts.draw import (
+from posttrain_jax.rollouts.sampling import (
     RolloutOptions,
+    Sampler,
     _give_back_memory,
-    as_rows,
+    completion_of,
     encode_prompt,
-    put_rollouts,
-    roll_out,
-    rollout_engine,
+    trajectory_of,
     truncate,
 )
+from posttrain_jax.rollouts.trajectory import BatchShape, put, stack
 from posttrain_jax.sampling import decode as device
 from posttrain_jax.sampling.choose import Sampling
 from posttrain_jax.sampling.generate import GenerateOptions, Sample, generate
 
-OPTIONS = RolloutOptions(4, 1.0, 1, 2, (9,))
+OPTIONS = RolloutOptions(max_new_tokens=4, batch_size=2, stop_token_ids=(9,))
 
 
 def prompt(*tokens: int) -> Prompt:
@@ -44,19 +44,15 @@ def sample(tokens: list[int], reason: str) -> Sample:
     return Sample(0, 0, np.asarray(tokens, np.int32), logps * 10, logps, reason)
 
 
-def test_every_number_stands_at_the_place_that_predicts_its_token():
-    """Prompt 5 6 7 and answer 8 9 (the end): 8 is predicted at place 2, 9 at place 3, and 9 stands at place 4."""
-    rows = as_rows(
-        [prompt(5, 6, 7), prompt(5)],
-        [sample([8, 9], "stop"), sample([1, 2, 3, 4], "length")],
-        OPTIONS,
-        row_length=7,
-    )
-    assert rows.tokens.tolist() == [[5, 6, 7, 8, 9, 0, 0], [5, 1, 2, 3, 4, 0, 0]]
-    assert rows.segment_ids.tolist() == [[1, 1, 1, 1, 1, 0, 0]] * 2
-    assert rows.response_mask.tolist() == [[0, 0, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0]]
-    assert rows.sampler_logps.tolist() == [[0, 0, -1, -2, 0, 0, 0], [-1, -2, -3, -4, 0, 0, 0]]
-    assert rows.last_token_index.tolist() == [4, 4] and rows.ended.tolist() == [True, False]
+def test_every_number_stands_at_its_token():
+    """Prompt 5 6 7 and completion 8 9 (the end), and a prompt of one token with a completion that was cut off."""
+    ended = trajectory_of(prompt(5, 6, 7), sample([8, 9], "stop"), OPTIONS, policy_step=3)
+    cut = trajectory_of(prompt(5), sample([1, 2, 3, 4], "length"), OPTIONS, policy_step=3)
+    assert ended.tokens.tolist() == [5, 6, 7, 8, 9] and ended.response.tolist() == [8, 9]
+    assert ended.response_mask.tolist() == [0, 0, 0, 1, 1]
+    assert ended.sampler_logps.tolist() == [0, 0, 0, -1, -2]
+    assert cut.response_mask.tolist() == [0, 1, 1, 1, 1] and cut.sampler_logps.tolist() == [0, -1, -2, -3, -4]
+    assert (ended.ended, cut.ended, ended.policy_step, ended.has_score) == (True, False, 3, False)
 
 
 @pytest.mark.parametrize(
@@ -79,13 +75,21 @@ def test_without_a_truncation_token_an_answer_stays():
     assert (answer.tolist(), end) == ([1, 2], True)
 
 
-def test_rows_are_cut_into_micro_batches_in_order():
-    rows = as_rows([prompt(5)] * 16, [sample([n, 9], "stop") for n in range(16)], OPTIONS, row_length=4)
-    batch = put_rollouts(rows, np.arange(16, dtype=np.float64), make_mesh(), micro_batches=2)
-    assert batch.tokens.shape == (2, 8, 4) and batch.scores.shape == (2, 8, 1)
-    np.testing.assert_array_equal(np.asarray(batch.tokens).reshape(16, 4)[:, 1], np.arange(16))
-    np.testing.assert_array_equal(np.asarray(batch.scores).reshape(16), np.arange(16))
-    assert batch.scores.dtype == np.float32 and len(batch.tokens.sharding.device_set) == jax.device_count()
+def test_a_batch_on_the_devices():
+    """Sixteen trajectories of three tokens, whole on every device; their packed rows are split over the devices."""
+    mesh = make_mesh()
+    every = [trajectory_of(prompt(5), sample([n, 9], "stop"), OPTIONS, policy_step=2) for n in range(16)]
+    every = [dataclasses.replace(one, score=float(n), has_score=n != 4) for n, one in enumerate(every)]
+    shape = BatchShape(16, 4, epochs=1, minibatches=2, micro_batches=1, micro_rows=8, row_length=8)
+    batch = put(stack(every, shape, np.arange(16)[None]), mesh, has_reference=False, auxiliary={})
+    assert batch.tokens[:, 1].tolist() == list(range(16)) and batch.scores.tolist() == list(range(16))
+    assert batch.has_score.tolist() == [1, 1, 1, 1, 0, *(1 for _ in range(11))]
+    assert set(batch.policy_steps.tolist()) == {2} and batch.reference_logps is None
+    assert batch.tokens.sharding.is_fully_replicated and not batch.places.sharding.is_fully_replicated
+    # Two of three tokens in a row of eight; trajectory n begins at 4 n, and 64 is padding.
+    assert batch.places[0, 0, 0, 0].tolist() == [0, 1, 2, 4, 5, 6, 64, 64]
+    assert batch.places[0, 1, 0, 0].tolist() == [32, 33, 34, 36, 37, 38, 64, 64]
+    assert (batch.places[0, :, 0, 4:] == 64).all()
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this C library is not glibc")
@@ -110,32 +114,37 @@ def test_one_engine_draws_for_a_whole_run():
     and no program more than for the first."""
     config = ModelConfig("llama", 97, 32, 2, 4, 2, 8, 48, max_length=96, query_scale=8**-0.5)
     model = make_model(config)
-    options = RolloutOptions(8, 1.0, 2, 4, (9,))
+    options = RolloutOptions(max_new_tokens=8, samples=2, batch_size=4, stop_token_ids=(9,))
     one_device = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"))
-    engine = rollout_engine(model, options, row_length=64, mesh=one_device)
+    sampler = Sampler(model, byte_tokenizer(), options, length=64, mesh=one_device)
     compiled, drawn, asked_of = [], [], []
-    for step, (lengths, temperature) in enumerate([((5, 40), 1.0), ((56, 1, 30), 1.0), ((17,), 0.0)]):
+    for step, (lengths, temperature) in enumerate([((5, 40), None), ((56, 1, 30), None), ((17,), 0.0)]):
         params = model.init(jax.random.key(step))
         prompts = [prompt(*range(3, 3 + length)) for length in lengths]
-        asked = dataclasses.replace(options, temperature=temperature)
-        drawn.append(roll_out(engine, model, params, prompts, asked, row_length=64, seed=step))
-        asked_of.append((params, [one.tokens for one in prompts], temperature))
+        drawn.append(sampler.sample(params, prompts, seed=step, policy_step=step, temperature=temperature))
+        asked_of.append(
+            (params, [one.tokens for one in prompts], 1.0 if temperature is None else temperature)
+        )
         compiled.append(device.decode._cache_size() + device.read._cache_size())
     assert compiled[0] == compiled[1] == compiled[2]
-    for step, (rows, (params, prompts, temperature)) in enumerate(zip(drawn, asked_of, strict=True)):
+    for step, (trajectories, (params, prompts, temperature)) in enumerate(zip(drawn, asked_of, strict=True)):
         sampling = Sampling(temperature)
         how = GenerateOptions(
             8, stop_token_ids=(9,), sampling=sampling, num_samples=2, seed=step, batch_size=4
         )
         alone = generate(model, params, prompts, how)
-        assert [answer.tolist() for answer in rows.answers] == [sample.tokens.tolist() for sample in alone]
+        assert [one.response.tolist() for one in trajectories] == [one.tokens.tolist() for one in alone]
+        assert [one.group for one in trajectories] == [one.prompt for one in alone]
 
 
-def test_some_rows():
-    rows = as_rows([prompt(5), prompt(6)], [sample([1], "stop"), sample([2], "stop")], OPTIONS, row_length=3)
-    picked = rows.select(np.asarray([1, 1, 0]))
-    assert picked.tokens[:, :2].tolist() == [[6, 2], [6, 2], [5, 1]]
-    assert [one.tokens.tolist() for one in picked.prompts] == [[6], [6], [5]]
+def test_a_trajectory_as_a_reward_sees_it():
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("Hi")["input_ids"]
+    question = Prompt(np.asarray(ids, np.int32), {"prompt": "Hi", "answer": 3}, "p:1")
+    letters = tokenizer("ab")["input_ids"]
+    one = completion_of(trajectory_of(question, sample(letters, "length"), OPTIONS, policy_step=0), tokenizer)
+    assert (one.prompt, one.text, one.finish_reason, one.row["answer"]) == ("Hi", "ab", "length", 3)
+    assert one.prompt_ids == tuple(ids) and one.token_ids == tuple(letters)
 
 
 def test_a_prompt_is_text_messages_or_ids():
@@ -165,7 +174,7 @@ def test_a_prompt_of_messages_has_its_tools():
         ({}, "has none of them"),
         ({"prompt": "a", "prompt_ids": [1]}, "but has prompt and prompt_ids"),
         ({"prompt": 3}, "prompt: is a number, not a list"),
-        ({"text": "a"}, "after its first data.prompt_tokens tokens, and that is not set"),
+        ({"text": "a"}, "continued after its first data.prompt_tokens tokens, and that is not set"),
         ({"messages": "Hi"}, "messages: is text, not a list"),
         ({"prompt_ids": [1.5]}, "holds 1.5; token ids are whole numbers"),
         ({"prompt_ids": [1, 260]}, "has the token 260, and the policy has 260"),

@@ -15,39 +15,43 @@ from algorithms.tiny import untrained_reward_run
 from configs.reward_model.smollm2_135m import get_config
 from posttrain_jax.core.errors import InputError, StepNotTaken
 from posttrain_jax.core.sharding import make_mesh
-from posttrain_jax.data.prompts import Prompt
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.io.export import export_hf
 from posttrain_jax.models.reward_head import score_head_params
 from posttrain_jax.models.transformer import make_model
+from posttrain_jax.rewards.completion import Completion
+from posttrain_jax.rewards.scorer import RewardModel, ScoreOptions, Scorer, load_reward_model
+from posttrain_jax.rewards.thoughts import prompt_opens_thought
 from posttrain_jax.rewards.workers import PythonReward
-from posttrain_jax.rollouts.draw import RolloutOptions, Rollouts, as_rows
-from posttrain_jax.rollouts.score import RewardModel, ScoreOptions, Scorer, load_reward_model
-from posttrain_jax.sampling.generate import Sample
 
 CONFIG = ModelConfig("llama", 260, 16, 2, 4, 2, 4, 32, query_scale=0.5, eos_token_ids=(257,))
 LENGTH = "posttrain_jax.rewards.rules:token_count"
 SOME = "tests.rollouts.letter_lengths:length_without_x"
 SHORTER = "tests.rollouts.letter_lengths:negative_length"
-KEEP = ScoreOptions({LENGTH: 1.0})
+KEEP = ScoreOptions(functions=(LENGTH,), workers=1)
 
 
-def rollouts(texts: list[str], ended: list[bool], prompt: str = "Hi") -> Rollouts:
+def completions(texts: list[str], ended: list[bool], prompt: str = "Hi") -> list[Completion]:
     tokenizer = byte_tokenizer()
-    tokens = np.asarray(tokenizer(prompt)["input_ids"], np.int32)
-    question = Prompt(tokens, {"prompt": prompt}, "p:1")
-    samples = []
-    for text, end in zip(texts, ended, strict=True):
-        tokens = np.asarray(tokenizer(text)["input_ids"], np.int32)
-        zeros = np.zeros(tokens.size, np.float32)
-        samples.append(Sample(0, 0, tokens, zeros, zeros, "stop" if end else "length"))
-    return as_rows([question] * len(texts), samples, RolloutOptions(8, 1.0, 1, 2, ()), row_length=64)
+    prompt_ids = tuple(tokenizer(prompt)["input_ids"])
+    return [
+        Completion(
+            prompt=prompt,
+            prompt_ids=prompt_ids,
+            text=text,
+            token_ids=tuple(tokenizer(text)["input_ids"]),
+            finish_reason="stop" if end else "length",
+            row={"prompt": prompt},
+            in_thought=prompt_opens_thought(tokenizer, list(prompt_ids)),
+        )
+        for text, end in zip(texts, ended, strict=True)
+    ]
 
 
 def scorer(options: ScoreOptions, **changes) -> Scorer:
-    given = {"functions": {LENGTH: PythonReward(LENGTH)}, "models": {}, "rows": 8, "micro_batches": 1}
-    return Scorer(byte_tokenizer(), options=options, mesh=make_mesh(), workers=1, **{**given, **changes})
+    given = {"functions": {LENGTH: PythonReward(LENGTH)}, "models": {}, "micro_rows": 8, "row_length": 64}
+    return Scorer(byte_tokenizer(), options=options, mesh=make_mesh(), **{**given, **changes})
 
 
 @pytest.mark.slow
@@ -55,7 +59,7 @@ def scorer(options: ScoreOptions, **changes) -> Scorer:
     ("change", "want"),
     [
         ({}, [2, 4, 6]),
-        ({"weights": {LENGTH: -0.5}}, [-1, -2, -3]),
+        ({"weights": (-0.5,)}, [-1, -2, -3]),
         ({"free_tokens": 3, "per_token": 2.0}, [2, 4 - 2, 6 - 6]),
         ({"clip": 3.0}, [2, 3, 3]),
         ({"missing_eos": "replace"}, [2, -1, 6]),
@@ -65,7 +69,7 @@ def scorer(options: ScoreOptions, **changes) -> Scorer:
 def test_how_components_become_a_score(change, want):
     """Lengths 2, 4 and 6; the second answer has no end."""
     with_options = scorer(dataclasses.replace(KEEP, **change))
-    scored = with_options(rollouts(["ab", "abcd", "abcdef"], [True, False, True]), training=True)
+    scored = with_options(completions(["ab", "abcd", "abcdef"], [True, False, True]), training=True)
     with_options.close()
     assert scored.scores.tolist() == want and scored.scores.dtype == np.float32
     assert scored.components[LENGTH].tolist() == [2, 4, 6] and scored.failures == {LENGTH: 0}
@@ -74,10 +78,10 @@ def test_how_components_become_a_score(change, want):
 def test_an_answer_that_did_not_end_the_thought_of_its_prompt_has_no_result():
     """The prompt's tokens say that it opened the thought, as of a template that writes <think>; its row does not."""
     name = "posttrain_jax.rewards.rules:same_number"
-    by_number = scorer(ScoreOptions({name: 1.0}), functions={name: PythonReward(name)})
-    drawn = rollouts(["so 42", "so</think>42", "so 42"], [False, True, True], "6*7? <think>\n")
+    by_number = scorer(ScoreOptions(functions=(name,)), functions={name: PythonReward(name)})
+    drawn = completions(["so 42", "so</think>42", "so 42"], [False, True, True], "6*7? <think>\n")
     row = {"messages": [{"role": "user", "content": "6*7?"}], "answer": "42"}
-    drawn = dataclasses.replace(drawn, prompts=[dataclasses.replace(one, row=row) for one in drawn.prompts])
+    drawn = [dataclasses.replace(one, prompt=row["messages"], row=row) for one in drawn]
     scored = by_number(drawn, training=True)
     by_number.close()
     assert scored.scores.tolist() == [0.0, 1.0, 0.0]
@@ -87,14 +91,14 @@ def test_a_function_that_fails_at_every_answer_is_refused():
     """By its first error and its place; a function beside it that works changes nothing, one good answer does."""
     name = "tests.rollouts.letter_lengths:wrong_column"
     functions = {one: PythonReward(one) for one in (LENGTH, name)}
-    both = scorer(ScoreOptions(dict.fromkeys(functions, 1.0)), functions=functions)
-    drawn = rollouts(["ab", "cd"], [True, True])
+    both = scorer(ScoreOptions(functions=tuple(functions), workers=1), functions=functions)
+    drawn = completions(["ab", "cd"], [True, True])
     scored = both(drawn, training=True)
-    with pytest.raises(StepNotTaken, match="wrong_column failed at all 2 answers") as raised:
+    with pytest.raises(StepNotTaken, match="wrong_column failed at all 2 completions") as raised:
         scored.require_scores()
     assert re.search(r"KeyError: 'solution' \(/.*letter_lengths\.py:\d+\)\. Correct it", str(raised.value))
-    solved = dataclasses.replace(drawn.prompts[0], row={"solution": 3})
-    both(dataclasses.replace(drawn, prompts=[solved, drawn.prompts[1]]), training=True).require_scores()
+    solved = dataclasses.replace(drawn[0], row={"solution": 3})
+    both([solved, drawn[1]], training=True).require_scores()
     both.close()
 
 
@@ -103,10 +107,10 @@ def test_scores_are_normalized_on_answers_of_the_start():
     """Lengths 2, 4, 6 have mean 4 and variance 8/3: of length 6 the score is 2 / sqrt(8/3), of length 1 -3 / sqrt(8/3).
     A price of length is not normalized: 0.5 for each of 6 - 4 tokens. One length alone has no variance."""
     priced = scorer(dataclasses.replace(KEEP, free_tokens=4, per_token=0.5))
-    gain, bias = priced.normalize(rollouts(["ab", "abcd", "abcdef"], [True] * 3))
-    scored = priced(rollouts(["abcdef", "a"], [True] * 2), training=False)
-    with pytest.raises(InputError, match="2 answers of the policy at the start all have the score 1"):
-        priced.normalize(rollouts(["a", "b"], [True] * 2))
+    gain, bias = priced.normalize(completions(["ab", "abcd", "abcdef"], [True] * 3))
+    scored = priced(completions(["abcdef", "a"], [True] * 2), training=False)
+    with pytest.raises(InputError, match="2 completions of the policy at the start all have the score 1"):
+        priced.normalize(completions(["a", "b"], [True] * 2))
     priced.close()
     deviation = (8 / 3) ** 0.5
     assert (gain, bias) == pytest.approx((1 / deviation, -4 / deviation))
@@ -117,13 +121,13 @@ def test_an_answer_that_a_function_fails_at_has_no_score():
     """Lengths 2, -, 4, -, where the last answer has no end and needs no function once its score is replaced. Where
     scores are normalized the mean is of 2 and 4 alone (deviation 1); -1 is what a failure shows."""
     failing = {SOME: PythonReward(SOME, failure_score=-1.0)}
-    replaced = ScoreOptions({SOME: 1.0}, missing_eos="replace", missing_eos_value=-9.0)
-    four = rollouts(["ab", "x", "abcd", "xy"], [True, True, True, False])
+    replaced = ScoreOptions(functions=(SOME,), missing_eos="replace", missing_eos_value=-9.0)
+    four = completions(["ab", "x", "abcd", "xy"], [True, True, True, False])
     with contextlib.closing(scorer(replaced, functions=failing)) as scores:
         scored = scores(four, training=True)
         normalization = scores.normalize(four)
-        with pytest.raises(InputError, match="failed at every answer of the policy at the start; .*an x"):
-            scores.normalize(rollouts(["x", "xx"], [True, True]))
+        with pytest.raises(InputError, match="failed at every completion of the policy at the start; .*an x"):
+            scores.normalize(completions(["x", "xx"], [True, True]))
     assert scored.scores.tolist() == [2, -1, 4, -9]
     assert scored.has_score.tolist() == [True, False, True, True]
     assert scored.failures == {SOME: 2} and "an x" in scored.error
@@ -135,14 +139,10 @@ def test_safety_or_helpfulness_by_prompt():
     """Safety = length, helpfulness = the negative of it, threshold 0.95 = log-odds 2.94: a safety prompt takes length
     6; of the others length 2 is below, so safety's 2, and length 4 is above, so helpfulness' -4. Mean 4/3; whitened
     for training alone."""
-    options = ScoreOptions({LENGTH: 1.0, SHORTER: 1.0}, aggregate="piecewise", safety_threshold=0.95)
+    options = ScoreOptions(functions=(LENGTH, SHORTER), aggregate="piecewise", safety_threshold=0.95)
     both = {name: PythonReward(name) for name in (LENGTH, SHORTER)}
-    three = rollouts(["abcdef", "ab", "abcd"], [True] * 3)
-    prompts = [
-        dataclasses.replace(three.prompts[0], row={"prompt": "Hi", "is_safety": True}),
-        *three.prompts[1:],
-    ]
-    three = dataclasses.replace(three, prompts=prompts)
+    three = completions(["abcdef", "ab", "abcd"], [True] * 3)
+    three = [dataclasses.replace(three[0], row={"prompt": "Hi", "is_safety": True}), *three[1:]]
     piecewise = scorer(options, functions=both)
     raw = piecewise(three, training=False).scores
     whitened = piecewise(three, training=True).scores
@@ -162,13 +162,15 @@ def save_reward(folder, seed: int):
 
 @pytest.mark.slow
 def test_a_reward_model_scores_the_last_token(tmp_path):
-    """Against the model applied to prompt and answer alone, without padding; 3 answers in batches of 8."""
+    """Against the model applied to prompt and answer alone, without padding; 3 completions in rows of 64 tokens."""
     mesh = make_mesh()
     name = str(save_reward(tmp_path / "reward", 0))
-    reward = load_reward_model(name, combination="mean", coefficient=0.0, mesh=mesh, dtype="float32")
-    options = dataclasses.replace(KEEP, weights={name: 1.0})
+    options = ScoreOptions(models=(name,))
+    reward = load_reward_model(name, options, mesh=mesh, dtype="float32")
     texts = ["ab", "xyz", "q"]
-    scored = scorer(options, functions={}, models={name: reward})(rollouts(texts, [True] * 3), training=True)
+    scored = scorer(options, functions={}, models={name: reward})(
+        completions(texts, [True] * 3), training=True
+    )
     (member,) = reward.members
     kernel = np.asarray(member.params["score_head"]["kernel"])[:, 0]
     for text, score in zip(texts, scored.scores, strict=True):
@@ -186,16 +188,15 @@ def test_an_ensemble_is_as_good_as_its_combination_says(tmp_path, monkeypatch):
     config.model.lora.rank, config.reward.members, config.data.eval = 2, 3, ""
     config.mesh.data = config.train.rows_per_step = 8
     untrained_reward_run(config, tmp_path / "run")
-    name, three = str(tmp_path / "run"), rollouts(["ab", "xyz", "q"], [True] * 3)
-    options = ScoreOptions({name: 1.0})
+    name, three = str(tmp_path / "run"), completions(["ab", "xyz", "q"], [True] * 3)
+    options = ScoreOptions(models=(name,), coefficient=2.0)
 
     def scored(reward: RewardModel) -> np.ndarray:
         return scorer(options, functions={}, models={name: reward})(three, training=True).scores
 
     def ensemble(combination: str) -> RewardModel:
-        return load_reward_model(
-            name, combination=combination, coefficient=2.0, mesh=make_mesh(), dtype="float32"
-        )
+        one = dataclasses.replace(options, ensemble=combination)
+        return load_reward_model(name, one, mesh=make_mesh(), dtype="float32")
 
     mean = ensemble("mean")
     apart_EN = np.stack([scored(RewardModel([member], lambda scores: scores[0])) for member in mean.members])
@@ -204,14 +205,13 @@ def test_an_ensemble_is_as_good_as_its_combination_says(tmp_path, monkeypatch):
     np.testing.assert_allclose(scored(mean), apart_EN.mean(axis=0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(scored(ensemble("min")), apart_EN.min(axis=0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(scored(ensemble("uncertainty")), uncertain, rtol=1e-5, atol=1e-6)
-    with pytest.raises(InputError, match="score.ensemble is 'max'; use one of mean, min, uncertainty"):
-        ensemble("max")
 
 
 @pytest.mark.slow
 def test_a_reward_model_with_another_tokenizer_is_refused(tmp_path):
     name = str(save_reward(tmp_path / "reward", 0))
-    reward = load_reward_model(name, combination="mean", coefficient=0.0, mesh=make_mesh(), dtype="float32")
+    options = ScoreOptions(models=(name,))
+    reward = load_reward_model(name, options, mesh=make_mesh(), dtype="float32")
     other = byte_tokenizer()
     other.add_tokens(["<more>"])
     with pytest.raises(
@@ -221,25 +221,29 @@ def test_a_reward_model_with_another_tokenizer_is_refused(tmp_path):
             other,
             functions={},
             models={name: reward},
-            options=dataclasses.replace(KEEP, weights={name: 1.0}),
+            options=options,
             mesh=make_mesh(),
-            rows=8,
-            micro_batches=1,
+            micro_rows=8,
+            row_length=64,
         )
 
 
 def test_bad_options():
     with pytest.raises(InputError, match=r"score.missing_eos is 'drop'; use one of keep, replace, penalize"):
         dataclasses.replace(KEEP, missing_eos="drop")
-    with pytest.raises(InputError, match="Nothing scores the answers; set score.functions or score.models"):
+    with pytest.raises(
+        InputError, match="Nothing scores the completions; set score.functions or score.models"
+    ):
         scorer(KEEP, functions={})
     with pytest.raises(InputError, match="score.aggregate is 'max'; use one of sum, piecewise"):
         dataclasses.replace(KEEP, aggregate="max")
     with pytest.raises(InputError, match="chooses between a safety and a helpfulness reward.* there are 1: "):
         dataclasses.replace(KEEP, aggregate="piecewise")
-    with pytest.raises(InputError, match="score.safety_threshold is 1.5; it is a probability"):
-        ScoreOptions({"a": 1.0, "b": 1.0}, aggregate="piecewise", safety_threshold=1.5)
-    with pytest.raises(InputError, match="score.weights gives .* the weight inf"):
-        dataclasses.replace(KEEP, weights={LENGTH: float("inf")})
-    with pytest.raises(InputError, match="score.missing_eos_value is nan; write a finite number"):
+    with pytest.raises(InputError, match="score.safety_threshold is 1.5; it must be .*less than 1"):
+        ScoreOptions(functions=("a", "b"), aggregate="piecewise", safety_threshold=1.5)
+    with pytest.raises(InputError, match="score.weights .*inf"):
+        dataclasses.replace(KEEP, weights=(float("inf"),))
+    with pytest.raises(InputError, match="score.ensemble is 'max'; use one of mean, min, uncertainty"):
+        dataclasses.replace(KEEP, ensemble="max")
+    with pytest.raises(InputError, match="score.missing_eos_value is nan"):
         dataclasses.replace(KEEP, missing_eos_value=float("nan"))
