@@ -16,6 +16,7 @@ from pathlib import Path
 
 from launch.config import check_arguments, load_file
 from posttrain_jax.core.errors import InputError
+from posttrain_jax.demo.assets import ASSETS
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG_SECTIONS = (
@@ -64,7 +65,8 @@ def problems(path: Path, text: str) -> list[str]:
         else:
             found += span_problems(span, path)
     found += link_problems(path, prose)
-    return found
+    assets = set(re.findall(r"\basset:([\w-]+)", text)) - {"NAME"} - ASSETS.keys()
+    return found + [f"there is no asset {name}" for name in sorted(assets)]
 
 
 def split(text: str) -> tuple[list[tuple[str, str]], str]:
@@ -166,6 +168,8 @@ def entry_problems(command: str, module: str, arguments: list[str]) -> list[str]
         return [f"{command}: there is no module {module}"]
     known = flags_of(file)
     found = []
+    if module == "launch.fetch":
+        found += [f"{command}: there is no asset {name}" for name in arguments if name not in ASSETS]
     for place, word in enumerate(arguments):
         if not word.startswith("--"):
             continue

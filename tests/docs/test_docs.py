@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,16 @@ def test_the_example_of_an_entry_point(path: Path):
             assert not found, "\n".join(found)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.py")), ids=lambda path: path.stem)
+def test_the_commands_in_the_docstring_of_a_config(path: Path):
+    """The paper's command, and the assets to fetch."""
+    text = " ".join((ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").split())
+    lines = r"python -m launch\.(?:fetch(?: [\w-]+)+(?=`)|\w+(?: --[\w.]+=[^\s`]+)+)"
+    for command in re.findall(lines, text):
+        found = command_problems(command)
+        assert not found, "\n".join(found)
+
+
 SFT = "python -m launch.train --config=configs/sft/smollm2_135m.py"
 BROKEN = {
     "a module that is not there": ("```\npython -m launch.trian\n```", "no module launch.trian"),
@@ -72,6 +83,8 @@ BROKEN = {
     "a file": ("See `losses/dpoo.py`.", "no losses/dpoo.py"),
     "one file of two": ("See `losses/{dpo,dpoo}.py`.", "no losses/dpoo.py"),
     "a name in a file": ("See `losses/dpo.py::dpoo_loss`.", "no dpoo_loss"),
+    "an asset": ("Use `asset:alpaca`.", "no asset alpaca"),
+    "an asset to fetch": ("```\npython -m launch.fetch alpaca\n```", "no asset alpaca"),
     "a link": ("See [here](no/such.md).", "leads nowhere"),
     "a picture": ('<img src="no.svg">', "leads nowhere"),
     "an anchor": ("See [here](#no-such-part).\n\n## Another part", "no such heading"),
