@@ -21,7 +21,7 @@ from experiments.bench.rollouts import WARMUP, prepare
 from experiments.bench.rollouts_contract import Run
 from experiments.bench.sft import HERE, circumstances, positive
 
-PARTS = ("generate", "score", "experience", "train")
+PARTS = ("generate", "score", "reference", "train")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from posttrain_jax.core.types import Metrics
 PARTS = {
     "generate": "train/seconds_generate",
     "score": "train/seconds_score",
-    "experience": "train/seconds_experience",
+    "reference": "train/seconds_reference",
     "train": "train/seconds_train",
 }
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,136 +15,25 @@ from transformers import PreTrainedTokenizerBase
 
 from posttrain_jax.core.errors import InputError, StepNotTaken
 from posttrain_jax.core.masking import whiten_biased
-from posttrain_jax.core.schema import check, setting
 from posttrain_jax.core.sharding import jit_step, replicated
 from posttrain_jax.core.types import Array, PyTree
 from posttrain_jax.forward.packed_rows import PackedRows, hidden_states, map_rows, pack_places, row_indices
-from posttrain_jax.losses.reward import combine_scores_mean, combine_scores_min, combine_scores_uncertainty
 from posttrain_jax.models.io.load import LoadedModel, load_members
 from posttrain_jax.models.reward_head import scores
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.rewards import combine
 from posttrain_jax.rewards.completion import Completion
+from posttrain_jax.rewards.ensemble import Ensemble
+from posttrain_jax.rewards.score_options import ScoreOptions
 from posttrain_jax.rewards.workers import PythonReward, RewardWorkers
-
-AGGREGATES = ("sum", "piecewise")
-MISSING_EOS = ("keep", "replace", "penalize")
-ENSEMBLES = ("mean", "min", "uncertainty")
-
-
-@dataclasses.dataclass(frozen=True)
-class ScoreOptions:
-    """The section `score` of a config: what scores, and how the parts of a score become one number, in the order of
-    `aggregate`, `normalize`, `per_token`, `clip`, `missing_eos`.
-
-    "piecewise" is Llama 2's choice between two reward models, the first for safety, the second for helpfulness
-    (`combine.piecewise_safety`; a prompt is one of safety where its row's `is_safety` is true), which is whitened over
-    an iteration's completions. A completion without EOS "keep"s its score, has it "replace"d by `missing_eos_value`
-    (Ziegler et al., Huang et al.: -1), or is "penalize"d by that much.
-    """
-
-    functions: tuple[str, ...] = setting(
-        (), 'reward functions, "module:function", each run in worker processes'
-    )
-    arguments: dict[str, Any] = setting({}, 'of functions: {"module:function": {"argument": value}}')
-    completions_per_call: int = setting(1, "completions that a function gets at once", minimum=1)
-    models: tuple[str, ...] = setting((), "reward models, MODELs with a score head")
-    weights: tuple[float, ...] = setting(
-        (), "of the functions, then of the models; () = 1 each", minimum=-math.inf
-    )
-    aggregate: str = setting("sum", "of the weighted rewards; piecewise: Llama 2's", choices=AGGREGATES)
-    safety_threshold: float = setting(0.15, "of piecewise, a probability", above=0, below=1)
-    normalize: int = setting(
-        0, "gain and bias by this many completions of the policy at the start (Ziegler: 256); 0 = off"
-    )
-    gold_function: str = setting("", "scores held-out completions as eval/gold; nothing is learned from it")
-    gold_model: str = setting("", "the same, by a reward model")
-    ensemble: str = setting(
-        "mean", "an ensemble's members; uncertainty: mean - coefficient x variance", choices=ENSEMBLES
-    )
-    coefficient: float = setting(0.0, "of uncertainty (arXiv:2310.02743)")
-    free_tokens: int = setting(0, "of a completion, not penalized by per_token", unit="tokens")
-    per_token: float = setting(
-        0.0, "taken off for each token beyond free_tokens; below 0 it is given", minimum=-math.inf
-    )
-    clip: float = setting(0.0, "the score is brought into [-clip, clip]; 0 = off")
-    missing_eos: str = setting("keep", "the score of a completion without EOS", choices=MISSING_EOS)
-    missing_eos_value: float = setting(-1.0, "see missing_eos", minimum=-math.inf)
-    seconds: float = setting(10.0, "that a function may take for a completion", unit="seconds", above=0)
-    failure: float = setting(
-        0.0,
-        "in evaluations, the score of a completion that a function fails at; training leaves it out",
-        minimum=-math.inf,
-    )
-    workers: int = setting(2, "processes for the functions", minimum=1)
-
-    def __post_init__(self) -> None:
-        check(self, "score")
-        names = self.names
-        if self.weights and len(self.weights) != len(names):
-            raise InputError(
-                f"score.weights has {len(self.weights)} numbers for {len(names)} rewards (score.functions, then "
-                "score.models)."
-            )
-        if len(set(names)) != len(names):
-            raise InputError("score.functions and score.models name a reward twice.")
-        if self.aggregate == "piecewise" and self.weights:
-            raise InputError(
-                "score.weights is set, but score.aggregate=piecewise chooses one of two rewards and adds none."
-            )
-        if self.aggregate == "piecewise" and len(names) != 2:
-            raise InputError(
-                "score.aggregate=piecewise chooses between a safety and a helpfulness reward, in this order; there are "
-                f"{len(names)}: {', '.join(names) or 'none'}."
-            )
-        for name, given in self.arguments.items():
-            if name not in (*self.functions, self.gold_function):
-                raise InputError(
-                    f"score.arguments names {name}, which is neither among score.functions nor score.gold_function."
-                )
-            if not isinstance(given, dict):
-                raise InputError(
-                    f'score.arguments gives {name} {given!r}; write {{"module:function": {{"argument": value}}}}.'
-                )
-        if self.gold_function and self.gold_model:
-            raise InputError(
-                "score.gold_function and score.gold_model are both set; the gold score is one of them."
-            )
-
-    @property
-    def names(self) -> list[str]:
-        """Of all rewards, in the order of the weights."""
-        return [*self.functions, *self.models]
-
-    @property
-    def weight_of(self) -> dict[str, float]:
-        """The weight of each reward."""
-        return dict(zip(self.names, self.weights or (1.0,) * len(self.names), strict=True))
-
-    @property
-    def gold(self) -> ScoreOptions | None:
-        """What scores held-out completions and is never learned from, as options of a scorer of its own."""
-        if not self.gold_function and not self.gold_model:
-            return None
-        return ScoreOptions(
-            functions=(self.gold_function,) if self.gold_function else (),
-            models=(self.gold_model,) if self.gold_model else (),
-            arguments={name: given for name, given in self.arguments.items() if name == self.gold_function},
-            completions_per_call=self.completions_per_call,
-            ensemble=self.ensemble,
-            coefficient=self.coefficient,
-            seconds=self.seconds,
-            failure=self.failure,
-            workers=self.workers,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
-    """A reward model, or an ensemble whose scores are joined by `combine_scores` (`[E, N]` to `[N]`)."""
+    """A reward model (an ensemble of one), or an ensemble."""
 
     members: Sequence[LoadedModel]
-    combine_scores: Callable[[Array], Array]
+    ensemble: Ensemble
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,8 +180,8 @@ class Scorer:
         if self._workers is not None:
             components, failed, errors = self._by_functions(self._workers, completions)
         for name, reward in self._models.items():
-            scores_EN = np.stack([self._by_model(member, completions) for member in reward.members])
-            scores_N = np.asarray(reward.combine_scores(jnp.asarray(scores_EN)), np.float32)
+            members = [self._by_model(member, completions) for member in reward.members]
+            scores_N = np.asarray(reward.ensemble(np.stack(members, axis=-1)), np.float32)
             lost = int(np.sum(~np.isfinite(scores_N)))
             if lost:
                 raise InputError(
@@ -409,13 +296,8 @@ def load_reward_model(
     Raises:
       InputError: no such model, or one without a score head.
     """
-    combinations: dict[str, Callable[[Array], Array]] = {
-        "mean": combine_scores_mean,
-        "min": combine_scores_min,
-        "uncertainty": functools.partial(combine_scores_uncertainty, coefficient=options.coefficient),
-    }
     members = load_members(name, dtype=dtype, mesh=mesh, attention=attention)
-    return RewardModel(members, combinations[options.ensemble])
+    return RewardModel(members, Ensemble(options.ensemble, options.coefficient))
 
 
 def check_tokenizer(model: LoadedModel, tokenizer: PreTrainedTokenizerBase, *, what: str = "") -> None:

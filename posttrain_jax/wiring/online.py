@@ -22,7 +22,7 @@ from posttrain_jax.core.types import Array, Metric, Metrics, PyTree, Task, Train
 from posttrain_jax.core.updates import new_state
 from posttrain_jax.data.loader import Loader
 from posttrain_jax.models.transformer import Model
-from posttrain_jax.rewards.scorer import ScoreOptions
+from posttrain_jax.rewards.score_options import ScoreOptions
 from posttrain_jax.rollouts.collector import PolicyCollector
 from posttrain_jax.rollouts.evaluation import SAMPLED_PROMPTS, Evaluation
 from posttrain_jax.rollouts.experience import Networks

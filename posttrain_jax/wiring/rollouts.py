@@ -21,7 +21,8 @@ from posttrain_jax.data.prompts import Prompt, PromptData, read_prompts
 from posttrain_jax.data.shown_row import plain_text_warning, shown_row
 from posttrain_jax.data.split import hold_out, split_amount
 from posttrain_jax.models.io.tokenizer import stop_token_ids
-from posttrain_jax.rewards.scorer import ScoreOptions, Scorer, load_reward_model
+from posttrain_jax.rewards.score_options import ScoreOptions
+from posttrain_jax.rewards.scorer import Scorer, load_reward_model
 from posttrain_jax.rewards.workers import PythonReward
 from posttrain_jax.rollouts.sampling import RolloutOptions, encode_prompt
 from posttrain_jax.rollouts.trajectory import BatchShape

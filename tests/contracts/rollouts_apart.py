@@ -18,7 +18,8 @@ from posttrain_jax.core.sharding import jit_step, replicated
 from posttrain_jax.data.prompts import Prompt
 from posttrain_jax.forward.packed_rows import packed_rows
 from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
-from posttrain_jax.rewards.scorer import ScoreOptions, Scorer
+from posttrain_jax.rewards.score_options import ScoreOptions
+from posttrain_jax.rewards.scorer import Scorer
 from posttrain_jax.rewards.workers import PythonReward
 from posttrain_jax.rollouts.sampling import RolloutOptions, completion_of, trajectory_of
 from posttrain_jax.rollouts.trajectory import BatchShape, put, stack

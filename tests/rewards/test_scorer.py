@@ -21,7 +21,9 @@ from posttrain_jax.models.io.export import export_hf
 from posttrain_jax.models.reward_head import score_head_params
 from posttrain_jax.models.transformer import make_model
 from posttrain_jax.rewards.completion import Completion
-from posttrain_jax.rewards.scorer import RewardModel, ScoreOptions, Scorer, load_reward_model
+from posttrain_jax.rewards.ensemble import Ensemble
+from posttrain_jax.rewards.score_options import ScoreOptions
+from posttrain_jax.rewards.scorer import RewardModel, Scorer, load_reward_model
 from posttrain_jax.rewards.thoughts import prompt_opens_thought
 from posttrain_jax.rewards.workers import PythonReward
 
@@ -189,22 +191,22 @@ def test_an_ensemble_is_as_good_as_its_combination_says(tmp_path, monkeypatch):
     config.mesh.data = config.train.rows_per_step = 8
     untrained_reward_run(config, tmp_path / "run")
     name, three = str(tmp_path / "run"), completions(["ab", "xyz", "q"], [True] * 3)
-    options = ScoreOptions(models=(name,), coefficient=2.0)
+    options = ScoreOptions(models=(name,))
 
     def scored(reward: RewardModel) -> np.ndarray:
         return scorer(options, functions={}, models={name: reward})(three, training=True).scores
 
-    def ensemble(combination: str) -> RewardModel:
-        one = dataclasses.replace(options, ensemble=combination)
+    def ensemble(combination: str, coefficient: float = 0.0) -> RewardModel:
+        one = dataclasses.replace(options, ensemble=combination, coefficient=coefficient)
         return load_reward_model(name, one, mesh=make_mesh(), dtype="float32")
 
     mean = ensemble("mean")
-    apart_EN = np.stack([scored(RewardModel([member], lambda scores: scores[0])) for member in mean.members])
+    apart_EN = np.stack([scored(RewardModel([member], Ensemble())) for member in mean.members])
     assert apart_EN.shape == (3, 3) and apart_EN.std(axis=0).min() > 1e-3
     uncertain = apart_EN.mean(axis=0) - 2.0 * apart_EN.var(axis=0)
     np.testing.assert_allclose(scored(mean), apart_EN.mean(axis=0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(scored(ensemble("min")), apart_EN.min(axis=0), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(scored(ensemble("uncertainty")), uncertain, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(scored(ensemble("uncertainty", 2.0)), uncertain, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -245,5 +247,9 @@ def test_bad_options():
         dataclasses.replace(KEEP, weights=(float("inf"),))
     with pytest.raises(InputError, match="score.ensemble is 'max'; use one of mean, min, uncertainty"):
         dataclasses.replace(KEEP, ensemble="max")
+    with pytest.raises(InputError, match="score.ensemble=uncertainty needs score.coefficient above 0"):
+        dataclasses.replace(KEEP, ensemble="uncertainty")
+    with pytest.raises(InputError, match="score.coefficient is 2, and score.ensemble=mean does not look"):
+        dataclasses.replace(KEEP, coefficient=2.0)
     with pytest.raises(InputError, match="score.missing_eos_value is nan"):
         dataclasses.replace(KEEP, missing_eos_value=float("nan"))
