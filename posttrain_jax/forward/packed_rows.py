@@ -58,10 +58,6 @@ class PackedRows:
         """Numbers of tokens, at the places that predict them, `[R, T]`; 0 where nothing is predicted."""
         return jnp.where(self.mask != 0, _take(values_NS, self.places + 1, jnp), 0)
 
-    def at_tokens(self, values_RT: Array) -> Array:
-        """The inverse of `at_targets`: `[N, S]`, 0 at tokens that these rows do not predict."""
-        return scatter(values_RT, self.places, self.mask, (self.trajectories, self.length))
-
     def sums(self, values_RT: Array) -> Array:
         """For each trajectory the sum over its targets that count, float32 `[N]`; differentiable."""
         owner_RT = jnp.where(self.mask != 0, self.segment_ids - 1, self.trajectories)
