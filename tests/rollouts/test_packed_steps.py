@@ -13,7 +13,7 @@ from contracts.tiny import LLAMA, make_mesh, params_of, worst_difference
 from jax.sharding import Mesh
 
 from posttrain_jax.algorithms import ppo, rloo
-from posttrain_jax.core.optim import make_optimizer, make_schedule
+from posttrain_jax.core.optim import OptimOptions, make_optimizer, make_schedule
 from posttrain_jax.core.sharding import jit_step, replicated, tree_shardings
 from posttrain_jax.core.types import Metrics, PyTree
 from posttrain_jax.data.prompts import Prompt
@@ -90,8 +90,11 @@ def iteration(name: str, arranged: Callable[[], HostTrajectories], mesh: Mesh) -
         head = score_head_params(jax.random.key(1), LLAMA.d_model, init="normal")
         params["value"] = {**params_of(model, mesh, seed=1), "score_head": head}
         params["value"].pop("head", None)
-    rate = make_schedule("constant", lr=0.3, steps=9)
-    optimizer = make_optimizer("sgd", rate, clip_norm=1.0)  # not Adam, which divides rounding by rounding
+    options = OptimOptions(
+        name="sgd", lr=0.3, schedule="constant"
+    )  # not Adam, which divides rounding by rounding
+    rate = make_schedule(options, steps=9)
+    optimizer = make_optimizer(options, rate)
     state = init_state(
         params, jax.random.key(0), model=model, kl_coefficient=0.1, optimizer=optimizer, ema_decay=0.0
     )
