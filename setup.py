@@ -27,6 +27,7 @@ setup(
         *find_packages(include=["posttrain_jax", "posttrain_jax.*", "launch", "launch.*"]),
         *find_namespace_packages(include=["configs", "configs.*"]),
     ],
+    package_data={"posttrain_jax.demo": ["assets.toml"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "absl-py>=2.1",
@@ -45,6 +46,7 @@ setup(
         "orbax-checkpoint>=0.12",
         "protobuf>=4.25",  # reads SentencePiece's tokenizer.model
         "safetensors>=0.5",
+        "scipy>=1.14",  # statistics of evaluations
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.9",  # its data_source readers, which need no TensorFlow
         "importlib_resources",  # tensorflow-datasets imports it without declaring it

@@ -24,7 +24,7 @@ from posttrain_jax.data.packing import PackedRows, pack
 from posttrain_jax.data.split import hold_out, split_amount
 from posttrain_jax.data.tokenized import TokenizedData, TokenizeOptions, build
 from posttrain_jax.evaluate.own_data import HeldOutData, held_out_by, run_config
-from posttrain_jax.evaluate.statistics import Estimate, bootstrap_means, interval
+from posttrain_jax.evaluate.statistics import Estimate, bootstrap_means, interval, share
 from posttrain_jax.evaluate.tasks import Progress, TaskResult, check_first, say_data
 from posttrain_jax.models.io.load import LoadedModel
 from posttrain_jax.models.transformer import Model
@@ -186,7 +186,8 @@ def estimates(losses: SequenceLosses, *, bootstrap: int, seed: int) -> dict[str,
             "mean_loss_per_sequence": mean_loss,
             "perplexity_per_sequence": np.exp(mean_loss),
         }
-    return {name: interval(values) for name, values in resampled.items()}
+    found = {name: interval(values) for name, values in resampled.items()}
+    return found | {"token_accuracy": share(correct / trained, losses.correct_S / losses.trained_S)}
 
 
 def from_config(

@@ -298,6 +298,7 @@ def ifeval(
         by_type={name: dict(by_type[name]) for name in sorted(by_type)},
         bootstrap=bootstrap,
         seed=seed,
+        shares=True,
     )
 
 

@@ -146,6 +146,7 @@ def math_problems(
         by_type={kind: dict(by_type[kind]) for kind in sorted(by_type)},
         bootstrap=bootstrap,
         seed=seed,
+        shares=True,
     )
 
 

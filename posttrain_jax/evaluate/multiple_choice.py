@@ -240,7 +240,7 @@ def multiple_choice(
             }
         )
     counts = {"skipped_rows": questions.skipped, "choices": sum(len(item.tokens) for item in encoded)}
-    return summarize(rows, counts=counts, by_type={}, bootstrap=bootstrap, seed=seed)
+    return summarize(rows, counts=counts, by_type={}, bootstrap=bootstrap, seed=seed, shares=True)
 
 
 def from_config(

@@ -2,8 +2,8 @@
 
 Everything is computed from arrays on the host. The margin of a pair is score(chosen) - score(rejected).
 
-- Accuracy: the share of pairs with a margin above 0. A tie counts as wrong, as in RewardBench (arXiv:2403.13787), and
-  ties are counted besides.
+- Accuracy: the share of pairs with a margin above 0. A tie counts as wrong, as in RewardBench (arXiv:2403.13787) and
+  in the accuracies of training, and ties are counted besides.
 - Loss and calibration: a reward model trained on -log sigma(margin) says that the chosen answer is preferred with
   probability p = sigma(margin), with the margin on the scale of training: where scores were rescaled after it, the
   margin is divided by the gain (`ScoredPairs.gain`). Which of the two answers stands first is arbitrary, so every pair
@@ -14,107 +14,25 @@ Everything is computed from arrays on the host. The margin of a pair is score(ch
 - Agreement with a person, where labels are soft: a label says that a person drawn at random prefers the chosen answer
   with probability p, so that person agrees with the model with probability p where the margin is above 0, 1 - p where
   it is below, 1/2 at a tie. Nobody who does not know the person can agree more often than max(p, 1 - p).
-- Intervals are 95 % percentile bootstraps over groups (the prompts, which were drawn independently), not over pairs.
+- Intervals are over groups (the prompts, which were drawn independently), not over pairs: Wilson's where every group is
+  right or wrong, else 95 % percentile bootstraps (see `statistics.share`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.evaluate.statistics import bootstrap_means, interval
+from posttrain_jax.evaluate.score_pairs import ScoredPairs
+from posttrain_jax.evaluate.statistics import bootstrap_means, share
 
-LENGTH_UNITS = ("tokens", "characters")
 HISTOGRAM_BINS = 40
 LENGTH_BINS = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class ScoredPairs:
-    """The pairs of one split with the scores that a reward model gave them; N pairs.
-
-    Attributes:
-      split: the split's name, such as "in_distribution".
-      chosen_scores_N, rejected_scores_N: the scores.
-      chosen_lengths_N, rejected_lengths_N: lengths of the completions.
-      gain: what the scores were multiplied by after training; loss and calibration are of margins without it.
-      length_unit: what lengths are counted in, "tokens" or "characters".
-      margins_N: how much better the label says that the chosen one is, on the label's own scale; or None.
-      probabilities_N: with what probability a person prefers the chosen one, between 0 and 1 (soft labels); or None.
-      weights_N: how much each pair counts, above 0; None = 1 each.
-      groups_N: what was drawn independently: the prompt's id of each pair; None = every pair for itself.
-      subsets_N: the name of each pair's subset, for section scores; or None.
-      rows_N: "file:line" of the row that each pair comes from, for `reward_report_files.write_rows`; or None.
-      raters: each rater's own preference, by name: 1 the chosen one, -1 the rejected one, 0 a tie, NaN not asked.
-      member_chosen_scores_EN, member_rejected_scores_EN: the scores of an ensemble's E members, on one scale; or None.
-    """
-
-    split: str
-    chosen_scores_N: np.ndarray
-    rejected_scores_N: np.ndarray
-    chosen_lengths_N: np.ndarray
-    rejected_lengths_N: np.ndarray
-    gain: float = 1.0
-    length_unit: str = "tokens"
-    margins_N: np.ndarray | None = None
-    probabilities_N: np.ndarray | None = None
-    weights_N: np.ndarray | None = None
-    groups_N: np.ndarray | None = None
-    subsets_N: Sequence[str] | None = None
-    rows_N: Sequence[str] | None = None
-    raters: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    member_chosen_scores_EN: np.ndarray | None = None
-    member_rejected_scores_EN: np.ndarray | None = None
-
-    def __post_init__(self) -> None:
-        count = len(self.chosen_scores_N)
-        if count == 0:
-            raise InputError(f"There is nothing to report on: the split {self.split!r} holds no pairs.")
-        if not (math.isfinite(self.gain) and self.gain > 0):
-            raise InputError(
-                f"The split {self.split!r}: the scores' gain is {self.gain}; it must be above 0."
-            )
-        if self.length_unit not in LENGTH_UNITS:
-            raise InputError(f"length_unit is {self.length_unit!r}; use {' or '.join(LENGTH_UNITS)}.")
-        given = {
-            "rejected_scores_N": self.rejected_scores_N,
-            "chosen_lengths_N": self.chosen_lengths_N,
-            "rejected_lengths_N": self.rejected_lengths_N,
-            "margins_N": self.margins_N,
-            "probabilities_N": self.probabilities_N,
-            "weights_N": self.weights_N,
-            "groups_N": self.groups_N,
-            "subsets_N": self.subsets_N,
-            "rows_N": self.rows_N,
-            **{f"the preferences of {name}": values for name, values in self.raters.items()},
-        }
-        for name, values in given.items():
-            if values is not None and len(values) != count:
-                raise InputError(
-                    f"The split {self.split!r} has {count} pairs, but {name} holds {len(values)} values."
-                )
-        for name in ("chosen_scores_N", "rejected_scores_N"):
-            scores = self.chosen_scores_N if name == "chosen_scores_N" else self.rejected_scores_N
-            lost = int(np.sum(~np.isfinite(np.asarray(scores, np.float64))))
-            if lost:
-                raise InputError(
-                    f"The split {self.split!r}: {lost} of {name} are not finite; was the model trained well?"
-                )
-        if self.weights_N is not None and not np.all(np.asarray(self.weights_N) > 0):
-            raise InputError(f"The split {self.split!r}: every weight must be above 0; leave such pairs out.")
-        members = (self.member_chosen_scores_EN, self.member_rejected_scores_EN)
-        if (members[0] is None) != (members[1] is None):
-            raise InputError(f"The split {self.split!r}: give both member scores or none.")
-        for scores_EN in members:
-            if scores_EN is not None and (scores_EN.ndim != 2 or scores_EN.shape[1] != count):
-                raise InputError(
-                    f"The split {self.split!r}: member scores have shape {scores_EN.shape}, not (E, {count})."
-                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,18 +45,22 @@ class _Counted:
     resamples: int
     seed: int
 
-    def resampled(self, wins_N: np.ndarray, where_N: np.ndarray, offset: int = 0) -> np.ndarray:
-        """Weighted mean of `wins_N` over the pairs of `where_N`: of the data, then of every resample of the groups."""
+    def resampled(
+        self, wins_N: np.ndarray, where_N: np.ndarray, offset: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Weighted mean of `wins_N` over the pairs of `where_N`, of the data and then of every resample of the groups;
+        and each group's own weighted mean."""
         _, group_N = np.unique(self.groups_N[where_N], return_inverse=True)
         weights_N = self.weights_N[where_N]
         columns_G2 = np.column_stack(
             [np.bincount(group_N, weights_N * wins_N[where_N]), np.bincount(group_N, weights_N)]
         )
         means = bootstrap_means(columns_G2, resamples=self.resamples, seed=self.seed + offset)
-        return means[:, 0] / means[:, 1]
+        return means[:, 0] / means[:, 1], columns_G2[:, 0] / columns_G2[:, 1]
 
     def share(self, wins_N: np.ndarray, where_N: np.ndarray) -> dict[str, float]:
-        return dataclasses.asdict(interval(self.resampled(wins_N, where_N)))
+        values, shares_G = self.resampled(wins_N, where_N)
+        return dataclasses.asdict(share(values, shares_G))
 
     def accuracy(self, where_N: np.ndarray) -> dict[str, float]:
         return self.share(self.wins_N, where_N)
@@ -391,21 +313,12 @@ def _length_report(pairs: ScoredPairs, chosen_N: np.ndarray, rejected_N: np.ndar
 
 def pearson(a_N: np.ndarray, b_N: np.ndarray) -> float | None:
     """Pearson's correlation; None where one of the two is constant."""
-    a_N, b_N = np.asarray(a_N, np.float64), np.asarray(b_N, np.float64)
-    if np.ptp(a_N) == 0 or np.ptp(b_N) == 0:
-        return None
-    a_N, b_N = a_N - a_N.mean(), b_N - b_N.mean()
-    return float(a_N @ b_N / math.sqrt((a_N @ a_N) * (b_N @ b_N)))
+    return float(stats.pearsonr(a_N, b_N).statistic) if np.ptp(a_N) and np.ptp(b_N) else None
 
 
 def spearman(a_N: np.ndarray, b_N: np.ndarray) -> float | None:
-    """Spearman's correlation: Pearson's of the ranks, equal values sharing their mean rank; None as for Pearson's."""
-    return pearson(_ranks(a_N), _ranks(b_N))
-
-
-def _ranks(values_N: np.ndarray) -> np.ndarray:
-    _, place_N, counts = np.unique(values_N, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place_N]
+    """Spearman's correlation (equal values share their mean rank); None as for Pearson's."""
+    return float(stats.spearmanr(a_N, b_N).statistic) if np.ptp(a_N) and np.ptp(b_N) else None
 
 
 def _person_report(probability_N: np.ndarray, margin_N: np.ndarray, counted: _Counted) -> dict[str, Any]:
@@ -436,22 +349,23 @@ def _section_report(
 ) -> dict[str, Any]:
     """Sections and their mean; each subset is resampled for itself, since its count is fixed."""
     names = sorted({subset for subsets in sections.values() for subset in subsets})
-    means = {
+    parts = {
         name: counted.resampled(counted.wins_N, subsets_N == name, offset=number)
         for number, name in enumerate(names)
     }
     counts = {name: section_counts.get(name, int(np.sum(subsets_N == name))) for name in names}
     scores = {
         section: np.average(
-            [means[name] for name in subsets], axis=0, weights=[counts[name] for name in subsets]
+            [parts[name][0] for name in subsets], axis=0, weights=[counts[name] for name in subsets]
         )
         for section, subsets in sections.items()
     }
-    overall = np.mean(list(scores.values()), axis=0)
-    return {
-        **{section: dataclasses.asdict(interval(score)) for section, score in scores.items()},
-        "overall": dataclasses.asdict(interval(overall)),
+    shares = {
+        section: np.concatenate([parts[name][1] for name in subsets]) for section, subsets in sections.items()
     }
+    scores["overall"] = np.mean(list(scores.values()), axis=0)
+    shares["overall"] = np.concatenate([shares_G for _, shares_G in parts.values()])
+    return {name: dataclasses.asdict(share(score, shares[name])) for name, score in scores.items()}
 
 
 def _histogram(chosen_N: np.ndarray, rejected_N: np.ndarray) -> dict[str, list]:

@@ -11,12 +11,19 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from posttrain_jax.evaluate.reward_report import ScoredPairs
+from posttrain_jax.evaluate.score_pairs import ScoredPairs
 from posttrain_jax.losses.reward import disagreement
+
+PICTURES = {
+    "calibration": "Calibration: predicted probability and share that agrees",
+    "scores": "Scores of chosen and rejected completions",
+    "margins": "Accuracy by margin",
+    "length": "Score by length",
+}
 
 
 def write_report(report: dict[str, Any], folder: str | Path) -> None:
-    """Writes report.json, report.md and the plots calibration.png, scores.png, margins.png and length.png.
+    """Writes report.json, report.md which shows the plots calibration.png, scores.png, margins.png and length.png.
 
     Args:
       report: from `reward_report`.
@@ -27,10 +34,9 @@ def write_report(report: dict[str, Any], folder: str | Path) -> None:
     text = json.dumps(report, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     (folder / "report.json").write_text(text + "\n", "utf-8", errors="replace")
     (folder / "report.md").write_text(report_text(report), "utf-8", errors="replace")
-    _draw(folder / "calibration.png", report, _draw_calibration)
-    _draw(folder / "scores.png", report, _draw_histogram)
-    _draw(folder / "margins.png", report, _draw_margins)
-    _draw(folder / "length.png", report, _draw_length)
+    panels = (_draw_calibration, _draw_histogram, _draw_margins, _draw_length)
+    for name, panel in zip(PICTURES, panels, strict=True):
+        _draw(folder / f"{name}.png", report, panel)
 
 
 def write_rows(splits: Sequence[ScoredPairs], folder: str | Path) -> None:
@@ -90,10 +96,12 @@ def report_text(report: dict[str, Any]) -> str:
         ],
     )
     lines += [
-        f"Accuracy: share of pairs whose chosen answer scores higher; a tie is wrong. In brackets the 95 % bootstrap "
-        f"interval over groups ({settings['resamples']} resamples). Loss: mean -log sigma(margin), "
-        f"with margins on the scale of training. Calibration error: {settings['calibration_bins']} bins of equal width "
-        "over [0, 1], every pair in both orders.",
+        "Accuracy: share of pairs whose chosen completion scores higher; a tie is wrong. In brackets the 95 % interval "
+        f"over groups (Wilson's; bootstrap with {settings['resamples']} resamples where a group is partly right or "
+        "groups weigh differently). Loss: mean -log sigma(margin), with margins on the scale of training. Calibration "
+        f"error: {settings['calibration_bins']} bins of equal width over [0, 1], every pair in both orders.",
+        "",
+        *(f"![{title}]({name}.png)" for name, title in PICTURES.items()),
         "",
     ]
     for name, part in splits.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,9 +12,93 @@ from jax.sharding import Mesh
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.preference_groups import PreferenceData, PreferenceSource
 from posttrain_jax.data.preference_rows import row_shape
-from posttrain_jax.evaluate.reward_report import ScoredPairs
 from posttrain_jax.models.io.load import LoadedModel
 from posttrain_jax.rewards.ensemble import Ensemble, member_scores
+
+LENGTH_UNITS = ("tokens", "characters")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredPairs:
+    """The pairs of one split with the scores that a reward model gave them; N pairs.
+
+    Attributes:
+      split: the split's name, such as "in_distribution".
+      chosen_scores_N, rejected_scores_N: the scores.
+      chosen_lengths_N, rejected_lengths_N: lengths of the completions.
+      gain: what the scores were multiplied by after training; loss and calibration are of margins without it.
+      length_unit: what lengths are counted in, "tokens" or "characters".
+      margins_N: how much better the label says that the chosen one is, on the label's own scale; or None.
+      probabilities_N: with what probability a person prefers the chosen one, between 0 and 1 (soft labels); or None.
+      weights_N: how much each pair counts, above 0; None = 1 each.
+      groups_N: what was drawn independently: the prompt's id of each pair; None = every pair for itself.
+      subsets_N: the name of each pair's subset, for section scores; or None.
+      rows_N: "file:line" of the row that each pair comes from, for `reward_report_files.write_rows`; or None.
+      raters: each rater's own preference, by name: 1 the chosen one, -1 the rejected one, 0 a tie, NaN not asked.
+      member_chosen_scores_EN, member_rejected_scores_EN: the scores of an ensemble's E members, on one scale; or None.
+    """
+
+    split: str
+    chosen_scores_N: np.ndarray
+    rejected_scores_N: np.ndarray
+    chosen_lengths_N: np.ndarray
+    rejected_lengths_N: np.ndarray
+    gain: float = 1.0
+    length_unit: str = "tokens"
+    margins_N: np.ndarray | None = None
+    probabilities_N: np.ndarray | None = None
+    weights_N: np.ndarray | None = None
+    groups_N: np.ndarray | None = None
+    subsets_N: Sequence[str] | None = None
+    rows_N: Sequence[str] | None = None
+    raters: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    member_chosen_scores_EN: np.ndarray | None = None
+    member_rejected_scores_EN: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.chosen_scores_N)
+        if count == 0:
+            raise InputError(f"There is nothing to report on: the split {self.split!r} holds no pairs.")
+        if not (math.isfinite(self.gain) and self.gain > 0):
+            raise InputError(
+                f"The split {self.split!r}: the scores' gain is {self.gain}; it must be above 0."
+            )
+        if self.length_unit not in LENGTH_UNITS:
+            raise InputError(f"length_unit is {self.length_unit!r}; use {' or '.join(LENGTH_UNITS)}.")
+        given = {
+            "rejected_scores_N": self.rejected_scores_N,
+            "chosen_lengths_N": self.chosen_lengths_N,
+            "rejected_lengths_N": self.rejected_lengths_N,
+            "margins_N": self.margins_N,
+            "probabilities_N": self.probabilities_N,
+            "weights_N": self.weights_N,
+            "groups_N": self.groups_N,
+            "subsets_N": self.subsets_N,
+            "rows_N": self.rows_N,
+            **{f"the preferences of {name}": values for name, values in self.raters.items()},
+        }
+        for name, values in given.items():
+            if values is not None and len(values) != count:
+                raise InputError(
+                    f"The split {self.split!r} has {count} pairs, but {name} holds {len(values)} values."
+                )
+        for name in ("chosen_scores_N", "rejected_scores_N"):
+            scores = self.chosen_scores_N if name == "chosen_scores_N" else self.rejected_scores_N
+            lost = int(np.sum(~np.isfinite(np.asarray(scores, np.float64))))
+            if lost:
+                raise InputError(
+                    f"The split {self.split!r}: {lost} of {name} are not finite; was the model trained well?"
+                )
+        if self.weights_N is not None and not np.all(np.asarray(self.weights_N) > 0):
+            raise InputError(f"The split {self.split!r}: every weight must be above 0; leave such pairs out.")
+        members = (self.member_chosen_scores_EN, self.member_rejected_scores_EN)
+        if (members[0] is None) != (members[1] is None):
+            raise InputError(f"The split {self.split!r}: give both member scores or none.")
+        for scores_EN in members:
+            if scores_EN is not None and (scores_EN.ndim != 2 or scores_EN.shape[1] != count):
+                raise InputError(
+                    f"The split {self.split!r}: member scores have shape {scores_EN.shape}, not (E, {count})."
+                )
 
 
 def score_pairs(

@@ -2,6 +2,10 @@
 
 A row is what was drawn independently (a prompt, a sequence), never a token or an instruction: those of one row go
 together. A metric of a row is a sum and a count, and the metric is the sum of sums over the sum of counts.
+
+The interval of a share of rows that are right or wrong is Wilson's (1927, JASA 22): a bootstrap of 54 right of 54 says
+"100 to 100 %", Wilson says 93.4 to 100 %. Shares that a bootstrap is needed for (rows that are partly right, weights)
+get Wilson's where no resample differs from the data.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from scipy import stats
 
 from posttrain_jax.core.errors import InputError
 
@@ -20,7 +25,7 @@ ROUNDING = 1e-9
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A number and its 95 % confidence interval (percentile bootstrap over rows)."""
+    """A number and its 95 % confidence interval (percentile bootstrap over rows; of a share of rows, Wilson's)."""
 
     value: float
     low: float
@@ -56,8 +61,30 @@ def interval(values: np.ndarray) -> Estimate:
     return Estimate(float(values[0]), float(low), float(high))
 
 
+def wilson(right: int, rows: int) -> Estimate:
+    """The share of `rows` that is right, with Wilson's interval."""
+    limits = stats.binomtest(right, rows).proportion_ci(method="wilson")
+    return Estimate(right / rows, float(limits.low), float(limits.high))
+
+
+def share(values: np.ndarray, shares_N: np.ndarray) -> Estimate:
+    """A share with its interval: Wilson's where every row is right (1) or wrong (0), or where all resamples agree.
+
+    Args:
+      values: as of `interval`: of the data and of the resamples.
+      shares_N: each row's own share, 0 to 1.
+    """
+    rows = len(shares_N)
+    is_right_or_wrong = bool(np.isin(shares_N, (0.0, 1.0)).all())
+    if is_right_or_wrong and abs(values[0] - shares_N.mean()) < ROUNDING:
+        return wilson(int(shares_N.sum()), rows)
+    if np.ptp(values) < ROUNDING and (values[0] < ROUNDING or values[0] > 1 - ROUNDING):
+        return wilson(round(float(values[0])) * rows, rows)
+    return interval(values)
+
+
 def ratio_estimates(
-    rows: Sequence[Mapping[str, tuple[float, float]]], *, resamples: int, seed: int
+    rows: Sequence[Mapping[str, tuple[float, float]]], *, resamples: int, seed: int, shares: bool = False
 ) -> dict[str, Estimate]:
     """Each metric's sum of sums / sum of counts over the rows, with its interval.
 
@@ -65,6 +92,7 @@ def ratio_estimates(
       rows: (sum, count) of every metric, for each row; every row has the same metrics, with positive counts.
       resamples: of the bootstrap; 0 makes the intervals as narrow as the value.
       seed: of the resamples.
+      shares: whether every metric is a share of its counts, see `share`.
 
     Raises:
       InputError: there are no rows.
@@ -74,28 +102,29 @@ def ratio_estimates(
     names = list(rows[0])
     columns_NC = np.asarray([[number for name in names for number in row[name]] for row in rows], np.float64)
     means = bootstrap_means(columns_NC, resamples=resamples, seed=seed)
-    return {name: interval(means[:, 2 * place] / means[:, 2 * place + 1]) for place, name in enumerate(names)}
+    estimates = {}
+    for place, name in enumerate(names):
+        values = means[:, 2 * place] / means[:, 2 * place + 1]
+        own_N = columns_NC[:, 2 * place] / columns_NC[:, 2 * place + 1]
+        estimates[name] = share(values, own_N) if shares else interval(values)
+    return estimates
 
 
 def sign_test(wins: int, losses: int) -> float:
     """Two-sided exact p-value of `wins` against `losses` when both are equally likely; rows that tie are left out.
 
     For right-or-wrong scores of two models on the same rows this is the exact McNemar test on the discordant rows
-    (McNemar 1947, Psychometrika 12(2)): p = min(1, 2 * sum_{k <= min(wins, losses)} C(n, k) / 2^n), n = wins + losses.
+    (McNemar 1947, Psychometrika 12(2)).
     """
-    trials = wins + losses
-    term = tail = 1
-    for k in range(1, min(wins, losses) + 1):
-        term = term * (trials - k + 1) // k
-        tail += term
-    return min(1.0, 2 * tail / 2**trials)
+    return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def permutation_test(differences_N: np.ndarray, *, resamples: int, seed: int) -> float:
     """Two-sided p-value of the sum of paired differences when each one's sign is a coin toss.
 
     All 2^n signs of the n differences that are not 0 where those are no more than `resamples` (Fisher's exact paired
-    test); else `resamples` random ones, and p = (1 + as extreme) / (1 + resamples).
+    test); else `resamples` random ones, and p = (1 + as extreme) / (1 + resamples). `scipy.stats.permutation_test` says
+    the same and takes ten times as long (4.6 s instead of 0.4 s for 5,000 rows and 10,000 resamples).
     """
     nonzero = np.asarray(differences_N, np.float64)
     nonzero = nonzero[nonzero != 0]

@@ -48,9 +48,11 @@ def summarize(
     by_type: dict[str, dict[str, int]],
     bootstrap: int,
     seed: int,
+    shares: bool = False,
 ) -> TaskResult:
-    """The result of rows that carry their "metrics"; `counts` come after the number of rows."""
-    metrics = ratio_estimates([row["metrics"] for row in rows], resamples=bootstrap, seed=seed)
+    """The result of rows that carry their "metrics" (which are `shares`, or not); `counts` come after the number of
+    rows."""
+    metrics = ratio_estimates([row["metrics"] for row in rows], resamples=bootstrap, seed=seed, shares=shares)
     return TaskResult(metrics, {"rows": len(rows), **counts}, rows, by_type)
 
 

