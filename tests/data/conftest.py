@@ -55,3 +55,8 @@ def write_jsonl(tmp_path: pathlib.Path) -> Callable[..., str]:
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def gemma_tokenizer(gemma_gguf):
+    return load_tokenizer(gemma_gguf)

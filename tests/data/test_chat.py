@@ -11,18 +11,16 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.data.chat import Encoded, Encoder, encode
+from posttrain_jax.data.chat import Encoded, Encoder
 from posttrain_jax.data.chat_template import ChatOptions
 from posttrain_jax.data.formats import to_conversation
 from posttrain_jax.data.sources import RowError, read_rows
 from posttrain_jax.data.spans import ChatTemplate
-from posttrain_jax.models.io.tokenizer import load_tokenizer
 
-from .chats import FAMILIES, TEMPLATES, chat_row
+from .chats import FAMILIES, TEMPLATES, TWO_TURNS, chat_row, encode_row, template_ids, trained_texts
 
 # DeepSeek-R1's own template can train nothing: see test_a_template_that_drops_thoughts_...
 ALL = ["smollm2", *(name for name in FAMILIES if name != "deepseek_r1")]
-TWO_TURNS = chat_row("What is 2+2?", "It is 4.", "And 3+3?", "6\n\nSix — 六!")
 # What each family's model writes in TWO_TURNS.
 EXPECTED = {
     "smollm2": ["It is 4.<|im_end|>", "6\n\nSix — 六!<|im_end|>"],
@@ -37,23 +35,6 @@ EXPECTED = {
     "generation_content_only": ["It is 4.<|im_end|>", "6\n\nSix — 六!<|im_end|>"],
     "no_prompt_chatml": ["It is 4.<|im_end|>", "6\n\nSix — 六!<|im_end|>"],
 }
-
-
-def trained_texts(encoded: Encoded, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Each unbroken run of trained tokens, decoded."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], encoded.loss_mask.astype(np.int8), [0]])))
-    return [tokenizer.decode(encoded.tokens[a:b]) for a, b in edges.reshape(-1, 2)]
-
-
-def encode_row(row: dict, tokenizer: PreTrainedTokenizerFast, **options: str) -> Encoded:
-    return encode(to_conversation(row), tokenizer, **options)
-
-
-def template_ids(row: dict, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    conversation = to_conversation(row)
-    return tokenizer.apply_chat_template(
-        list(conversation.messages), tools=conversation.tools, tokenize=True, return_dict=False
-    )
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -173,71 +154,6 @@ def test_a_token_that_joins_the_header_to_the_answer_is_trained(smollm2):
     encoded = encode_row(chat_row("q", "  a"), smollm2)
     assert trained_texts(encoded, smollm2) == ["\n  a<|im_end|>"]
     assert smollm2.decode(encoded.tokens[encoded.loss_mask][0]) == "\n "
-
-
-def test_qwen3_thinking_is_trained_where_the_template_keeps_it(family):
-    """Two questions; the first took a tool. The template drops the thoughts before the second question."""
-    tokenizer = family("qwen3")
-    call = {"name": "add", "arguments": {"a": 2, "b": 2}}
-    first = [
-        {"role": "user", "content": "2+2?"},
-        {
-            "role": "assistant",
-            "content": None,
-            "reasoning_content": "use add",
-            "tool_calls": [{"function": call}],
-        },
-        {"role": "tool", "content": "4"},
-        {"role": "assistant", "content": "<think>\neasy\n</think>\n\nFour."},
-    ]
-    called = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call><|im_end|>'
-    encoded = encode_row({"messages": first}, tokenizer)
-    assert trained_texts(encoded, tokenizer) == [
-        f"<think>\nuse add\n</think>\n\n{called}",
-        "<think>\neasy\n</think>\n\nFour.<|im_end|>",
-    ]
-    second = [{"role": "user", "content": "Thanks"}, {"role": "assistant", "content": "Welcome"}]
-    row = {"messages": first + second, "tools": [{"name": "add", "description": "adds", "parameters": {}}]}
-    encoded = encode_row(row, tokenizer)
-    # The first two turns stand there without their thoughts, as the model would never write them.
-    assert trained_texts(encoded, tokenizer) == ["<think>\n\n</think>\n\nWelcome<|im_end|>"]
-    assert encoded.untrained_turns == 2
-    assert encoded.tokens.tolist() == template_ids(row, tokenizer)
-
-
-THINKING = chat_row("6*7?", "<think>\n6*7 is 42\n</think>\n\n42")
-APART = chat_row("6*7?", "42")
-APART["messages"][1]["reasoning_content"] = "6*7 is 42"
-
-
-@pytest.mark.parametrize("row", [THINKING, APART, TWO_TURNS])
-def test_a_template_that_drops_thoughts_cannot_be_trained_on(row, family):
-    """DeepSeek-R1's own: answers would be trained after the header, and generation starts after `<think>`."""
-    with pytest.raises(
-        RowError, match=r"messages\[\d\]: .*trained where the model.*configs/templates/deepseek_r1"
-    ):
-        encode_row(row, family("deepseek_r1"))
-
-
-def test_a_template_that_shows_no_reasoning_content_refuses_it(smollm2):
-    with pytest.raises(RowError, match=r"messages\[1\]: has a thought that this chat template does not show"):
-        encode_row(APART, smollm2)
-    assert trained_texts(encode_row(THINKING, smollm2), smollm2) == [
-        "<think>\n6*7 is 42\n</think>\n\n42<|im_end|>"
-    ]
-
-
-@pytest.mark.parametrize("row", [THINKING, APART])
-def test_the_template_for_deepseek_keeps_the_last_thought_and_starts_where_generation_does(row, family):
-    tokenizer, path = family("deepseek_r1"), "configs/templates/deepseek_r1.jinja"
-    rows = {"messages": [*row["messages"], *TWO_TURNS["messages"], *row["messages"]]}  # one question twice
-    encoded = encode_row(rows, tokenizer, chat_template=path)
-    assert trained_texts(encoded, tokenizer) == ["6*7 is 42\n</think>\n\n42<|endofsentence|>"]
-    assert encoded.untrained_turns == 3
-    template = ChatTemplate(tokenizer, ChatOptions(template=path))
-    prompt = template.prompt(rows["messages"][:-1])
-    assert prompt.endswith("<｜Assistant｜><think>\n")
-    assert tokenizer.decode(encoded.tokens[: int(encoded.loss_mask.argmax())]) == prompt
 
 
 def test_a_special_token_that_takes_the_blanks_after_it_is_never_trained(family):
@@ -401,11 +317,6 @@ def test_a_base_model_needs_a_template(gemma_tokenizer):
         encode_row(TWO_TURNS, gemma_tokenizer)
 
 
-@pytest.fixture(scope="module")
-def gemma_tokenizer(gemma_gguf):
-    return load_tokenizer(gemma_gguf)
-
-
 def test_the_real_gemma_tokenizer_with_a_template_from_a_file(gemma_tokenizer):
     template = TEMPLATES / "gemma.jinja"
     encoded = encode_row(TWO_TURNS, gemma_tokenizer, chat_template=str(template))
@@ -433,54 +344,6 @@ def test_templates_run_in_the_sandbox(smollm2):
     template = "{{ messages.__class__.__mro__[1].__subclasses__() }}{{ messages[1]['content'] }}"
     with pytest.raises(InputError, match="unsafe"):
         encode_row(TWO_TURNS, smollm2, chat_template=template)
-
-
-def test_prompt_and_completion_text(smollm2):
-    encoded = encode_row({"prompt": "The capital of France is", "completion": " Paris."}, smollm2)
-    assert trained_texts(encoded, smollm2) == [" Paris.<|im_end|>"]
-    prompt = smollm2("The capital of France is")["input_ids"]
-    assert encoded.tokens[: len(prompt)].tolist() == prompt
-    assert not encoded.loss_mask[: len(prompt)].any()
-
-
-def test_a_completion_never_changes_the_prompts_tokens(smollm2):
-    """ "un" + "believable" joined would be other tokens than the prompt has when the model generates."""
-    encoded = encode_row({"prompt": "This is un", "completion": "believable"}, smollm2)
-    prompt = smollm2("This is un")["input_ids"]
-    assert smollm2("This is unbelievable")["input_ids"][: len(prompt)] != prompt
-    assert encoded.tokens[: len(prompt)].tolist() == prompt
-    assert trained_texts(encoded, smollm2) == ["believable<|im_end|>"]
-
-
-def test_text_is_trained_whole_with_eos(smollm2):
-    encoded = encode_row({"text": "Once upon a time"}, smollm2)
-    assert smollm2.decode(encoded.tokens) == "Once upon a time<|im_end|>"
-    assert encoded.loss_mask.tolist() == [False] + [True] * (len(encoded.tokens) - 1)
-
-
-def test_an_eos_in_the_text_is_not_doubled(smollm2):
-    encoded = encode_row({"prompt": "a", "completion": "b<|im_end|>"}, smollm2)
-    assert encoded.tokens.tolist().count(smollm2.eos_token_id) == 1
-
-
-def test_bos_is_added_once_by_a_tokenizer_that_adds_one(gemma_tokenizer):
-    bos, eos = gemma_tokenizer.bos_token_id, gemma_tokenizer.eos_token_id
-    for row in ({"text": "Hello"}, {"text": "<bos>Hello"}):
-        encoded = encode_row(row, gemma_tokenizer)
-        assert encoded.tokens.tolist() == [
-            bos,
-            *gemma_tokenizer("Hello", add_special_tokens=False)["input_ids"],
-            eos,
-        ]
-        assert encoded.loss_mask.tolist() == [False, True, True]
-    encoded = encode_row({"prompt": "Hello", "completion": " you"}, gemma_tokenizer)
-    assert encoded.tokens[0] == bos and trained_texts(encoded, gemma_tokenizer) == [" you<eos>"]
-
-
-def test_no_eos_is_refused(smollm2):
-    bare = PreTrainedTokenizerFast(tokenizer_object=smollm2.backend_tokenizer)
-    with pytest.raises(InputError, match="no EOS"):
-        encode_row({"text": "a"}, bare)
 
 
 def test_metaspace_tokenizer():
