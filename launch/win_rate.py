@@ -232,8 +232,8 @@ def make_judge(options: Options) -> Judge:
 
 
 @dataclasses.dataclass(frozen=True)
-class Completion:
-    """One row of answers: where it stands, its text without the thought, and what was asked."""
+class GeneratedRow:
+    """One row of completions: where it stands, its text without the thought, and the prompt as text and as it was."""
 
     where: str
     text: str
@@ -276,7 +276,7 @@ def read_pairs(options: Options) -> list[Pair]:
     return pairs
 
 
-def read_answers(path: str, prompts: str) -> dict[Key, Completion]:
+def read_answers(path: str, prompts: str) -> dict[Key, GeneratedRow]:
     """The answers of a file, by id and sample.
 
     Args:
@@ -288,13 +288,12 @@ def read_answers(path: str, prompts: str) -> dict[Key, Completion]:
         line.
     """
     from posttrain_jax.data.sources import RowError, read_rows
-    from posttrain_jax.evaluate.answers import without_thinking
-    from posttrain_jax.rewards.thoughts import opens_thought
+    from posttrain_jax.rewards.thoughts import after_thought, opens_thought
 
     if not Path(path).expanduser().is_file():
         raise InputError(f"{path}: there is no such file; give one that launch.generate wrote.")
     asked: dict[str | int, Prompt] | None = None
-    answers: dict[Key, Completion] = {}
+    answers: dict[Key, GeneratedRow] = {}
     for row in read_rows(path):
         where = f"{row.source}:{row.line}"
         try:
@@ -315,7 +314,7 @@ def read_answers(path: str, prompts: str) -> dict[Key, Completion]:
         messages = prompt.row.get("messages")
         words = prompt.row["prompt"] if messages is None else messages
         in_thought = in_thought or (isinstance(words, str) and opens_thought(words))
-        answers[key] = Completion(where, without_thinking(text, in_thought=in_thought), request, words)
+        answers[key] = GeneratedRow(where, after_thought(text, in_thought=in_thought) or "", request, words)
     return answers
 
 

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict as Config
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.sources import Row, RowError
 from posttrain_jax.demo.assets import fetch
-from posttrain_jax.evaluate.answers import Answering, answer_all, answering, without_thinking
+from posttrain_jax.evaluate.completions import CompletionOptions, complete_all, completion_options
 from posttrain_jax.evaluate.tasks import (
     Items,
     Progress,
@@ -103,11 +103,10 @@ class Checkers:
             checker.build_description(prompt=prompt)
         return checker
 
-    def check(self, prompt: Prompt, answer: str, *, in_thought: bool = False) -> list[Check]:
-        """Checks every instruction of a prompt, strictly and loosely; `in_thought` as of `without_thinking`."""
-        visible = without_thinking(answer, in_thought=in_thought)
+    def check(self, prompt: Prompt, text: str) -> list[Check]:
+        """Checks every instruction of a prompt, strictly and loosely, on a text without its thought."""
         with _quiet_root_logger():
-            return [self._check_one(prompt, place, visible) for place in range(len(prompt.instructions))]
+            return [self._check_one(prompt, place, text) for place in range(len(prompt.instructions))]
 
     def _check_one(self, prompt: Prompt, place: int, answer: str) -> Check:
         instruction = prompt.instructions[place]
@@ -234,7 +233,7 @@ def from_config(config: Config, loaded: LoadedModel, *, progress: Progress | Non
         loaded,
         prompts,
         checkers,
-        answering(config),
+        completion_options(config),
         bootstrap=config.eval.bootstrap,
         seed=config.seed,
         progress=progress,
@@ -246,7 +245,7 @@ def ifeval(
     loaded: LoadedModel,
     prompts: Items[Prompt],
     checkers: Checkers,
-    options: Answering,
+    options: CompletionOptions,
     *,
     bootstrap: int = 1000,
     seed: int = 0,
@@ -261,7 +260,7 @@ def ifeval(
     Raises:
       InputError: a prompt that the model cannot take.
     """
-    answers = answer_all(
+    completions = complete_all(
         loaded,
         [prompt.text for prompt in prompts.items],
         [prompt.where for prompt in prompts.items],
@@ -270,8 +269,8 @@ def ifeval(
     )
     rows: list[dict[str, Any]] = []
     by_type: dict[str, Counter[str]] = {}
-    for prompt, answer in zip(prompts.items, answers, strict=True):
-        checks = checkers.check(prompt, answer.text, in_thought=answer.in_thought)
+    for prompt, completion in zip(prompts.items, completions, strict=True):
+        checks = checkers.check(prompt, completion.after_thought() or "")
         for check in checks:
             by_type.setdefault(check.instruction, Counter(count=0, strict=0, loose=0)).update(
                 count=1, strict=check.strict, loose=check.loose
@@ -280,9 +279,9 @@ def ifeval(
             {
                 "id": prompt.key,
                 "prompt": prompt.text,
-                "answer": answer.text,
-                "tokens": answer.tokens,
-                "finish_reason": answer.finish_reason,
+                "answer": completion.text,
+                "tokens": len(completion.token_ids),
+                "finish_reason": completion.finish_reason,
                 "checks": [dataclasses.asdict(check) for check in checks],
                 "metrics": levels(checks),
             }
@@ -293,7 +292,7 @@ def ifeval(
             "skipped_rows": prompts.skipped,
             "instructions": sum(len(prompt.instructions) for prompt in prompts.items),
             "errors": sum(check["error"] is not None for row in rows for check in row["checks"]),
-            "unfinished": sum(answer.finish_reason == "length" for answer in answers),
+            "unfinished": sum(completion.finish_reason == "length" for completion in completions),
         },
         by_type={name: dict(by_type[name]) for name in sorted(by_type)},
         bootstrap=bootstrap,

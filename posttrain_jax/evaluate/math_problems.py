@@ -13,8 +13,8 @@ from collections import Counter
 from ml_collections import ConfigDict as Config
 
 from posttrain_jax.data.sources import Row, RowError
-from posttrain_jax.evaluate.answers import Answering, answer_all, answering
 from posttrain_jax.evaluate.arithmetic import PREFIX, arithmetic_rows
+from posttrain_jax.evaluate.completions import CompletionOptions, complete_all, completion_options
 from posttrain_jax.evaluate.tasks import (
     Items,
     Progress,
@@ -27,7 +27,7 @@ from posttrain_jax.evaluate.tasks import (
     text_column,
 )
 from posttrain_jax.models.io.load import LoadedModel
-from posttrain_jax.rewards.math_answers import Judge, Verdict, final_part
+from posttrain_jax.rewards.math_answers import MathVerifier, Verdict, final_part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Problem:
 
 def load_problems(
     source: str,
-    judge: Judge,
+    verifier: MathVerifier,
     *,
     prompt: str,
     answer: str,
@@ -63,7 +63,7 @@ def load_problems(
 
     Args:
       source: "arithmetic:COUNT", "asset:NAME", or any source of `data.sources`. Optional columns: id, kind.
-      judge: refuses references that it cannot read.
+      verifier: refuses references that it cannot read.
       prompt: template of the prompt.
       answer: the column of the reference answer.
       seed: of arithmetic problems.
@@ -81,7 +81,7 @@ def load_problems(
             raise RowError(
                 answer, f"is {reference!r}, a time, ratio or list, of which one number would be compared"
             )
-        if not judge.can_read(reference):
+        if not verifier.can_read(reference):
             raise RowError(answer, f"is {reference!r}, in which math-verify finds no number or formula")
         return Problem(key, f"{row.source}:{row.line}", text, reference, str(row.value.get("kind") or ""))
 
@@ -92,8 +92,8 @@ def load_problems(
 def math_problems(
     loaded: LoadedModel,
     problems: Items[Problem],
-    judge: Judge,
-    options: Answering,
+    verifier: MathVerifier,
+    options: CompletionOptions,
     *,
     bootstrap: int = 1000,
     seed: int = 0,
@@ -108,7 +108,7 @@ def math_problems(
     Raises:
       InputError: a bad option, or a prompt that the model cannot take.
     """
-    answers = answer_all(
+    completions = complete_all(
         loaded,
         [problem.prompt for problem in problems.items],
         [problem.where for problem in problems.items],
@@ -118,8 +118,8 @@ def math_problems(
     verdicts: list[Verdict] = []
     rows = []
     by_type: dict[str, Counter[str]] = {}
-    for problem, answer in zip(problems.items, answers, strict=True):
-        verdict = judge.compare(problem.reference, final_part(answer.without_thinking))
+    for problem, completion in zip(problems.items, completions, strict=True):
+        verdict = verifier.compare(problem.reference, final_part(completion.after_thought() or ""))
         verdicts.append(verdict)
         if problem.kind:
             by_type.setdefault(problem.kind, Counter(count=0, right=0)).update(count=1, right=verdict.right)
@@ -128,9 +128,9 @@ def math_problems(
                 "id": problem.key,
                 "prompt": problem.prompt,
                 "reference": problem.reference,
-                "answer": answer.text,
-                "tokens": answer.tokens,
-                "finish_reason": answer.finish_reason,
+                "answer": completion.text,
+                "tokens": len(completion.token_ids),
+                "finish_reason": completion.finish_reason,
                 **dataclasses.asdict(verdict),
                 "metrics": {"accuracy": (float(verdict.right), 1.0)},
             }
@@ -141,7 +141,7 @@ def math_problems(
             "skipped_rows": problems.skipped,
             "no_result": sum(verdict.extracted is None and verdict.error is None for verdict in verdicts),
             "errors": sum(verdict.error is not None for verdict in verdicts),
-            "unfinished": sum(answer.finish_reason == "length" for answer in answers),
+            "unfinished": sum(completion.finish_reason == "length" for completion in completions),
         },
         by_type={kind: dict(by_type[kind]) for kind in sorted(by_type)},
         bootstrap=bootstrap,
@@ -156,10 +156,10 @@ def from_config(config: Config, loaded: LoadedModel, *, progress: Progress | Non
     Raises:
       InputError: anything wrong with config or data, or a package is missing.
     """
-    with Judge() as judge:
+    with MathVerifier() as verifier:
         problems = load_problems(
             config.data.eval,
-            judge,
+            verifier,
             prompt=config.data.prompt,
             answer=config.data.answer,
             seed=config.seed,
@@ -172,8 +172,8 @@ def from_config(config: Config, loaded: LoadedModel, *, progress: Progress | Non
         result = math_problems(
             loaded,
             problems,
-            judge,
-            answering(config),
+            verifier,
+            completion_options(config),
             bootstrap=config.eval.bootstrap,
             seed=config.seed,
             progress=progress,

@@ -53,7 +53,7 @@ def require_math_verify() -> None:
         )
 
 
-class Judge:
+class MathVerifier:
     """Compares answers with references; one process, started at the first question and again after a kill.
 
     Use it in a `with` block. Not thread-safe: one thread asks at a time, any thread may.
@@ -71,7 +71,7 @@ class Judge:
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
 
-    def __enter__(self) -> Judge:
+    def __enter__(self) -> MathVerifier:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -145,7 +145,7 @@ def _work(connection: Connection) -> None:
 
 
 def compare_here(reference: str, answer: str) -> Verdict:
-    """`Judge.compare` in this process, for one that may be killed: only its main thread can ask, and it may take
+    """`MathVerifier.compare` in this process, for one that may be killed: only its main thread can ask, and it may take
     3 * ALARM_SECONDS, or not end."""
     from math_verify import parse, verify
     from math_verify.errors import TimeoutException

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.evaluate.answers import Answering
+from posttrain_jax.evaluate.completions import CompletionOptions
 from posttrain_jax.evaluate.ifeval import (
     LEVELS,
     Checkers,
@@ -19,6 +19,7 @@ from posttrain_jax.evaluate.ifeval import (
     loose_variants,
     provide_sentence_model,
 )
+from posttrain_jax.rewards.thoughts import after_thought
 
 NO_COMMA = ("punctuation:no_comma", {})
 QUOTED = ("startend:quotation", {})
@@ -60,7 +61,7 @@ def prompt_of(*instructions):
     ],
 )
 def test_one_instruction_strictly_and_loosely(checkers, instruction, answer, strict, loose):
-    (check,) = checkers.check(prompt_of(instruction), answer)
+    (check,) = checkers.check(prompt_of(instruction), after_thought(answer) or "")
     assert (check.strict, check.loose, check.error) == (strict, loose, None)
 
 
@@ -196,7 +197,7 @@ def test_a_model_is_asked_and_judged(parrot, checkers, tmp_path):
         parrot,
         prompts,
         checkers,
-        Answering(max_new_tokens=3, render="text"),
+        CompletionOptions(max_new_tokens=3, render="text"),
         progress=lambda *counts: seen.append(counts),
     )
     assert [row["answer"] for row in result.rows] == ["ggg", ",,,"]

@@ -10,15 +10,15 @@ import threading
 import pytest
 
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.evaluate.answers import Answering
 from posttrain_jax.evaluate.arithmetic import KINDS, arithmetic_rows
+from posttrain_jax.evaluate.completions import CompletionOptions
 from posttrain_jax.evaluate.math_problems import load_problems, math_problems
-from posttrain_jax.rewards.math_answers import Judge, final_part
+from posttrain_jax.rewards.math_answers import MathVerifier, final_part
 
 
 @pytest.fixture(scope="module")
 def judge():
-    with Judge() as judge:
+    with MathVerifier() as judge:
         yield judge
 
 
@@ -89,7 +89,7 @@ def test_it_can_be_asked_from_any_thread(judge):
 
 
 def test_a_comparison_that_does_not_end_is_killed_and_the_next_one_works():
-    with Judge(kill_seconds=1.0) as judge:
+    with MathVerifier(kill_seconds=1.0) as judge:
         stuck = judge.compare("1", "$9^{9^{9^{9}}}$")
         assert not stuck.right and stuck.error is not None
         assert judge.compare("1/2", "0.5").right
@@ -98,7 +98,7 @@ def test_a_comparison_that_does_not_end_is_killed_and_the_next_one_works():
 def test_a_missing_package_is_said_in_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(InputError, match=r"math-verify; install it with pip install -e '\.\[eval\]'"):
-        Judge()
+        MathVerifier()
 
 
 def test_arithmetic_problems_are_right_and_come_from_the_seed():
@@ -187,7 +187,7 @@ def test_a_model_is_asked_and_judged(parrot, judge, tmp_path):
         {"question": "x = y", "answer": "9"},
     ]
     problems = load_problems(write(tmp_path / "p.jsonl", *rows), judge, prompt="{question}", answer="answer")
-    result = math_problems(parrot, problems, judge, Answering(max_new_tokens=1, render="text"))
+    result = math_problems(parrot, problems, judge, CompletionOptions(max_new_tokens=1, render="text"))
     assert [(row["answer"], row["extracted"], row["right"]) for row in result.rows] == [
         ("7", "7", True),
         ("7", "7", False),

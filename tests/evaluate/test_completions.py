@@ -6,27 +6,33 @@ import pytest
 from tokenizers import AddedToken
 
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.evaluate.answers import Answering, answer_all, without_thinking
+from posttrain_jax.evaluate.completions import CompletionOptions, complete_all
 from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
-from posttrain_jax.rewards.thoughts import answer_text, prompt_opens_thought
+from posttrain_jax.rewards.thoughts import after_thought, answer_text, prompt_opens_thought
 
 
 def test_answers_are_in_order_whatever_the_batch(loaded):
     questions = ["one", "a much longer question than the others", "2", "three?"]
     names = [f"q{n}" for n in range(4)]
     wide, narrow = (
-        answer_all(loaded, questions, names, Answering(max_new_tokens=5, batch_rows=rows)) for rows in (4, 1)
+        complete_all(loaded, questions, names, CompletionOptions(max_new_tokens=5, batch_rows=rows))
+        for rows in (4, 1)
     )
     assert wide == narrow
-    assert all(answer.tokens <= 5 and answer.finish_reason in ("stop", "length") for answer in wide)
+    assert all(
+        len(completion.token_ids) <= 5 and completion.finish_reason in ("stop", "length")
+        for completion in wide
+    )
 
 
 def test_an_answer_ends_before_its_stop_string(parrot):
     """The model repeats "x"; "xx" is complete after the second one."""
-    (answer,) = answer_all(parrot, ["x"], ["q"], Answering(max_new_tokens=6, render="text", stop=("xx",)))
-    assert (answer.text, answer.tokens, answer.finish_reason) == ("", 2, "stop")
-    (answer,) = answer_all(parrot, ["x"], ["q"], Answering(max_new_tokens=6, render="text"))
-    assert (answer.text, answer.finish_reason) == ("xxxxxx", "length")
+    (completion,) = complete_all(
+        parrot, ["x"], ["q"], CompletionOptions(max_new_tokens=6, render="text", stop=("xx",))
+    )
+    assert (completion.text, len(completion.token_ids), completion.finish_reason) == ("", 2, "stop")
+    (completion,) = complete_all(parrot, ["x"], ["q"], CompletionOptions(max_new_tokens=6, render="text"))
+    assert (completion.text, completion.finish_reason) == ("xxxxxx", "length")
 
 
 @pytest.mark.parametrize(
@@ -41,18 +47,18 @@ def test_an_answer_ends_before_its_stop_string(parrot):
 def test_what_cannot_be_answered_is_refused(loaded, options, questions, words):
     names = ["rows.jsonl:1", "rows.jsonl:2"]
     with pytest.raises(InputError, match=words):
-        answer_all(loaded, questions, names, Answering(max_new_tokens=4, **options))
+        complete_all(loaded, questions, names, CompletionOptions(max_new_tokens=4, **options))
 
 
 def test_thinking_is_left_out():
-    assert without_thinking("<think>\nso\n</think>\n\nYes") == "Yes"
-    assert without_thinking("so\n</think>Yes") == "Yes"  # the template has written <think> already
-    assert without_thinking(" <think> so") == ""
-    assert without_thinking("I think so") == "I think so"
-    assert without_thinking("I think so", in_thought=True) == ""
-    assert without_thinking("so</think>Yes", in_thought=True) == "Yes"
-    assert without_thinking("<think>a</think>Yes, <think>but") == ""
-    assert without_thinking("It writes `<think>` first.") == "It writes `<think>` first."
+    assert after_thought("<think>\nso\n</think>\n\nYes") == "Yes"
+    assert after_thought("so\n</think>Yes") == "Yes"  # the template has written <think> already
+    assert after_thought(" <think> so") is None
+    assert after_thought("I think so") == "I think so"
+    assert after_thought("I think so", in_thought=True) is None
+    assert after_thought("so</think>Yes", in_thought=True) == "Yes"
+    assert after_thought("<think>a</think>Yes, <think>but") is None
+    assert after_thought("It writes `<think>` first.") == "It writes `<think>` first."
 
 
 def test_whether_a_prompt_opens_a_thought_is_told_by_its_tokens(parrot):
@@ -64,10 +70,10 @@ def test_whether_a_prompt_opens_a_thought_is_told_by_its_tokens(parrot):
     }
     tokenizer = parrot.tokenizer
     assert {p: prompt_opens_thought(tokenizer, tokenizer(p)["input_ids"]) for p in opened} == opened
-    options = Answering(max_new_tokens=3, render="text")
-    unfinished, plain = answer_all(parrot, ["Q: x\nA: <think>", "x <think> x"], ["a", "b"], options)
-    assert unfinished.text and unfinished.without_thinking == ""
-    assert plain.without_thinking == plain.text == "xxx"
+    options = CompletionOptions(max_new_tokens=3, render="text")
+    unfinished, plain = complete_all(parrot, ["Q: x\nA: <think>", "x <think> x"], ["a", "b"], options)
+    assert unfinished.text and unfinished.after_thought() is None
+    assert plain.after_thought() == plain.text == "xxx"
 
 
 def test_marks_of_a_thought_that_are_special_tokens_are_in_the_text():
