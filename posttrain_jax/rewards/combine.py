@@ -1,8 +1,8 @@
-"""From several scores of an answer to one reward: sums, the safety rule of Llama 2, lengths, missing ends, clipping.
+"""From several scores of a completion to one reward: sums, the safety rule of Llama 2, lengths, missing ends, clipping.
 
 Pure functions of arrays, float32 from end to end; they run under jit and on host arrays alike. `scores_B` is one number
-per answer, `lengths_B` its tokens with the token that ended it, `ended_B` whether the model ended it itself. ValueError
-where shapes differ.
+per completion, `lengths_B` its tokens with the token that ended it, `ended_B` whether the model ended it itself.
+ValueError where shapes differ.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def piecewise_safety(
     Args:
       safety_B, helpfulness_B: scores of the two models before the sigmoid, as Bradley-Terry trains them.
       is_safety_B: whether the prompt is one that was written to be unsafe.
-      threshold: a probability; an answer that the safety model likes less counts as unsafe whatever the prompt.
+      threshold: a probability; a completion that the safety model likes less counts as unsafe whatever the prompt.
     """
     if not 0.0 < threshold < 1.0:
         raise InputError(f"The safety threshold is {threshold}; write a probability between 0 and 1.")
@@ -99,10 +99,10 @@ def soft_overlong(lengths_B: Scores, *, max_length: int, cache: int) -> Array:
 
 
 def replace_unfinished(scores_B: Scores, ended_B: Array | np.ndarray, *, value: float = -1.0) -> Array:
-    """The score, or `value` for an answer that the model did not end, `[B]`.
+    """The score, or `value` for a completion that the model did not end, `[B]`.
 
-    The rule of Ziegler et al. (arXiv:1909.08593; there an answer ends with a '.', see `rollouts.draw.truncate`) and the
-    "EOS trick" of Huang et al. (arXiv:2403.17031, detail 23), both with -1.
+    The rule of Ziegler et al. (arXiv:1909.08593; there a completion ends with a '.', see `rollouts.draw.truncate`) and
+    the "EOS trick" of Huang et al. (arXiv:2403.17031, detail 23), both with -1.
     """
     scores_B = _float32(scores_B)
     ended_B = jnp.asarray(ended_B) != 0
@@ -111,7 +111,7 @@ def replace_unfinished(scores_B: Scores, ended_B: Array | np.ndarray, *, value: 
 
 
 def penalize_unfinished(scores_B: Scores, ended_B: Array | np.ndarray, *, penalty: float) -> Array:
-    """The score less `penalty` for an answer that the model did not end, `[B]`: the order of such answers is kept."""
+    """The score less `penalty` for a completion that the model did not end, `[B]`: their order is kept."""
     scores_B = _float32(scores_B)
     ended_B = jnp.asarray(ended_B) != 0
     _check(scores_B, ended_B)
@@ -130,7 +130,9 @@ def _same(first: Scores, second: Scores) -> tuple[Array, Array]:
 
 def _check(first: Array, second: Array) -> None:
     if first.shape != second.shape:
-        raise ValueError(f"one array is {first.shape}, another {second.shape}; both are one value per answer")
+        raise ValueError(
+            f"one array is {first.shape}, another {second.shape}; both are one value per completion"
+        )
 
 
 def _names(mapping: Mapping[str, object]) -> str:

@@ -22,16 +22,16 @@ _THINK_ANSWER = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
-def exact_match(answers: list[Completion], *, column: str = "answer") -> list[float]:
-    """1 where the answer is the row's `column` to the letter, spaces around both aside; else 0."""
+def exact_match(completions: list[Completion], *, column: str = "answer") -> list[float]:
+    """1 where the answer in the completion is the row's `column` to the letter, spaces around both aside; else 0."""
     scores = []
-    for answer in answers:
-        wanted, found = _reference(answer, column).strip(), answer_part(answer)
-        scores.append(float(found is not None and found.strip() == wanted))
+    for completion in completions:
+        reference, answer = _reference(completion, column).strip(), answer_part(completion)
+        scores.append(float(answer is not None and answer.strip() == reference))
     return scores
 
 
-def same_number(answers: list[Completion], *, column: str = "answer") -> list[float]:
+def same_number(completions: list[Completion], *, column: str = "answer") -> list[float]:
     """1 where the last number of the answer equals the last one of the row's `column`, exactly; else 0.
 
     For results as in GSM8K (arXiv:2110.14168): the column may be the number, "9 apples", or a solution that ends with
@@ -42,18 +42,18 @@ def same_number(answers: list[Completion], *, column: str = "answer") -> list[fl
       InputError: the column holds no number.
     """
     scores = []
-    for answer in answers:
-        reference = last_number(math_answers.final_part(_reference(answer, column)))
+    for completion in completions:
+        reference = last_number(math_answers.final_part(_reference(completion, column)))
         if reference is None:
             raise InputError(
-                f"The column {column} of a row holds no number that can be read: {answer.row[column]!r}."
+                f"The column {column} of a row holds no number that can be read: {completion.row[column]!r}."
             )
-        found = answer_part(answer)
-        scores.append(float(found is not None and last_number(math_answers.final_part(found)) == reference))
+        answer = answer_part(completion)
+        scores.append(float(answer is not None and last_number(math_answers.final_part(answer)) == reference))
     return scores
 
 
-def same_result(answers: list[Completion], *, column: str = "answer") -> list[float]:
+def same_result(completions: list[Completion], *, column: str = "answer") -> list[float]:
     """1 where math-verify finds the answer's result equal to the row's `column`, as `launch.evaluate` judges; else 0.
 
     A comparison that math-verify cannot finish counts as wrong. One that does not even listen to its alarm runs into
@@ -64,18 +64,19 @@ def same_result(answers: list[Completion], *, column: str = "answer") -> list[fl
     """
     math_answers.require_math_verify()
     scores = []
-    for answer in answers:
-        wanted, found = math_answers.final_part(_reference(answer, column)), answer_part(answer)
-        scores.append(
-            float(
-                found is not None and math_answers.compare_here(wanted, math_answers.final_part(found)).right
-            )
+    for completion in completions:
+        reference, answer = math_answers.final_part(_reference(completion, column)), answer_part(completion)
+        is_right = (
+            answer is not None and math_answers.compare_here(reference, math_answers.final_part(answer)).right
         )
+        scores.append(float(is_right))
     return scores
 
 
-def contains(answers: list[Completion], *, texts: Sequence[str], ignore_case: bool = False) -> list[float]:
-    """The share of `texts` that stand in the answer, from 0 to 1; a negative weight makes it a list of what to avoid.
+def contains(
+    completions: list[Completion], *, texts: Sequence[str], ignore_case: bool = False
+) -> list[float]:
+    """The share of `texts` that stand in the completion, 0 to 1; a negative weight makes it a list of what to avoid.
 
     Raises:
       InputError: there are no texts.
@@ -83,15 +84,15 @@ def contains(answers: list[Completion], *, texts: Sequence[str], ignore_case: bo
     if isinstance(texts, str) or not texts:
         raise InputError(f"contains looks for {texts!r}; write a list of one text or more.")
     scores = []
-    for answer in answers:
-        text = answer.text.casefold() if ignore_case else answer.text
-        found = [(wanted.casefold() if ignore_case else wanted) in text for wanted in texts]
-        scores.append(sum(found) / len(found))
+    for completion in completions:
+        text = completion.text.casefold() if ignore_case else completion.text
+        present = [(part.casefold() if ignore_case else part) in text for part in texts]
+        scores.append(sum(present) / len(present))
     return scores
 
 
-def matches(answers: list[Completion], *, pattern: str) -> list[float]:
-    """1 where the regular expression matches the whole answer ("." is a line break too), else 0.
+def matches(completions: list[Completion], *, pattern: str) -> list[float]:
+    """1 where the regular expression matches the whole completion ("." is a line break too), else 0.
 
     Raises:
       InputError: the pattern is no regular expression.
@@ -100,39 +101,39 @@ def matches(answers: list[Completion], *, pattern: str) -> list[float]:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
         raise InputError(f"{pattern!r} is no regular expression ({error}); correct the pattern.") from error
-    return [float(compiled.fullmatch(answer.text) is not None) for answer in answers]
+    return [float(compiled.fullmatch(completion.text) is not None) for completion in completions]
 
 
-def think_answer_format(answers: list[Completion], *, opened: bool = False) -> list[float]:
-    """1 where the answer is <think> ... </think> <answer> ... </answer>, each tag once and something in it, else 0.
+def think_answer_format(completions: list[Completion], *, opened: bool = False) -> list[float]:
+    """1 where the completion is <think> ... </think> <answer> ... </answer>, each tag once and something in it, else 0.
 
     The format reward of R1 (arXiv:2501.12948, section 2.2).
 
     Args:
-      opened: the answers start inside <think>, also where their prompts do not say so (`Completion.in_thought`).
+      opened: the completions start inside <think>, also where their prompts do not say so (`Completion.in_thought`).
     """
     scores = []
-    for answer in answers:
-        text = "<think>" + answer.text if opened or answer.in_thought else answer.text
+    for completion in completions:
+        text = "<think>" + completion.text if opened or completion.in_thought else completion.text
         parts = _THINK_ANSWER.fullmatch(text)
         once = all(text.count(tag) == 1 for tag in _TAGS)
         scores.append(float(parts is not None and once and all(part.strip() for part in parts.groups())))
     return scores
 
 
-def token_count(answers: list[Completion]) -> list[float]:
-    """How many tokens the answer has, the one that ended it included."""
-    return [float(len(answer.token_ids)) for answer in answers]
+def token_count(completions: list[Completion]) -> list[float]:
+    """How many tokens the completion has, the one that ended it included."""
+    return [float(len(completion.token_ids)) for completion in completions]
 
 
-def length_within(answers: list[Completion], *, least: int = 0, most: int) -> list[float]:
-    """1 where the answer has from `least` to `most` tokens, else 0."""
-    return [float(least <= len(answer.token_ids) <= most) for answer in answers]
+def length_within(completions: list[Completion], *, least: int = 0, most: int) -> list[float]:
+    """1 where the completion has from `least` to `most` tokens, else 0."""
+    return [float(least <= len(completion.token_ids) <= most) for completion in completions]
 
 
-def repeated_share(answers: list[Completion], *, n: int = 4) -> list[float]:
-    """The share of the answer's n-grams of words that stood there before, from 0 (none) to nearly 1; give it a
-    negative weight. An answer of fewer than n words has 0.
+def repeated_share(completions: list[Completion], *, n: int = 4) -> list[float]:
+    """The share of the completion's n-grams of words that stood there before, from 0 (none) to nearly 1; give it a
+    negative weight. A completion of fewer than n words has 0.
 
     Raises:
       InputError: n is below 1.
@@ -140,30 +141,30 @@ def repeated_share(answers: list[Completion], *, n: int = 4) -> list[float]:
     if n < 1:
         raise InputError(f"repeated_share counts {n}-grams; write an n of 1 or more.")
     scores = []
-    for answer in answers:
-        words = answer.text.split()
+    for completion in completions:
+        words = completion.text.split()
         grams = [tuple(words[place : place + n]) for place in range(len(words) - n + 1)]
         scores.append(1.0 - len(set(grams)) / len(grams) if grams else 0.0)
     return scores
 
 
-def answer_part(answer: Completion) -> str | None:
-    """What stands between the last <answer> and its </answer>, else all that follows the thought; None where the answer
-    was cut off inside <answer>, or has not ended its thought."""
-    text = answer.after_thought()
+def answer_part(completion: Completion) -> str | None:
+    """What stands between the last <answer> and its </answer>, else all that follows the thought; None where the
+    completion was cut off inside <answer>, or has not ended its thought."""
+    text = completion.after_thought()
     if text is None:
         return None
     _, opened, rest = text.rpartition("<answer>")
     if opened and "</answer>" in rest:
         return rest.partition("</answer>")[0]
-    return None if opened and answer.finish_reason == "length" else text
+    return None if opened and completion.finish_reason == "length" else text
 
 
-def _reference(answer: Completion, column: str) -> str:
-    value = answer.row.get(column)
+def _reference(completion: Completion, column: str) -> str:
+    value = completion.row.get(column)
     if value is None or isinstance(value, bool) or not isinstance(value, str | int | float):
         raise InputError(
             f"A row has no text or number in the column {column}, which the answer is compared with; its columns are "
-            f"{', '.join(answer.row)}."
+            f"{', '.join(completion.row)}."
         )
     return str(value)

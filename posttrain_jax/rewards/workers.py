@@ -1,7 +1,7 @@
-"""Reward functions of the user's, run on the host in processes of their own, each answer with a time limit.
+"""Reward functions of the user's, run on the host in processes of their own, each completion with a time limit.
 
-A function that raises, hangs, returns nonsense or takes its process down costs its answer its score: the answer gets
-the function's `failure_score`, and the failure is counted. The batch is never lost, and nothing waits for ever.
+A completion at which a function raises, hangs, returns nonsense or takes its process down gets the function's
+`failure_score`, and the failure is counted. The batch is never lost, and nothing waits for ever.
 
 Written by hand rather than on concurrent.futures or pebble: in both the workers share a pipe and a lock, so one that
 is killed at the wrong moment breaks the pool or stops it for good. Here every worker has a socket of its own, on which
@@ -54,17 +54,17 @@ _START = "from posttrain_jax.rewards.worker_process import main; main({descripto
 class PythonReward:
     """A reward function by its name.
 
-    The function takes a list of `Completion`s and returns a list of as many numbers. It is called once with no answers
-    when a process starts, so that it can load what it needs outside the time limit; `InputError` raised there is the
-    user's to read, any other exception there is not looked at.
+    The function takes a list of `Completion`s and returns a list of as many numbers. It is called once with an empty
+    list when a process starts, so that it can load what it needs outside the time limit; `InputError` raised there is
+    the user's to read, any other exception there is not looked at.
 
     Attributes:
       path: "module:function", as Python would import it.
       arguments: keyword arguments of every call: plain values, as in JSON.
-      seconds: time limit for one answer (the limit of a call is that times its answers).
-      completions_per_call: how many answers it gets at once. More than 1 is for functions that are faster so; when such
-        a call fails as a whole, its answers are asked for again one by one.
-      failure_score: what an answer gets that the function gives no number.
+      seconds: time limit for one completion (the limit of a call is that times its completions).
+      completions_per_call: how many completions it gets at once. More than 1 is for functions that are faster so; when
+        such a call fails as a whole, its completions are given to it again one by one.
+      failure_score: what a completion gets that the function gives no number.
 
     Raises:
       InputError: the path or a number makes no sense.
@@ -86,7 +86,7 @@ class PythonReward:
             raise InputError(f"The time limit of {self.path} is {self.seconds} s; write a positive number.")
         if self.completions_per_call < 1:
             raise InputError(
-                f"{self.path} gets {self.completions_per_call} answers per call; write 1 or more."
+                f"{self.path} gets {self.completions_per_call} completions per call; write 1 or more."
             )
         if not abs(self.failure_score) <= float(np.finfo(np.float32).max):
             raise InputError(
@@ -97,13 +97,13 @@ class PythonReward:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What one function gave to N answers, in their order.
+    """What one function gave to N completions, in their order.
 
     Attributes:
       scores_N: float32, finite; `failure_score` where the function failed.
-      failures: for each answer one of FAILURES, or None where its score is the function's.
-      counts: how many answers failed in which way; every one of FAILURES is there.
-      errors: the first error of each kind that occurred, in one line, in the answers' order.
+      failures: for each completion one of FAILURES, or None where its score is the function's.
+      counts: how many completions failed in which way; every one of FAILURES is there.
+      errors: the first error of each kind that occurred, in one line, in the completions' order.
     """
 
     scores_N: np.ndarray
@@ -114,10 +114,10 @@ class Scores:
 
 @dataclasses.dataclass
 class _Call:
-    """Answers (by their places) that are to be given to a function; `deaths` is how many processes ended over it."""
+    """Completions (by their indices) that are to be given to a function, and how many processes ended over it."""
 
     name: str
-    places: list[int]
+    indices: list[int]
     deaths: int = 0
 
 
@@ -138,16 +138,16 @@ class _Results:
 
     scores_N: np.ndarray
     failures: list[str | None]
-    errors: dict[str, tuple[int, str]]  # with the answer's place
+    errors: dict[str, tuple[int, str]]  # with the completion's index
 
-    def fill(self, places: list[int], reply: Reply, failure_score: float) -> None:
-        for place, value, failure in zip(places, reply.values, reply.failures, strict=True):
-            self.scores_N[place] = value if failure is None else failure_score
-            self.failures[place] = failure
+    def fill(self, indices: list[int], reply: Reply, failure_score: float) -> None:
+        for index, value, failure in zip(indices, reply.values, reply.failures, strict=True):
+            self.scores_N[index] = value if failure is None else failure_score
+            self.failures[index] = failure
         first = next((n for n, failure in enumerate(reply.failures) if failure is not None), None)
         if first is not None:
-            kind, error = str(reply.failures[first]), (places[first], reply.error)
-            # The earliest answer's, whichever process was faster.
+            kind, error = str(reply.failures[first]), (indices[first], reply.error)
+            # The earliest completion's, whichever process was faster.
             self.errors[kind] = min(error, self.errors.get(kind, error))
 
 
@@ -185,41 +185,41 @@ class RewardWorkers:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def score(self, answers: Sequence[Completion]) -> dict[str, Scores]:
-        """Every function's scores of every answer, in the answers' order.
+    def score(self, completions: Sequence[Completion]) -> dict[str, Scores]:
+        """Every function's scores of every completion, in the completions' order.
 
-        The same whatever the number of processes and whichever is faster, as long as a function makes an answer's
-        number of that answer alone. An answer whose process dies is given to another process once more, for the
+        The same whatever the number of processes and whichever is faster, as long as a function makes a completion's
+        number of that completion alone. A completion whose process dies is given to another process once more, for the
         kernel may have ended it for what another did; then it counts as `died`.
 
         Raises:
           InputError: a process that was to replace a dead one does not start.
         """
         results = {
-            name: _Results(np.zeros(len(answers), np.float32), [None] * len(answers), {})
+            name: _Results(np.zeros(len(completions), np.float32), [None] * len(completions), {})
             for name in self._functions
         }
         pending = deque(
-            _Call(name, list(range(first, min(first + function.completions_per_call, len(answers)))))
+            _Call(name, list(range(first, min(first + function.completions_per_call, len(completions)))))
             for name, function in self._functions.items()
-            for first in range(0, len(answers), function.completions_per_call)
+            for first in range(0, len(completions), function.completions_per_call)
         )
         try:
             self._begin()
             while pending or any(worker.call for worker in self._workers):
-                self._hand_out(pending, answers)
+                self._hand_out(pending, completions)
                 self._listen(pending, results)
         except BaseException:
-            self.close()  # what is still running answers a question that nobody asks any more
+            self.close()  # nobody waits any more for what is still running
             raise
         return {
             name: Scores(
-                found.scores_N,
-                found.failures,
-                {kind: Counter(found.failures)[kind] for kind in FAILURES},
-                {kind: error for kind, (_, error) in sorted(found.errors.items(), key=lambda item: item[1])},
+                result.scores_N,
+                result.failures,
+                {kind: Counter(result.failures)[kind] for kind in FAILURES},
+                {kind: error for kind, (_, error) in sorted(result.errors.items(), key=lambda item: item[1])},
             )
-            for name, found in results.items()
+            for name, result in results.items()
         }
 
     def close(self) -> None:
@@ -269,10 +269,10 @@ class RewardWorkers:
         finally:
             theirs.close()
         worker = _Worker(process, Messages(ours, token), time.monotonic() + self._start_seconds)
-        wanted = {name: (each.path, dict(each.arguments)) for name, each in self._functions.items()}
+        functions = {name: (each.path, dict(each.arguments)) for name, each in self._functions.items()}
         try:
             ours.sendall(token)
-            worker.messages.send(as_json(wanted, "The arguments of a reward function"))
+            worker.messages.send(as_json(functions, "The arguments of a reward function"))
         except OSError:
             pass  # it is dead already, which `_listen` will notice
         except BaseException:
@@ -280,12 +280,12 @@ class RewardWorkers:
             raise
         return worker
 
-    def _hand_out(self, pending: deque[_Call], answers: Sequence[Completion]) -> None:
+    def _hand_out(self, pending: deque[_Call], completions: Sequence[Completion]) -> None:
         for place, worker in enumerate(self._workers):
             if not pending or not worker.ready or worker.call is not None:
                 continue
             call = pending.popleft()
-            given = [vars(answers[index]) for index in call.places]
+            given = [vars(completions[index]) for index in call.indices]
             text = as_json((call.name, given), "A row of the data, or its prompt,")
             try:
                 worker.messages.send(text)
@@ -294,7 +294,7 @@ class RewardWorkers:
                 self._died(place, pending, {})
                 continue
             worker.call = call
-            worker.deadline = time.monotonic() + self._functions[call.name].seconds * len(call.places)
+            worker.deadline = time.monotonic() + self._functions[call.name].seconds * len(call.indices)
 
     def _listen(self, pending: deque[_Call], results: dict[str, _Results]) -> None:
         """Waits until a process says something, ends, or has had its time, and does what follows."""
@@ -308,22 +308,22 @@ class RewardWorkers:
         )
         now = time.monotonic()
         for place, worker in enumerate(self._workers):
-            found: list[Any] = []
+            received: list[Any] = []
             if worker.messages.fileno() in heard:
                 try:
-                    found = worker.messages.read()
+                    received = worker.messages.read()
                 except (EOFError, OSError):
                     self._died(place, pending, results)
                     continue
                 except ValueError:
                     self._died(place, pending, results, how="its reply cannot be read")
                     continue
-            if found and not worker.ready:
-                self._ready(worker, found[0])
-            elif found and worker.call is not None:
+            if received and not worker.ready:
+                self._ready(worker, received[0])
+            elif received and worker.call is not None:
                 call, worker.call = worker.call, None
                 self._failures_in_row = 0
-                self._done(call, Reply(**found[0]), pending, results)
+                self._done(call, Reply(**received[0]), pending, results)
             elif now >= worker.deadline and (worker.call is not None or not worker.ready):
                 self._late(place, pending, results)
 
@@ -342,7 +342,7 @@ class RewardWorkers:
             self._count_failure(how)
         else:
             worker.call.deaths += 1
-            if worker.call.deaths == 1 and len(worker.call.places) == 1:
+            if worker.call.deaths == 1 and len(worker.call.indices) == 1:
                 pending.appendleft(worker.call)
             else:
                 self._done(
@@ -356,14 +356,14 @@ class RewardWorkers:
             self._count_failure(f"it was not ready after {self._start_seconds:g} s")
         else:
             limit = self._functions[worker.call.name].seconds
-            error = f"it took longer than {limit:g} s for an answer"
+            error = f"it took longer than {limit:g} s for a completion"
             self._done(worker.call, _lost(worker.call, TIMED_OUT, error), pending, results)
 
     def _done(self, call: _Call, reply: Reply, pending: deque[_Call], results: dict[str, _Results]) -> None:
-        if reply.whole and len(call.places) > 1:
-            pending.extendleft(_Call(call.name, [index]) for index in reversed(call.places))
+        if reply.whole and len(call.indices) > 1:
+            pending.extendleft(_Call(call.name, [index]) for index in reversed(call.indices))
             return
-        results[call.name].fill(call.places, reply, self._functions[call.name].failure_score)
+        results[call.name].fill(call.indices, reply, self._functions[call.name].failure_score)
 
     def _count_failure(self, how: str) -> None:
         """Counts a process that came to nothing while it had no call to blame."""
@@ -381,7 +381,7 @@ class RewardWorkers:
 
 
 def _lost(call: _Call, failure: str, error: str) -> Reply:
-    count = len(call.places)
+    count = len(call.indices)
     return Reply([0.0] * count, [failure] * count, error, whole=True)
 
 

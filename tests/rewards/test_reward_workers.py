@@ -104,10 +104,10 @@ def test_every_failure_is_counted_and_costs_its_own_answer_only(workers):
         assert re.fullmatch(
             r"KeyError: 'no such column' \(/.*tests/rewards/reward_cases\.py:\d+\)", found.errors["raised"]
         )
-        assert found.errors["timed_out"] == "it took longer than 2 s for an answer"
+        assert found.errors["timed_out"] == "it took longer than 2 s for a completion"
         assert found.errors["died"] == "its process died: signal 9, Killed"
-        assert found.errors["not_finite"] == "it returned nan (a float) for an answer"
-        assert found.errors["not_a_number"] == "it returned '1.0' (a str) for an answer"
+        assert found.errors["not_finite"] == "it returned nan (a float) for a completion"
+        assert found.errors["not_a_number"] == "it returned '1.0' (a str) for a completion"
         assert pool.score([answer("3"), answer("4")])["it"].scores_N.tolist() == [3.0, 4.0]
 
 
@@ -118,9 +118,9 @@ def test_every_failure_is_counted_and_costs_its_own_answer_only(workers):
         ("returns_text", "not_a_number", "it returned 'good' (a str), not a list of 1 numbers"),
         ("returns_number", "wrong_count", "it returned 1.0 (a float), not a list of 1 numbers"),
         ("returns_mapping", "wrong_count", "(a dict), not a list"),
-        ("returns_too_few", "wrong_count", "it returned 0 numbers for 1 answers"),
-        ("returns_too_many", "wrong_count", "it returned more numbers for 1 answers"),
-        ("returns_endless", "wrong_count", "it returned more numbers for 1 answers"),
+        ("returns_too_few", "wrong_count", "it returned 0 numbers for 1 completions"),
+        ("returns_too_many", "wrong_count", "it returned more numbers for 1 completions"),
+        ("returns_endless", "wrong_count", "it returned more numbers for 1 completions"),
     ],
 )
 def test_what_is_no_list_of_as_many_numbers(function, failure, words):
@@ -291,7 +291,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
         ("broken_rewards:length", "cannot be imported (RuntimeError: the lexicon is damaged)"),
         (
             "reward_cases:scaled",
-            "cannot be called with (answers): TypeError: missing a required",
+            "cannot be called with (completions): TypeError: missing a required",
         ),
         ("reward_cases:cannot_be_used", "cannot be used: The file of words is missing; write it."),
         ("reward_cases:dies_at_once", "do not start (it exited with 9"),
@@ -305,7 +305,7 @@ def test_a_function_that_cannot_be_used_is_said_at_the_start(path, words):
 
 
 def test_arguments_that_a_function_does_not_take():
-    with pytest.raises(InputError, match=r"cannot be called with \(answers, limit=\.\.\.\)"):
+    with pytest.raises(InputError, match=r"cannot be called with \(completions, limit=\.\.\.\)"):
         RewardWorkers({"it": reward("length", arguments={"limit": 1})}, workers=1)
 
 
@@ -325,7 +325,7 @@ def test_a_module_that_takes_too_long_to_import(tmp_path, monkeypatch):
         ({"path": ":f"}, "names no reward function"),
         ({"path": "m:f", "seconds": 0.0}, "time limit of m:f is 0.0 s"),
         ({"path": "m:f", "seconds": float("nan")}, "time limit"),
-        ({"path": "m:f", "completions_per_call": 0}, "gets 0 answers per call"),
+        ({"path": "m:f", "completions_per_call": 0}, "gets 0 completions per call"),
         ({"path": "m:f", "failure_score": float("inf")}, "failure score of m:f is inf"),
         ({"path": "m:f", "failure_score": 1e39}, "failure score of m:f is 1e"),
     ],
