@@ -143,7 +143,8 @@ class ParallelEncoder:
 
 
 def _send(helper: _Helper, message: Any) -> None:
-    with contextlib.suppress(OSError):  # it has ended, which is noticed when it is listened to
+    # It has ended, which is noticed when it is listened to; or it is being ended, and its pipe is closed meanwhile.
+    with contextlib.suppress(OSError, TypeError):
         helper.connection.send(message)
 
 
