@@ -14,9 +14,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from posttrain_jax.data.json_text import parse
 from posttrain_jax.data.rows import Row, RowError
-from posttrain_jax.data.text_rows import decode
+from posttrain_jax.data.text_rows import decode, parse
 
 _NUMBERS = """
     label rating margin weight probability chosen_score rejected_score score_chosen score_rejected is_safety"""

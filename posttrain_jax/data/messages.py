@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain_jax.data.columns import MESSAGE_KEYS, may_be_prompt, same_text
-from posttrain_jax.data.json_text import parse
 from posttrain_jax.data.rows import RowError
+from posttrain_jax.data.text_rows import parse
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # ShareGPT's names of who speaks, in lower case; what follows a slash is the role.

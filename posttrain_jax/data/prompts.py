@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.data.cache_key import canonical
 from posttrain_jax.data.rows import AS_IN_THE_FILE, ColumnNames, Row, RowError
 from posttrain_jax.data.sources import Spec, read_rows, weighted_sources
-from posttrain_jax.data.tokenized import rejection
+from posttrain_jax.data.store import canonical, rejection
 
 # The columns of a row -> int32 ids of the prompt. Raises RowError or InputError where they are no prompt.
 Encode = Callable[[dict[str, Any]], np.ndarray]

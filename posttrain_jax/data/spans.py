@@ -23,15 +23,18 @@ from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.chat_template import (
     DEFAULT_CHAT,
     ChatOptions,
+    EndOfTurn,
     Rendered,
+    Span,
     Template,
     TemplateLimitError,
     TemplateRefusalError,
+    Turns,
+    TurnShape,
     resolve_template,
 )
 from posttrain_jax.data.formats import Conversation
 from posttrain_jax.data.rows import RowError, one_line
-from posttrain_jax.data.turns import EndOfTurn, Span, Turns, TurnShape
 
 # Stand-ins for message contents: private-use characters, which no template looks for and no text holds.
 _USER_MARK, _MARK, _NEXT_MARK = "\ue0f0\ue0f1", "\ue0f2\ue0f3", "\ue0f4\ue0f5"

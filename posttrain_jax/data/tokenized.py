@@ -11,10 +11,9 @@ import datetime
 import hashlib
 import json
 import pathlib
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -22,16 +21,25 @@ from transformers import PreTrainedTokenizerBase
 
 from posttrain_jax.core.cache import cache_root
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.data.cache_key import SourceRows, cache_key, canonical, tokenizer_fingerprint
-from posttrain_jax.data.chat import TRAIN_ON, Encoded
+from posttrain_jax.data.chat import TRAIN_ON, Encoded, ParallelEncoder
 from posttrain_jax.data.chat_template import DEFAULT_CHAT, ChatOptions
 from posttrain_jax.data.columns import unused_text
 from posttrain_jax.data.formats import to_conversation
-from posttrain_jax.data.parallel_encoder import ParallelEncoder
 from posttrain_jax.data.rows import AS_IN_THE_FILE, ColumnNames, Row, RowError
 from posttrain_jax.data.shown_row import plain_text_warning
 from posttrain_jax.data.sources import Spec, weighted_sources
-from posttrain_jax.data.store import StoredSequences, StoreWriter, publish, read_store
+from posttrain_jax.data.store import (
+    SourceRows,
+    StoredSequences,
+    StoreWriter,
+    cache_key,
+    canonical,
+    check_sources,
+    publish,
+    read_store,
+    rejection,
+    tokenizer_fingerprint,
+)
 
 TRUNCATE = ("right", "drop", "error")
 ON_BAD_ROW = ("stop", "skip")
@@ -215,37 +223,66 @@ def build(
     Raises InputError for data that is missing or empty, for bad rows unless they are skipped, and when no sequence
     is left.
     """
-    root = (cache_dir if cache_dir is not None else cache_root()) / "tokenized"
+    entries = cached_sources(
+        spec,
+        tokenizer,
+        options,
+        (cache_dir if cache_dir is not None else cache_root()) / "tokenized",
+        [options.max_length, options.truncate, options.train_on],
+        read=read_store,
+        write=_write,
+    )
+    sources = []
+    for entry in entries:
+        report = Report(**entry.stored.meta["report"])
+        index = np.arange(report.sequences, dtype=np.int64)
+        sources.append(TokenizedSource(entry.stored, index, entry.weight, report))
+    check_sources(sources, [entry.folder for entry in entries], options.on_bad_row, rejected_path)
+    return TokenizedData(tuple(sources))
+
+
+Stored = TypeVar("Stored")
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheEntry(Generic[Stored]):
+    """One source of a mixture in the cache: what is stored, its folder, and its weight."""
+
+    stored: Stored
+    folder: pathlib.Path
+    weight: float
+
+
+def cached_sources(
+    spec: Spec,
+    tokenizer: PreTrainedTokenizerBase,
+    options: TokenizeOptions,
+    root: pathlib.Path,
+    key_options: list[Any],
+    *,
+    read: Callable[[pathlib.Path], Stored | None],
+    write: Callable[[pathlib.Path, SourceRows, PreTrainedTokenizerBase, TokenizeOptions], None],
+) -> list[CacheEntry[Stored]]:
+    """Every source of `spec` from the cache, where `write` makes what `read` does not find.
+
+    Raises:
+      InputError: data that are missing or empty, or a folder that cannot be read back.
+    """
     options = options.at_one_time()
     tokenizer_key = tokenizer_fingerprint(tokenizer, options.chat)
-    sources, folders = [], []
+    entries = []
     for source, weight in weighted_sources(spec):
         rows = SourceRows(source, options.columns)
-        key = cache_key(
-            rows,
-            tokenizer_key,
-            [options.max_length, options.truncate, options.train_on],
-        )
-        store = read_store(root / key)
-        if store is None:
-            with publish(root / key) as scratch:
-                _write(scratch, rows, tokenizer, options)
-            store = read_store(root / key)
-        if store is None:
-            raise InputError(
-                f"the tokenized data in {root / key} cannot be read back; delete it and try again"
-            )
-        report = Report(**store.meta["report"])
-        index = np.arange(report.sequences, dtype=np.int64)
-        sources.append(TokenizedSource(store, index, weight, report))
-        folders.append(root / key)
-    check_bad_rows([source.report.bad for source in sources], folders, options)
-    for item in sources:
-        if not len(item):
-            raise InputError(f"no row is left to train on: {item.report.text()}")
-    if rejected_path is not None and options.on_bad_row == "skip":
-        write_rejected(rejected_path, sum(item.report.bad for item in sources), folders)
-    return TokenizedData(tuple(sources))
+        folder = root / cache_key(rows, tokenizer_key, key_options)
+        stored = read(folder)
+        if stored is None:
+            with publish(folder, read=read) as scratch:
+                write(scratch, rows, tokenizer, options)
+            stored = read(folder)
+        if stored is None:
+            raise InputError(f"the tokenized data in {folder} cannot be read back; delete it and try again")
+        entries.append(CacheEntry(stored, folder, weight))
+    return entries
 
 
 def _write(
@@ -374,51 +411,3 @@ def _truncate(
         return None
     counts["truncated"] += length > len(encoded.tokens)
     return encoded
-
-
-def rejection(row: Row, error: RowError) -> str:
-    """A bad row and its reason as a line of JSON."""
-    record: dict[str, Any] = {
-        "source": row.source,
-        "line": row.line,
-        "column": error.column,
-        "reason": error.reason,
-    }
-    if row.value:
-        record["row"] = row.value
-    return json.dumps(record, ensure_ascii=False, default=str)
-
-
-def check_bad_rows(counts: Sequence[int], folders: Sequence[pathlib.Path], options: TokenizeOptions) -> None:
-    """Stops on the first bad row, unless bad rows are skipped.
-
-    Args:
-      counts: bad rows of each source.
-      folders: where each source's `rejected.jsonl` lies.
-      options: say what to do.
-
-    Raises:
-      InputError: with the file, line, column and reason.
-    """
-    bad = sum(counts)
-    if bad and options.on_bad_row == "stop":
-        folder = next(folder for count, folder in zip(counts, folders, strict=True) if count)
-        with (folder / "rejected.jsonl").open(encoding="utf-8") as file:
-            first = json.loads(file.readline())
-        more = f" ({bad - 1:,} more bad rows)" if bad > 2 else " (1 more bad row)" if bad == 2 else ""
-        raise InputError(
-            f"{first['source']}, line {first['line']}, {first['column']}: {first['reason']}{more}; "
-            "fix the data, or set data.on_bad_row=skip to leave bad rows out"
-        )
-
-
-def write_rejected(path: pathlib.Path, bad: int, folders: Sequence[pathlib.Path]) -> None:
-    """Gathers the sources' bad rows in one file; there is none when no row is bad."""
-    path.unlink(missing_ok=True)
-    if not bad:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as out:
-        for folder in folders:
-            with (folder / "rejected.jsonl").open("rb") as file:
-                shutil.copyfileobj(file, out)

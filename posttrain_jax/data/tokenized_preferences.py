@@ -21,10 +21,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from posttrain_jax.core.cache import cache_root
-from posttrain_jax.core.errors import InputError
-from posttrain_jax.data.cache_key import SourceRows, cache_key, canonical, tokenizer_fingerprint
-from posttrain_jax.data.chat import Encoded
-from posttrain_jax.data.parallel_encoder import ParallelEncoder
+from posttrain_jax.data.chat import Encoded, ParallelEncoder
 from posttrain_jax.data.preference_groups import (
     NO_LABEL,
     GroupArrays,
@@ -34,15 +31,21 @@ from posttrain_jax.data.preference_groups import (
 )
 from posttrain_jax.data.preferences import Comparison, Preference, to_preference
 from posttrain_jax.data.rows import Row, RowError
-from posttrain_jax.data.sources import Spec, weighted_sources
-from posttrain_jax.data.store import StoredSequences, StoreWriter, publish, read_store
+from posttrain_jax.data.sources import Spec
+from posttrain_jax.data.store import (
+    SourceRows,
+    StoredSequences,
+    StoreWriter,
+    canonical,
+    check_sources,
+    read_store,
+    rejection,
+)
 from posttrain_jax.data.tokenized import (
     DEFAULT_OPTIONS,
     TokenizeOptions,
-    check_bad_rows,
+    cached_sources,
     in_chunks,
-    rejection,
-    write_rejected,
 )
 
 FORMAT_VERSION = 5
@@ -61,36 +64,22 @@ def build_preferences(
 
     Args and errors are those of `tokenized.build`; `options.max_length` bounds a prompt with one completion.
     """
-    root = (cache_dir if cache_dir is not None else cache_root()) / "preferences"
-    options = options.at_one_time()
-    tokenizer_key = tokenizer_fingerprint(tokenizer, options.chat)
-    sources, folders = [], []
-    for source, weight in weighted_sources(spec):
-        rows = SourceRows(source, options.columns)
-        key = cache_key(
-            rows, tokenizer_key, ["preferences", FORMAT_VERSION, options.max_length, options.truncate]
-        )
-        found = _read(root / key)
-        if found is None:
-            with publish(root / key, read=_read) as scratch:
-                _write(scratch, rows, tokenizer, options)
-            found = _read(root / key)
-        if found is None:
-            raise InputError(
-                f"the preference data in {root / key} cannot be read back; delete it and try again"
-            )
-        store, arrays = found
+    entries = cached_sources(
+        spec,
+        tokenizer,
+        options,
+        (cache_dir if cache_dir is not None else cache_root()) / "preferences",
+        ["preferences", FORMAT_VERSION, options.max_length, options.truncate],
+        read=_read,
+        write=_write,
+    )
+    sources = []
+    for entry in entries:
+        store, arrays = entry.stored
         report = PreferenceReport(**store.meta["report"])
-        sources.append(
-            PreferenceSource(store, arrays, np.arange(report.groups, dtype=np.int64), weight, report)
-        )
-        folders.append(root / key)
-    check_bad_rows([source.report.bad for source in sources], folders, options)
-    for item in sources:
-        if not len(item):
-            raise InputError(f"no preference is left to train on: {item.report.text()}")
-    if rejected_path is not None and options.on_bad_row == "skip":
-        write_rejected(rejected_path, sum(item.report.bad for item in sources), folders)
+        index = np.arange(report.groups, dtype=np.int64)
+        sources.append(PreferenceSource(store, arrays, index, entry.weight, report))
+    check_sources(sources, [entry.folder for entry in entries], options.on_bad_row, rejected_path)
     return PreferenceData(tuple(sources))
 
 

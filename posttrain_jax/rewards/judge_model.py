@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.trees import fingerprint
-from posttrain_jax.data.cache_key import tokenizer_fingerprint
+from posttrain_jax.data.store import tokenizer_fingerprint
 from posttrain_jax.models.io.load import LoadedModel
 from posttrain_jax.rewards.judge import Question, Reply
 from posttrain_jax.sampling.choices import choice_logps, encode_choices

@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.log import log_on_host0
 from posttrain_jax.data.chat_template import ChatOptions, read_variables, shown_dates
-from posttrain_jax.data.json_text import parse
 from posttrain_jax.data.packing import PackedRows, efficiency, pack
 from posttrain_jax.data.preference_groups import PreferenceData
 from posttrain_jax.data.preference_rows import RowShape, row_shape
@@ -25,6 +24,7 @@ from posttrain_jax.data.rows import ColumnNames, RowError, one_line, read_column
 from posttrain_jax.data.shown_row import shown_row
 from posttrain_jax.data.sources import MIXTURE, weighted_sources
 from posttrain_jax.data.split import Data, hold_out, split_amount, trained_rows
+from posttrain_jax.data.text_rows import parse
 from posttrain_jax.data.tokenized import TokenizedData, TokenizeOptions, build
 from posttrain_jax.data.tokenized_preferences import build_preferences
 from posttrain_jax.demo.assets import fetch

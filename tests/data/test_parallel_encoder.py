@@ -11,10 +11,9 @@ import pytest
 
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.data import tokenized
-from posttrain_jax.data.chat import Encoder
+from posttrain_jax.data.chat import Encoder, ParallelEncoder
 from posttrain_jax.data.chat_template import ChatOptions
 from posttrain_jax.data.formats import Conversation, to_conversation
-from posttrain_jax.data.parallel_encoder import ParallelEncoder
 from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 
 
