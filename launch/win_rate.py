@@ -392,11 +392,11 @@ def write(out: Path, record: dict[str, Any], judged: Judged) -> None:
             {
                 **dataclasses.asdict(judgment),
                 "preference": judgment.preference,
-                "said_a_first": said[0],
-                "said_b_first": said[1],
+                "said_a_first": replies[0],
+                "said_b_first": replies[1],
             }
         )
-        for judgment, said in zip(judged.judgments, judged.said, strict=True)
+        for judgment, replies in zip(judged.judgments, judged.replies, strict=True)
     ]
     texts = ("\n".join(lines), json.dumps(record, indent=2, allow_nan=False))
     try:

@@ -67,7 +67,7 @@ def encode(
 
 
 class Encoder:
-    """Encodes conversations in batches; what the template and the tokenizer do is found out once.
+    """Encodes conversations in batches; how the template and the tokenizer behave is probed once.
 
     Args:
       tokenizer: a fast tokenizer of transformers.
@@ -138,12 +138,12 @@ class Encoder:
         shape, spans = self._template(conversation).shape, turns.spans
         tokens, ends = np.asarray(ids, np.int32), offsets[:, 1]
         mask = np.zeros(len(tokens), bool)
-        wanted = [i for i in spans if conversation.trained[i]]
+        to_train = [i for i in spans if conversation.trained[i]]
         if self._train_on == "last_turn":
-            wanted = wanted[-1:]
-        trained = [i for i in wanted if i not in turns.untrainable]
-        if wanted and not trained:
-            raise RowError(f"messages[{wanted[-1]}]", turns.untrainable[wanted[-1]])
+            to_train = to_train[-1:]
+        trained = [i for i in to_train if i not in turns.untrainable]
+        if to_train and not trained:
+            raise RowError(f"messages[{to_train[-1]}]", turns.untrainable[to_train[-1]])
         last = len(conversation.messages) - 1
         for i in trained:
             if i != last and not shape.between_turns:
@@ -153,7 +153,7 @@ class Encoder:
                     "data.chat_template"
                 )
             end = shape.tool_end if conversation.messages[i].get("tool_calls") else shape.end
-            following = min((found[0].start for j, found in spans.items() if j > i and found), default=None)
+            following = min((later[0].start for j, later in spans.items() if j > i and later), default=None)
             until = len(tokens) if following is None else int(np.searchsorted(ends, following, side="right"))
             ended = False
             for span in spans[i]:
@@ -170,7 +170,7 @@ class Encoder:
                     "learn to stop",
                 )
         mask[:1] = False
-        return Encoded(tokens, mask, untrained_turns=len(wanted) - len(trained))
+        return Encoded(tokens, mask, untrained_turns=len(to_train) - len(trained))
 
     def _first_token(self, tokens: np.ndarray, offsets: np.ndarray, start: int) -> int:
         """The first token of a turn that begins at the character `start`.
@@ -296,8 +296,8 @@ class ParallelEncoder:
             if self._seconds_left <= 0:
                 self._start()
         for helper, part in zip(helpers, parts[1:], strict=False):
-            found = self._answer(helper)
-            results += self._encoder.encode(part) if found is None else found
+            encoded = self._answer(helper)
+            results += self._encoder.encode(part) if encoded is None else encoded
         return results
 
     def ready(self) -> list[_Helper]:

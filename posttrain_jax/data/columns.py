@@ -84,18 +84,18 @@ class Columns(Mapping[str, Any]):
         Raises:
           RowError: one of them could be part of the prompt.
         """
-        found = []
+        unused = []
         is_missing = needs_prompt and not any(text.strip() for text in prompt)
         for name, value in self._row.items():
             if name in self._read:
-                found += [f"{name}[].{key}" for key in _unknown_keys(value)]
+                unused += [f"{name}[].{key}" for key in _unknown_keys(value)]
             elif value not in (None, "", [], {}):
                 is_suspect = may_be_prompt(name) or (is_missing and _words(name).isdisjoint(ABOUT_WORDS))
                 is_lost = not is_chat and name in _OF_CHATS if refuse_of_chats_only else is_suspect
                 if is_lost and any(texts_in(value)) and not _repeats(value, prompt, answers):
                     raise RowError(name, _refusal(name, self._read, is_chat))
-                found.append(name)
-        return tuple(found)
+                unused.append(name)
+        return tuple(unused)
 
 
 def may_be_prompt(name: str) -> bool:
@@ -109,7 +109,7 @@ def _words(name: str) -> set[str]:
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """The texts that a value holds; of messages, what was said; of an image or another object, its kind."""
+    """The texts that a value holds; of messages, their content; of an image or another object, its kind."""
     if isinstance(value, str):
         if value.strip():
             yield value
@@ -117,8 +117,8 @@ def texts_in(value: Any) -> Iterator[str]:
         for item in value:
             yield from texts_in(item)
     elif isinstance(value, dict):
-        said = [value[key] for key in ("content", "value") if key in value]
-        for item in said or value.values():
+        contents = [value[key] for key in ("content", "value") if key in value]
+        for item in contents or value.values():
             yield from texts_in(item)
     elif value is not None and not isinstance(value, bool | int | float):
         yield type(value).__name__

@@ -1,6 +1,6 @@
 """The row formats that people have, turned into one internal form, or refused with the column and the reason.
 
-A row's format is told by its columns (a null column counts as absent), the first that matches:
+A row's format follows from its columns (a null column counts as absent), the first that matches:
 
     messages                       [{"role", "content", ...}]; a dict of equally long lists also counts
     conversations                  ShareGPT [{"from", "value"}] (or role/content)
@@ -65,13 +65,14 @@ def to_conversation(row: Mapping[str, Any], *, text_as: str = "plain") -> Conver
 
 
 def texts_of(conversation: Conversation) -> tuple[list[str], list[str]]:
-    """What a conversation says: the texts of its prompt, and those that are trained."""
+    """The texts of a conversation's prompt, and those that are trained."""
     if conversation.messages:
-        said = [
+        contents = [
             (message.get("content", ""), is_trained)
             for message, is_trained in zip(conversation.messages, conversation.trained, strict=True)
         ]
-        return [text for text, trained in said if not trained], [text for text, trained in said if trained]
+        prompt = [text for text, trained in contents if not trained]
+        return prompt, [text for text, trained in contents if trained]
     if conversation.text is not None:
         return [], [conversation.text]
     return [conversation.prompt or ""], [conversation.completion or ""]
@@ -177,12 +178,12 @@ def _prompt_completion(row: Columns, text_as: str) -> Conversation:
         return dataclasses.replace(prompt_completion(prompt, rest or completion), repeated=bool(rest))
     if isinstance(prompt, list) and isinstance(completion, list):
         before = [(message, False) for message, _ in read_messages(prompt, "prompt")]
-        said = read_messages(completion, "completion")
-        turns = after_prompt(before, said)
+        given = read_messages(completion, "completion")
+        turns = after_prompt(before, given)
         if not any(message["role"] == "assistant" for message, _ in turns):
             raise RowError("completion", "has no assistant turn, so there is nothing to train on")
         chat = _chat(before + turns, row, "completion")
-        return dataclasses.replace(chat, repeated=len(turns) < len(said))
+        return dataclasses.replace(chat, repeated=len(turns) < len(given))
     for column in ("prompt", "completion"):
         if not isinstance(row[column], str | list):
             raise RowError(column, f"is {describe_kind(row[column])}, not text or a list of messages")
@@ -201,11 +202,11 @@ def prompt_completion(prompt: str, completion: str, column: str = "completion") 
 
 def text_after(prompt: str, text: str) -> str:
     """What follows the prompt in a text that begins with it; "" where it does not, or nothing follows."""
-    said, whole = prompt.strip(), text.lstrip()
-    rest = whole[len(said) :]
-    if not said or not whole.startswith(said) or not rest.strip():
+    start, text = prompt.strip(), text.lstrip()
+    rest = text[len(start) :]
+    if not start or not text.startswith(start) or not rest.strip():
         return ""
-    inside_a_word = f"{said[-1]}{rest[0]}".isascii() and said[-1].isalnum() and rest[0].isalnum()
+    inside_a_word = f"{start[-1]}{rest[0]}".isascii() and start[-1].isalnum() and rest[0].isalnum()
     return "" if inside_a_word else rest
 
 

@@ -154,12 +154,12 @@ def eval_batches(
 ) -> Iterator[HostBatch]:
     """One pass over all rows in order. Every host gets the same number of batches; empty rows fill the last."""
     _check_rows_per_step(rows_per_step, host_count)
-    places = [(number, row) for number, part in enumerate(rows) for row in range(len(part))]
-    for start in range(0, len(places), rows_per_step):
+    positions = [(number, row) for number, part in enumerate(rows) for row in range(len(part))]
+    for start in range(0, len(positions), rows_per_step):
         taken: list[_Taken] = []
-        for place in range(start + host_index, start + rows_per_step, host_count):
-            if place < len(places):
-                number, row = places[place]
+        for index in range(start + host_index, start + rows_per_step, host_count):
+            if index < len(positions):
+                number, row = positions[index]
                 taken.append((number, row, rows[number][row]))
             else:
                 taken.append((-1, -1, None))
@@ -173,10 +173,10 @@ def eval_batch_count(rows: Sequence[RowSource], *, rows_per_step: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Loaded:
-    """A batch as the prefetch threads make it; `places` are (source number, row)."""
+    """A batch as the prefetch threads make it; `positions` are (source number, row)."""
 
     arrays: dict[str, np.ndarray]
-    places: list[tuple[int, int]]
+    positions: list[tuple[int, int]]
 
 
 # Source number, row, and the row itself (None = an empty one).
@@ -189,7 +189,7 @@ def _load(part: RowSource, taken: Sequence[_Taken]) -> _Loaded:
 
 
 def _host_batch(rows: Sequence[RowSource], loaded: _Loaded) -> HostBatch:
-    ids = [rows[number].row_id(row) if number >= 0 else "" for number, row in loaded.places]
+    ids = [rows[number].row_id(row) if number >= 0 else "" for number, row in loaded.positions]
     return HostBatch(loaded.arrays, ids)
 
 

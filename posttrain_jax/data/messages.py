@@ -47,7 +47,7 @@ _UNCLEAR = {
 def read_messages(value: Any, column: str, *, empty_answers: bool = False) -> list[Message]:
     """[{"role", "content", ...}] or [{"from", "value", ...}], each with whether it may be trained. Raises RowError.
 
-    `empty_answers`: an assistant's turn may be empty, in what has been said and is not trained.
+    `empty_answers`: an assistant's turn may be empty, as in a prompt, which is not trained.
     """
     items = read_list(value, column)
     return [_message(item, f"{column}[{i}]", empty_answers=empty_answers) for i, item in enumerate(items)]
@@ -137,7 +137,7 @@ def _reasoning(item: dict[str, Any], role: str, reasoning: str, where: str) -> s
 
 def _is_trained(item: dict[str, Any], role: str, where: str) -> bool:
     """Whether a turn is an assistant's that may be trained. Refuses keys that this cannot honor."""
-    said: dict[str, bool] = {}
+    flags: dict[str, bool] = {}
     for key in _TRAINED:
         value = item.get(key)
         if value is None:
@@ -146,9 +146,9 @@ def _is_trained(item: dict[str, Any], role: str, where: str) -> bool:
             raise RowError(f"{where}.{key}", f"is {value!r}; a turn is trained (1) or not (0)")
         if value and role != "assistant" and key in ("train", "training"):
             raise RowError(f"{where}.{key}", f"asks for a {role} turn to be trained; only an assistant's is")
-        said[key] = bool(value)
-    if len(set(said.values())) > 1:
-        raise RowError(f"{where}.{list(said)[-1]}", f"says the opposite of {next(iter(said))}; keep one")
+        flags[key] = bool(value)
+    if len(set(flags.values())) > 1:
+        raise RowError(f"{where}.{list(flags)[-1]}", f"says the opposite of {next(iter(flags))}; keep one")
     for key, value in item.items():
         if key in _UNCLEAR and value not in (None, []):
             raise RowError(f"{where}.{key}", _UNCLEAR[key])
@@ -157,7 +157,7 @@ def _is_trained(item: dict[str, Any], role: str, where: str) -> bool:
                 f"{where}.{key}",
                 "could be part of what the model reads and is not known; put it into content, or remove it",
             )
-    return role == "assistant" and all(said.values())
+    return role == "assistant" and all(flags.values())
 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
@@ -228,9 +228,9 @@ def read_tools(value: Any) -> list[dict[str, Any]] | None:
 
 
 def is_same_turn(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two messages are the same but for white space in what is said."""
-    said = (same_text(one.get("content", "")), same_text(other.get("content", "")))
-    return said[0] == said[1] and {**one, "content": ""} == {**other, "content": ""}
+    """Whether two messages are the same but for white space in their content."""
+    same_content = same_text(one.get("content", "")) == same_text(other.get("content", ""))
+    return same_content and {**one, "content": ""} == {**other, "content": ""}
 
 
 def read_list(value: Any, column: str) -> list[dict[str, Any]]:

@@ -96,8 +96,8 @@ def _partners(prompts: Sequence[bytes], seed: int) -> np.ndarray:
     start = 0
     for members in together.values():
         others = len(prompts) - len(members)
-        places = start + largest + np.arange(len(members)) % others
-        partner[members] = circle[places % len(prompts)]
+        positions = start + largest + np.arange(len(members)) % others
+        partner[members] = circle[positions % len(prompts)]
         start += len(members)
     return partner
 

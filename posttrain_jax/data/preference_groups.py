@@ -1,5 +1,5 @@
-"""Groups of preference data as they are read back from the cache: K sequences that begin with the same prompt, and
-what is said of them.
+"""Groups of preference data as they are read back from the cache: K sequences that begin with the same prompt,
+with their comparisons, ranks, ratings and labels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class PreferenceReport:
     rows = groups + bad + dropped + difference_cut. A reward model that counts tokens is right `longer_chosen` of the
     time. `lost` comparisons are of completions that are the same tokens, in rows whose other comparisons are kept;
     losses over rankings keep them, for a completion's rank is what the data say (as a constant, without a gradient).
-    `repeated` rows said their prompt twice; it is taken once. `unused`: rows that have each column that is not used.
+    `repeated` rows hold their prompt twice; it is taken once. `unused`: rows that have each column that is not used.
     """
 
     source: str
@@ -96,7 +96,7 @@ class GroupArrays:
       shared: int32 `[G]`, tokens at the start that all sequences of the group have and that nothing is trained on; the
         last token of the prompt is not among them, for it predicts each completion's first.
       comparison_starts: int64 `[G + 1]`.
-      better, worse: int32 `[C]`, places in the group.
+      better, worse: int32 `[C]`, indices in the group.
       weight, margin, probability: float32 `[C]`.
       ranks: int32 `[S]`, as the data say: 0 = best of its group, equal = tied.
       ratings: float32 `[S]`, NaN where there is none.
@@ -129,7 +129,7 @@ class Group:
       sequences: the prompt with each completion.
       first_sequence: the store's number of the first of them.
       shared: see `GroupArrays`.
-      comparisons: of places in `sequences`.
+      comparisons: of indices in `sequences`.
       ranks: int32 `[K]`, 0 = best, equal = tied.
       ratings: float32 `[K]`, NaN where there is none.
       labels: int8 `[K]`.
@@ -151,7 +151,7 @@ class PreferenceSource:
 
     Attributes:
       store: the sequences on disk.
-      arrays: what is said of them.
+      arrays: their comparisons, ranks, ratings and labels.
       index: int64, the groups of the store that belong here.
       weight: share in a mixture.
       report: counts over the whole source.
@@ -224,11 +224,11 @@ class PreferenceSource:
         return f"{self.store.meta['files'][self.store.files[at]]}:{self.store.lines[at]}"
 
     def select(self, chosen: np.ndarray) -> PreferenceSource:
-        """The groups at these places of this source."""
+        """The groups with these indices in this source."""
         return dataclasses.replace(self, index=self.index[chosen])
 
     def needs(self, *, share_prompt: bool) -> np.ndarray:
-        """int64, places in a row that each group takes."""
+        """int64, tokens of a row that each group takes."""
         lengths = np.diff(self.store.offsets)
         starts = self.arrays.starts[:-1]
         total = np.add.reduceat(lengths, starts) if len(starts) else np.zeros(0, np.int64)

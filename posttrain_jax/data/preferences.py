@@ -1,8 +1,8 @@
 """Rows of preferences, in the formats that people have, as one internal form.
 
-A `Preference` is one prompt, K completions, and what people said of them: comparisons of two completions (a partial
-order, each with a weight), or a rating or a good/bad label of every completion. A row's format is told by its columns,
-the first that matches:
+A `Preference` is one prompt, K completions, and what people think of them: comparisons of two completions (a partial
+order, each with a weight), or a rating or a good/bad label of every completion. A row's columns decide its format, the
+first that matches:
 
     chosen + rejected              after the prompt, or whole chats (or texts) whose common beginning is the prompt
     chosen_messages + rejected_messages   the same
@@ -50,11 +50,11 @@ _LARGEST = 1e38
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Completion `better` was preferred to completion `worse` (places among the completions).
+    """Completion `better` was preferred to completion `worse` (indices of the completions).
 
     Attributes:
       weight: how much the comparison counts.
-      margin: how much better, in the data's own unit; 0 = not said.
+      margin: how much better, in the data's own unit; 0 = not given.
       probability: that `better` is the better one, 1/2 or more; 1 = a hard label.
     """
 
@@ -76,7 +76,7 @@ class Preference:
       raters: each rater's numbers for the completions (NaN = not rated), by name.
       label: whether the only completion is good (KTO), or None.
       ranks: a whole number for each completion, 0 = best, equal = tied.
-      ties: how many pairs were said to be equal.
+      ties: how many pairs are equally good.
       subset: which part of a benchmark the row belongs to (its column `subset`), or "".
       repeated: whether the completions repeated the prompt, which is taken once.
       unused: columns of the row that were not used, see `columns.py`.
@@ -101,10 +101,10 @@ def to_preference(row: Mapping[str, Any], *, text_as: str = "plain") -> Preferen
     subset = columns.get("subset", "")
     if isinstance(subset, list | dict):
         raise RowError("subset", f"is {describe_kind(subset)}, not the name of a part")
-    said = [texts_of(completion) for completion in preference.completions]
+    texts = [texts_of(completion) for completion in preference.completions]
     unused = columns.unused(
-        [text for prompt, _ in said for text in prompt],
-        [text for _, answers in said for text in answers],
+        [text for prompt, _ in texts for text in prompt],
+        [text for _, completions in texts for text in completions],
         is_chat=bool(preference.completions[0].messages),
         needs_prompt=True,
     )
@@ -179,8 +179,8 @@ def _margin(row: Columns) -> float:
 def _ranked(row: Columns, text_as: str) -> Preference:
     values = row["completions"]
     if not isinstance(values, list) or len(values) < 2:
-        found = f"{len(values)}" if isinstance(values, list) else describe_kind(values)
-        raise RowError("completions", f"must be a list of at least two completions to compare, not {found}")
+        size = f"{len(values)}" if isinstance(values, list) else describe_kind(values)
+        raise RowError("completions", f"must be a list of at least two completions to compare, not {size}")
     sides = read_completions(row, {f"completions[{i}]": value for i, value in enumerate(values)}, text_as)
     count = len(values)
     raters: dict[str, tuple[float, ...]] = {}
@@ -196,13 +196,13 @@ def _ranked(row: Columns, text_as: str) -> Preference:
     comparisons, ties = _order(values_up, margins=bool(ratings))
     if not comparisons and not ratings:
         raise RowError("completions", "are all tied, so there is nothing to prefer")
-    places = {value: place for place, value in enumerate(sorted(set(values_up), reverse=True))}
+    rank_of = {value: rank for rank, value in enumerate(sorted(set(values_up), reverse=True))}
     return Preference(
         completions=sides.completions,
         comparisons=comparisons,
         ratings=ratings,
         raters=raters,
-        ranks=tuple(places[value] for value in values_up),
+        ranks=tuple(rank_of[value] for value in values_up),
         ties=ties,
         repeated=sides.repeated,
     )

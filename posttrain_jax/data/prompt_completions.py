@@ -116,13 +116,13 @@ def _turns(value: Any, column: str) -> list[Message]:
 def _own_texts(prompt: Prompt, sides: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """The completions, texts without the prompt that they begin with, and whether they did."""
     is_plain = isinstance(prompt, str)
-    said = prompt if isinstance(prompt, str) else str(prompt[-1][0].get("content", ""))
-    rests = {name: text_after(said, value) for name, value in sides.items() if isinstance(value, str)}
+    prompt_text = prompt if isinstance(prompt, str) else str(prompt[-1][0].get("content", ""))
+    rests = {name: text_after(prompt_text, value) for name, value in sides.items() if isinstance(value, str)}
     repeating = [name for name, rest in rests.items() if rest]
     # One answer may take up its question's words; several that do repeat it, and plain text goes on from its prompt.
-    if len(repeating) == len(sides) and (len(sides) > 1 or (is_plain and is_phrase(said))):
+    if len(repeating) == len(sides) and (len(sides) > 1 or (is_plain and is_phrase(prompt_text))):
         return {name: rest if is_plain else rest.lstrip() for name, rest in rests.items()}, True
-    if repeating and is_plain and is_phrase(said) and len(sides) > 1:
+    if repeating and is_plain and is_phrase(prompt_text) and len(sides) > 1:
         raise RowError(
             repeating[0],
             "begins with the prompt, and not all completions of the row do; write them without their prompt",

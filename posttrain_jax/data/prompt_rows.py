@@ -60,10 +60,10 @@ def read_prompt_row(row: Mapping[str, Any], *, text_as: str = "plain", travels: 
     columns = Columns(row)
     prompt = _read(columns, text_as)
     is_chat = bool(prompt.messages)
-    said = [str(message.get("content", "")) for message in prompt.messages]
-    said += [prompt.text] if prompt.text is not None else []
+    texts = [str(message.get("content", "")) for message in prompt.messages]
+    texts += [prompt.text] if prompt.text is not None else []
     anything = travels or prompt.ids is not None
-    unused = columns.unused(said, [], is_chat=is_chat, refuse_of_chats_only=anything)
+    unused = columns.unused(texts, [], is_chat=is_chat, refuse_of_chats_only=anything)
     return dataclasses.replace(prompt, unused=unused)
 
 
@@ -83,8 +83,8 @@ def _read(row: Columns, text_as: str) -> PromptRow:
         return _chat(read_messages(row["conversations"], "conversations", empty_answers=True), row)
     if not row.given.isdisjoint(USER_COLUMNS):
         return _chat(user_turns(row, *user_text(row)), row)
-    found = f"its columns: {', '.join(row) or 'none'}"
-    raise RowError("(row)", f"needs exactly one of {', '.join(SOURCES)}, but has none of them ({found})")
+    columns = f"its columns: {', '.join(row) or 'none'}"
+    raise RowError("(row)", f"needs exactly one of {', '.join(SOURCES)}, but has none of them ({columns})")
 
 
 def is_plain_text(row: Mapping[str, Any], text_as: str = "plain") -> bool:
@@ -102,8 +102,8 @@ def other_columns(row: Mapping[str, Any], *, text_as: str = "plain") -> tuple[st
 
 
 def _chat(messages: list[Message], row: Mapping[str, Any]) -> PromptRow:
-    said = tuple(message for message, _ in with_system(messages, row))
-    return PromptRow(messages=said, tools=tools_of(row))
+    with_prompt = tuple(message for message, _ in with_system(messages, row))
+    return PromptRow(messages=with_prompt, tools=tools_of(row))
 
 
 def _ids(value: Any) -> tuple[int, ...]:

@@ -87,8 +87,8 @@ def source_files(source: str) -> list[pathlib.Path] | None:
 
 
 def _files_in(folder: pathlib.Path) -> list[pathlib.Path]:
-    found = [p for p in sorted(folder.rglob("*")) if _suffix(p) and not _hidden(p, folder)]
-    files = [_readable(path) for path in found if not path.is_dir()]
+    paths = [p for p in sorted(folder.rglob("*")) if _suffix(p) and not _hidden(p, folder)]
+    files = [_readable(path) for path in paths if not path.is_dir()]
     if not files:
         raise InputError(f"data folder {folder} holds no file that ends in {_KINDS}")
     return files

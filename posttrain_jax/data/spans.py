@@ -115,9 +115,9 @@ class ChatTemplate:
         except TemplateLimitError as error:
             self._overruns += 1
             if self._overruns > _MOST_OVERRUNS:  # of thousands of rows, reading them would not end
-                said = one_line(str(messages[-1].get("content", "")), 80)
+                text = one_line(str(messages[-1].get("content", "")), 80)
                 raise InputError(
-                    f"the chat template cannot render {self._overruns} conversations, the last with {said!r}: {error}; "
+                    f"the chat template cannot render {self._overruns} conversations, the last with {text!r}: {error}; "
                     "check data.chat_template"
                 ) from None
             raise RowError("messages", f"the chat template refuses them: {error}") from None
@@ -150,12 +150,12 @@ class ChatTemplate:
             spans = {i: [Span(start)] for i, start in zip(turns, starts, strict=True)}
         self._refuse_lost_calls(messages, conversation.tools, prompt=False)
         untrainable = {}
-        for i, found in spans.items():
-            if conversation.trained[i] and found:
+        for i, of_turn in spans.items():
+            if conversation.trained[i] and of_turn:
                 until = min(
                     (later[0].start for j, later in spans.items() if j > i and later), default=len(text)
                 )
-                reason = self._untrainable(messages, i, conversation.tools, text[:until], found[0].start)
+                reason = self._untrainable(messages, i, conversation.tools, text[:until], of_turn[0].start)
                 if reason:
                     untrainable[i] = reason
         return Turns(text, spans, untrainable)
@@ -211,22 +211,22 @@ class ChatTemplate:
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, *, prompt: bool
     ) -> None:
         """Refuses calls that the template does not show: other names in their place do not appear."""
-        places: dict[str, int] = {}
+        message_of: dict[str, int] = {}
         marked = []
         for i, message in enumerate(messages):
             calls = []
             for call in message.get("tool_calls", ()):
-                name = f"call_{len(places)}_9e1b7c"
-                places[name] = i
+                name = f"call_{len(message_of)}_9e1b7c"
+                message_of[name] = i
                 calls.append({**call, "function": {**call["function"], "name": name}})
             marked.append({**message, "tool_calls": calls} if calls else message)
-        if not places:
+        if not message_of:
             return
         try:
             text = self.render(marked, tools, prompt=prompt)
         except RowError:  # a template that looks names up among the tools cannot be asked
             return
-        for name, i in places.items():
+        for name, i in message_of.items():
             if name not in text:
                 raise RowError(
                     f"messages[{i}].tool_calls",
@@ -241,12 +241,12 @@ class ChatTemplate:
         rendered: Rendered,
     ) -> dict[int, list[Span]]:
         """Spans that the template marks with {% generation %}; a turn may have several (Phi-3's closing EOS)."""
-        found = rendered.generated
-        if len(found) == len(turns):
-            return {i: [Span(*found[k])] for k, i in enumerate(turns)}
+        blocks = rendered.generated
+        if len(blocks) == len(turns):
+            return {i: [Span(*blocks[k])] for k, i in enumerate(turns)}
         spans: dict[int, list[Span]] = {i: [] for i in turns}
         starts = self._starts(messages, turns, tools, rendered.text)
-        for start, stop in found:
+        for start, stop in blocks:
             k = bisect.bisect_left(starts, stop) - 1
             spans[turns[max(k, 0)]].append(Span(start, stop))
         return spans
@@ -326,9 +326,9 @@ class ChatTemplate:
         """How many characters before a turn's content the model writes itself, given what the template put there."""
         prompt = self.shape.prompt
         if prompt:
-            found = lead.rfind(prompt)
+            start = lead.rfind(prompt)
             # Not found: history keeps only the start of the generation prompt (DeepSeek-R1 opens <think> in it).
-            return len(lead) - found - len(prompt) if found >= 0 else 0
+            return len(lead) - start - len(prompt) if start >= 0 else 0
         header = self.shape.header
         return len(header) if not header.strip() and lead.endswith(header) else 0
 

@@ -2,7 +2,7 @@
 
 Sequences are drawn before packing, by a hash of their tokens and mask with the seed as its key. So the choice does
 not depend on their order, and equal sequences, in whatever file, are on the same side. Preferences are drawn by their
-prompt: all that was said about one prompt is on the same side.
+prompt: all comparisons, ratings and labels of one prompt are on the same side.
 """
 
 from __future__ import annotations
@@ -76,15 +76,15 @@ def hold_out(data: Data, amount: float, *, seed: int) -> tuple[Data, Data]:
 
 def trained_rows(train: Data, held_out: Data) -> int:
     """How many rows of a `data.eval` of its own are training rows too: the same prompt with the same completions."""
-    asked = [_content(source, i) for source in held_out.sources for i in range(len(source))]
-    wanted = set(asked)
+    held_contents = [_content(source, i) for source in held_out.sources for i in range(len(source))]
+    held = set(held_contents)
     trained = {
         content
         for source in train.sources
         for i in range(len(source))
-        if (content := _content(source, i)) in wanted
+        if (content := _content(source, i)) in held
     }
-    return sum(content in trained for content in asked)
+    return sum(content in trained for content in held_contents)
 
 
 def _content(source: TokenizedSource | PreferenceSource | PromptRows, i: int) -> bytes:

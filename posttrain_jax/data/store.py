@@ -135,7 +135,7 @@ class StoreWriter:
 
 
 def read_store(folder: pathlib.Path) -> StoredSequences | None:
-    """Maps a folder back into memory; None when it is not there, or (which is said) is not as it was written."""
+    """Maps a folder back into memory; None when it is not there, or (with a warning) is not as it was written."""
     if not folder.exists():
         return None
     problem = _damage(folder)

@@ -122,7 +122,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def _checked_filter(apply: Any) -> Any:
-    """A filter that makes something as large as it is told."""
+    """A filter whose result is as large as its argument asks for."""
 
     @functools.wraps(apply)  # with jinja2's marks of what the filter wants to be given
     def checked(*args: Any, **kwargs: Any) -> Any:

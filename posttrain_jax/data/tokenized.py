@@ -95,7 +95,7 @@ DEFAULT_OPTIONS = TokenizeOptions()
 class Report:
     """Counts of one source. rows = sequences + bad + dropped; `truncated` sequences are kept, `duplicates` too.
 
-    `repeated` rows said their prompt twice; it is taken once. `unused`: rows that have each column that is not used.
+    `repeated` rows hold their prompt twice; it is taken once. `unused`: rows that have each column that is not used.
     """
 
     source: str
@@ -181,7 +181,7 @@ class TokenizedSource:
         return f"{self.store.meta['files'][self.store.files[at]]}:{self.store.lines[at]}"
 
     def select(self, chosen: np.ndarray) -> TokenizedSource:
-        """The sequences at these places of this source."""
+        """The sequences with these indices in this source."""
         return dataclasses.replace(self, index=self.index[chosen])
 
 

@@ -1,7 +1,7 @@
 """Token ids, masks and comparisons of preference data, made once and kept in a cache on disk.
 
-The sequences (a prompt with one completion each) lie in a `store` folder; what is said of them lies beside it in
-`groups.npz`. A group is one row of the data: K sequences that begin with the same prompt.
+The sequences (a prompt with one completion each) lie in a `store` folder; their comparisons, ranks, ratings and labels
+lie beside it in `groups.npz`. A group is one row of the data: K sequences that begin with the same prompt.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Pairwise judgments: two answers to one request, shown to a judge in both orders, with all that it said on disk.
+"""Pairwise judgments: two completions of one prompt, shown to a judge in both orders, with all of its replies on disk.
 
 A judge is anything that answers questions (`Judge`): an OpenAI-compatible endpoint (`judge_endpoint`), or a model of
 ours by its log-probabilities (`judge_model`). A reward model is asked no questions (`judge_reward`). Judges
-favor a place, so every pair is asked about twice, with the answers exchanged (MT-Bench, arXiv:2306.05685, section
-3.4).
+favor a position, so every pair is asked about twice, with the completions exchanged (MT-Bench, arXiv:2306.05685,
+section 3.4).
 
 Every reply is written to a `Cache` before the next one is looked at. A run that was killed, or whose judge went away,
 asks only for what is missing.
@@ -52,15 +52,15 @@ _VERDICT = re.compile(r"""[\s"'*`(\[]*(a|b|tie)[\s"'*`)\].]*""", re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Two answers to one request.
+    """Two completions of one prompt.
 
     Attributes:
       prompt: the prompt's id.
-      sample: which answer to it.
+      sample: which completion of it.
       where: file and line of A's, for errors.
-      request: what was asked, as the judge reads it.
-      a, b: the two models' answers.
-      asked: the same as a row of prompts has it, a text or messages, for a reward model.
+      request: the prompt, as the judge reads it.
+      a, b: the two models' completions.
+      prompt_row: the same as a row of prompts has it, a text or messages, for a reward model.
     """
 
     prompt: str | int
@@ -69,7 +69,7 @@ class Pair:
     request: str
     a: str
     b: str
-    asked: str | list[dict[str, Any]] = ""
+    prompt_row: str | list[dict[str, Any]] = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What a judge said.
+    """A judge's reply.
 
     Attributes:
       second: preference for the answer shown second, in [0, 1]; None where its words are no verdict.
@@ -211,10 +211,10 @@ class Usage:
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """All judgments, in the order of the pairs; what was said with A's answer first and with B's; and what it took."""
+    """All judgments, in the order of the pairs; the replies with A's completion first, with B's first; the usage."""
 
     judgments: list[Judgment]
-    said: list[tuple[str, str]]
+    replies: list[tuple[str, str]]
     usage: Usage
 
 
@@ -244,11 +244,11 @@ def judge_pairs(
         if progress is not None:
             progress(len(keys) - len(waiting) + done, len(keys))
     replies = [cache.get(key) for key in keys]
-    judgments, said = [], []
+    judgments, texts = [], []
     for pair, a_first, b_first in zip(pairs, replies[::2], replies[1::2], strict=True):
         judgments.append(_judgment(pair, a_first, b_first))
-        said.append((a_first.text, b_first.text))
-    return Judged(judgments, said, Usage(len(waiting), len(keys) - len(waiting), read, written))
+        texts.append((a_first.text, b_first.text))
+    return Judged(judgments, texts, Usage(len(waiting), len(keys) - len(waiting), read, written))
 
 
 def _judgment(pair: Pair, a_first: Reply, b_first: Reply) -> Judgment:

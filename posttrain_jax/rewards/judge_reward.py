@@ -33,8 +33,8 @@ def judge_by_reward(
     ensemble: Ensemble,
     batch_rows: int,
 ) -> Judged:
-    """Judges every pair by the scores of its two answers; what is "said" of an answer is its score. An empty answer has
-    none, and is worse than any other.
+    """Judges every pair by the scores of its two completions, which are the replies. An empty completion has no score,
+    and is worse than any other.
 
     Args:
       members: of an ensemble, or a single reward model.
@@ -50,7 +50,7 @@ def judge_by_reward(
     first = members[0]
     if first.tokenizer is None:
         raise InputError(f"{first.source.name} has no tokenizer, so it cannot read the answers.")
-    answers = [(pair.asked, text) for pair in pairs for text in (pair.a, pair.b)]
+    answers = [(pair.prompt_row, text) for pair in pairs for text in (pair.a, pair.b)]
     scores = np.full(len(answers), -np.inf)
     written = [place for place, (_, text) in enumerate(answers) if text.strip()]
     read = 0
@@ -65,8 +65,10 @@ def judge_by_reward(
         Judgment(pair.prompt, preference, preference, len(pair.a), len(pair.b), pair.sample)
         for pair, preference in zip(pairs, preferences.tolist(), strict=True)
     ]
-    said = ["empty" if score == -np.inf else f"{score:.6g}" for score in scores.tolist()]
-    return Judged(judgments, list(zip(said[::2], said[1::2], strict=True)), Usage(len(written), 0, read, 0))
+    replies = ["empty" if score == -np.inf else f"{score:.6g}" for score in scores.tolist()]
+    return Judged(
+        judgments, list(zip(replies[::2], replies[1::2], strict=True)), Usage(len(written), 0, read, 0)
+    )
 
 
 def _scores(
@@ -79,10 +81,10 @@ def _scores(
 ) -> tuple[np.ndarray, int]:
     """The score of every (prompt, answer), and how many tokens were read."""
     first = members[0]
-    assert first.tokenizer is not None  # judge_by_reward asked
+    assert first.tokenizer is not None  # checked by judge_by_reward
     rows.write_text(
         "".join(
-            json.dumps({"prompt": asked, "completion": text, "rating": 0}) + "\n" for asked, text in answers
+            json.dumps({"prompt": prompt, "completion": text, "rating": 0}) + "\n" for prompt, text in answers
         ),
         "utf-8",
     )

@@ -113,7 +113,7 @@ def test_both_orders_are_asked_and_what_cannot_be_read_is_a_tie(tmp_path):
         Judgment(2, 0.5, 0.5, 3, 3, unparsed=2),
         Judgment(3, 0.5, 0.5, 4, 4, unparsed=2),
     ]
-    assert judged.said == [("A", "B"), ("B", "A"), ("Well, both.",) * 2, ("Well, both.",) * 2]
+    assert judged.replies == [("A", "B"), ("B", "A"), ("Well, both.",) * 2, ("Well, both.",) * 2]
     assert judged.usage == Usage(calls=7, cache_hits=1, prompt_tokens=70, completion_tokens=7)
     assert judged.usage.cost(price_prompt=2.0, price_completion=10.0) == pytest.approx(
         (70 * 2 + 7 * 10) / 1e6
@@ -132,7 +132,7 @@ def test_what_was_judged_before_a_failure_is_not_asked_again(tmp_path):
     assert (again.usage.calls, again.usage.cache_hits, judge.asked) == (3, 5, 3)
     assert shown == [(6, 8), (7, 8), (8, 8)]
     whole = judge_pairs(LengthJudge(), PAIRS, Cache(tmp_path / "other.jsonl"))
-    assert (again.judgments, again.said) == (whole.judgments, whole.said)
+    assert (again.judgments, again.replies) == (whole.judgments, whole.replies)
     nothing = LengthJudge(patience=0)
     assert judge_pairs(nothing, PAIRS, Cache(path)).judgments == whole.judgments
     # Another judge, and another answer, are other questions.
