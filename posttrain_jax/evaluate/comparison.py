@@ -63,17 +63,17 @@ def compare_rows(
 def _by_id(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str | int, Mapping[str, Any]]:
     if not rows:
         raise InputError(f"There is nothing to compare: {name} holds no rows.")
-    found: dict[str | int, Mapping[str, Any]] = {}
+    by_id: dict[str | int, Mapping[str, Any]] = {}
     for number, row in enumerate(rows, 1):
         key = row.get("id")
         if not isinstance(key, str | int) or not _has_metrics(row):
             raise InputError(
                 f"Row {number} of {name} has no id or no metrics; it was not written by launch.evaluate."
             )
-        if key in found:
+        if key in by_id:
             raise InputError(f"The id {key!r} is in {name} twice, so its rows cannot be paired.")
-        found[key] = row
-    return found
+        by_id[key] = row
+    return by_id
 
 
 def _has_metrics(row: Mapping[str, Any]) -> bool:

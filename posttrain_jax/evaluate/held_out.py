@@ -25,7 +25,7 @@ from posttrain_jax.data.split import hold_out, split_amount
 from posttrain_jax.data.tokenized import TokenizedData, TokenizeOptions, build
 from posttrain_jax.evaluate.own_data import HeldOutData, held_out_by, run_config
 from posttrain_jax.evaluate.statistics import Estimate, bootstrap_means, interval, share
-from posttrain_jax.evaluate.tasks import Progress, TaskResult, check_first, say_data
+from posttrain_jax.evaluate.tasks import Progress, TaskResult, check_first, print_data
 from posttrain_jax.models.io.load import LoadedModel
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.prompts import need_tokenizer
@@ -69,7 +69,7 @@ class SequenceLosses:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """What `held_out_loss` found.
+    """The result of `held_out_loss`.
 
     Attributes:
       metrics: by name,
@@ -186,8 +186,8 @@ def estimates(losses: SequenceLosses, *, bootstrap: int, seed: int) -> dict[str,
             "mean_loss_per_sequence": mean_loss,
             "perplexity_per_sequence": np.exp(mean_loss),
         }
-    found = {name: interval(values) for name, values in resampled.items()}
-    return found | {"token_accuracy": share(correct / trained, losses.correct_S / losses.trained_S)}
+    intervals = {name: interval(values) for name, values in resampled.items()}
+    return intervals | {"token_accuracy": share(correct / trained, losses.correct_S / losses.trained_S)}
 
 
 def from_config(
@@ -200,8 +200,8 @@ def from_config(
     """
     source = data_of(config, loaded)
     rows_to_read = held_out_rows(config, loaded, out)
-    said = say_data(sum(len(part.source) for part in rows_to_read), source.text(), first=config.data.first)
-    found = held_out_loss(
+    data = print_data(sum(len(part.source) for part in rows_to_read), source.text(), first=config.data.first)
+    result = held_out_loss(
         loaded.model,
         loaded.params,
         rows_to_read,
@@ -211,7 +211,7 @@ def from_config(
         seed=config.seed,
         progress=progress,
     )
-    losses = found.per_sequence
+    losses = result.per_sequence
     columns = (losses.names, losses.loss_S, losses.trained_S, losses.correct_S, losses.length_S)
     rows = [
         {
@@ -230,7 +230,7 @@ def from_config(
         }
         for name, loss, trained, correct, length in zip(*columns, strict=True)
     ]
-    return TaskResult(found.metrics, found.counts(), rows, data=said)
+    return TaskResult(result.metrics, result.counts(), rows, data=data)
 
 
 def data_of(config: Config, loaded: LoadedModel) -> HeldOutData:

@@ -32,8 +32,8 @@ from posttrain_jax.evaluate.tasks import (
     PromptTemplate,
     TaskResult,
     column,
+    print_data,
     read_items,
-    say_data,
     summarize,
     task_rows,
 )
@@ -64,7 +64,7 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What became of one instruction; `error` is what a check that failed to run said."""
+    """What became of one instruction; `error` is the message of a check that failed to run."""
 
     instruction: str
     strict: bool
@@ -149,7 +149,7 @@ def provide_sentence_model() -> None:
 
 @contextmanager
 def _quiet_root_logger() -> Iterator[None]:
-    """The checks log whole answers as errors where no language can be told; the check itself says enough."""
+    """The checks log whole texts as errors where no language can be detected; the verdict itself is enough."""
     root = logging.getLogger()
 
     def ours(record: logging.LogRecord) -> bool:
@@ -178,16 +178,16 @@ def load_prompts(
         take; names file and line. Or: a check needs the sentence model, which can be neither found nor fetched.
     """
     template = PromptTemplate(prompt)
-    found = read_items(
+    items = read_items(
         task_rows(source),
         lambda row, key: _prompt(row, key, checkers, template),
         key="key",
         first=first,
         on_bad_row=on_bad_row,
     )
-    if any(name in NEEDS_SENTENCE_MODEL for prompt in found.items for name in prompt.instructions):
+    if any(name in NEEDS_SENTENCE_MODEL for prompt in items.items for name in prompt.instructions):
         provide_sentence_model()
-    return found
+    return items
 
 
 def _prompt(row: Row, key: str | int, checkers: Checkers, template: PromptTemplate) -> Prompt:
@@ -228,7 +228,7 @@ def from_config(config: Config, loaded: LoadedModel, *, progress: Progress | Non
         first=config.data.first,
         on_bad_row=config.data.on_bad_row,
     )
-    said = say_data(len(prompts.items), config.data.eval, first=config.data.first, skipped=prompts.skipped)
+    data = print_data(len(prompts.items), config.data.eval, first=config.data.first, skipped=prompts.skipped)
     result = ifeval(
         loaded,
         prompts,
@@ -238,7 +238,7 @@ def from_config(config: Config, loaded: LoadedModel, *, progress: Progress | Non
         seed=config.seed,
         progress=progress,
     )
-    return dataclasses.replace(result, data=said)
+    return dataclasses.replace(result, data=data)
 
 
 def ifeval(
@@ -304,10 +304,10 @@ def ifeval(
 def levels(checks: list[Check]) -> dict[str, tuple[float, float]]:
     """(sum, count) of one prompt for each of LEVELS."""
     strict, loose = [check.strict for check in checks], [check.loose for check in checks]
-    found = (
+    sums = (
         (float(all(strict)), 1.0),
         (float(sum(strict)), float(len(strict))),
         (float(all(loose)), 1.0),
         (float(sum(loose)), float(len(loose))),
     )
-    return dict(zip(LEVELS, found, strict=True))
+    return dict(zip(LEVELS, sums, strict=True))

@@ -30,8 +30,8 @@ from posttrain_jax.evaluate.tasks import (
     TaskResult,
     chat_options,
     check_first,
+    print_data,
     read_items,
-    say_data,
     summarize,
     task_rows,
 )
@@ -201,7 +201,7 @@ def from_config(config: Config, loaded: LoadedModel, *, mesh: Mesh, progress: Pr
     tokenizer = need_tokenizer(loaded)
     reference_name = _reference_of(config, loaded)
     items, prompts, skipped, source = _prompts_of(config, loaded)
-    said = say_data(len(items), source, first=config.data.first, skipped=skipped)
+    data = print_data(len(items), source, first=config.data.first, skipped=skipped)
     if jax.process_index() == 0:
         print(f"reference: {reference_name}", flush=True)
     reference = load_model(
@@ -240,7 +240,7 @@ def from_config(config: Config, loaded: LoadedModel, *, mesh: Mesh, progress: Pr
     ]
     counts = {"samples": len(samples), "skipped_rows": skipped}
     result = summarize(rows, counts=counts, by_type={}, bootstrap=config.eval.bootstrap, seed=config.seed)
-    return dataclasses.replace(result, data=f"{said}; reference: {reference_name}")
+    return dataclasses.replace(result, data=f"{data}; reference: {reference_name}")
 
 
 def _reference_of(config: Config, loaded: LoadedModel) -> str:
@@ -272,8 +272,8 @@ def _prompts_of(config: Config, loaded: LoadedModel) -> tuple[list[_Prompt], lis
         source = held_out_by(run, loaded.source.name)
         own = held_out_prompts(run, loaded, source)
         own = own[: config.data.first or None]
-        asked = [_Prompt(one.key, one.key, one.text) for one in own]
-        return asked, [one.tokens for one in own], 0, f"the prompts of {source.text()}"
+        own_prompts = [_Prompt(one.key, one.key, one.text) for one in own]
+        return own_prompts, [one.tokens for one in own], 0, f"the prompts of {source.text()}"
     template = PromptTemplate(config.data.prompt)
 
     def convert(row: Row, key: str | int) -> _Prompt:

@@ -20,8 +20,8 @@ from posttrain_jax.evaluate.tasks import (
     Progress,
     PromptTemplate,
     TaskResult,
+    print_data,
     read_items,
-    say_data,
     summarize,
     task_rows,
     text_column,
@@ -166,7 +166,7 @@ def from_config(config: Config, loaded: LoadedModel, *, progress: Progress | Non
             first=config.data.first,
             on_bad_row=config.data.on_bad_row,
         )
-        said = say_data(
+        data = print_data(
             len(problems.items), config.data.eval, first=config.data.first, skipped=problems.skipped
         )
         result = math_problems(
@@ -178,4 +178,4 @@ def from_config(config: Config, loaded: LoadedModel, *, progress: Progress | Non
             seed=config.seed,
             progress=progress,
         )
-        return dataclasses.replace(result, data=said)
+        return dataclasses.replace(result, data=data)

@@ -30,8 +30,8 @@ from posttrain_jax.evaluate.tasks import (
     TaskResult,
     chat_options,
     column,
+    print_data,
     read_items,
-    say_data,
     summarize,
     task_rows,
 )
@@ -172,13 +172,13 @@ def _right(value: Any, texts: list[str], labels: list[str], name: str) -> int | 
     is_number = isinstance(value, int) and not isinstance(value, bool)
     if isinstance(value, str):
         lettered = _LETTERED.match(value)
-        for wanted, among in (
+        for name_of_choice, among in (
             (value.strip(), texts),
             (value.strip(), labels),
             (lettered and lettered[1], labels),
         ):
-            if wanted in among:
-                return among.index(wanted)
+            if name_of_choice in among:
+                return among.index(name_of_choice)
         if value.strip().isascii() and value.strip().isdecimal() and len(value) < 10:
             return _Place(int(value))
     elif is_number and str(value) in labels:
@@ -216,9 +216,9 @@ def multiple_choice(
         )
         for question in questions.items
     ]
-    found = choice_logps(loaded, encoded, batch_rows=batch_rows, mesh=mesh, progress=progress)
+    all_logps = choice_logps(loaded, encoded, batch_rows=batch_rows, mesh=mesh, progress=progress)
     rows = []
-    for question, logps in zip(questions.items, found, strict=True):
+    for question, logps in zip(questions.items, all_logps, strict=True):
         best = {
             "acc": int(logps.argmax()),
             "acc_norm": int((logps / [len(text) for text in question.choices]).argmax()),
@@ -260,7 +260,7 @@ def from_config(
         first=config.data.first,
         on_bad_row=config.data.on_bad_row,
     )
-    said = say_data(
+    data = print_data(
         len(questions.items), config.data.eval, first=config.data.first, skipped=questions.skipped
     )
     result = multiple_choice(
@@ -274,4 +274,4 @@ def from_config(
         seed=config.seed,
         progress=progress,
     )
-    return dataclasses.replace(result, data=said)
+    return dataclasses.replace(result, data=data)

@@ -135,10 +135,10 @@ def _check_sections(
             raise InputError(
                 f"The section {section!r} has no subset that counts; name at least one, or leave the section out."
             )
-    wanted = {subset for subsets in sections.values() for subset in subsets}
+    needed = {subset for subsets in sections.values() for subset in subsets}
     split, lost = min(
-        ((pairs.split, sorted(wanted.difference(pairs.subsets_N or ()))) for pairs in splits),
-        key=lambda found: len(found[1]),
+        ((pairs.split, sorted(needed.difference(pairs.subsets_N or ()))) for pairs in splits),
+        key=lambda pair: len(pair[1]),
     )
     if lost:
         raise InputError(
@@ -225,10 +225,10 @@ def _accuracy_by(values_N: np.ndarray, bins: int, counted: _Counted) -> list[dic
     else:
         edges = np.unique(np.quantile(values_N, np.linspace(0, 1, bins + 1)))
         index_N = np.clip(np.searchsorted(edges, values_N, side="right") - 1, 0, len(edges) - 2)
-    found = []
+    accuracies = []
     for place in np.unique(index_N):
         where_N = index_N == place
-        found.append(
+        accuracies.append(
             {
                 "low": float(distinct[place] if edges is None else edges[place]),
                 "high": float(distinct[place] if edges is None else edges[place + 1]),
@@ -236,7 +236,7 @@ def _accuracy_by(values_N: np.ndarray, bins: int, counted: _Counted) -> list[dic
                 "accuracy": counted.accuracy(where_N),
             }
         )
-    return found
+    return accuracies
 
 
 def calibration(margin_N: np.ndarray, *, bins: int, weights_N: np.ndarray) -> dict[str, Any]:

@@ -121,10 +121,11 @@ def _split_text(name: str, part: dict[str, Any]) -> list[str]:
             rows = [(f"{b['low']:.4g} to {b['high']:.4g}", b["pairs"], _percent(b["accuracy"])) for b in bins]
             lines += _table((title, "pairs", "accuracy"), rows)
     if "disagreement" in part:
-        found = part["disagreement"]
-        each = ", ".join(f"{value:.1%}" for value in found["member_accuracy"])
+        disagreement = part["disagreement"]
+        each = ", ".join(f"{value:.1%}" for value in disagreement["member_accuracy"])
         lines += [
-            f"{found['members']} members with accuracies {each}; mean std of their margins {found['mean_std']:.4g}.",
+            f"{disagreement['members']} members with accuracies {each}; mean std of their margins "
+            f"{disagreement['mean_std']:.4g}.",
             "",
         ]
     length = part["length"]
@@ -153,8 +154,8 @@ def _split_text(name: str, part: dict[str, Any]) -> list[str]:
         ]
     for title, column in (("raters", "agreement"), ("subsets", "accuracy")):
         if title in part:
-            found = part[title]
-            shares = [(name, v["pairs"], v["ties"], _percent(v[column])) for name, v in found.items()]
+            by_name = part[title]
+            shares = [(name, v["pairs"], v["ties"], _percent(v[column])) for name, v in by_name.items()]
             lines += _table((title, "pairs", "ties", column), shares)
     if "sections" in part:
         lines += _table(("section", "score"), [(key, _percent(v)) for key, v in part["sections"].items()])
@@ -206,24 +207,24 @@ def _draw(path: Path, report: dict[str, Any], panel: Callable[[Any, dict[str, An
 
 
 def _draw_calibration(axis: Any, part: dict[str, Any]) -> None:
-    found = part["calibration"]
-    filled = [b for b in found["bins"] if b["predicted"] is not None]
+    calibration = part["calibration"]
+    filled = [b for b in calibration["bins"] if b["predicted"] is not None]
     axis.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--")
     axis.plot(
         [b["predicted"] for b in filled],
         [b["agreement"] for b in filled],
         marker="o",
         markersize=4,
-        label=f"error {found['expected_calibration_error']:.3f}",
+        label=f"error {calibration['expected_calibration_error']:.3f}",
     )
     axis.set_xlabel("predicted: sigma(margin)", fontsize=9)
     axis.set_ylabel("share that agrees", fontsize=9)
 
 
 def _draw_histogram(axis: Any, part: dict[str, Any]) -> None:
-    found = part["histogram"]
+    histogram = part["histogram"]
     for name in ("chosen", "rejected"):
-        axis.stairs(found[name], found["edges"], fill=True, alpha=0.5, label=name)
+        axis.stairs(histogram[name], histogram["edges"], fill=True, alpha=0.5, label=name)
     axis.set_xlabel("score", fontsize=9)
     axis.set_ylabel("completions", fontsize=9)
 
@@ -244,15 +245,15 @@ def _draw_margins(axis: Any, part: dict[str, Any]) -> None:
 
 
 def _draw_length(axis: Any, part: dict[str, Any]) -> None:
-    found = part["length"]
-    bins = found["by_length"]
+    length = part["length"]
+    bins = length["by_length"]
     axis.errorbar(
         [b["mean_length"] for b in bins],
         [b["mean_score"] for b in bins],
         yerr=[b["std_score"] for b in bins],
         marker="o",
         capsize=3,
-        label=f"Spearman {_number(found['spearman'])}",
+        label=f"Spearman {_number(length['spearman'])}",
     )
-    axis.set_xlabel(f"length ({found['unit']})", fontsize=9)
+    axis.set_xlabel(f"length ({length['unit']})", fontsize=9)
     axis.set_ylabel("score: mean and standard deviation", fontsize=9)

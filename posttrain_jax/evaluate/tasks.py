@@ -23,15 +23,15 @@ Progress = Callable[[int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
       metrics: by name, each with its interval.
       counts: how much was looked at, and what went wrong.
       rows: one JSON object per row; each holds "id" and "metrics" (name -> (sum, count), which `comparison` pairs),
-        and for a task "prompt" (the text that was asked).
+        and for a task "prompt" (the text of the prompt).
       by_type: kind of row or check -> its counts.
-      data: what was evaluated on, as `say_data` said it.
+      data: what was evaluated on, as `print_data` printed it.
     """
 
     metrics: dict[str, Estimate]
@@ -56,7 +56,7 @@ def summarize(
     return TaskResult(metrics, {"rows": len(rows), **counts}, rows, by_type)
 
 
-def say_data(count: int, source: str, *, first: int = 0, skipped: int = 0) -> str:
+def print_data(count: int, source: str, *, first: int = 0, skipped: int = 0) -> str:
     """Prints what is evaluated on, before that takes its time, and returns it.
 
     Args:

@@ -311,9 +311,11 @@ def table(result: WinRate, *, a: str = "A", b: str = "B") -> str:
         ("verdicts that flip", result.flipped),
     ]
     lines = [f"B ({b}) against A ({a})", f"{'':30}{'value':>10}{'95 % interval':>22}"]
-    for name, found in rows:
+    for name, estimate in rows:
         numbers = (
-            f"{'none':>10}" if found is None else f"{found.value:10.4f}{found.low:12.4f}{found.high:10.4f}"
+            f"{'none':>10}"
+            if estimate is None
+            else f"{estimate.value:10.4f}{estimate.low:12.4f}{estimate.high:10.4f}"
         )
         lines.append(f"{name:30}{numbers}")
     if controlled.note:

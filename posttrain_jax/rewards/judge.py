@@ -163,8 +163,8 @@ def parse_verdict(text: str) -> float | None:
 
     The word may stand in quotes, brackets or asterisks and end with a full stop; nothing else may stand beside it.
     """
-    found = _VERDICT.fullmatch(text)
-    return VERDICTS[found[1].lower()] if found else None
+    match = _VERDICT.fullmatch(text)
+    return VERDICTS[match[1].lower()] if match else None
 
 
 def preferences_of_scores(scores_a_N: np.ndarray, scores_b_N: np.ndarray) -> np.ndarray:

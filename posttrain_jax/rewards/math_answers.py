@@ -29,7 +29,7 @@ _READY = b"ready"
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Whether an answer is right; what was taken for its result; why it could not be told (then it is not right)."""
+    """Whether an answer is right; what was taken for its result; why the comparison failed (then it is not right)."""
 
     right: bool
     extracted: str | None
@@ -153,10 +153,12 @@ def compare_here(reference: str, answer: str) -> Verdict:
     extracted = None
     try:
         reference, answer = plain_numbers(reference), plain_numbers(answer)
-        wanted = parse(_as_latex(reference), parsing_timeout=ALARM_SECONDS, raise_on_error=True)
-        found = parse(answer, parsing_timeout=ALARM_SECONDS, raise_on_error=True)
-        extracted = next((part for part in reversed(found) if isinstance(part, str)), None)
-        return Verdict(verify(wanted, found, timeout_seconds=ALARM_SECONDS, raise_on_error=True), extracted)
+        expected = parse(_as_latex(reference), parsing_timeout=ALARM_SECONDS, raise_on_error=True)
+        parsed = parse(answer, parsing_timeout=ALARM_SECONDS, raise_on_error=True)
+        extracted = next((part for part in reversed(parsed) if isinstance(part, str)), None)
+        return Verdict(
+            verify(expected, parsed, timeout_seconds=ALARM_SECONDS, raise_on_error=True), extracted
+        )
     except (Exception, TimeoutException) as error:  # sympy raises whatever it stumbles over
         return Verdict(False, extracted, f"{type(error).__name__}: {error}"[:300])
 

@@ -66,10 +66,10 @@ class Messages:
             self._receive()
 
     def _receive(self) -> None:
-        found = self._socket.recv(_READ_BYTES)
-        if not found:
+        received = self._socket.recv(_READ_BYTES)
+        if not received:
             raise EOFError
-        self._buffer += found
+        self._buffer += received
 
     def _whole(self) -> Iterable[Any]:
         """The messages that have come to their end."""

@@ -86,14 +86,14 @@ def plain_characters(text: str) -> str:
         return text
     text = "".join(map(_ascii_digit, text.translate(_CHARACTERS)))
     return _VULGAR.sub(
-        lambda found: found[1] + " " * bool(found[1]) + unicodedata.normalize("NFKD", found[2]), text
+        lambda match: match[1] + " " * bool(match[1]) + unicodedata.normalize("NFKD", match[2]), text
     ).translate(_CHARACTERS)
 
 
 def plain_numbers(text: str) -> str:
     """The text with `plain_characters`, 1.5e-3 as 0.0015 and 1 1/2 as 3/2, for math-verify, which reads 1.5 and 1."""
-    text = _E_NOTATION.sub(lambda found: f"{Decimal(found[0]):f}", plain_characters(text))
-    return _MIXED.sub(lambda found: f"{int(found[1]) * int(found[3]) + int(found[2])}/{found[3]}", text)
+    text = _E_NOTATION.sub(lambda match: f"{Decimal(match[0]):f}", plain_characters(text))
+    return _MIXED.sub(lambda match: f"{int(match[1]) * int(match[3]) + int(match[2])}/{match[3]}", text)
 
 
 def _ascii_digit(character: str) -> str:
@@ -116,7 +116,7 @@ def _boxed(text: str) -> str:
 
 def _without_latex(text: str) -> str:
     """Numbers in LaTeX and with typographic signs as plain text; what is not read as one is _FORMULA."""
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda found: f"^({found[0].translate(_SUPERSCRIPTS)})", text)
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda match: f"^({match[0].translate(_SUPERSCRIPTS)})", text)
     text = re.sub(r"[×·⋅]|\\times(?![A-Za-z])|\\cdot(?![A-Za-z])", "*", text)
     text = text.replace("{,}", ",").replace("\\!", "")
     text = re.sub(r"\\[,;: ]|[\u2007\u2009\u202f]", "\u00a0", text)
@@ -127,7 +127,7 @@ def _without_latex(text: str) -> str:
     part = r"(?:\{\s*(-?[\d.,]+)\s*\}|\s*(\d))"
     text = re.sub(
         rf"(\d?)\s{{0,2}}\\[dtc]?frac\s*{part}\s*{part}",
-        lambda found: f"{found[1]}{' ' if found[1] else ''}{found[2] or found[3]}/{found[4] or found[5]} ",
+        lambda match: f"{match[1]}{' ' if match[1] else ''}{match[2] or match[3]}/{match[4] or match[5]} ",
         text,
     )
     for _ in range(8):  # from the inside
@@ -139,33 +139,33 @@ def _without_latex(text: str) -> str:
     return re.sub(r"√|π|∞|\\(?:sqrt|pi|infty|[dtc]?frac)(?![A-Za-z])", _FORMULA, text)
 
 
-def _value(found: re.Match[str]) -> Number | None:
+def _value(match: re.Match[str]) -> Number | None:
     """A match of _NUMBER as a number; None for one that is none, or that has too many digits."""
-    if found["unread"] or len(found[0]) > _MOST_DIGITS:
+    if match["unread"] or len(match[0]) > _MOST_DIGITS:
         return None
-    if found["whole"]:
-        whole, part, parts = _decimal(found["whole"]), _decimal(found["part"]), _decimal(found["parts"])
+    if match["whole"]:
+        whole, part, parts = _decimal(match["whole"]), _decimal(match["part"]), _decimal(match["parts"])
         if not part < parts:
             return None
         value = Fraction(whole) + Fraction(part) / Fraction(parts)
-    elif found["over"]:
-        over, under = Fraction(_decimal(found["over"])), Fraction(_decimal(found["under"]))
+    elif match["over"]:
+        over, under = Fraction(_decimal(match["over"])), Fraction(_decimal(match["under"]))
         if not under:
             return None
         value = over / under
     else:
-        value = Fraction(_decimal(found["digits"]))
-        exponent = int(found["e"] or found["ten"] or found["power"] or 0)
-        base = value if found["power"] else Fraction(10)
+        value = Fraction(_decimal(match["digits"]))
+        exponent = int(match["e"] or match["ten"] or match["power"] or 0)
+        base = value if match["power"] else Fraction(10)
         if abs(exponent) * len(str(max(base.numerator, base.denominator))) > _MOST_DIGITS:
             return None
-        if found["power"]:
+        if match["power"]:
             if not value and exponent < 0:
                 return None
             value = value**exponent
         else:
             value *= base**exponent
-    return _decimal_or_fraction(-value if found["minus"] else value)
+    return _decimal_or_fraction(-value if match["minus"] else value)
 
 
 def _decimal(digits: str) -> Decimal:
