@@ -104,11 +104,6 @@ class Loader:
     def _collate(self, taken: Sequence[_Taken]) -> _Loaded:
         return _load(self._rows[0], taken)
 
-    @property
-    def rows_per_epoch(self) -> int:
-        """Rows of all sources together; in a mixture an epoch is this many rows, dealt out by weight."""
-        return sum(len(part) for part in self._rows)
-
     def __iter__(self) -> Iterator[HostBatch]:
         return self
 

@@ -246,9 +246,3 @@ def _put_group(
         arrays["probabilities"][r, slot] = c.probability
         arrays["shares"][r, slot] = 1.0 / possible
         place.comparison += 1
-
-
-def used_share(groups: Sequence[PreferenceRow], shape: RowShape) -> float:
-    """Share of the positions in the rows of these groups that hold a token (0 to 1)."""
-    needs = [_need(row.group, shape) for row in groups]
-    return sum(needs) / max(1, len(best_fit(needs, shape.length)) * shape.length)

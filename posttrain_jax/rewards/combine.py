@@ -79,25 +79,6 @@ def length_penalty(lengths_B: Scores, *, free: int, per_token: float) -> Array:
     return -jnp.float32(per_token) * jnp.maximum(_float32(lengths_B) - free, 0.0)
 
 
-def soft_overlong(lengths_B: Scores, *, max_length: int, cache: int) -> Array:
-    """DAPO's soft overlong punishment, `[B]`, a term to be added to the score (arXiv:2503.14476, section 3.4).
-
-    0 up to max_length - cache tokens, then linear, -1 from max_length on: (max_length - cache - length) / cache.
-
-    Args:
-      max_length: L_max, tokens (20,480 in the paper).
-      cache: L_cache, the tokens over which the punishment grows (4,096).
-
-    Raises:
-      InputError: cache is not between 1 and max_length.
-    """
-    if not 1 <= cache <= max_length:
-        raise InputError(
-            f"The length penalty grows over {cache} tokens of {max_length}; write 1 to {max_length}."
-        )
-    return jnp.clip((max_length - cache - _float32(lengths_B)) / cache, -1.0, 0.0)
-
-
 def replace_unfinished(scores_B: Scores, ended_B: Array | np.ndarray, *, value: float = -1.0) -> Array:
     """The score, or `value` for a completion that the model did not end, `[B]`.
 

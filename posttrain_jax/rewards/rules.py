@@ -131,6 +131,25 @@ def length_within(completions: list[Completion], *, least: int = 0, most: int) -
     return [float(least <= len(completion.token_ids) <= most) for completion in completions]
 
 
+def soft_overlong(completions: list[Completion], *, max_length: int, cache: int) -> list[float]:
+    """DAPO's soft overlong punishment, to be added with weight 1 (arXiv:2503.14476, section 3.4): 0 up to
+    max_length - cache tokens, then linear, -1 from max_length on: (max_length - cache - length) / cache.
+
+    Args:
+      max_length: L_max, tokens (20,480 in the paper).
+      cache: L_cache, the tokens over which the punishment grows (4,096).
+
+    Raises:
+      InputError: cache is not between 1 and max_length.
+    """
+    if not 1 <= cache <= max_length:
+        raise InputError(
+            f"The length penalty grows over {cache} tokens of {max_length}; write 1 to {max_length}."
+        )
+    lengths = [len(completion.token_ids) for completion in completions]
+    return [max(-1.0, min(0.0, (max_length - cache - length) / cache)) for length in lengths]
+
+
 def repeated_share(completions: list[Completion], *, n: int = 4) -> list[float]:
     """The share of the completion's n-grams of words that stood there before, from 0 (none) to nearly 1; give it a
     negative weight. A completion of fewer than n words has 0.

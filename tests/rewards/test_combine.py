@@ -80,19 +80,6 @@ def test_length_penalty():
     close(combine.length_penalty(np.array([0, 10, 11, 12]), free=10, per_token=0.1), [0.0, 0.0, -0.1, -0.2])
 
 
-def test_soft_overlong():
-    """The paper's numbers: 0 up to 20480 - 4096 = 16384 tokens, half way (18432) -0.5, -1 at 20480 and beyond; one
-    token too many costs 1 / 4096 = 0.00024414."""
-    lengths = np.array([0, 16_384, 16_385, 18_432, 20_480, 30_000])
-    close(
-        combine.soft_overlong(lengths, max_length=20_480, cache=4_096),
-        [0.0, 0.0, -0.00024414, -0.5, -1.0, -1.0],
-    )
-    for cache in (0, 11):
-        with pytest.raises(InputError, match="write 1 to 10"):
-            combine.soft_overlong(lengths, max_length=10, cache=cache)
-
-
 def test_unfinished_answers():
     """Replaced, a good answer and a bad one are equal; penalized, their difference of 3 is kept."""
     scores, ended = np.array([4.0, 4.0, 1.0]), np.array([True, False, False])

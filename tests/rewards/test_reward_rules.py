@@ -163,6 +163,17 @@ def test_lengths():
     assert rules.length_within(answers, most=3) == [1.0, 1.0, 0.0]
 
 
+def test_soft_overlong():
+    """The paper's numbers: 0 up to 20480 - 4096 = 16384 tokens, half way (18432) -0.5, -1 at 20480 and beyond; one
+    token too many costs 1 / 4096 = 0.00024414."""
+    completions = [answer("", tokens=n) for n in (0, 16_384, 16_385, 18_432, 20_480, 30_000)]
+    found = rules.soft_overlong(completions, max_length=20_480, cache=4_096)
+    assert found == pytest.approx([0.0, 0.0, -0.00024414, -0.5, -1.0, -1.0], abs=1e-8)
+    for cache in (0, 11):
+        with pytest.raises(InputError, match="write 1 to 10"):
+            rules.soft_overlong([], max_length=10, cache=cache)
+
+
 def test_repeated_share():
     """ "a b a b a" has the pairs ab, ba, ab, ba: 2 of 4 are repeats. "a a a a" has 3 pairs, 2 of them repeats, and one
     4-gram."""
