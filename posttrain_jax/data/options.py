@@ -9,6 +9,7 @@ from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.schema import check, setting
 from posttrain_jax.data.chat import TRAIN_ON
 from posttrain_jax.data.chat_template import TEXT_AS
+from posttrain_jax.data.rows import read_columns
 from posttrain_jax.data.sources import weighted_sources
 from posttrain_jax.data.split import split_amount
 from posttrain_jax.data.tokenized import ON_BAD_ROW, TRUNCATE
@@ -29,6 +30,9 @@ class DataOptions:
     )
     max_length: int = setting(1024, "longest sequence", unit="tokens", minimum=2)
     on_bad_row: str = setting("stop", "what a row that cannot be read does", choices=ON_BAD_ROW)
+    columns: dict[str, Any] = setting(
+        {}, 'our names of columns of the rows: {"prompt": "question", "completion": "best_answer"}'
+    )
     ignore_columns: str = setting("", 'columns of the rows that are not read, "a,b"')
     chat_template: str = setting(
         "", '"" = the model\'s own; a path, the text, or the name of one of several', longest=1_000_000
@@ -48,6 +52,7 @@ class DataOptions:
             if not isinstance(source, str):
                 weighted_sources(list(source))
         split_amount(self.eval)
+        read_columns(self.columns, "data.columns")
 
 
 @dataclasses.dataclass(frozen=True)
