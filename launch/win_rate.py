@@ -1,7 +1,7 @@
-"""Which of two models answers better? A judge is shown both answers to every prompt, in both orders.
+"""Which of two models writes better completions? A judge is shown both completions of every prompt, in both orders.
 
---a and --b are files that launch.generate wrote for the same prompts; they are paired by id and sample. Of an answer
-the judge sees what follows its thought: nothing of one that was cut off inside. What was asked is a row's own column
+--a and --b are files that launch.generate wrote for the same prompts; they are paired by id and sample. Of a completion
+the judge sees what follows its thought: nothing of one that was cut off inside. The prompt is a row's own column
 `prompt` or `messages` (so a file of reference answers can be an opponent), else what --prompts or the file that
 FILE.options.json names has under its id.
 
@@ -70,7 +70,7 @@ class Options:
 
 def define_flags() -> None:
     """The command line; not at import, so that modules with like-named flags can be imported together."""
-    flags.DEFINE_string("a", None, "JSON Lines of answers, as launch.generate writes them.")
+    flags.DEFINE_string("a", None, "JSON Lines of completions, as launch.generate writes them.")
     flags.DEFINE_string("b", None, "Another one, to the same prompts; the win rate is of b over a.")
     flags.DEFINE_string("judge", None, "URL of an OpenAI-compatible server, a MODEL, or a reward model.")
     flags.DEFINE_string("out", None, "Folder for result.json, judgments.jsonl and the cache.")
@@ -119,7 +119,7 @@ def compare(options: Options) -> dict[str, Any]:
     empty = sum(not pair.a.strip() for pair in pairs), sum(not pair.b.strip() for pair in pairs)
     if any(empty):
         print(
-            f"{empty[0]:,} answers of a and {empty[1]:,} of b are empty, or were cut off inside their thought."
+            f"{empty[0]:,} completions of a and {empty[1]:,} of b are empty, or were cut off inside their thought."
         )
     out = Path(options.out).expanduser()
     try:
@@ -181,7 +181,7 @@ def judge_by_scores(options: Options, pairs: list[Pair], out: Path) -> Judged:
     """What a reward model (or an ensemble, by the mean of its members) thinks of the pairs.
 
     Raises:
-      InputError: a bad flag, or an answer that cannot be scored.
+      InputError: a bad flag, or a completion that cannot be scored.
     """
     from posttrain_jax.core.sharding import make_mesh
     from posttrain_jax.models.io.load import load_members
@@ -238,7 +238,7 @@ class GeneratedRow:
     where: str
     text: str
     request: str
-    asked: Any
+    prompt_row: Any
 
 
 Key = tuple[str | int, int]
@@ -248,7 +248,7 @@ def read_pairs(options: Options) -> list[Pair]:
     """The two files, paired by id and sample, in the order of `a`.
 
     Raises:
-      InputError: a file is missing, a row is no answer, an answer has no partner, or the two were asked different
+      InputError: a file is missing, a row is no completion, a completion has no partner, or the two have different
         things; names file and line.
     """
     from posttrain_jax.rewards.judge import Pair
@@ -260,31 +260,39 @@ def read_pairs(options: Options) -> list[Pair]:
             key = alone[0]
             raise InputError(
                 f"{here[key].where}: id {key[0]!r}, sample {key[1]} is not in {other}, like {len(alone)} of the "
-                f"{len(here)} answers of {name}; generate both from the same prompts, to the end."
+                f"{len(here)} completions of {name}; generate both from the same prompts, to the end."
             )
     pairs = []
-    for key, answer in a.items():
+    for key, completion in a.items():
         rival = b[key]
-        if answer.request != rival.request:
+        if completion.request != rival.request:
             raise InputError(
-                f"{rival.where}: id {key[0]!r} answers another prompt than {answer.where} does; generate both from the "
+                f"{rival.where}: id {key[0]!r} is of another prompt than {completion.where} is; generate both from the "
                 "same prompts."
             )
         pairs.append(
-            Pair(key[0], key[1], answer.where, answer.request, answer.text, rival.text, answer.asked)
+            Pair(
+                key[0],
+                key[1],
+                completion.where,
+                completion.request,
+                completion.text,
+                rival.text,
+                completion.prompt_row,
+            )
         )
     return pairs
 
 
 def read_answers(path: str, prompts: str) -> dict[Key, GeneratedRow]:
-    """The answers of a file, by id and sample.
+    """The completions of a file, by id and sample.
 
     Args:
       path: what launch.generate wrote.
       prompts: the prompts; "" = what `path`.options.json names.
 
     Raises:
-      InputError: the file is missing or empty, a row is no answer, or what it answers is not known; names file and
+      InputError: the file is missing or empty, a row is no completion, or whose prompts are not known; names file and
         line.
     """
     from posttrain_jax.data.sources import RowError, read_rows
@@ -292,19 +300,19 @@ def read_answers(path: str, prompts: str) -> dict[Key, GeneratedRow]:
 
     if not Path(path).expanduser().is_file():
         raise InputError(f"{path}: there is no such file; give one that launch.generate wrote.")
-    asked: dict[str | int, Prompt] | None = None
-    answers: dict[Key, GeneratedRow] = {}
+    prompt_of: dict[str | int, Prompt] | None = None
+    completions: dict[Key, GeneratedRow] = {}
     for row in read_rows(path):
         where = f"{row.source}:{row.line}"
         try:
             key, text, in_thought = _checked(row)
-            if key in answers:
+            if key in completions:
                 raise RowError(
-                    "id", f"is {key[0]!r} with sample {key[1]}, which {answers[key].where} has already"
+                    "id", f"is {key[0]!r} with sample {key[1]}, which {completions[key].where} has already"
                 )
             if row.value.get("prompt") is None and row.value.get("messages") is None:
-                asked = prompts_of(path, prompts) if asked is None else asked
-                prompt = asked.get(key[0])
+                prompt_of = prompts_of(path, prompts) if prompt_of is None else prompt_of
+                prompt = prompt_of.get(key[0])
             else:
                 prompt = Prompt(key[0], where, row.value)
             request = _request(prompt, key[0])
@@ -314,12 +322,14 @@ def read_answers(path: str, prompts: str) -> dict[Key, GeneratedRow]:
         messages = prompt.row.get("messages")
         words = prompt.row["prompt"] if messages is None else messages
         in_thought = in_thought or (isinstance(words, str) and opens_thought(words))
-        answers[key] = GeneratedRow(where, after_thought(text, in_thought=in_thought) or "", request, words)
-    return answers
+        completions[key] = GeneratedRow(
+            where, after_thought(text, in_thought=in_thought) or "", request, words
+        )
+    return completions
 
 
 def prompts_of(path: str, prompts: str) -> dict[str | int, Prompt]:
-    """What the answers in `path` answer, by id.
+    """The prompts of the completions in `path`, by id.
 
     Raises:
       InputError: it is not known, or the file that holds it is missing or bad.
@@ -333,8 +343,8 @@ def prompts_of(path: str, prompts: str) -> dict[str | int, Prompt]:
             columns, ignored = str(made.get("columns", "")), str(made.get("ignore_columns", ""))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
-                f"{path}: its rows have no column prompt or messages, and {description.name} beside it does not say "
-                "what they answer; give --prompts."
+                f"{path}: its rows have no column prompt or messages, and {description.name} beside it does not name "
+                "their prompts; give --prompts."
             ) from error
         if not Path(prompts).is_file():
             raise InputError(
@@ -380,7 +390,7 @@ def _request(prompt: Prompt | None, name: str | int) -> str:
     request = request_text(prompt.row)
     if request is None:
         raise RowError(
-            "the row", f"answers {prompt.where}, which has no text that a judge can read, only prompt_ids"
+            "the row", f"is of {prompt.where}, which has no text that a judge can read, only prompt_ids"
         )
     return request
 

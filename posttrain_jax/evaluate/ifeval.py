@@ -44,7 +44,7 @@ NEEDS_SENTENCE_MODEL = ("length_constraints:number_sentences", "change_case:capi
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
+class IfevalPrompt:
     """One prompt of IFEval.
 
     Attributes:
@@ -103,12 +103,12 @@ class Checkers:
             checker.build_description(prompt=prompt)
         return checker
 
-    def check(self, prompt: Prompt, text: str) -> list[Check]:
+    def check(self, prompt: IfevalPrompt, text: str) -> list[Check]:
         """Checks every instruction of a prompt, strictly and loosely, on a text without its thought."""
         with _quiet_root_logger():
             return [self._check_one(prompt, place, text) for place in range(len(prompt.instructions))]
 
-    def _check_one(self, prompt: Prompt, place: int, answer: str) -> Check:
+    def _check_one(self, prompt: IfevalPrompt, place: int, answer: str) -> Check:
         instruction = prompt.instructions[place]
         try:
             checker = self.checker(instruction, prompt.arguments[place], prompt.text)
@@ -169,7 +169,7 @@ def load_prompts(
     prompt: str = "{prompt}",
     first: int = 0,
     on_bad_row: str = "stop",
-) -> Items[Prompt]:
+) -> Items[IfevalPrompt]:
     """Prompts in the format of the paper's data: key, prompt, instruction_id_list, kwargs; `prompt` is a template of
     what is asked.
 
@@ -190,7 +190,7 @@ def load_prompts(
     return items
 
 
-def _prompt(row: Row, key: str | int, checkers: Checkers, template: PromptTemplate) -> Prompt:
+def _prompt(row: Row, key: str | int, checkers: Checkers, template: PromptTemplate) -> IfevalPrompt:
     text = template.fill(row.value)
     names, given = column(row.value, "instruction_id_list"), column(row.value, "kwargs")
     if not isinstance(names, list) or not names:
@@ -211,7 +211,7 @@ def _prompt(row: Row, key: str | int, checkers: Checkers, template: PromptTempla
             checkers.checker(name, one, text)
         except Exception as error:  # the package raises whatever it stumbles over
             raise RowError(f"kwargs[{place}]", f"does not suit {name}: {error}") from error
-    return Prompt(key, f"{row.source}:{row.line}", text, tuple(names), arguments)
+    return IfevalPrompt(key, f"{row.source}:{row.line}", text, tuple(names), arguments)
 
 
 def from_config(config: Config, loaded: LoadedModel, *, progress: Progress | None = None) -> TaskResult:
@@ -243,7 +243,7 @@ def from_config(config: Config, loaded: LoadedModel, *, progress: Progress | Non
 
 def ifeval(
     loaded: LoadedModel,
-    prompts: Items[Prompt],
+    prompts: Items[IfevalPrompt],
     checkers: Checkers,
     options: CompletionOptions,
     *,

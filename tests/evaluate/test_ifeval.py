@@ -12,7 +12,7 @@ from posttrain_jax.evaluate.completions import CompletionOptions
 from posttrain_jax.evaluate.ifeval import (
     LEVELS,
     Checkers,
-    Prompt,
+    IfevalPrompt,
     ifeval,
     levels,
     load_prompts,
@@ -34,7 +34,7 @@ def checkers():
 
 def prompt_of(*instructions):
     names, arguments = zip(*instructions, strict=True)
-    return Prompt("p", "here:1", "Say something.", names, arguments)
+    return IfevalPrompt("p", "here:1", "Say something.", names, arguments)
 
 
 @pytest.mark.parametrize(

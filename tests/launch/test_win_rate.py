@@ -393,7 +393,8 @@ def test_a_reward_model_as_the_judge(tmp_path, capsys):
     assert [row["preference"] for row in of_empty] == [1.0, 0.0, 0.5, rows[3]["preference"]]
     assert of_empty[0]["said_a_first"] == "empty"
     assert (
-        "2 answers of a and 2 of b are empty, or were cut off inside their thought" in capsys.readouterr().out
+        "2 completions of a and 2 of b are empty, or were cut off inside their thought"
+        in capsys.readouterr().out
     )
     assert record["b_over_a"]["ties"] == 1 and record["usage"]["calls"] == 8
     with pytest.raises(InputError, match="--judge_model is for a judge behind a URL"):

@@ -45,9 +45,12 @@ GOOD = {"id": 1, "sample": 0, "text": "t", "prompt": "p"}
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([{**GOOD, "id": 2}], r"a\.jsonl:1: id 1, sample 0 is not in --b, like 1 of the 1 answers of --a"),
+        (
+            [{**GOOD, "id": 2}],
+            r"a\.jsonl:1: id 1, sample 0 is not in --b, like 1 of the 1 completions of --a",
+        ),
         ([GOOD, {**GOOD, "sample": 1}], r"b\.jsonl:2: id 1, sample 1 is not in --a, like 1 of the 2"),
-        ([{**GOOD, "prompt": "q"}], r"b\.jsonl:1: id 1 answers another prompt than .*a\.jsonl:1 does"),
+        ([{**GOOD, "prompt": "q"}], r"b\.jsonl:1: id 1 is of another prompt than .*a\.jsonl:1 is"),
         ([GOOD, GOOD], r"b\.jsonl:2: id is 1 with sample 0, which .*b\.jsonl:1 has already"),
         ([{**GOOD, "text": None}], r"b\.jsonl:1: text is missing"),
         ([{**GOOD, "id": None}], r"b\.jsonl:1: id is missing"),
@@ -66,7 +69,7 @@ def test_prompts_that_no_judge_can_read_are_refused(tmp_path):
     a = write(tmp_path / "a.jsonl", [{"id": 0, "text": "t"}, {"id": 1, "text": "t"}])
     prompts = write(tmp_path / "p.jsonl", [{"id": 0, "prompt": "p"}, {"id": 1, "prompt_ids": [3]}])
     asked = options(tmp_path, "x", a=a, b=a, prompts=str(prompts))
-    with pytest.raises(InputError, match=r"a\.jsonl:2: the row answers .*p\.jsonl:2, which has no text"):
+    with pytest.raises(InputError, match=r"a\.jsonl:2: the row is of .*p\.jsonl:2, which has no text"):
         read_pairs(asked)
     write(prompts, [{"id": 0, "prompt": "p"}])
     with pytest.raises(InputError, match=r"a\.jsonl:2: id is 1, which no prompt has"):
