@@ -140,7 +140,7 @@ class Chat:
         tokens: list[int] = []
 
         def drawn() -> Iterator[int]:
-            for token in self._stream.answer(
+            for token in self._stream.complete(
                 prompt, max_new_tokens=self.max_new_tokens, sampling=self.sampling
             ):
                 if interrupt.pressed:

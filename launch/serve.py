@@ -173,7 +173,7 @@ def serve(options: Options) -> int:
         with ends_at_a_signal():
             loaded = load(options)
             limits = limits_of(loaded, options)
-            engine = make_engine(loaded, options, places=limits.places)
+            engine = make_engine(loaded, options, max_length=limits.max_length)
         return run(loaded, options, listener, limits, engine)
 
 
@@ -279,22 +279,22 @@ def limits_of(loaded: LoadedModel, options: Options) -> Limits:
     if options.max_logprobs > vocabulary:
         raise InputError(f"--max_logprobs={options.max_logprobs} is more than the vocabulary, {vocabulary}.")
     assert loaded.tokenizer is not None  # `load` checked it
-    places = options.max_model_len or min(context, DEFAULT_LENGTH)
+    max_length = options.max_model_len or min(context, DEFAULT_LENGTH)
     return Limits(
-        places=places,
+        max_length=max_length,
         vocabulary=vocabulary,
         alternatives=options.max_logprobs,
-        characters=places * max(map(len, loaded.tokenizer.get_vocab())),
+        characters=max_length * max(map(len, loaded.tokenizer.get_vocab())),
         control_tokens=options.control_tokens,
         answers=options.slots + options.max_waiting,
         stop_token_ids=stop_token_ids(loaded.config, loaded.tokenizer),
     )
 
 
-def make_engine(loaded: LoadedModel, options: Options, *, places: int) -> Engine:
+def make_engine(loaded: LoadedModel, options: Options, *, max_length: int) -> Engine:
     """An engine that can do what requests may ask for, with its programs compiled, so that no request waits for one."""
     from posttrain_jax.models.io.tokenizer import stop_token_ids
-    from posttrain_jax.sampling.choose import Needs
+    from posttrain_jax.sampling.choose import StaticSamplingOptions
     from posttrain_jax.sampling.engine import Engine
     from posttrain_jax.serving.bodies import MOST_STOPS
 
@@ -303,9 +303,9 @@ def make_engine(loaded: LoadedModel, options: Options, *, places: int) -> Engine
         loaded.model,
         loaded.params,
         slots=options.slots,
-        places=places,
-        new_tokens=places - 1,
-        needs=Needs(
+        max_length=max_length,
+        max_new_tokens=max_length - 1,
+        static_options=StaticSamplingOptions(
             draw=True,
             nucleus=True,
             min_p=True,
@@ -317,7 +317,7 @@ def make_engine(loaded: LoadedModel, options: Options, *, places: int) -> Engine
         tokenizer=copy.deepcopy(loaded.tokenizer),  # tokenizers are not safe to share between threads
     )
     started = time.monotonic()
-    print(f"compiling the programs for up to {places} tokens ...", end=" ", file=sys.stderr, flush=True)
+    print(f"compiling the programs for up to {max_length} tokens ...", end=" ", file=sys.stderr, flush=True)
     programs = engine.warm_up()
     print(f"{programs} programs, done in {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
     return engine

@@ -17,7 +17,7 @@ from posttrain_jax.core.sharding import BATCH_AXES, ambient_mesh
 from posttrain_jax.core.types import Array
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.kernels.block_attention import BLOCK, BlockRule, RowPlaces, block_attention
-from posttrain_jax.models.kv_cache import READ_BLOCK
+from posttrain_jax.models.kv_cache import PREFILL_BLOCK
 
 IMPLEMENTATIONS = ("xla", "blocks", "cudnn", "splash")
 QUERY_BLOCK = 256
@@ -172,7 +172,7 @@ def attend_cache(
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, width)
 
 
-def attend_reading(
+def attend_prefill(
     q_BTHK: Array,
     k_LBSGK: Array,
     v_LBSGK: Array,
@@ -182,10 +182,10 @@ def attend_reading(
     is_local: Array,
     config: ModelConfig,
 ) -> Array:
-    """The same function over one layer of what was read so far (`kv_cache.init_reading`), `[B, T, H, K]`: the queries
-    are those at the places `start` ... `start + T - 1`, whose own keys are written already.
+    """The same function over one layer of the prefill cache (`kv_cache.init_prefill_cache`), `[B, T, H, K]`. The queries
+    are those at the indices `start` ... `start + T - 1`, whose own keys are written already.
 
-    Goes over READ_BLOCK places at a time up to the last query's, so that a prompt's beginning does not pay for the room
+    Reads PREFILL_BLOCK keys at a time up to the last query's, so that the start of a prompt does not pay for the room
     that its end may need; the softmax is corrected from block to block (arXiv:2205.14135, algorithm 1).
     """
     batch, time, heads, width = q_BTHK.shape
@@ -196,22 +196,22 @@ def attend_reading(
 
     def block_of(array_LBSGK: Array, first: Array) -> Array:
         at = (layer, 0, first, 0, 0)
-        return jax.lax.dynamic_slice(array_LBSGK, at, (1, batch, READ_BLOCK, groups, width))[0]
+        return jax.lax.dynamic_slice(array_LBSGK, at, (1, batch, PREFILL_BLOCK, groups, width))[0]
 
     def one_block(number: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, out = carry
-        first = number * READ_BLOCK
+        first = number * PREFILL_BLOCK
         keys = block_of(k_LBSGK, first).astype(q_BTHK.dtype)
         scores = jnp.einsum("bgnk,bjgk->bgnj", q_BGNK, keys, preferred_element_type=jnp.float32)
         scores = scores * config.query_scale
         if config.attn_softcap:
             scores = config.attn_softcap * jnp.tanh(scores / config.attn_softcap)
-        gap_TJ = place_T[:, None] - (first + jnp.arange(READ_BLOCK))[None]
+        gap_TJ = place_T[:, None] - (first + jnp.arange(PREFILL_BLOCK))[None]
         allowed_TJ = gap_TJ >= 0
         if config.any_local:
             allowed_TJ &= jnp.logical_not(is_local) | (gap_TJ < config.sliding_window)
         shape = scores.shape
-        scores = scores.reshape(batch, groups, -1, time, READ_BLOCK)
+        scores = scores.reshape(batch, groups, -1, time, PREFILL_BLOCK)
         scores = jnp.where(allowed_TJ[None, None, None], scores, MASKED_SCORE).reshape(shape)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
         weights, kept = jnp.exp(scores - new_top), jnp.exp(top - new_top)
@@ -224,7 +224,7 @@ def attend_reading(
 
     nothing = jnp.zeros((*q_BGNK.shape[:3], 1), jnp.float32)
     carry = (nothing + MASKED_SCORE, nothing, jnp.zeros(q_BGNK.shape, jnp.float32))
-    blocks = (start + time - 1) // READ_BLOCK + 1
+    blocks = (start + time - 1) // PREFILL_BLOCK + 1
     _, total, out_BGNK = jax.lax.fori_loop(0, blocks, one_block, carry)
     out = (out_BGNK / total).astype(q_BTHK.dtype).reshape(batch, groups, -1, time, width)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, width)

@@ -1,11 +1,12 @@
-"""The KV cache: every layer's keys and values of the tokens that were read, at places 0, 1, 2 ... of each row.
+"""The KV cache: every layer's keys and values of a row's tokens, at the indices 0, 1, 2 ... of the row.
 
-Values lie as `[B, G, S, K]`. Keys lie in C = S / J blocks of J places, `[B, G, C, K, J]`, so that the product with a
-query reads them in order: within a block the places are side by side, and on a CPU a block of 64 x 64 is in cache while
-it is read (one block of all places takes twice as long, experiments/LOG.md). Elsewhere all places are one block.
+Values lie as `[B, G, S, K]`. Keys lie in C = S / J blocks of J tokens, `[B, G, C, K, J]`, so that the product with a
+query reads them in order: within a block the tokens are the last axis, and on a CPU a block of 64 x 64 stays in the
+processor's cache while it is read (one block of all tokens takes twice as long, experiments/LOG.md). On other backends
+all tokens are one block.
 
-Prompts are read into an `init_reading` of their own, all layers in one array, and put into the cache when they are
-whole (`put_rows`): so what reads does not depend on the size of the cache.
+Prompts are prefilled into a cache of their own with all layers in one array (`init_prefill_cache`), and put into the
+cache when they are complete (`put_rows`): so the prefill program does not depend on the length of the cache.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ import jax.numpy as jnp
 from posttrain_jax.core.types import Array, PyTree
 from posttrain_jax.models.config import ModelConfig
 
-CPU_BLOCK = 64
-READ_BLOCK = 256
+CPU_BLOCK = 64  # J on a CPU
+PREFILL_BLOCK = 256  # tokens of the prefill cache that attention reads together
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: str = "float32") -> PyTree:
-    """An empty cache of at least `length` places a row.
+    """An empty cache for at least `length` tokens a row.
 
-    `layers`: for each layer `k` `[B, G, C, K, J]` and `v` `[B, G, S, K]`; `positions` `[B, S]` (-1 = empty); `length`
-    `[B]`, how many places of a row are taken. S is the next multiple of the blocks' width J.
+    `layers`: for each layer `k` `[B, G, C, K, J]` and `v` `[B, G, S, K]`; `positions` `[B, S]`, each token's position
+    (-1 = empty); `length` `[B]`, how many tokens a row holds. S is `length` rounded up to a multiple of J.
     """
     layers = init_layers(config, batch, length, dtype)
     return {
@@ -48,22 +49,22 @@ def init_layers(config: ModelConfig, batch: int, length: int, dtype: str = "floa
     ]
 
 
-def init_reading(config: ModelConfig, batch: int, length: int, dtype: str = "float32") -> PyTree:
-    """Room for the keys and values of B prompts that are being read, `k` and `v` `[L, B, S, G, K]`; S is the next
-    multiple of the READ_BLOCK places that attention looks at together."""
-    places = -(-length // READ_BLOCK) * READ_BLOCK
-    shape = (config.n_layers, batch, places, config.n_kv_heads, config.head_dim)
+def init_prefill_cache(config: ModelConfig, batch: int, length: int, dtype: str = "float32") -> PyTree:
+    """Room for the keys and values of B prompts in prefill, `k` and `v` `[L, B, S, G, K]`; S is `length` rounded up to
+    a multiple of PREFILL_BLOCK."""
+    size = -(-length // PREFILL_BLOCK) * PREFILL_BLOCK
+    shape = (config.n_layers, batch, size, config.n_kv_heads, config.head_dim)
     return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
 
 def append(layer: PyTree, k_BTGK: Array, v_BTGK: Array, index_BT: Array) -> PyTree:
-    """A layer with the keys and values of T tokens written, each at its place in the row (out of range = nowhere)."""
+    """A layer with the keys and values of T tokens written, each at its index in the row (out of range = nowhere)."""
     block = layer["k"].shape[-1]
 
     def keys(k_GCKJ: Array, new_TGK: Array, index_T: Array) -> Array:
         new_TGK = new_TGK.astype(k_GCKJ.dtype)
-        at = k_GCKJ.at[:, index_T // block, :, index_T % block]
-        return at.set(new_TGK, mode="drop", unique_indices=True)
+        target = k_GCKJ.at[:, index_T // block, :, index_T % block]
+        return target.set(new_TGK, mode="drop", unique_indices=True)
 
     def values(v_GSK: Array, new_TGK: Array, index_T: Array) -> Array:
         new_GTK = new_TGK.transpose(1, 0, 2).astype(v_GSK.dtype)
@@ -76,9 +77,8 @@ def append(layer: PyTree, k_BTGK: Array, v_BTGK: Array, index_BT: Array) -> PyTr
 
 
 def put_rows(layer: PyTree, k_RTGK: Array, v_RTGK: Array, row_R: Array) -> PyTree:
-    """A layer in which some rows (out of range = nowhere) begin with R sequences; what lies behind them is undefined.
-
-    Of sequences longer than the cache the first places are kept.
+    """A layer with R sequences written to the start of some rows (out of range = nowhere); what lies behind them is
+    undefined. Of sequences longer than the cache the first tokens are kept.
     """
     blocks, block = layer["k"].shape[2], layer["k"].shape[-1]
     time = min(k_RTGK.shape[1], blocks * block)
@@ -93,7 +93,7 @@ def put_rows(layer: PyTree, k_RTGK: Array, v_RTGK: Array, row_R: Array) -> PyTre
 
 
 def grow(layer: PyTree, length: int) -> PyTree:
-    """The same layer with at least `length` places a row, which is not less than it has."""
+    """The same layer with room for at least `length` tokens a row, no less than it has."""
     blocks, block = layer["k"].shape[2], layer["k"].shape[-1]
     keys, values = [(0, 0)] * 5, [(0, 0)] * 4
     if jax.default_backend() == "cpu":

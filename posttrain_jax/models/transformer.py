@@ -24,7 +24,7 @@ from posttrain_jax.models.attention import (
     AttentionMask,
     attend,
     attend_cache,
-    attend_reading,
+    attend_prefill,
     default_implementation,
 )
 from posttrain_jax.models.config import LoraConfig, ModelConfig
@@ -240,7 +240,7 @@ class Attention(nn.Module):
                 "v": jax.lax.dynamic_update_slice(cache["v"], v_BTGK[None].astype(cache["v"].dtype), at),
                 "layer": cache["layer"],
             }
-            out_BTHK = attend_reading(
+            out_BTHK = attend_prefill(
                 q_BTHK,
                 cache["k"],
                 cache["v"],
@@ -430,10 +430,10 @@ def extend(
     return x_BTD, {"layers": layers, "positions": positions_BS, "length": length_B}
 
 
-def read(
-    module: Transformer, params: PyTree, tokens_BT: Array, start: Array, reading: PyTree
+def prefill(
+    module: Transformer, params: PyTree, tokens_BT: Array, start: Array, cache: PyTree
 ) -> tuple[Array, PyTree]:
-    """The same layers, scanned, over T further tokens of B prompts; see `Model.read`."""
+    """The same layers, scanned, over T further tokens of B prompts; see `Model.prefill`."""
     config = module.config
     positions_BT = jnp.broadcast_to(start + jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
     positions_BT = positions_BT.astype(jnp.int32)
@@ -446,8 +446,8 @@ def read(
     block = Block(config, module.lora, module.dtype, module.implementation)
 
     def one_layer(carry: tuple[Array, PyTree], layer: PyTree) -> tuple[tuple[Array, PyTree], None]:
-        x_BTD, reading = carry
-        cache = {**reading, "layer": layer["number"]}
+        x_BTD, cache = carry
+        cache = {**cache, "layer": layer["number"]}
         x_BTD, cache = block.apply({"params": layer["weights"]}, x_BTD, shared, layer["is_local"], cache)
         return (x_BTD, {"k": cache["k"], "v": cache["v"]}), None
 
@@ -459,9 +459,9 @@ def read(
         "number": jnp.arange(config.n_layers),
         "is_local": jnp.asarray(_local_layers(config)),
     }
-    (x_BTD, reading), _ = jax.lax.scan(one_layer, (x_BTD, reading), layers)
+    (x_BTD, cache), _ = jax.lax.scan(one_layer, (x_BTD, cache), layers)
     norm = RMSNorm(config.norm_eps, config.norm_plus_one, module.dtype)
-    return norm.apply({"params": params["final_norm"]}, x_BTD), reading
+    return norm.apply({"params": params["final_norm"]}, x_BTD), cache
 
 
 def _written(tables: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -579,20 +579,19 @@ class Model:
             cache=cache,
         )
 
-    def read(
-        self, params: PyTree, tokens_BT: Array, *, start: Array, reading: PyTree
+    def prefill(
+        self, params: PyTree, tokens_BT: Array, *, start: Array, cache: PyTree
     ) -> tuple[Array, PyTree]:
-        """Reads T further tokens of B prompts, all from the place `start` on: the hidden states `[B, T, D]`, and
-        `reading` (`kv_cache.init_reading`) with their keys and values. What lies behind a prompt's end is undefined,
-        as are the hidden states there.
+        """Reads T further tokens of B prompts, all from index `start` on. Returns the hidden states `[B, T, D]` and the
+        cache with their keys and values. Both are undefined behind a prompt's end.
 
         Args:
           params: stacked layers, as they are trained.
-          tokens_BT: int32 token ids; `start + T` is within the room of `reading`.
-          start: int32 scalar; what lies before it was read by earlier calls.
-          reading: as above.
+          tokens_BT: int32 token ids; `start + T` is at most the length of the cache.
+          start: int32 scalar; the tokens before it were read by earlier calls.
+          cache: as from `kv_cache.init_prefill_cache`.
         """
-        return read(self.module, params, tokens_BT, start, reading)
+        return prefill(self.module, params, tokens_BT, start, cache)
 
     def logits(self, params: PyTree, hidden_BTD: Array) -> Array:
         """Float32 logits `[..., V]` of hidden states `[..., D]`, soft-capped where the family does."""

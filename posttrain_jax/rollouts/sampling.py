@@ -23,7 +23,7 @@ from posttrain_jax.models.transformer import Model
 from posttrain_jax.rewards.completion import Completion
 from posttrain_jax.rewards.thoughts import answer_text, prompt_opens_thought
 from posttrain_jax.rollouts.trajectory import Trajectory
-from posttrain_jax.sampling.choose import Needs, Sampling
+from posttrain_jax.sampling.choose import Sampling, StaticSamplingOptions
 from posttrain_jax.sampling.engine import Engine
 from posttrain_jax.sampling.generate import GenerateOptions, Sample, generate
 
@@ -131,10 +131,10 @@ class Sampler:
             model,
             None,
             slots=options.batch_size,
-            places=length,
-            new_tokens=options.max_new_tokens,
-            needs=Needs(draw=True),
-            stop_width=len(options.stop_token_ids),
+            max_length=length,
+            max_new_tokens=options.max_new_tokens,
+            static_options=StaticSamplingOptions(draw=True),
+            max_stop_tokens=len(options.stop_token_ids),
             mesh=mesh,
         )
 

@@ -1,7 +1,7 @@
-"""Which token comes next: penalties, temperature, filters, and a draw whose random number belongs to one sample alone.
+"""Which token comes next: penalties, temperature, filters, and a draw whose random number depends on its sample alone.
 
-Every option is an array with one entry a row, so that rows of one batch can be sampled in different ways. What no
-row uses is left out of the compiled program (`Needs`).
+Every option is an array with one entry a row, so that rows of one batch can be sampled in different ways. An option
+that no row uses is left out of the compiled program (`StaticSamplingOptions`).
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Sampling:
         last one included); 1 = all. Nucleus sampling, arXiv:1904.09751.
       min_p: of those, the tokens with at least this share of the likeliest one's probability; 0 = all.
         arXiv:2407.01082.
-      repetition_penalty: logits of tokens of the prompt or the answer so far are divided by it where they are
+      repetition_penalty: logits of tokens of the prompt or the completion so far are divided by it where they are
         positive and multiplied where negative; 1 = off. CTRL, arXiv:1909.05858, section 4.1.
-      presence_penalty: subtracted once from the logits of tokens that the answer holds already; 0 = off.
-      frequency_penalty: subtracted as often as the answer holds the token already; 0 = off.
-      bad_words: sequences of token ids that no answer may hold.
+      presence_penalty: subtracted once from the logits of tokens that the completion holds already; 0 = off.
+      frequency_penalty: subtracted as often as the completion holds the token already; 0 = off.
+      bad_words: sequences of token ids that no completion may hold.
     """
 
     temperature: float = 0.0
@@ -69,12 +69,12 @@ class Sampling:
                 "(1 = off)."
             )
         for name in ("presence_penalty", "frequency_penalty"):
-            if not abs(getattr(self, name)) <= LARGEST:
+            if not abs(vars(self)[name]) <= LARGEST:
                 raise InputError(
-                    f"{name} is {getattr(self, name):g}; it must be a number that float32 holds (0 = off)."
+                    f"{name} is {vars(self)[name]:g}; it must be a number that float32 holds (0 = off)."
                 )
         if any(len(word) == 0 for word in self.bad_words):
-            raise InputError("bad_words holds an empty sequence, which every answer would hold.")
+            raise InputError("bad_words holds an empty sequence, which every completion would hold.")
 
 
 GREEDY = Sampling()
@@ -83,7 +83,7 @@ GREEDY = Sampling()
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingRows:
-    """`Sampling`'s numbers, one entry a row (`bad_words` are in `Needs`)."""
+    """`Sampling`'s numbers, one entry a row (`bad_words` are in `StaticSamplingOptions`)."""
 
     temperature_B: Array
     top_k_B: Array
@@ -98,7 +98,7 @@ class SamplingRows:
         """One entry for each of `rows`, as NumPy arrays (the call that takes them brings them to the device)."""
 
         def column(name: str, dtype: type) -> Any:
-            return np.asarray([getattr(row, name) for row in rows], dtype)
+            return np.asarray([vars(row)[name] for row in rows], dtype)
 
         return SamplingRows(
             temperature_B=column("temperature", np.float32),
@@ -112,15 +112,15 @@ class SamplingRows:
 
 
 @dataclasses.dataclass(frozen=True)
-class Needs:
-    """What a compiled program has to be able to do; static. `union` of the needs of all that it will meet.
+class StaticSamplingOptions:
+    """The sampling options that a compiled program supports: static, the `union` of those of all its requests.
 
     Attributes:
       draw: some row has a temperature.
       nucleus: some row has top_k or top_p.
       min_p: some row has min_p.
       penalties: some row has one of the three penalties.
-      bad_words: sequences that no answer of any row may hold.
+      bad_words: sequences that no completion of any row may hold.
       min_tokens: some row may not stop before a number of tokens.
       alternatives: how many of the likeliest tokens are reported beside each drawn one.
     """
@@ -134,15 +134,15 @@ class Needs:
     alternatives: int = 0
 
     @property
-    def words_width(self) -> int:
+    def bad_words_context(self) -> int:
         """How many tokens before the next one decide whether that would complete a bad word."""
         return max((len(word) - 1 for word in self.bad_words), default=0)
 
     @staticmethod
-    def of(sampling: Sampling, *, min_tokens: int = 0, alternatives: int = 0) -> Needs:
-        """What this way of sampling needs."""
+    def of(sampling: Sampling, *, min_tokens: int = 0, alternatives: int = 0) -> StaticSamplingOptions:
+        """The options that this way of sampling uses."""
         draw = sampling.temperature > 0
-        return Needs(
+        return StaticSamplingOptions(
             draw=draw,
             nucleus=draw and (sampling.top_k > 0 or sampling.top_p < 1.0),
             min_p=draw and sampling.min_p > 0,
@@ -156,9 +156,9 @@ class Needs:
             alternatives=alternatives,
         )
 
-    def union(self, other: Needs) -> Needs:
-        """What both need. Bad words must be the same on both sides or absent."""
-        return Needs(
+    def union(self, other: StaticSamplingOptions) -> StaticSamplingOptions:
+        """The options of both. Bad words must be the same on both sides or absent."""
+        return StaticSamplingOptions(
             draw=self.draw or other.draw,
             nucleus=self.nucleus or other.nucleus,
             min_p=self.min_p or other.min_p,
@@ -170,7 +170,7 @@ class Needs:
 
 
 def sample_keys(seed: Array | int, prompt_ids_B: Array, sample_ids_B: Array) -> Array:
-    """One typed key per row; the key of the token at place t of the answer is `fold_in(key, t)`."""
+    """One typed key per row; the key of token t of the completion is `fold_in(key, t)`."""
     root = jax.random.key(seed)
     return jax.vmap(lambda prompt, sample: jax.random.fold_in(jax.random.fold_in(root, prompt), sample))(
         prompt_ids_B, sample_ids_B
@@ -180,7 +180,7 @@ def sample_keys(seed: Array | int, prompt_ids_B: Array, sample_ids_B: Array) -> 
 def penalize(logits_BV: Array, prompt_BV: Array, counts_BV: Array, rows: SamplingRows) -> Array:
     """Repetition, presence and frequency penalties.
 
-    `prompt_BV` says which tokens the prompt holds, `counts_BV` how often the answer holds each so far.
+    `prompt_BV` says which tokens the prompt holds, `counts_BV` how often the completion holds each so far.
     """
     repetition_B1 = rows.repetition_penalty_B[:, None]
     seen_BV = prompt_BV | (counts_BV > 0)
@@ -240,14 +240,14 @@ def _threshold(keys_BV: Array, weights_BV: Array, target_B: Array) -> Array:
     """The largest key such that the weights of the keys at or above it add up to `target_B`; the smallest key
     where all of them do not."""
 
-    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        low_B, high_B = ends
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low_B, high_B = bounds
         middle_B = (low_B & high_B) + ((low_B ^ high_B) >> 1)  # the mean, without overflow
         enough_B = _sum(jnp.where(keys_BV >= middle_B[:, None], weights_BV, 0.0)) >= target_B
         return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B)
 
-    ends = jnp.min(keys_BV, axis=-1), jnp.max(keys_BV, axis=-1) + 1
-    return jax.lax.fori_loop(0, 32, halve, ends)[0]
+    bounds = jnp.min(keys_BV, axis=-1), jnp.max(keys_BV, axis=-1) + 1
+    return jax.lax.fori_loop(0, 32, halve, bounds)[0]
 
 
 def _sum(values_BV: Array) -> Array:
@@ -284,8 +284,8 @@ def _first_above(weights_BN: Array, target_B: Array) -> tuple[Array, Array]:
     """Where the cumulative sum first passes `target_B`, and what is left of it there. Rounding can leave the target
     at or past the sum; then the last entry that is not 0 is taken."""
     sums_BN = jnp.cumsum(weights_BN, axis=-1)
-    places_1N = jnp.arange(weights_BN.shape[-1])[None]
-    last_B = jnp.max(jnp.where(weights_BN > 0, places_1N, 0), axis=-1)
+    indices_1N = jnp.arange(weights_BN.shape[-1])[None]
+    last_B = jnp.max(jnp.where(weights_BN > 0, indices_1N, 0), axis=-1)
     above_BN = (sums_BN > target_B[:, None]) & (weights_BN > 0)
     index_B = jnp.where(jnp.any(above_BN, axis=-1), jnp.argmax(above_BN, axis=-1), last_B)
     before_BN = sums_BN - weights_BN
@@ -303,7 +303,7 @@ class Choice:
       logp_B: float32, its log-probability under the model itself.
       sample_logp_B: float32, its log-probability under the distribution it was drawn from (0 when greedy).
       alternatives_BK: int32, the likeliest tokens under the model, and
-      alternative_logps_BK: their log-probabilities; K = `Needs.alternatives`.
+      alternative_logps_BK: their log-probabilities; K = `StaticSamplingOptions.alternatives`.
     """
 
     token_B: Array
@@ -314,26 +314,31 @@ class Choice:
 
 
 def choose(
-    logits_BV: Array, allowed_BV: Array, keys_B: Array, place_B: Array, rows: SamplingRows, needs: Needs
+    logits_BV: Array,
+    allowed_BV: Array,
+    keys_B: Array,
+    index_B: Array,
+    rows: SamplingRows,
+    static_options: StaticSamplingOptions,
 ) -> Choice:
     """The next token of every row, from the model's logits and those after penalties and bans (`allowed_BV`)."""
     greedy_B = jnp.argmax(allowed_BV, axis=-1).astype(jnp.int32)
     token_B, sample_logp_B = greedy_B, jnp.zeros(greedy_B.shape, jnp.float32)
-    if needs.draw:
+    if static_options.draw:
         draws_B = rows.temperature_B > 0
         scaled_BV = allowed_BV / jnp.where(draws_B, rows.temperature_B, 1.0)[:, None]
-        if needs.nucleus:
+        if static_options.nucleus:
             scaled_BV = keep_likeliest(scaled_BV, rows.top_k_B, rows.top_p_B)
-        if needs.min_p:
+        if static_options.min_p:
             scaled_BV = keep_min_p(scaled_BV, rows.min_p_B)
-        uniform_B = jax.vmap(lambda key, place: jax.random.uniform(jax.random.fold_in(key, place)))(
-            keys_B, place_B
+        uniform_B = jax.vmap(lambda key, index: jax.random.uniform(jax.random.fold_in(key, index)))(
+            keys_B, index_B
         )
         token_B = jnp.where(draws_B, draw(scaled_BV, uniform_B), greedy_B)
         sample_logp_B = jnp.where(draws_B, _logp(scaled_BV, token_B), 0.0)
     logps_BK, best_BK = jnp.zeros((*greedy_B.shape, 0)), jnp.zeros((*greedy_B.shape, 0), jnp.int32)
-    if needs.alternatives:
-        logps_BK, best_BK = jax.lax.top_k(logits_BV, needs.alternatives)
+    if static_options.alternatives:
+        logps_BK, best_BK = jax.lax.top_k(logits_BV, static_options.alternatives)
         logps_BK = logps_BK - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
     return Choice(token_B, _logp(logits_BV, token_B), sample_logp_B, best_BK, logps_BK)
 

@@ -1,4 +1,4 @@
-"""The prompts that every evaluation of a run answers, so that its change can be read."""
+"""The prompts that every evaluation of a run completes, so that a reader sees how the completions change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from posttrain_jax.sampling.generate import GenerateOptions, generate
 from posttrain_jax.sampling.prompts import encode_chat
 
 
-def answer_fixed_prompts(
+def complete_fixed_prompts(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
@@ -26,7 +26,7 @@ def answer_fixed_prompts(
     seed: int,
     chat: ChatOptions = DEFAULT_CHAT,
 ) -> Callable[[TrainState], list[dict[str, Any]]]:
-    """Greedy answers to some texts, each a conversation of one user turn, as rows for `samples.jsonl`.
+    """Greedy completions of some texts, each a conversation of one user turn, as rows for `samples.jsonl`.
 
     Raises:
       InputError: there is no chat template, or it refuses a text.

@@ -1,4 +1,4 @@
-"""Answers to a list of prompts, by the engine (`sampling/engine.py`): all at once, or each as it is finished."""
+"""Completions of a list of prompts by the engine (`sampling/engine.py`): all together, or each as it is finished."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import numpy as np
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.types import PyTree
 from posttrain_jax.models.transformer import Model
-from posttrain_jax.sampling.choose import GREEDY, Needs, Sampling
+from posttrain_jax.sampling.choose import GREEDY, Sampling, StaticSamplingOptions
 from posttrain_jax.sampling.engine import Engine
 from posttrain_jax.sampling.prompts import special_tokens, split_stops
 from posttrain_jax.sampling.requests import Decoder, Request, Update, check_prompt
-from posttrain_jax.sampling.shapes import bucket, places_for
+from posttrain_jax.sampling.shapes import bucket, max_length_for
 
 LONG_PROMPTS = ("error", "cut")
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One answer.
+    """One completion.
 
     Attributes:
-      prompt: which prompt it answers (its place in the list).
+      prompt: the index of its prompt in the list.
       sample: which of the prompt's `num_samples` it is.
       tokens: int32 `[n]`; the stop token that ended it is the last of them.
       logprobs: float32 `[n]`, nats: the model's own log-probability of each token given what stands before it;
         temperature, filters, penalties and bans do not enter.
       sample_logprobs: float32 `[n]`, nats: that under the distribution it was drawn from; 0 when greedy.
       finish_reason: "stop" (a stop token or string) or "length" (`max_new_tokens`, or the context is full).
-      stop_string: the stop string that its text holds, if one ended it, and
-      stop_at: where that begins in the text, in characters; the text ends before it.
+      stop_string: the stop string that ended it, if one did.
+      stop_at: the character of the text at which that stop string begins; the text ends before it.
       cut: how many tokens of the prompt were left out at its start (`long_prompts="cut"`).
     """
 
@@ -49,23 +49,23 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOptions:
-    """What `generate` is asked for besides the model and the prompts.
+    """How `generate` completes prompts.
 
     Attributes:
-      max_new_tokens: most tokens of an answer, the stop token included; 0 gives empty answers. One number, or one
-        for each prompt.
+      max_new_tokens: most tokens of a completion, the stop token included; 0 gives empty completions. One number, or
+        one for each prompt.
       min_new_tokens: stop tokens cannot be drawn before this many tokens.
-      stop_token_ids: an answer ends with one of these (`models.tokenizer.stop_token_ids`).
-      stop_strings: an answer ends where its text after the first `min_new_tokens` first holds one of these (needs the
-        tokenizer), or with the token that one of these is, if it is a special token, which no text shows.
+      stop_token_ids: a completion ends with one of these (`models.io.tokenizer.stop_token_ids`).
+      stop_strings: a completion ends where its text after the first `min_new_tokens` first holds one of these (needs
+        the tokenizer). One that is a special token, which no text shows, ends it as that token.
       sampling: how tokens are drawn.
-      num_samples: answers per prompt, which share one reading of it.
+      num_samples: completions per prompt, which share one prefill of it.
       seed: of the random numbers; needed with a temperature, for two calls with one seed draw the same numbers.
-      ignore_eos: stop tokens do not end an answer.
-      batch_size: answers written side by side.
+      ignore_eos: stop tokens do not end a completion.
+      batch_size: completions decoded side by side.
       max_prompt_tokens: most tokens of a prompt; 0 = what the model's context allows.
-      long_prompts: "error", or "cut": the start of a prompt that is too long is left out, and `Sample.cut` says
-        how much.
+      long_prompts: "error", or "cut": the start of a prompt that is too long is left out, and `Sample.cut` counts
+        its tokens.
     """
 
     max_new_tokens: int | Sequence[int]
@@ -116,7 +116,7 @@ def generate(
     ids: Sequence[int] = (),
     engine: Engine | None = None,
 ) -> list[Sample]:
-    """All answers, in order of prompt and sample; everything else as `generate_as_finished`."""
+    """All completions, in order of prompt and sample; everything else as `generate_as_finished`."""
     samples = generate_as_finished(
         model, params, prompts, options, tokenizer=tokenizer, names=names, ids=ids, engine=engine
     )
@@ -135,22 +135,22 @@ def generate_as_finished(
     done: Collection[tuple[int, int]] = (),
     engine: Engine | None = None,
 ) -> Iterator[Sample]:
-    """Every answer as soon as it is finished, in whatever order that is.
+    """Every completion as soon as it is finished, in the order in which they finish.
 
-    What is drawn for a prompt depends on `seed`, the prompt's id, the sample's number and the place in the
-    answer alone: not on `batch_size`, the other prompts or what is `done`.
+    A token depends on `seed`, the prompt's id, the sample's number and the token's index in the completion alone:
+    not on `batch_size`, the other prompts or what is `done`.
 
     Args:
       model, params: parameters as `load_model` or a train state holds them, sharded or not. With several
-        processes every one calls this alike and gets all answers.
+        processes every one makes the same call and gets all completions.
       prompts: token ids, each a non-empty 1-D array.
       options: see there.
       tokenizer: for stop strings.
       names: what to call each prompt in an error; default "prompt 0", "prompt 1" ...
-      ids: each prompt's number below 2^31, by which its random numbers are drawn; default its place in the list.
-      done: (prompt, sample) pairs that are not wanted any more.
-      engine: of this model, with these parameters and room for what is asked; None = one for these prompts. A run that
-        draws again and again keeps one, for every other size is compiled anew.
+      ids: each prompt's number below 2^31, which its random numbers depend on; default: its index in the list.
+      done: (prompt, sample) pairs that are left out.
+      engine: an engine of this model with these parameters and enough room; None = one is made for these prompts. A
+        run that generates again and again keeps one engine, for every other size is compiled again.
 
     Raises:
       InputError: a bad option; an empty prompt, one that is too long, or a token id that is not in the
@@ -172,13 +172,13 @@ def generate_as_finished(
     ids = list(ids) if len(ids) else list(range(len(prompts)))
     if len(ids) != len(prompts):
         raise InputError(f"There are {len(ids)} ids for {len(prompts)} prompts.")
-    return _answers(model, params, rows, ids, cuts, limits, options, tokenizer, frozenset(done), engine)
+    return _completions(model, params, rows, ids, cuts, limits, options, tokenizer, frozenset(done), engine)
 
 
 def _shorten(
     prompt: np.ndarray, model: Model, limit: int, name: str, options: GenerateOptions
 ) -> tuple[np.ndarray, int]:
-    """The prompt as it is read, and how many tokens of its start that leaves out."""
+    """The prompt without what is too long, and how many tokens of its start that leaves out."""
     most = model.config.max_length - min(limit, model.config.max_length - 1)
     if options.max_prompt_tokens:
         most = (
@@ -203,7 +203,7 @@ def _shorten(
     return prompt[-most:], prompt.size - most
 
 
-def _answers(
+def _completions(
     model: Model,
     params: PyTree,
     prompts: list[np.ndarray],
@@ -215,19 +215,19 @@ def _answers(
     done: frozenset[tuple[int, int]],
     engine: Engine | None,
 ) -> Iterator[Sample]:
-    wanted = [
+    open_samples = [
         (prompt, sample)
         for prompt in range(len(prompts))
         for sample in range(options.num_samples)
         if (prompt, sample) not in done
     ]
-    nothing = np.zeros(0, np.float32)
-    for prompt, sample in wanted:
+    no_logps = np.zeros(0, np.float32)
+    for prompt, sample in open_samples:
         if limits[prompt] == 0:
             empty = np.zeros(0, np.int32)
-            yield Sample(prompt, sample, empty, nothing, nothing, "length", cut=cuts[prompt])
-    wanted = [(prompt, sample) for prompt, sample in wanted if limits[prompt] > 0]
-    if not wanted:
+            yield Sample(prompt, sample, empty, no_logps, no_logps, "length", cut=cuts[prompt])
+    open_samples = [(prompt, sample) for prompt, sample in open_samples if limits[prompt] > 0]
+    if not open_samples:
         return
     special, strings = split_stops(options.stop_strings, special_tokens(tokenizer))
     stops = tuple(sorted({*special, *(() if options.ignore_eos else options.stop_token_ids)}))
@@ -235,14 +235,14 @@ def _answers(
         model,
         params,
         slots=min(options.batch_size, len(prompts) * options.num_samples),
-        places=places_for(prompts, max(limits)),
-        new_tokens=bucket(max(limits)),
-        needs=Needs.of(options.sampling, min_tokens=options.min_new_tokens),
-        stop_width=len(stops),
+        max_length=max_length_for(prompts, max(limits)),
+        max_new_tokens=bucket(max(limits)),
+        static_options=StaticSamplingOptions.of(options.sampling, min_tokens=options.min_new_tokens),
+        max_stop_tokens=len(stops),
         tokenizer=tokenizer,
     )
-    tickets: dict[int, tuple[int, int]] = {}
-    for prompt, sample in wanted:
+    samples: dict[int, tuple[int, int]] = {}
+    for prompt, sample in open_samples:
         request = Request(
             tokens=prompts[prompt],
             max_new_tokens=limits[prompt],
@@ -254,17 +254,17 @@ def _answers(
             prompt=ids[prompt],
             sample=sample,
         )
-        tickets[engine.submit(request)] = prompt, sample
+        samples[engine.submit(request)] = prompt, sample
     parts: dict[int, list[Update]] = {}
     while engine.busy:
         for update in engine.step():
-            parts.setdefault(update.ticket, []).append(update)
+            parts.setdefault(update.request_id, []).append(update)
             if update.finish_reason is not None:
-                prompt, sample = tickets[update.ticket]
-                yield _whole(parts.pop(update.ticket), prompt, sample, cuts[prompt])
+                prompt, sample = samples[update.request_id]
+                yield _joined(parts.pop(update.request_id), prompt, sample, cuts[prompt])
 
 
-def _whole(parts: list[Update], prompt: int, sample: int, cut: int) -> Sample:
+def _joined(parts: list[Update], prompt: int, sample: int, cut: int) -> Sample:
     last = parts[-1]
     assert last.finish_reason is not None
     return Sample(

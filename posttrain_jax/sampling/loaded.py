@@ -1,4 +1,4 @@
-"""A model to use from Python: it chats, generates and scores. `posttrain_jax.load` gives one."""
+"""A model for use from Python: it chats, generates and scores. `posttrain_jax.load` returns one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from posttrain_jax.sampling.prompts import encode_chat, encode_text
 from posttrain_jax.sampling.shapes import bucket
 
 Message = dict[str, Any]
-Prompt = str | Sequence[int] | np.ndarray | Sequence[Message]
+PromptInput = str | Sequence[int] | np.ndarray | Sequence[Message]  # a text, token ids, or a conversation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Completion:
       token_ids: with the stop token that ended it.
       logprobs: the model's own log-probability of each of them, nats; temperature and filters do not enter.
       finish_reason: "stop", or "length" (`max_new_tokens`, or the model's context is full).
-      prompt: the place of its prompt in the list.
+      prompt: the index of its prompt in the list.
       sample: which of the prompt's `num_samples` it is.
     """
 
@@ -55,7 +55,7 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded(LoadedModel):
-    """A `LoadedModel` with methods that take texts and conversations, and stop where the model's answers end."""
+    """A `LoadedModel` with methods that take texts and conversations, and stop at the model's own stop tokens."""
 
     def chat(
         self,
@@ -83,7 +83,7 @@ class Loaded(LoadedModel):
         """
         if not _is_conversation(messages):
             raise InputError(
-                'messages is no list of messages; write [{"role": "user", "content": "..."}], or use generate.'
+                'messages must be a list of messages; write [{"role": "user", "content": "..."}], or use generate.'
             )
         (completion,) = self.generate(
             [messages],
@@ -102,7 +102,7 @@ class Loaded(LoadedModel):
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[PromptInput],
         *,
         tools: Sequence[dict[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -134,13 +134,13 @@ class Loaded(LoadedModel):
           temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty: how tokens are
             drawn, see `sampling.choose.Sampling`; temperature 0 takes the likeliest.
           stop: texts that end a completion, beside the model's own stop tokens (its EOS and its end of turn).
-          seed: two calls with one seed draw the same; a completion depends on it, on its prompt and that one's place,
-            and on its sample alone.
+          seed: two calls with one seed draw the same; a completion depends on the seed, its prompt, the prompt's index
+            and the number of the sample alone.
           ignore_eos: the model's own stop tokens do not end a completion.
-          batch_size: completions written side by side.
+          batch_size: completions decoded side by side.
 
         Raises:
-          InputError: a reward model; a prompt, or an option, that the model cannot take; no chat template.
+          InputError: a reward model; a bad prompt or option; no chat template.
         """
         require_language_model(self)
         options = GenerateOptions(
@@ -166,7 +166,7 @@ class Loaded(LoadedModel):
             isinstance(prompt, str) or _is_list(prompt) for prompt in prompts
         ):
             raise InputError(
-                "prompts is no list of prompts; give a list, each a text, a list of token ids, or a list of messages."
+                "prompts must be a list of prompts, each a text, a list of token ids, or a list of messages."
             )
         chat = ChatOptions(variables=chat_template_kwargs or {})
         encoded = [self._encoded(prompt, f"prompt {n}", tools, chat) for n, prompt in enumerate(prompts)]
@@ -201,60 +201,61 @@ class Loaded(LoadedModel):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         batch_size: int = 8,
     ) -> float | list[float]:
-        """What a reward model gives to an assistant's last turn, read at the token that ends it, as in training.
+        """A reward model's score of the assistant's last turn, read at the token that ends it, as in training.
 
         Args:
           conversations: messages, the last one the assistant's; or a list of such conversations.
           tools, chat_template_kwargs: as in `generate`, for all of them.
-          batch_size: conversations at once.
+          batch_size: conversations scored together.
 
         Returns:
-          The score of the conversation; or one for each of the list.
+          The score of the conversation, or one score for each conversation of the list.
 
         Raises:
-          InputError: a language model; no chat template; a conversation that is none, that does not end with an
-            assistant's turn, or that is too long for the model.
+          InputError: a language model; no chat template; something that is no conversation, a conversation that does
+            not end with an assistant's turn, or one that is too long for the model.
         """
         require_score_head(self)
         chat = ChatOptions(variables=chat_template_kwargs or {})
         encoder = Encoder(self._chat_tokenizer(), train_on="last_turn", chat=chat)
-        described = None if tools is None else list(tools)
+        tool_list = None if tools is None else list(tools)
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; it must be at least 1.")
         if _is_conversation(conversations):
-            return self._scores([_answered(conversations, "the conversation", described, self, encoder)], 1)[
-                0
-            ]
+            rows = [_encoded_conversation(conversations, "the conversation", tool_list, self, encoder)]
+            return self._scores(rows, 1)[0]
         if not _is_list(conversations):
-            raise InputError("conversations is no list of messages, and no list of such lists.")
+            raise InputError("conversations must be a list of messages, or a list of such lists.")
         rows = [
-            _answered(messages, f"conversation {n}", described, self, encoder)
+            _encoded_conversation(messages, f"conversation {n}", tool_list, self, encoder)
             for n, messages in enumerate(conversations)
         ]
         return self._scores(rows, batch_size)
 
     def _scores(self, rows: Sequence[np.ndarray], batch_size: int) -> list[float]:
-        found: list[float] = []
+        all_scores: list[float] = []
         make_room()
         for first in range(0, len(rows), batch_size):
             part = rows[first : first + batch_size]
             shape = (batch_size, bucket(max(row.size for row in part)))
             tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-            for place, row in enumerate(part):
-                tokens[place, : row.size], segments[place, : row.size] = row, 1
-            ends = np.maximum(segments.sum(axis=1, keepdims=True) - 1, 0)
-            found += _score(self.params, tokens, segments, ends, model=self.model)[: len(part)].tolist()
-        return found
+            for index, row in enumerate(part):
+                tokens[index, : row.size], segments[index, : row.size] = row, 1
+            last_token_index = np.maximum(segments.sum(axis=1, keepdims=True) - 1, 0)
+            all_scores += _score(self.params, tokens, segments, last_token_index, model=self.model)[
+                : len(part)
+            ].tolist()
+        return all_scores
 
     def _encoded(
-        self, prompt: Prompt, name: str, tools: Sequence[dict[str, Any]] | None, chat: ChatOptions
+        self, prompt: PromptInput, name: str, tools: Sequence[dict[str, Any]] | None, chat: ChatOptions
     ) -> np.ndarray:
         try:
             if isinstance(prompt, str):
                 return encode_text(self._tokenizer(), prompt)
             if _is_conversation(prompt):
                 return encode_chat(self._chat_tokenizer(), cast(Any, prompt), tools=tools, chat=chat)
-            return np.asarray(prompt)  # `generate` looks at it
+            return np.asarray(prompt)  # `generate` checks it
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
         except ValueError as error:
@@ -301,7 +302,7 @@ def _is_conversation(value: Any) -> bool:
     return _is_list(value) and len(value) > 0 and all(isinstance(message, dict) for message in value)
 
 
-def _answered(
+def _encoded_conversation(
     messages: Any, name: str, tools: list[dict[str, Any]] | None, loaded: LoadedModel, encoder: Encoder
 ) -> np.ndarray:
     """A conversation's tokens up to the one that ends the assistant's last turn.
@@ -330,6 +331,8 @@ def _answered(
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
-def _score(params: PyTree, tokens_BT: Array, segments_BT: Array, ends_B1: Array, *, model: Model) -> Array:
+def _score(
+    params: PyTree, tokens_BT: Array, segments_BT: Array, last_token_index_B1: Array, *, model: Model
+) -> Array:
     output = model.apply(params, tokens_BT, segment_ids_BT=segments_BT, logits=False)
-    return scores(params["score_head"], output.hidden_BTD, ends_B1)[:, 0]
+    return scores(params["score_head"], output.hidden_BTD, last_token_index_B1)[:, 0]

@@ -1,4 +1,4 @@
-"""Prompts as people write them (chats, plain text) to token ids, and answers back to text as they grow."""
+"""Chats and plain text to token ids, and completions back to text as they grow."""
 
 from __future__ import annotations
 
@@ -32,27 +32,29 @@ def encode_chat(
     chat: ChatOptions = DEFAULT_CHAT,
     control_tokens: bool = True,
 ) -> np.ndarray:
-    """int32 ids of a conversation up to where the assistant starts to write.
+    """int32 ids of a conversation up to where the assistant's turn starts.
 
     Args:
-      tokenizer, messages, tools, chat: whose template is rendered, of what, and how.
-      control_tokens: whether the text of a special token (`<|im_end|>`) in a message is that token; if not, it is read
-        as its letters, and the template alone writes special tokens.
+      tokenizer: its chat template is rendered.
+      messages, tools: what is rendered.
+      chat: how.
+      control_tokens: whether the text of a special token (`<|im_end|>`) in a message becomes that token; if not, it is
+        encoded as its letters, and only the template writes special tokens.
 
     Raises:
       InputError: there is no chat template, or it refuses these messages.
     """
     try:
-        said = read_messages(list(messages), "messages", empty_answers=True)
+        read = read_messages(list(messages), "messages", empty_answers=True)
         prompt = PromptRow(
-            messages=tuple(message for message, _ in said), tools=read_tools(list(tools) if tools else None)
+            messages=tuple(message for message, _ in read), tools=read_tools(list(tools) if tools else None)
         )
         ids = encode_prompt_row(prompt, tokenizer, chat)
         if not control_tokens:
             _refuse_control_tokens(tokenizer, chat)
             template = ChatTemplate(tokenizer, chat, tools=bool(prompt.tools))
-            given = list(prompt.messages), prompt.tools
-            ids = np.asarray(_spelled_out(tokenizer, template, *given, ids.tolist()), np.int32)
+            spelled_out = _spelled_out(tokenizer, template, list(prompt.messages), prompt.tools, ids.tolist())
+            ids = np.asarray(spelled_out, np.int32)
         return ids
     except RowError as error:
         raise InputError(f"{error.column}: {error.reason}.") from error
@@ -104,10 +106,12 @@ def encode_user_prompt(
 
 
 def _refuse_control_tokens(tokenizer: PreTrainedTokenizerBase, chat: ChatOptions) -> None:
-    given = json.dumps(dict(chat.variables), ensure_ascii=False)
-    found = next((token for token in special_tokens(tokenizer) if token in given), None)
-    if found is not None:
-        raise InputError(f"chat_template_kwargs holds the text of the control token {found!r}; leave it out.")
+    variables = json.dumps(dict(chat.variables), ensure_ascii=False)
+    control = next((token for token in special_tokens(tokenizer) if token in variables), None)
+    if control is not None:
+        raise InputError(
+            f"chat_template_kwargs holds the text of the control token {control!r}; leave it out."
+        )
 
 
 def _spelled_out(
@@ -117,18 +121,18 @@ def _spelled_out(
     tools: list[dict[str, Any]] | None,
     ids: list[int],
 ) -> list[int]:
-    """The ids of the rendered messages, with the special tokens that stand in what was written in them spelled out.
-    Which ones do is seen from a second rendering, in which a character that nobody uses stands in their place.
+    """The ids of the rendered messages, with the special tokens that come from the messages' own text spelled out as
+    letters. A second rendering, with an unused character in place of their text, tells which ones those are.
 
     Raises:
-      InputError: the template changes what was written, so that this cannot be told.
+      InputError: the template changes the text of a message, so that this cannot be told.
     """
     special = special_tokens(tokenizer)
     pattern = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
-    written = [str(value) for message in messages for key, value in message.items() if key != "role"]
-    if not special or not any(pattern.search(text) for text in written):
+    texts = [str(value) for message in messages for key, value in message.items() if key != "role"]
+    if not special or not any(pattern.search(text) for text in texts):
         return ids
-    mark = next(chr(code) for code in PRIVATE_USE if not any(chr(code) in text for text in written))
+    mark = next(chr(code) for code in PRIVATE_USE if not any(chr(code) in text for text in texts))
     marked = [
         {
             key: pattern.sub(mark, value) if key != "role" and isinstance(value, str) else value
@@ -136,14 +140,14 @@ def _spelled_out(
         }
         for message in messages
     ]
-    found = re.findall(f"{mark}|{pattern.pattern}", template.prompt(marked, tools))
+    controls_in_order = re.findall(f"{mark}|{pattern.pattern}", template.prompt(marked, tools))
     controls = set(special.values())
-    if sum(token in controls for token in ids) != len(found):
+    if sum(token in controls for token in ids) != len(controls_in_order):
         raise InputError(
             "a message holds the text of a control token, and the chat template changes it; leave it out."
         )
     spelled: list[int] = []
-    order = iter(found)
+    order = iter(controls_in_order)
     for token in ids:
         if token not in controls or next(order) != mark:
             spelled.append(token)
@@ -156,30 +160,32 @@ def _spelled_out(
 
 
 def text_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of an answer piece by piece, without special tokens; a character is held until it is whole."""
+    """The text of a completion piece by piece, without special tokens; an incomplete character is held back."""
     ids: list[int] = []
-    shown = ""
+    emitted = ""
     for token in tokens:
         ids.append(token)
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        if text.endswith(REPLACEMENT) or not text.startswith(shown):
+        if text.endswith(REPLACEMENT) or not text.startswith(emitted):
             continue
-        if len(text) > len(shown):
-            yield text[len(shown) :]
-            shown = text
+        if len(text) > len(emitted):
+            yield text[len(emitted) :]
+            emitted = text
     rest = tokenizer.decode(ids, skip_special_tokens=True)
-    if rest.startswith(shown) and len(rest) > len(shown):
-        yield rest[len(shown) :]
+    if rest.startswith(emitted) and len(rest) > len(emitted):
+        yield rest[len(emitted) :]
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """The added tokens that an answer's text leaves out, by their text; {} for a decoder that knows of none."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
+    """Text -> id of the added tokens that a completion's text leaves out; {} for a decoder without added tokens."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return {}
+    added = tokenizer.added_tokens_decoder
     return {token.content: index for index, token in added.items() if token.special}
 
 
 def split_stops(stops: Iterable[str], special: Mapping[str, int]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Stop strings as (token ids, strings): one that is a special token shows in no text, so it stops as that token."""
+    """Stop strings as (token ids, strings): a special token shows in no text, so as a stop string it becomes its id."""
     stops = tuple(stops)
     return (
         tuple(special[stop] for stop in stops if stop in special),

@@ -1,4 +1,4 @@
-"""What the engine is asked for, and what it says of it."""
+"""What goes into the engine (requests) and what comes out (updates)."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Decoder(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One answer that is wanted.
+    """One completion to be generated.
 
     Attributes:
       tokens: the prompt's ids, 1-D, not empty.
-      max_new_tokens: most tokens of the answer, the stop token included.
+      max_new_tokens: most tokens of the completion, the stop token included.
       min_new_tokens: no stop token before so many.
-      stop_token_ids: an answer ends with one of these.
-      stop_strings: an answer ends with the token that completes one of these in its text, where the text of the
-        first `min_new_tokens` does not count.
+      stop_token_ids: a completion ends with one of these.
+      stop_strings: a completion ends with the token that completes one of these in its text; the text of the first
+        `min_new_tokens` does not count.
       sampling: how tokens are drawn.
       seed, prompt, sample: what the random numbers depend on.
     """
@@ -46,18 +46,18 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """What became of a request since the last `step`.
+    """The new tokens of a request since the last `step`.
 
     Attributes:
-      ticket: what `submit` returned.
+      request_id: what `submit` returned.
       tokens, logprobs, sample_logprobs: the new tokens; see `Sample`.
       alternatives: for each new token the likeliest ones as (id, log-probability) pairs, the likeliest first.
       finish_reason: None while there is more to come, else "stop" or "length".
-      stop_string: the stop string that ended it, if one did, and
-      stop_at: where that begins in the answer's text, in characters.
+      stop_string: the stop string that ended it, if one did.
+      stop_at: the character of the completion's text at which that stop string begins.
     """
 
-    ticket: int
+    request_id: int
     tokens: np.ndarray
     logprobs: np.ndarray
     sample_logprobs: np.ndarray
@@ -68,7 +68,7 @@ class Update:
 
 
 def check_prompt(model: Model, prompt: np.ndarray, name: str, max_new_tokens: int) -> None:
-    """Raises InputError, with the prompt's name, for a prompt that the model cannot answer."""
+    """Raises InputError, with the prompt's name, for a prompt that the model cannot complete."""
     config = model.config
     if prompt.ndim != 1 or prompt.size == 0:
         raise InputError(f"{name} has no tokens; a model needs at least one token to go on from.")
@@ -79,6 +79,6 @@ def check_prompt(model: Model, prompt: np.ndarray, name: str, max_new_tokens: in
         raise InputError(f"{name} holds the token id {wrong}; the model knows 0 to {config.vocab_size - 1}.")
     if prompt.size > config.max_length - (max_new_tokens > 0):
         raise InputError(
-            f"{name} has {prompt.size} tokens, which leaves no room for an answer in the model's context of "
+            f"{name} has {prompt.size} tokens, which leaves no room for a completion in the model's context of "
             f"{config.max_length}; shorten it."
         )

@@ -1,7 +1,7 @@
-"""Log-probabilities of given tokens by the training forward pass, and the gate that holds the engine to them.
+"""Log-probabilities of given tokens by the training forward pass, and the check of the engine's against them.
 
 RL weighs a sample by the probability that it was drawn with. If the engine and the train step disagree about that
-number, every such weight is wrong, and nothing else in a run says so. So a run that samples compares the two for
+number, every such weight is wrong, and nothing else in a run shows it. So a run that samples compares the two for
 every token, reports the largest and the mean difference, and stops where they are too far apart.
 
 Bounds, on real and random models (tests/sampling/test_score.py, tests/parity): 1e-4 nats in float32. In bfloat16 both
@@ -54,7 +54,7 @@ class Difference:
         """Stops a run whose sampler and trainer do not agree.
 
         Args:
-          threshold: the largest difference that is let through; 0 = any.
+          threshold: the largest difference that is accepted; 0 = any.
 
         Raises:
           InputError: some token lies further apart, or a log-probability is not finite.
@@ -68,7 +68,7 @@ class Difference:
 
 
 def difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> Difference:
-    """Of log-probabilities of the same samples, token by token."""
+    """The difference of two sets of log-probabilities of the same samples, token by token."""
     pairs = zip(ours, theirs, strict=True)
     apart = [np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)) for a, b in pairs]
     flat = np.concatenate(apart) if apart else np.zeros(0)
@@ -89,9 +89,9 @@ def score_samples(
 
     Args:
       model, params: as for `generate`.
-      prompts: what the samples answer, by `Sample.prompt`; cut as the engine read them.
-      samples: the answers.
-      batch_rows: rows at once; rounded up to what the mesh divides.
+      prompts: the prompts of the samples, by `Sample.prompt`; cut as the engine read them.
+      samples: the completions.
+      batch_rows: rows of one forward pass; rounded up to what the mesh divides.
     """
     mesh = mesh_of(params)
     rows = shard_multiple(batch_rows, mesh)
@@ -106,15 +106,16 @@ def score_samples(
     return scores
 
 
-def _rows(texts: Sequence[np.ndarray], answers: Sequence[int], rows: int) -> dict[str, np.ndarray]:
-    """The leaves of a Batch, one text a row, padded on the right; the loss mask is on each text's answer."""
+def _rows(texts: Sequence[np.ndarray], completions: Sequence[int], rows: int) -> dict[str, np.ndarray]:
+    """The leaves of a Batch, one text a row, padded on the right; the loss mask is on each text's completion, whose
+    length `completions` gives."""
     length = bucket(max(len(text) for text in texts), smallest=64)
     shape = (rows, length)
     tokens, mask, segments = (np.zeros(shape, np.int32) for _ in range(3))
-    for row, (text, answer) in enumerate(zip(texts, answers, strict=True)):
+    for row, (text, completion) in enumerate(zip(texts, completions, strict=True)):
         tokens[row, : len(text)] = text
         segments[row, : len(text)] = 1
-        mask[row, len(text) - answer : len(text)] = 1
+        mask[row, len(text) - completion : len(text)] = 1
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
     return {"tokens": tokens, "loss_mask": mask, "segment_ids": segments, "positions": positions}
 
@@ -130,7 +131,7 @@ def token_scores(
       mesh: where the parameters lie; None = one device. Rows must be a `shard_multiple`.
 
     Returns:
-      Two float32 `[B, T]`, at the place before the token; they are computed while the caller goes on.
+      Two float32 `[B, T]`, each value at the index before its token; they are computed while the caller goes on.
     """
     make_room()
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():

@@ -1,4 +1,4 @@
-"""The few sizes that prompts, answers and their rows are rounded up to, so that few programs are compiled."""
+"""The few sizes that prompts, completions and their rows are rounded up to, so that few programs are compiled."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 from posttrain_jax.core.types import PyTree
 
 SMALLEST_BUCKET = 16
-READ_CHUNKS = (256, 128, 32)
-CALL_TOKENS = (
-    22  # a chunk takes as long as if it had so many more (SmolLM2-135M, 2 cores: 27 ms + 1.2 ms a token)
-)
+PREFILL_CHUNKS = (256, 128, 32)
+CALL_TOKENS = 22  # fixed cost of a chunk, in tokens (SmolLM2-135M on 2 cores: 27 ms + 1.2 ms a token)
 
 
 def bucket(size: int, smallest: int = SMALLEST_BUCKET) -> int:
@@ -25,23 +23,23 @@ def bucket(size: int, smallest: int = SMALLEST_BUCKET) -> int:
 
 
 def next_chunk(tokens: int) -> int:
-    """How many tokens to read next of a prompt with so many left: the first of those READ_CHUNKS that take the least
-    time together. The last one may be longer than what is left, but reaches over no multiple of the longest."""
-    if tokens >= READ_CHUNKS[0]:
-        return READ_CHUNKS[0]
-    return min(READ_CHUNKS, key=lambda chunk: chunk + CALL_TOKENS + _reading_time(tokens - chunk))
+    """How many tokens to prefill next of a prompt with `tokens` left: the first of those PREFILL_CHUNKS that take
+    the least time together. The last chunk may be longer than what is left, but crosses no multiple of the longest chunk."""
+    if tokens >= PREFILL_CHUNKS[0]:
+        return PREFILL_CHUNKS[0]
+    return min(PREFILL_CHUNKS, key=lambda chunk: chunk + CALL_TOKENS + _prefill_time(tokens - chunk))
 
 
 @functools.cache
-def _reading_time(tokens: int) -> int:
-    """Of so many tokens, in tokens."""
+def _prefill_time(tokens: int) -> int:
+    """The time for so many tokens, in tokens."""
     if tokens <= 0:
         return 0
-    return min(chunk + CALL_TOKENS + _reading_time(tokens - chunk) for chunk in READ_CHUNKS)
+    return min(chunk + CALL_TOKENS + _prefill_time(tokens - chunk) for chunk in PREFILL_CHUNKS)
 
 
-def places_for(prompts: Sequence[np.ndarray], max_new_tokens: int) -> int:
-    """Places of a slot that holds the longest prompt and its answer, rounded up to few sizes."""
+def max_length_for(prompts: Sequence[np.ndarray], max_new_tokens: int) -> int:
+    """Tokens of the longest prompt and its completion, rounded up to few sizes."""
     return bucket(max((len(prompt) for prompt in prompts), default=1) + max_new_tokens, smallest=64)
 
 

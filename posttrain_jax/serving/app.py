@@ -141,7 +141,7 @@ def make_app(service: Service) -> FastAPI:
     vocabulary = Vocabulary(service.tokenizer)
     created = int(time.time())
     card = {"id": service.name, "object": "model", "created": created, "owned_by": "posttrain_jax"}
-    card["max_model_len"] = service.limits.places
+    card["max_model_len"] = service.limits.max_length
 
     @app.get("/health")
     async def health() -> JSONResponse:

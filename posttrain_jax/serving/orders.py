@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.chat_template import ChatOptions
-from posttrain_jax.sampling.choose import Needs, Sampling
+from posttrain_jax.sampling.choose import Sampling, StaticSamplingOptions
 from posttrain_jax.sampling.prompts import encode_chat, encode_text, split_stops
 from posttrain_jax.sampling.requests import Request
 from posttrain_jax.serving.bodies import GREEDY_BELOW, Body, ChatBody, CompletionBody
@@ -22,16 +22,16 @@ class Limits:
     """What this server can do.
 
     Attributes:
-      places: prompt and answer together have to fit in so many tokens.
+      max_length: prompt and answer together have to fit in so many tokens.
       vocabulary: token ids lie below it.
       alternatives: most log-probabilities beside each token.
       answers: most answers of one request, scored prompts included.
       stop_token_ids: what ends an answer of this model.
-      characters: no text of more has `places` tokens or fewer.
+      characters: no text of more has `max_length` tokens or fewer.
       control_tokens: whether a control token's text in a message is that token.
     """
 
-    places: int
+    max_length: int
     vocabulary: int
     alternatives: int
     answers: int
@@ -88,7 +88,10 @@ class Order:
     def is_scored(self, request: Request) -> bool:
         """Whether the scores of its prompt say the whole answer: at most one token, the likeliest one."""
         one = request.max_new_tokens == 1 and not request.stop_strings
-        plain = Needs.of(request.sampling, min_tokens=request.min_new_tokens) == Needs()
+        plain = (
+            StaticSamplingOptions.of(request.sampling, min_tokens=request.min_new_tokens)
+            == StaticSamplingOptions()
+        )
         return self.scores_prompts and one and plain
 
     def is_generated(self, request: Request) -> bool:
@@ -149,8 +152,8 @@ def _check_lengths(body: Body, limits: Limits) -> None:
     for name, size in sizes.items():
         if size > limits.characters:
             raise InputError(
-                f"{name} has {size:,} characters, and this model's maximum context length here, {limits.places} tokens "
-                f"(--max_model_len), holds {limits.characters:,} at most; shorten it."
+                f"{name} has {size:,} characters, and this model's maximum context length here, "
+                f"{limits.max_length} tokens (--max_model_len), holds {limits.characters:,} at most; shorten it."
             )
 
 
@@ -169,7 +172,7 @@ def _prompts(body: Body, tokenizer: PreTrainedTokenizerBase, limits: Limits, ech
             silent = int(added and not given.startswith(tokenizer.bos_token))
             prompts.append(Prompt(tokens, given if echo else "", silent))
         else:
-            is_shown = echo and len(given) <= limits.places and _decodable(given, tokenizer)
+            is_shown = echo and len(given) <= limits.max_length and _decodable(given, tokenizer)
             text = tokenizer.decode(given) if is_shown else ""
             prompts.append(Prompt(np.asarray(given, np.int64), text))
     return prompts
@@ -189,11 +192,11 @@ def _limit(body: Body, prompt: Prompt, name: str, limits: Limits) -> int:
         raise InputError(
             f"{name} holds the token id {int(wrong[0])}; the model knows 0 to {limits.vocabulary - 1}."
         )
-    limit = max(limits.places - length, 1) if body.limit is None else body.limit
-    if length + limit > limits.places:
+    limit = max(limits.max_length - length, 1) if body.limit is None else body.limit
+    if length + limit > limits.max_length:
         raise InputError(
             f"{name} has {length} tokens and {limit} are asked for, together {length + limit}; this model's maximum "
-            f"context length here is {limits.places} tokens (--max_model_len)."
+            f"context length here is {limits.max_length} tokens (--max_model_len)."
         )
     if (body.min_tokens or 0) > limit:
         raise InputError(f"min_tokens is {body.min_tokens}, more than the {limit} tokens that are possible.")

@@ -26,7 +26,7 @@ from posttrain_jax.serving.prompt_scores import ROW_TOKENS, PromptScores, score_
 
 SLICE_SECONDS = 0.05
 MOST_STEPS = 32
-READ_TOKENS = 256  # of waiting prompts between two slices of decoding
+PREFILL_TOKENS = 256  # of waiting prompts between two slices of decoding
 
 
 class Full(Exception):
@@ -206,10 +206,10 @@ class Worker:
     def _cancel(self, cancelled: _Job) -> None:
         if cancelled in self._scorings:
             self._scorings.remove(cancelled)
-        for ticket, job in list(self._jobs.items()):
+        for request_id, job in list(self._jobs.items()):
             if job is cancelled:
-                self._engine.cancel(ticket)
-                del self._jobs[ticket]
+                self._engine.cancel(request_id)
+                del self._jobs[request_id]
 
     def _score(self) -> None:
         """Scores the prompt that waits longest, with others that fit into its row and want as many alternatives."""
@@ -231,14 +231,14 @@ class Worker:
 
     def _decode(self) -> None:
         """Reads some of the prompts that wait, and decodes a slice, as many tokens as take about SLICE_SECONDS."""
-        self._engine.read(READ_TOKENS)
+        self._engine.prefill(PREFILL_TOKENS)
         start = time.monotonic()
-        updates = self._engine.write(self._steps)
+        updates = self._engine.decode(self._steps)
         most = max((len(update.tokens) for update in updates), default=0)
         seconds = (time.monotonic() - start) / max(most, 1)
         self._steps = min(max(int(SLICE_SECONDS / max(seconds, 1e-6)), 1), MOST_STEPS)
         for update in updates:
-            job = self._jobs[update.ticket]
+            job = self._jobs[update.request_id]
             if update.finish_reason is not None:
-                del self._jobs[update.ticket]
+                del self._jobs[update.request_id]
             job.deliver(update)

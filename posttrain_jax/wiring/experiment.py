@@ -54,7 +54,7 @@ from posttrain_jax.models.io.tokenizer import load_tokenizer
 from posttrain_jax.models.transformer import Model, make_model
 from posttrain_jax.run.batches import RowBatches
 from posttrain_jax.run.metrics import Accumulator, to_host
-from posttrain_jax.sampling.fixed_prompts import answer_fixed_prompts
+from posttrain_jax.sampling.fixed_prompts import complete_fixed_prompts
 from posttrain_jax.wiring.data import chat_from_config, eval_rows
 
 
@@ -440,7 +440,7 @@ def task_from_config(
     )
     sample = None
     if config.eval.prompts and not algorithm.is_reward:
-        sample = answer_fixed_prompts(
+        sample = complete_fixed_prompts(
             policy.model,
             policy.tokenizer,
             config.eval.prompts,

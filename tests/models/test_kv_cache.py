@@ -90,7 +90,7 @@ def test_more_room_keeps_what_is_held(monkeypatch, block):
 
 
 def test_a_prompt_that_is_read_in_parts_attends_as_the_whole_does():
-    """In chunks of unlike lengths over READ_BLOCK places at a time, with a window in the local layer and soft-capped
+    """In chunks of unlike lengths over PREFILL_BLOCK places at a time, with a window in the local layer and soft-capped
     scores: the hidden states of the whole forward, for two prompts at a time."""
     config = dataclasses.replace(
         CONFIG, max_length=600, sliding_window=40, local_layers=(True, False), attn_softcap=20.0, head_dim=8
@@ -99,12 +99,12 @@ def test_a_prompt_that_is_read_in_parts_attends_as_the_whole_does():
     params = model.init(jax.random.key(0))
     tokens = np.random.default_rng(0).integers(0, 61, (2, 600)).astype(np.int32)
     whole = model.apply(params, jnp.asarray(tokens), logits=False).hidden_BTD
-    reading = kv_cache.init_reading(config, 2, 600)
-    assert reading["k"].shape == (2, 2, 768, 2, 8)
+    cache = kv_cache.init_prefill_cache(config, 2, 600)
+    assert cache["k"].shape == (2, 2, 768, 2, 8)
     parts = []
     for start, stop in ((0, 256), (256, 384), (384, 512)):
-        hidden, reading = model.read(
-            params, jnp.asarray(tokens[:, start:stop]), start=jnp.int32(start), reading=reading
+        hidden, cache = model.prefill(
+            params, jnp.asarray(tokens[:, start:stop]), start=jnp.int32(start), cache=cache
         )
         parts.append(np.asarray(hidden))
     np.testing.assert_allclose(np.concatenate(parts, axis=1), np.asarray(whole)[:, :512], atol=2e-5)

@@ -12,9 +12,9 @@ import pytest
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.sampling.choose import (
     DRAW_BLOCK,
-    Needs,
     Sampling,
     SamplingRows,
+    StaticSamplingOptions,
     ban_words,
     choose,
     draw,
@@ -37,7 +37,9 @@ def choose_rows(logits, keys, sampling: Sampling, place: int = 0):
     """One token a row, all rows drawn alike."""
     rows = len(keys)
     place_B = jnp.full(rows, place, jnp.int32)
-    return choose(logits, logits, keys, place_B, SamplingRows.of([sampling] * rows), Needs.of(sampling))
+    return choose(
+        logits, logits, keys, place_B, SamplingRows.of([sampling] * rows), StaticSamplingOptions.of(sampling)
+    )
 
 
 def test_top_k_keeps_the_k_likeliest():
@@ -142,9 +144,9 @@ def test_a_draw_over_many_blocks_is_the_inverse_of_the_cumulative_sum():
 
 def test_alternatives_are_the_likeliest_under_the_model():
     keys = sample_keys(0, jnp.arange(1), jnp.arange(1))
-    needs = dataclasses.replace(Needs.of(Sampling(1.0)), alternatives=3)
+    static_options = dataclasses.replace(StaticSamplingOptions.of(Sampling(1.0)), alternatives=3)
     rows = SamplingRows.of([Sampling(1.0)])
-    choice = choose(LOGITS, LOGITS, keys, jnp.zeros(1, jnp.int32), rows, needs)
+    choice = choose(LOGITS, LOGITS, keys, jnp.zeros(1, jnp.int32), rows, static_options)
     assert np.asarray(choice.alternatives_BK).tolist() == [[2, 0, 3]]
     np.testing.assert_allclose(np.exp(choice.alternative_logps_BK), [[0.5, 0.25, 0.15]], rtol=1e-5)
 
@@ -158,11 +160,13 @@ def test_every_prompt_sample_and_place_has_its_own_random_number():
 
 
 def test_needs_cover_what_they_were_made_of():
-    nucleus = Needs.of(Sampling(0.7, top_p=0.9))
-    assert nucleus == Needs(draw=True, nucleus=True)
-    assert Needs.of(Sampling(0.0, top_p=0.9)) == Needs()  # greedy needs no filter
-    penal = Needs.of(Sampling(presence_penalty=0.5, bad_words=((3,),)), min_tokens=2)
-    assert penal == Needs(penalties=True, bad_words=((3,),), min_tokens=True)
+    nucleus = StaticSamplingOptions.of(Sampling(0.7, top_p=0.9))
+    assert nucleus == StaticSamplingOptions(draw=True, nucleus=True)
+    assert (
+        StaticSamplingOptions.of(Sampling(0.0, top_p=0.9)) == StaticSamplingOptions()
+    )  # greedy needs no filter
+    penal = StaticSamplingOptions.of(Sampling(presence_penalty=0.5, bad_words=((3,),)), min_tokens=2)
+    assert penal == StaticSamplingOptions(penalties=True, bad_words=((3,),), min_tokens=True)
     both = nucleus.union(penal)
     assert both.union(nucleus) == both == both.union(penal) and both != nucleus
 

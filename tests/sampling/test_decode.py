@@ -15,7 +15,7 @@ from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.sharding import make_mesh, tree_shardings
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.transformer import decode_layers, make_model
-from posttrain_jax.sampling.choose import Needs, Sampling
+from posttrain_jax.sampling.choose import Sampling, StaticSamplingOptions
 from posttrain_jax.sampling.decode import decode, empty_layers, empty_state
 from posttrain_jax.sampling.shapes import bucket
 from posttrain_jax.sampling.stream import Stream
@@ -215,15 +215,19 @@ def test_the_decode_loop_copies_neither_cache_nor_weights():
     """Beside its arguments, which it writes in place, the loop holds the logits of one position and little more."""
     config = dataclasses.replace(CONFIG, vocab_size=1024, max_length=4096, d_model=64, head_dim=16)
     model = make_model(config)
-    slots = jax.eval_shape(lambda: empty_layers(model=model, rows=4, places=4096))
+    slots = jax.eval_shape(lambda: empty_layers(model=model, rows=4, length=4096))
     state = jax.eval_shape(
-        lambda: empty_state(model=model, rows=4, new_tokens=8, needs=Needs(), stop_width=1)
+        lambda: empty_state(
+            model=model, rows=4, new_tokens=8, static_options=StaticSamplingOptions(), max_stop_tokens=1
+        )
     )
     params = model.abstract_params()
     layers = jax.eval_shape(functools.partial(decode_layers, lora_scale=0.0), params["layers"])
     params = {**params, "layers": layers}
     count, flag = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.bool)
-    compiled = decode.lower(params, slots, state, count, flag, model=model, needs=Needs()).compile()
+    compiled = decode.lower(
+        params, slots, state, count, flag, model=model, static_options=StaticSamplingOptions()
+    ).compile()
     memory = compiled.memory_analysis()
     cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(slots))
     assert memory.alias_size_in_bytes >= cache_bytes
@@ -235,31 +239,31 @@ def test_stream_says_what_generate_says_and_reads_only_what_is_new(model, params
     stream = Stream(model, params, stop_token_ids=())
     first = PROMPTS[2]
     (whole,) = answers(model, params, [first], max_new_tokens=7)
-    answer = list(stream.answer(first, max_new_tokens=7, sampling=Sampling()))
+    answer = list(stream.complete(first, max_new_tokens=7, sampling=Sampling()))
     assert answer == whole.tokens.tolist()
 
     # The next turn repeats the conversation and adds to it; a third one goes back to an earlier place.
     for prompt in ([*first, *answer, 8, 9], [*first[:4], 20, 21]):
         prompt = np.asarray(prompt)
         (whole,) = answers(model, params, [prompt], max_new_tokens=7)
-        assert list(stream.answer(prompt, max_new_tokens=7, sampling=Sampling())) == whole.tokens.tolist()
+        assert list(stream.complete(prompt, max_new_tokens=7, sampling=Sampling())) == whole.tokens.tolist()
 
 
 def test_a_stream_may_be_left_at_any_token(model, params):
     stream = Stream(model, params, stop_token_ids=())
-    tokens = stream.answer(PROMPTS[0], max_new_tokens=9, sampling=Sampling())
+    tokens = stream.complete(PROMPTS[0], max_new_tokens=9, sampling=Sampling())
     left = [next(tokens) for _ in range(3)]
     tokens.close()
     prompt = np.asarray([*PROMPTS[0], *left, 4])
     (whole,) = answers(model, params, [prompt], max_new_tokens=5)
-    assert list(stream.answer(prompt, max_new_tokens=5, sampling=Sampling())) == whole.tokens.tolist()
+    assert list(stream.complete(prompt, max_new_tokens=5, sampling=Sampling())) == whole.tokens.tolist()
 
 
 def test_a_stream_ends_at_a_stop_token(model, params):
     (whole,) = answers(model, params, PROMPTS[:1], max_new_tokens=7)
     stop = int(whole.tokens[2])
     stream = Stream(model, params, stop_token_ids=(stop,))
-    answer = list(stream.answer(PROMPTS[0], max_new_tokens=7, sampling=Sampling()))
+    answer = list(stream.complete(PROMPTS[0], max_new_tokens=7, sampling=Sampling()))
     assert answer[-1] == stop and answer == whole.tokens[: len(answer)].tolist()
     with pytest.raises(InputError, match="the conversation has 64 tokens"):
-        list(stream.answer(np.ones(64, np.int32), max_new_tokens=1, sampling=Sampling()))
+        list(stream.complete(np.ones(64, np.int32), max_new_tokens=1, sampling=Sampling()))

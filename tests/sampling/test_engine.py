@@ -18,7 +18,7 @@ from posttrain_jax.models.transformer import make_model
 from posttrain_jax.sampling import decode as device
 from posttrain_jax.sampling import engine as engine_module
 from posttrain_jax.sampling import slots as slots_module
-from posttrain_jax.sampling.choose import Needs, Sampling
+from posttrain_jax.sampling.choose import Sampling, StaticSamplingOptions
 from posttrain_jax.sampling.engine import Engine
 from posttrain_jax.sampling.generate import GenerateOptions, Sample, generate_as_finished
 from posttrain_jax.sampling.requests import Request
@@ -74,13 +74,15 @@ def test_a_freed_slot_goes_to_the_next_prompt(model, params, options):
 
 def test_long_answers_do_not_hold_the_batch(model, params):
     """With 2 slots, a 40-token answer and seven of 5 tokens take the steps of the long one, not of four batches."""
-    engine = Engine(model, params, slots=2, places=96, new_tokens=40, needs=Needs())
+    engine = Engine(
+        model, params, slots=2, max_length=96, max_new_tokens=40, static_options=StaticSamplingOptions()
+    )
     for index in range(8):
         engine.submit(Request(PROMPTS[0], max_new_tokens=40 if index == 0 else 5, prompt=index))
     finished, calls = [], 0
     while engine.busy:
         calls += 1
-        finished += [update.ticket for update in engine.step() if update.finish_reason]
+        finished += [update.request_id for update in engine.step() if update.finish_reason]
     assert finished[:6] == [1, 2, 3, 4, 5, 6] and sorted(finished[6:]) == [0, 7]
     assert calls == 7  # one for each short one in the other slot; the last goes on to the end of the long one
 
@@ -143,14 +145,14 @@ def test_noise_is_never_used_twice(model, params):
     [{}, {"repetition_penalty": 1.3, "presence_penalty": 0.5, "bad_words": ((4, 5), (7,))}],
     ids=["plain", "penalties"],
 )
-def test_samples_of_a_prompt_share_one_reading(model, params, slots, more, monkeypatch):
+def test_samples_of_a_prompt_share_one_prefill(model, params, slots, more, monkeypatch):
     """Also those that wait for a slot: every prompt is read once, and its answers are those of samples that start
     together. Answers of unlike length, so that slots come free one by one."""
     lengths_read = []
 
-    def counted(params, reading, tokens_PT, start, lengths_P, **options):
+    def counted(params, state, tokens_PT, start, lengths_P, **options):
         lengths_read.extend(lengths_P.tolist())
-        return read(params, reading, tokens_PT, start, lengths_P, **options)
+        return prefill(params, state, tokens_PT, start, lengths_P, **options)
 
     options = {
         "max_new_tokens": 12,
@@ -162,20 +164,22 @@ def test_samples_of_a_prompt_share_one_reading(model, params, slots, more, monke
     options |= {"temperature": 1.1, "top_k": 50}  # no top_p: at its edge a tie may fall the other way
     together = answers(model, params, PROMPTS[:3], batch_size=15, **options)
     assert len({len(sample.tokens) for sample in together}) > 2
-    read = device.read
-    monkeypatch.setattr(device, "read", counted)
+    prefill = device.prefill
+    monkeypatch.setattr(device, "prefill", counted)
     assert_same(answers(model, params, PROMPTS[:3], batch_size=slots, **options), together)
     assert sorted(lengths_read) == sorted(len(prompt) for prompt in PROMPTS[:3])
 
 
 def test_shared_prompts_survive_cancels_growth_and_what_is_written_behind_them(model, params, monkeypatch):
     """Few prompts, one of them as long as the context allows, asked for at random times and cancelled at random, in a
-    cache that starts with 16 places: every answer is that of the prompt alone."""
-    monkeypatch.setattr(slots_module, "FIRST_PLACES", 16)
-    monkeypatch.setattr(engine_module, "FEWEST_STEPS", 3)
+    cache that starts with 16 tokens: every answer is that of the prompt alone."""
+    monkeypatch.setattr(slots_module, "INITIAL_CACHE_LENGTH", 16)
+    monkeypatch.setattr(engine_module, "MIN_STEPS", 3)
     prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[4], np.arange(95) % 97]
     alone = [sample.tokens for sample in answers(model, params, prompts, max_new_tokens=25, batch_size=1)]
-    engine = Engine(model, params, slots=3, places=96, new_tokens=25, needs=Needs())
+    engine = Engine(
+        model, params, slots=3, max_length=96, max_new_tokens=25, static_options=StaticSamplingOptions()
+    )
     rng = np.random.default_rng(0)
     asked: dict[int, tuple[int, int]] = {}
     got: dict[int, list[int]] = {}
@@ -190,35 +194,49 @@ def test_shared_prompts_survive_cancels_growth_and_what_is_written_behind_them(m
             engine.cancel(cancelled)
             del asked[cancelled]
         for update in engine.step(int(rng.integers(1, 12))):
-            tokens = got.setdefault(update.ticket, [])
+            tokens = got.setdefault(update.request_id, [])
             tokens += update.tokens.tolist()
             if update.finish_reason is not None:
-                prompt, limit = asked.pop(update.ticket)
+                prompt, limit = asked.pop(update.request_id)
                 assert tokens == alone[prompt][:limit].tolist(), (prompt, limit)
                 finished += 1
     assert finished > 20
 
 
 def test_few_programs_for_samples(model, params):
-    engine = Engine(model, params, slots=8, places=64, new_tokens=4, needs=Needs(draw=True))
+    engine = Engine(
+        model,
+        params,
+        slots=8,
+        max_length=64,
+        max_new_tokens=4,
+        static_options=StaticSamplingOptions(draw=True),
+    )
     for prompt in range(2):
         for sample in range(8):
             engine.submit(Request(PROMPTS[prompt], 4, sampling=Sampling(1.0), prompt=prompt, sample=sample))
     while engine.busy:
         engine.step()
     # Each prompt is read once, put into a slot, copied into the 7 others, and begun on in all of them.
-    assert engine.compiled_programs == len(("read", "fill", "copy", "begin", "decode"))
+    assert engine.compiled_programs == len(("prefill", "fill", "copy", "begin", "decode"))
 
 
 def test_what_was_compiled_ahead_is_all_that_any_request_needs(monkeypatch):
     """Prompts of 1 to 250 tokens, alone and in groups, answers that make the cache grow, cancels, other parameters:
     nothing is compiled after `warm_up`."""
-    monkeypatch.setattr(slots_module, "FIRST_PLACES", 128)
+    monkeypatch.setattr(slots_module, "INITIAL_CACHE_LENGTH", 128)
     model = make_model(dataclasses.replace(CONFIG, max_length=256))
     params = sharp(model.init(jax.random.key(3)))
-    engine = Engine(model, params, slots=3, places=256, new_tokens=150, needs=Needs(draw=True))
+    engine = Engine(
+        model,
+        params,
+        slots=3,
+        max_length=256,
+        max_new_tokens=150,
+        static_options=StaticSamplingOptions(draw=True),
+    )
     programs = engine.warm_up()
-    assert programs == 3 + 1 + 2 * len(("fill", "copy", "decode")) + 1  # 128 and 256 places; grown once
+    assert programs == 3 + 1 + 2 * len(("fill", "copy", "decode")) + 1  # 128 and 256 tokens; grown once
     compiled = cache_sizes()
     rng = np.random.default_rng(0)
     finished = 0
@@ -226,11 +244,11 @@ def test_what_was_compiled_ahead_is_all_that_any_request_needs(monkeypatch):
         for _ in range(rng.integers(1, 6)):
             tokens = rng.integers(0, 97, rng.integers(1, 250))
             limit = int(rng.integers(1, 150))
-            tickets = [
+            request_ids = [
                 engine.submit(Request(tokens, limit, sampling=Sampling(1.0), sample=sample))
                 for sample in range(rng.integers(1, 4))
             ]
-        engine.cancel(tickets[0])
+        engine.cancel(request_ids[0])
         while engine.busy:
             finished += sum(update.finish_reason is not None for update in engine.step(40))
         if turn == 3:
@@ -245,7 +263,7 @@ def test_what_was_compiled_ahead_is_all_that_any_request_needs(monkeypatch):
 def cache_sizes() -> dict[str, int]:
     """How many programs of the engine this process has compiled, by name."""
     programs = (
-        device.read,
+        device.prefill,
         device.fill,
         device.copy_row,
         device.begin,
@@ -256,23 +274,25 @@ def cache_sizes() -> dict[str, int]:
     return {program.__name__: program._cache_size() for program in programs}
 
 
-def test_a_long_prompt_is_read_in_parts_while_others_are_written(model, params):
-    """The worker reads a chunk, decodes, reads another; every answer is that of its prompt alone, also of the one that
-    is cancelled in the middle of its reading and asked for again."""
+def test_a_long_prompt_is_prefilled_in_parts_while_others_are_decoded(model, params):
+    """A chunk is prefilled, tokens are decoded, another chunk is prefilled; every completion is that of its prompt
+    alone, also of the one that is cancelled in the middle of its prefill and requested again."""
     model = make_model(dataclasses.replace(CONFIG, max_length=2048))
     long = np.arange(700) % 97
     prompts = [PROMPTS[0], long, PROMPTS[1], PROMPTS[2]]
     alone = [
         sample.tokens.tolist() for sample in answers(model, params, prompts, max_new_tokens=30, batch_size=1)
     ]
-    engine = Engine(model, params, slots=2, places=1024, new_tokens=30, needs=Needs())
+    engine = Engine(
+        model, params, slots=2, max_length=1024, max_new_tokens=30, static_options=StaticSamplingOptions()
+    )
     asked = {engine.submit(Request(prompt, 30)): number for number, prompt in enumerate(prompts)}
     got: dict[int, list[int]] = {number: [] for number in range(4)}
     events, cancelled = [], False
     while engine.busy:
-        engine.read(256)
-        for update in engine.write(4):
-            number = asked[update.ticket]
+        engine.prefill(256)
+        for update in engine.decode(4):
+            number = asked[update.request_id]
             events.append(number)
             got[number] += update.tokens.tolist()
         if len(events) == 2 and not cancelled:
@@ -328,8 +348,16 @@ def test_a_stop_string_within_the_least_tokens_does_not_count():
         PROMPTS[0], 60, least, stop_strings=(stop,), sampling=Sampling(0.5, 4), prompt=0, seed=0
     )
     writer = Writer(tokenizer, Vocabulary(tokenizer), request, alternatives=None)
-    needs = Needs.of(request.sampling, min_tokens=least)
-    engine = Engine(model, params, slots=1, places=96, new_tokens=60, needs=needs, tokenizer=tokenizer)
+    static_options = StaticSamplingOptions.of(request.sampling, min_tokens=least)
+    engine = Engine(
+        model,
+        params,
+        slots=1,
+        max_length=96,
+        max_new_tokens=60,
+        static_options=static_options,
+        tokenizer=tokenizer,
+    )
     engine.submit(request)
     pieces = []
     while engine.busy:
@@ -410,7 +438,7 @@ def test_long_prompts_are_refused_or_cut_and_counted(model, params):
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        (Request(np.ones(60, np.int32), 8), "leaves no room for an answer in the 48 places"),
+        (Request(np.ones(60, np.int32), 8), "leaves no room for a completion in the 48 tokens"),
         (Request(np.ones(3, np.int32), 0), "max_new_tokens is 0; it must lie between 1 and 8"),
         (Request(np.ones(3, np.int32), 9), "max_new_tokens is 9"),
         (Request(np.ones(3, np.int32), 8, stop_token_ids=(1, 2, 3)), "3 stop tokens; at most 2"),
@@ -422,22 +450,32 @@ def test_long_prompts_are_refused_or_cut_and_counted(model, params):
     ],
 )
 def test_a_request_that_the_engine_was_not_made_for_is_refused(model, params, request_, words):
-    engine = Engine(model, params, slots=1, places=48, new_tokens=8, needs=Needs(), stop_width=2)
+    engine = Engine(
+        model,
+        params,
+        slots=1,
+        max_length=48,
+        max_new_tokens=8,
+        static_options=StaticSamplingOptions(),
+        max_stop_tokens=2,
+    )
     with pytest.raises(InputError, match=words):
         engine.submit(request_)
     assert not engine.busy
 
 
 def test_the_cache_grows_with_the_answers_and_shrinks_after_them(params, monkeypatch):
-    """From 64 places on, doubling: the same answers as with all places from the start."""
+    """From 64 tokens on, doubling: the same completions as with the full length from the start."""
     model = make_model(dataclasses.replace(CONFIG, max_length=256))
     limits = [3, 150, 20, 90]
     whole = answers(model, params, PROMPTS[:4], max_new_tokens=limits, batch_size=2, **DRAWN)
-    monkeypatch.setattr(slots_module, "FIRST_PLACES", 64)
-    monkeypatch.setattr(engine_module, "FEWEST_STEPS", 3)
+    monkeypatch.setattr(slots_module, "INITIAL_CACHE_LENGTH", 64)
+    monkeypatch.setattr(engine_module, "MIN_STEPS", 3)
     assert_same(answers(model, params, PROMPTS[:4], max_new_tokens=limits, batch_size=2, **DRAWN), whole)
 
-    engine = Engine(model, params, slots=2, places=256, new_tokens=150, needs=Needs())
+    engine = Engine(
+        model, params, slots=2, max_length=256, max_new_tokens=150, static_options=StaticSamplingOptions()
+    )
     sizes = []
     for prompt, limit in zip(PROMPTS, [3, 150, 2], strict=False):
         engine.submit(Request(prompt, limit))
@@ -448,22 +486,31 @@ def test_the_cache_grows_with_the_answers_and_shrinks_after_them(params, monkeyp
 
 
 def test_a_cancelled_request_gives_its_slot_back(model, params):
-    engine = Engine(model, params, slots=1, places=96, new_tokens=60, needs=Needs())
+    engine = Engine(
+        model, params, slots=1, max_length=96, max_new_tokens=60, static_options=StaticSamplingOptions()
+    )
     first = engine.submit(Request(PROMPTS[0], 60))
     waiting = engine.submit(Request(PROMPTS[1], 60))
     last = engine.submit(Request(PROMPTS[2], 4))
-    assert [update.ticket for update in engine.step(3)] == [first]
+    assert [update.request_id for update in engine.step(3)] == [first]
     engine.cancel(first)
     engine.cancel(waiting)
     updates = engine.step()
-    assert [(update.ticket, update.finish_reason) for update in updates] == [(last, "length")]
+    assert [(update.request_id, update.finish_reason) for update in updates] == [(last, "length")]
     (alone,) = answers(model, params, PROMPTS[2:3], max_new_tokens=4)
     np.testing.assert_array_equal(updates[0].tokens, alone.tokens)
     assert not engine.busy and engine.step() == []
 
 
 def test_tokens_come_as_they_are_drawn(model, params):
-    engine = Engine(model, params, slots=2, places=96, new_tokens=20, needs=Needs(alternatives=2))
+    engine = Engine(
+        model,
+        params,
+        slots=2,
+        max_length=96,
+        max_new_tokens=20,
+        static_options=StaticSamplingOptions(alternatives=2),
+    )
     engine.submit(Request(PROMPTS[0], 20))
     parts = []
     while engine.busy:
@@ -496,7 +543,9 @@ def test_a_small_adapter_is_not_rounded_away_in_bfloat16():
 
 def test_other_parameters_can_be_put_in(model, params):
     """After a training step the same engine goes on with the new parameters."""
-    engine = Engine(model, params, slots=1, places=64, new_tokens=8, needs=Needs())
+    engine = Engine(
+        model, params, slots=1, max_length=64, max_new_tokens=8, static_options=StaticSamplingOptions()
+    )
     engine.submit(Request(PROMPTS[0], 8))
     (before,) = engine.step()
     other = jax.tree.map(lambda leaf: leaf + 0.05 * jax.random.normal(jax.random.key(1), leaf.shape), params)

@@ -13,7 +13,7 @@ import pytest
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.transformer import make_model
-from posttrain_jax.sampling.choose import Needs
+from posttrain_jax.sampling.choose import StaticSamplingOptions
 from posttrain_jax.sampling.engine import Engine
 from posttrain_jax.sampling.generate import GenerateOptions, generate
 from posttrain_jax.sampling.requests import Request
@@ -48,7 +48,14 @@ def params(model):
 @contextlib.contextmanager
 def working(model, params, *, capacity, failures=None):
     """A worker with two slots."""
-    engine = Engine(model, params, slots=2, places=4096, new_tokens=4095, needs=Needs(alternatives=1))
+    engine = Engine(
+        model,
+        params,
+        slots=2,
+        max_length=4096,
+        max_new_tokens=4095,
+        static_options=StaticSamplingOptions(alternatives=1),
+    )
     worker = Worker(
         model, params, engine, capacity=capacity, on_failure=lambda: (failures or []).append("failed")
     )
