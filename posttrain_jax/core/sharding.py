@@ -90,6 +90,11 @@ def ambient_mesh() -> AbstractMesh | None:
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
+def tensor_axis(size: int, mesh: Mesh | AbstractMesh) -> str | None:
+    """The tensor axis where it divides `size`; else None: every device holds all of it."""
+    return "tensor" if size % mesh.shape["tensor"] == 0 else None
+
+
 def constrain_activations(x_BTD: Array) -> Array:
     """Keeps activations split over rows (data and fsdp), whole over tensor; nothing without a mesh."""
     if ambient_mesh() is None:

@@ -86,6 +86,11 @@ class ModelConfig:
         return self.sliding_window > 0 and any(self.local_layers)
 
     @property
+    def layer_is_local(self) -> tuple[bool, ...]:
+        """For every layer, whether it is a sliding-window layer."""
+        return self.local_layers or (False,) * self.n_layers
+
+    @property
     def any_global(self) -> bool:
         return not (self.sliding_window > 0 and all(self.local_layers) and self.local_layers)
 
@@ -140,6 +145,10 @@ class LoraConfig:
         ("q", "k", "v", "o", "gate", "up", "down"), "which linear layers: any of q k v o gate up down"
     )
     rslora: bool = setting(False, "alpha / sqrt(R) instead")
+
+    def of_layer(self, name: str) -> LoraConfig | None:
+        """The adapter of a linear layer, by our name of it; None where it has none."""
+        return self if self.rank and name in self.targets else None
 
     @property
     def scale(self) -> float:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from posttrain_jax.core.sharding import BATCH_AXES, ambient_mesh
+from posttrain_jax.core.sharding import BATCH_AXES, ambient_mesh, tensor_axis
 from posttrain_jax.core.types import Array, PyTree
 from posttrain_jax.models import kv_cache
 from posttrain_jax.models.transformer import Model
@@ -179,7 +179,7 @@ def _split(arrays: PyTree, *, rows_axis: int, heads_axis: int) -> PyTree:
     def one(leaf: Array) -> Array:
         axes: list[tuple[str, ...] | str | None] = [None] * leaf.ndim
         axes[rows_axis] = BATCH_AXES
-        axes[heads_axis] = "tensor" if leaf.shape[heads_axis] % mesh.shape["tensor"] == 0 else None
+        axes[heads_axis] = tensor_axis(leaf.shape[heads_axis], mesh)
         return jax.lax.with_sharding_constraint(leaf, P(*axes))
 
     return jax.tree.map(one, arrays)
@@ -344,7 +344,7 @@ def decode(
     """Up to `steps` tokens for every live slot, in one loop on the device.
 
     It ends early when no slot is live, and with `until_finished` as soon as one completion ends, so that its slot can
-    be given to the next request. `params` may hold `transformer.decode_layers`.
+    be given to the next request. `params` may hold `decoding.decode_layers`.
     """
     num_live = jnp.sum(state.live_B)
     index_1S = jnp.arange(layers[0]["v"].shape[2], dtype=jnp.int32)[None]

@@ -23,8 +23,8 @@ def bucket(size: int, smallest: int = SMALLEST_BUCKET) -> int:
 
 
 def next_chunk(tokens: int) -> int:
-    """How many tokens to prefill next of a prompt with `tokens` left: the first of those PREFILL_CHUNKS that take
-    the least time together. The last chunk may be longer than what is left, but crosses no multiple of the longest chunk."""
+    """How many tokens to prefill next of a prompt with so many left: the first of those PREFILL_CHUNKS that take the
+    least time together. The last may be longer than what is left, but it crosses no multiple of the longest chunk."""
     if tokens >= PREFILL_CHUNKS[0]:
         return PREFILL_CHUNKS[0]
     return min(PREFILL_CHUNKS, key=lambda chunk: chunk + CALL_TOKENS + _prefill_time(tokens - chunk))

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from posttrain_jax.core.sharding import shard_multiple
 from posttrain_jax.core.types import PyTree
-from posttrain_jax.models import transformer
+from posttrain_jax.models.decoding import decode_layers
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling import decode as device
 from posttrain_jax.sampling.choose import SamplingRows, StaticSamplingOptions
@@ -276,7 +276,7 @@ class Slots:
         )
 
 
-_decode_layers = jax.jit(transformer.decode_layers, static_argnames="lora_scale")
+_decode_layers = jax.jit(decode_layers, static_argnames="lora_scale")
 
 
 def decode_params(model: Model, params: PyTree) -> PyTree:

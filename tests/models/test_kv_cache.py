@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from posttrain_jax.models import kv_cache
-from posttrain_jax.models.attention import AttentionMask, attend_cache
+from posttrain_jax.models.attention_mask import AttentionMask
+from posttrain_jax.models.cached_attention import attend_cache
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.transformer import make_model
 

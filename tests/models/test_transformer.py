@@ -10,17 +10,14 @@ import numpy as np
 import pytest
 
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.models import attention
-from posttrain_jax.models.attention import AttentionMask, attend
+from posttrain_jax.models.attention import attend
+from posttrain_jax.models.attention_mask import AttentionMask
 from posttrain_jax.models.config import LoraConfig, ModelConfig
-from posttrain_jax.models.kernels.block_attention import BLOCK, RowPlaces, first_key_blocks
+from posttrain_jax.models.kernels.cpu_attention import BLOCK, RowLayout, first_key_blocks
+from posttrain_jax.models.kernels.matmul import MANY_ROWS, lora_matmul
+from posttrain_jax.models.kernels.tpu_attention import attend_splash
 from posttrain_jax.models.kv_cache import init_cache
-from posttrain_jax.models.transformer import (
-    MANY_ROWS,
-    REMAT_POLICIES,
-    lora_matmul,
-    make_model,
-)
+from posttrain_jax.models.transformer import REMAT_POLICIES, make_model
 
 PLAIN = ModelConfig("llama", 61, 32, 2, 4, 2, 8, 48, query_scale=8**-0.5)
 GEMMA = ModelConfig(
@@ -76,9 +73,9 @@ def test_block_attention_visits_only_the_blocks_it_needs():
     """One sequence of 2 blocks, then one of 1: the third block of queries starts at its own block of keys."""
     segments = jnp.repeat(jnp.array([[1, 1, 2]]), BLOCK, axis=1)
     index = jnp.arange(3 * BLOCK)[None]
-    two = RowPlaces(segments, jnp.where(segments == 1, index, index - 2 * BLOCK))
+    two = RowLayout(segments, jnp.where(segments == 1, index, index - 2 * BLOCK))
     np.testing.assert_array_equal(first_key_blocks(two, jnp.int32(3 * BLOCK)), [[0, 0, 2]])
-    whole = RowPlaces(jnp.ones_like(segments), index)
+    whole = RowLayout(jnp.ones_like(segments), index)
     np.testing.assert_array_equal(first_key_blocks(whole, jnp.int32(3 * BLOCK)), [[0, 0, 0]])
     np.testing.assert_array_equal(first_key_blocks(whole, jnp.int32(2)), [[0, 0, 1]])
 
@@ -89,7 +86,7 @@ def test_block_attention_with_branches_reaches_back_to_the_prompt():
     ones = jnp.ones((1, 3 * BLOCK), jnp.int32)
     index = jnp.arange(3 * BLOCK)[None]
     branches = (index >= 2 * BLOCK).astype(jnp.int32)
-    places = RowPlaces(ones, jnp.where(branches == 1, index - 1, index), branches)
+    places = RowLayout(ones, jnp.where(branches == 1, index - 1, index), branches)
     np.testing.assert_array_equal(first_key_blocks(places, jnp.int32(2)), [[0, 0, 1]])
     np.testing.assert_array_equal(first_key_blocks(places, jnp.int32(200)), [[0, 0, 0]])
 
@@ -118,7 +115,7 @@ def test_splash_attention_equals_xla(window):
     segments, positions = packed(256)
     mask = AttentionMask.packed_rows(segments, positions)
     want = attend(q, k, v, mask=mask, is_local=jnp.array(window > 0), config=config, implementation="xla")
-    got = attention._attend_splash(q, k, v, mask, jnp.array(window > 0), config, interpret=True)
+    got = attend_splash(q, k, v, mask, jnp.array(window > 0), config, interpret=True)
     real = (segments > 0)[..., None, None]
     np.testing.assert_allclose(jnp.where(real, got, 0), jnp.where(real, want, 0), atol=2e-5)
 

@@ -14,7 +14,8 @@ from answers import answers
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.sharding import make_mesh, tree_shardings
 from posttrain_jax.models.config import ModelConfig
-from posttrain_jax.models.transformer import decode_layers, make_model
+from posttrain_jax.models.decoding import decode_layers
+from posttrain_jax.models.transformer import make_model
 from posttrain_jax.sampling.choose import Sampling, StaticSamplingOptions
 from posttrain_jax.sampling.decode import decode, empty_layers, empty_state
 from posttrain_jax.sampling.shapes import bucket

@@ -1,4 +1,4 @@
-"""Attention over packed rows that visits only the blocks of keys a block of queries can see. For CPUs.
+"""Attention on CPUs: over packed rows, and only over the blocks of keys that a block of queries can see.
 
 In a packed row a query sees its own sequence alone, so most of the (T, T) scores are masked. For every row and every
 block of queries, a loop goes over the blocks of keys from the one where the first query's sequence begins (or the
@@ -15,11 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
+from posttrain_jax.core.sharding import BATCH_AXES, ambient_mesh, tensor_axis
 from posttrain_jax.core.types import Array
+from posttrain_jax.models.attention_mask import MASKED_SCORE, AttentionMask, soft_cap
+from posttrain_jax.models.config import ModelConfig
 
 BLOCK = 128
-MASKED_SCORE = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,7 @@ class BlockRule:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class RowPlaces:
+class RowLayout:
     """Where each token of a packed row belongs, int32 `[B, T]` each.
 
     Attributes:
@@ -51,14 +54,38 @@ class RowPlaces:
     branches: Array | None = None
 
 
+def attend_blocks(
+    q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask: AttentionMask, is_local: Array, config: ModelConfig
+) -> Array:
+    """`block_attention`, on each device's own rows and heads."""
+    time = q_BTHK.shape[1]
+    window = jnp.asarray(time, jnp.int32)
+    if config.any_local:
+        window = jnp.where(is_local, jnp.int32(config.sliding_window), window)
+    rule = BlockRule(scale=config.query_scale, softcap=config.attn_softcap)
+    kernel = functools.partial(block_attention, rule=rule)
+    mesh = ambient_mesh()
+    if mesh is not None:
+        rows = P(BATCH_AXES, None, tensor_axis(config.n_kv_heads, mesh), None)
+        kernel = jax.shard_map(
+            kernel,
+            mesh=mesh,
+            in_specs=(rows, rows, rows, P(BATCH_AXES, None), P()),
+            out_specs=rows,
+            check_vma=False,
+        )
+    layout = RowLayout(mask.query_segments_BT, mask.query_positions_BT, mask.branches_BT)
+    return kernel(q_BTHK, k_BSGK, v_BSGK, layout, window)
+
+
 def block_attention(
-    q_BTHK: Array, k_BTGK: Array, v_BTGK: Array, places: RowPlaces, window: Array, rule: BlockRule
+    q_BTHK: Array, k_BTGK: Array, v_BTGK: Array, layout: RowLayout, window: Array, rule: BlockRule
 ) -> Array:
     """Causal attention within segments, `[B, T, H, K]`; T must be a multiple of BLOCK.
 
     Args:
       q_BTHK, k_BTGK, v_BTGK: H a multiple of G.
-      places: who may see whom.
+      layout: who may see whom.
       window: scalar int32: how many latest tokens a query sees, itself included; T or more = all.
       rule: scale and soft cap.
     """
@@ -66,27 +93,27 @@ def block_attention(
     groups = k_BTGK.shape[2]
     q_BGMTK = q_BTHK.reshape(batch, time, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
     out_BGMTK = _attention(
-        q_BGMTK, k_BTGK.transpose(0, 2, 1, 3), v_BTGK.transpose(0, 2, 1, 3), places, window, rule
+        q_BGMTK, k_BTGK.transpose(0, 2, 1, 3), v_BTGK.transpose(0, 2, 1, 3), layout, window, rule
     )
     return out_BGMTK.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, width)
 
 
-def first_key_blocks(places: RowPlaces, window: Array) -> Array:
+def first_key_blocks(layout: RowLayout, window: Array) -> Array:
     """For each row and block of queries, the first block of keys that any of its queries can see, `[B, n]`.
 
     With branches the window counts positions, and a prompt's positions begin where its segment does.
     """
-    segments_BT = places.segments
+    segments_BT = layout.segments
     batch, time = segments_BT.shape
     index_T = jnp.arange(time, dtype=jnp.int32)
     changes_BT = jnp.concatenate(
         [jnp.ones((batch, 1), bool), segments_BT[:, 1:] != segments_BT[:, :-1]], axis=1
     )
     starts_BT = jax.lax.cummax(jnp.where(changes_BT, index_T[None, :], 0), axis=1)
-    if places.branches is None:
+    if layout.branches is None:
         first_BT = jnp.maximum(starts_BT, index_T[None, :] - window + 1)
         return first_BT[:, ::BLOCK] // BLOCK
-    first_BT = starts_BT + jnp.maximum(0, places.positions - window + 1)
+    first_BT = starts_BT + jnp.maximum(0, layout.positions - window + 1)
     return jnp.min(first_BT.reshape(batch, -1, BLOCK), axis=2) // BLOCK
 
 
@@ -107,13 +134,11 @@ def _put(x: Array, part: Array, row: Array, block: Array, axis: int) -> Array:
 
 def _scores(q_GNK: Array, k_GSK: Array, rule: BlockRule) -> Array:
     """Scaled and capped scores before the mask, `[G, M, t, s]` float32."""
-    scores = jnp.einsum("gnk,gsk->gns", q_GNK, k_GSK, preferred_element_type=jnp.float32) * rule.scale
-    if rule.softcap:
-        scores = rule.softcap * jnp.tanh(scores / rule.softcap)
-    return scores.reshape(q_GNK.shape[0], -1, BLOCK, BLOCK)
+    scores = jnp.einsum("gnk,gsk->gns", q_GNK, k_GSK, preferred_element_type=jnp.float32)
+    return soft_cap(scores * rule.scale, rule.softcap).reshape(q_GNK.shape[0], -1, BLOCK, BLOCK)
 
 
-def _mask(places: RowPlaces, window: Array, row: Array, queries: Array, keys: Array) -> Array:
+def _mask(layout: RowLayout, window: Array, row: Array, queries: Array, keys: Array) -> Array:
     """Who sees whom between two blocks, `[1, 1, t, s]`."""
 
     def parts(values_BT: Array) -> tuple[Array, Array]:
@@ -121,12 +146,12 @@ def _mask(places: RowPlaces, window: Array, row: Array, queries: Array, keys: Ar
 
     offset = jnp.arange(BLOCK, dtype=jnp.int32)
     gap = (queries * BLOCK + offset)[:, None] - (keys * BLOCK + offset)[None, :]
-    query_segments, key_segments = parts(places.segments)
+    query_segments, key_segments = parts(layout.segments)
     allowed = (query_segments == key_segments) & (gap >= 0)
-    if places.branches is not None:
-        query_branches, key_branches = parts(places.branches)
+    if layout.branches is not None:
+        query_branches, key_branches = parts(layout.branches)
         allowed &= (key_branches == 0) | (key_branches == query_branches)
-        query_positions, key_positions = parts(places.positions)
+        query_positions, key_positions = parts(layout.positions)
         gap = query_positions - key_positions
     return (allowed & (gap < window))[None, None]
 
@@ -138,15 +163,15 @@ def _rows(x_GMtK: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attention(
-    q_BGMTK: Array, k_BGTK: Array, v_BGTK: Array, places: RowPlaces, window: Array, rule: BlockRule
+    q_BGMTK: Array, k_BGTK: Array, v_BGTK: Array, layout: RowLayout, window: Array, rule: BlockRule
 ) -> Array:
-    return _forward(q_BGMTK, k_BGTK, v_BGTK, places, window, rule)[0]
+    return _forward(q_BGMTK, k_BGTK, v_BGTK, layout, window, rule)[0]
 
 
-def _forward(q_BGMTK, k_BGTK, v_BGTK, places, window, rule):
+def _forward(q_BGMTK, k_BGTK, v_BGTK, layout, window, rule):
     batch, groups, shared, time, width = q_BGMTK.shape
     blocks = time // BLOCK
-    first_Bn = first_key_blocks(places, window)
+    first_Bn = first_key_blocks(layout, window)
 
     def query_block(number: Array, outs: tuple[Array, Array]) -> tuple[Array, Array]:
         row, i = number // blocks, number % blocks
@@ -155,7 +180,7 @@ def _forward(q_BGMTK, k_BGTK, v_BGTK, places, window, rule):
         def key_block(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             largest, total, weighted = carry
             scores = _scores(q, _part(k_BGTK, row, j, 2), rule)
-            allowed = _mask(places, window, row, i, j)
+            allowed = _mask(layout, window, row, i, j)
             scores = jnp.where(allowed, scores, MASKED_SCORE)
             new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1))
             weights = jnp.where(allowed, jnp.exp(scores - new_largest[..., None]), 0.0)
@@ -181,14 +206,14 @@ def _forward(q_BGMTK, k_BGTK, v_BGTK, places, window, rule):
     out_BGMTK, normalizer_BGMT = jax.lax.fori_loop(0, batch * blocks, query_block, empty)
     out_BGMTK = checkpoint_name(out_BGMTK, "attention_out")
     normalizer_BGMT = checkpoint_name(normalizer_BGMT, "attention_normalizer")
-    return out_BGMTK, (q_BGMTK, k_BGTK, v_BGTK, places, window, out_BGMTK, normalizer_BGMT)
+    return out_BGMTK, (q_BGMTK, k_BGTK, v_BGTK, layout, window, out_BGMTK, normalizer_BGMT)
 
 
 def _backward(rule, residuals, d_out_BGMTK):
-    q_BGMTK, k_BGTK, v_BGTK, places, window, out_BGMTK, normalizer_BGMT = residuals
+    q_BGMTK, k_BGTK, v_BGTK, layout, window, out_BGMTK, normalizer_BGMT = residuals
     batch, groups, shared, time, width = q_BGMTK.shape
     blocks, dtype = time // BLOCK, q_BGMTK.dtype
-    first_Bn = first_key_blocks(places, window)
+    first_Bn = first_key_blocks(layout, window)
     delta_BGMT = jnp.sum(d_out_BGMTK.astype(jnp.float32) * out_BGMTK.astype(jnp.float32), axis=-1)
 
     def query_block(number: Array, gradients: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -202,7 +227,7 @@ def _backward(rule, residuals, d_out_BGMTK):
             d_q_block, d_k, d_v = carry
             keys, values = _part(k_BGTK, row, j, 2), _part(v_BGTK, row, j, 2)
             scores = _scores(q, keys, rule)
-            weights = jnp.where(_mask(places, window, row, i, j), jnp.exp(scores - normalizer), 0.0)
+            weights = jnp.where(_mask(layout, window, row, i, j), jnp.exp(scores - normalizer), 0.0)
             d_weights = jnp.einsum("gnk,gsk->gns", d_out, values, preferred_element_type=jnp.float32)
             d_scores = weights * (d_weights.reshape(weights.shape) - delta)
             if rule.softcap:
@@ -222,7 +247,7 @@ def _backward(rule, residuals, d_out_BGMTK):
 
     empty = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q_BGMTK, k_BGTK, v_BGTK))
     d_q, d_k, d_v = jax.lax.fori_loop(0, batch * blocks, query_block, empty)
-    no_gradient = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), (places, window))
+    no_gradient = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), (layout, window))
     return (d_q.astype(dtype), d_k.astype(dtype), d_v.astype(dtype), *no_gradient)
 
 
