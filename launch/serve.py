@@ -313,7 +313,7 @@ def make_engine(loaded: LoadedModel, options: Options, *, max_length: int) -> En
             min_tokens=True,
             alternatives=options.max_logprobs,
         ),
-        stop_width=len(stops) + MOST_STOPS,
+        max_stop_tokens=len(stops) + MOST_STOPS,
         tokenizer=copy.deepcopy(loaded.tokenizer),  # tokenizers are not safe to share between threads
     )
     started = time.monotonic()

@@ -136,7 +136,7 @@ def scored_update(request: Request, scores: PromptScores) -> Update:
     """The answer of one token, the likeliest, that the scores of its prompt say already."""
     token, logprob = _row(scores, len(request.tokens) - 1)[0]
     return Update(
-        ticket=-1,
+        request_id=-1,
         tokens=np.asarray([token], np.int32),
         logprobs=np.asarray([logprob], np.float32),
         sample_logprobs=np.zeros(1, np.float32),

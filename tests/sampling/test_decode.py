@@ -219,7 +219,7 @@ def test_the_decode_loop_copies_neither_cache_nor_weights():
     slots = jax.eval_shape(lambda: empty_layers(model=model, rows=4, length=4096))
     state = jax.eval_shape(
         lambda: empty_state(
-            model=model, rows=4, new_tokens=8, static_options=StaticSamplingOptions(), max_stop_tokens=1
+            model=model, rows=4, max_new_tokens=8, static_options=StaticSamplingOptions(), max_stop_tokens=1
         )
     )
     params = model.abstract_params()
@@ -232,7 +232,7 @@ def test_the_decode_loop_copies_neither_cache_nor_weights():
     memory = compiled.memory_analysis()
     cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(slots))
     assert memory.alias_size_in_bytes >= cache_bytes
-    # Scores of one layer (4 rows x 4 heads x 4096 places) a few times over, against 8.4 MB of cache.
+    # Scores of one layer (4 rows x 4 heads x 4096 tokens) a few times over, against 8.4 MB of cache.
     assert memory.temp_size_in_bytes < cache_bytes / 4
 
 
