@@ -1,12 +1,14 @@
 """Exports a trained model as a Hugging Face folder that `transformers` loads with equal logits.
 
-A reward model becomes a folder for AutoModelForSequenceClassification, with equal scores. Also turns any other MODEL
-into a folder (a .gguf file, for instance), and LoRA runs into PEFT adapters. Of an ensemble of reward models one
-member is exported at a time.
+A reward model becomes a folder for AutoModelForSequenceClassification, with equal scores. Any other MODEL
+(a .gguf file, for instance) becomes a folder too, and a LoRA run can become a PEFT adapter (--adapter_only). Of an
+ensemble of reward models one member is exported at a time.
 """
 
 from __future__ import annotations
 
+import re
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,7 +83,8 @@ def export(
       InputError: no such run, step or member, a run without an adapter, or something in the folder already.
     """
     from posttrain_jax.models.io.export import export_hf
-    from posttrain_jax.models.io.load import load_members, load_model, member_count, resolve
+    from posttrain_jax.models.io.load import load_members, load_model
+    from posttrain_jax.models.io.source import member_count, resolve
 
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"--dtype={dtype} is not a type that can be exported; use float32 or bfloat16.")
@@ -116,7 +119,7 @@ def export(
 
 
 def _refuse(out: Path, overwrite: bool, source: Path) -> None:
-    """Says no before minutes of loading."""
+    """Refuses a bad `out` before minutes of loading."""
     inside = source.resolve() == out.resolve() or out.resolve() in source.resolve().parents
     if inside:
         raise InputError(f"--out={out} holds the model that is exported; give another folder.")
@@ -129,10 +132,11 @@ def _refuse(out: Path, overwrite: bool, source: Path) -> None:
 
 
 def _export_adapter(loaded: LoadedModel, out: Path) -> None:
-    """A PEFT folder, written beside `out` and renamed when whole."""
+    """A PEFT folder, written beside `out` and renamed when it is complete."""
+    from posttrain_jax.core.workdir import is_workdir
     from posttrain_jax.models.io.export import put_in_place
-    from posttrain_jax.models.io.load import base_name
     from posttrain_jax.models.io.peft import save_adapter
+    from posttrain_jax.models.io.source import base_path
     from posttrain_jax.models.io.tokenizer import save_tokenizer
 
     if not loaded.lora.rank:
@@ -142,11 +146,18 @@ def _export_adapter(loaded: LoadedModel, out: Path) -> None:
             f"--adapter_only: {loaded.source.name} is a reward model, and its score head is no part of an adapter; "
             "leave the flag out."
         )
+    base = base_path(loaded.source)
+    if Path(base).is_file() or is_workdir(Path(re.sub(r"@\d+$", "", base))):
+        print(
+            f"PEFT cannot load the base model {base} (it is no Hugging Face folder): export it with python -m "
+            f"launch.export --workdir={base} --out=FOLDER, and write FOLDER into adapter_config.json.",
+            file=sys.stderr,
+        )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
             made = Path(scratch) / "adapter"
-            save_adapter(loaded.params, loaded.lora, loaded.config, made, base_model=base_name(loaded.source))
+            save_adapter(loaded.params, loaded.lora, loaded.config, made, base_model=base)
             if loaded.tokenizer is not None:
                 save_tokenizer(loaded.tokenizer, made)
             put_in_place(made, out)

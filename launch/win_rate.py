@@ -166,7 +166,7 @@ def is_reward_judge(options: Options) -> bool:
     Raises:
       InputError: there is no such model, or it has a name as on a server.
     """
-    from posttrain_jax.models.io.load import is_reward_model, resolve
+    from posttrain_jax.models.io.source import is_reward_model, resolve
 
     if options.judge.startswith(URLS):
         return False

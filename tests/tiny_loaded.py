@@ -8,7 +8,8 @@ import jax
 
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
-from posttrain_jax.models.io.load import LoadedModel, Source
+from posttrain_jax.models.io.load import LoadedModel
+from posttrain_jax.models.io.source import Source
 from posttrain_jax.models.transformer import make_model
 
 CONFIG = ModelConfig(

@@ -53,7 +53,7 @@ from posttrain_jax.data.preference_groups import Group
 from posttrain_jax.data.preference_rows import PreferenceRows
 from posttrain_jax.forward.completions import decided_weights, map_completions, reward_scores
 from posttrain_jax.losses import reward as losses
-from posttrain_jax.models.io.load import is_reward_model
+from posttrain_jax.models.io.source import is_reward_model
 from posttrain_jax.models.reward_head import score_head_params
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.wiring.data import Preferences, preferences_from_config

@@ -42,14 +42,8 @@ from posttrain_jax.models.config import LoraConfig, ModelConfig
 from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.io.export import write_model_folder
 from posttrain_jax.models.io.hf_config import config_from_hf
-from posttrain_jax.models.io.load import (
-    Source,
-    has_adapter,
-    is_reward_model,
-    load_config,
-    load_model,
-    resolve,
-)
+from posttrain_jax.models.io.load import load_model
+from posttrain_jax.models.io.source import Source, has_adapter, is_reward_model, load_config, resolve
 from posttrain_jax.models.io.tokenizer import load_tokenizer
 from posttrain_jax.models.transformer import Model, make_model
 from posttrain_jax.run.batches import RowBatches

@@ -18,7 +18,8 @@ from posttrain_jax.evaluate.score_pairs import score_pairs
 from posttrain_jax.forward import completions
 from posttrain_jax.forward.completions import reward_scores
 from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
-from posttrain_jax.models.io.load import LoadedModel, Source
+from posttrain_jax.models.io.load import LoadedModel
+from posttrain_jax.models.io.source import Source
 from posttrain_jax.models.reward_head import score_head_params, scores
 from posttrain_jax.rewards.ensemble import Ensemble
 

@@ -145,6 +145,41 @@ def test_an_adapter_is_merged_or_exported_alone(lora_run, tmp_path):
     np.testing.assert_allclose(logits_of(tmp_path / "adapter"), expected, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_peft_finds_the_base_of_an_exported_adapter(lora_run, tmp_path, monkeypatch):
+    """The base is named relative to the folder of the training; PEFT loads it from anywhere. peft cuts the vocabulary
+    to the tokenizer's."""
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra [parity])")
+    peft = pytest.importorskip("peft", reason="peft is not installed (extra [parity])")
+    workdir, model, steps = lora_run
+    base, _ = partition(steps[2], lambda path: "lora" not in path)
+    monkeypatch.chdir(tmp_path)
+    export_hf(tmp_path / "base" / "folder", config=CONFIG, params=base, tokenizer=byte_tokenizer())
+    export(str(workdir), tmp_path / "adapter", adapter_only=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "adapter"))
+    with torch.no_grad():
+        logits = theirs.eval()(torch.tensor(TOKENS)).logits.numpy()
+    ours = np.asarray(model.apply(steps[2], TOKENS).logits_BTV)[..., : logits.shape[-1]]
+    np.testing.assert_allclose(logits, ours, atol=1e-4)
+
+
+@pytest.mark.parametrize(("init", "kind"), [("base.gguf", "file"), ("run@2", "workdir")])
+def test_a_base_that_peft_cannot_load_is_named(lora_run, tmp_path, monkeypatch, capsys, init, kind):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.gguf").write_bytes(b"GGUF")
+    save_run(tmp_path / "run", lora=LoraConfig()) if kind == "workdir" else None
+    shutil.copytree(lora_run[0], tmp_path / "adapted")
+    path = tmp_path / "adapted" / "config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({"model": {**fields["model"], "init": init}}))
+    export(str(tmp_path / "adapted"), tmp_path / "out", adapter_only=True)
+    fields = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert fields["base_model_name_or_path"] == str(tmp_path / init)
+    assert f"PEFT cannot load the base model {tmp_path / init}" in capsys.readouterr().err
+
+
 def test_an_adapter_that_bfloat16_rounds_away_is_said(tmp_path, caplog):
     """A measured number, as the exported weights show it; float32 loses nothing and says nothing."""
     params = make_model(CONFIG, lora=LORA).init(jax.random.key(0))

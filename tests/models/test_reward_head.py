@@ -23,15 +23,12 @@ from posttrain_jax.models.config import LoraConfig, ModelConfig
 from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.io.export import export_hf, write_model_folder
 from posttrain_jax.models.io.load import (
-    is_reward_model,
-    load_config,
     load_members,
     load_model,
-    member_count,
     require_language_model,
     require_score_head,
-    resolve,
 )
+from posttrain_jax.models.io.source import is_reward_model, load_config, member_count, resolve
 from posttrain_jax.models.io.tokenizer import scoring_pad_id
 from posttrain_jax.models.reward_head import abstract_score_head, fold_gain, score_head_params, scores
 from posttrain_jax.models.transformer import make_model

@@ -1,75 +1,45 @@
-"""MODEL, wherever it comes from: a Hugging Face folder or name, a `.gguf` file, a PEFT adapter, or a workdir of ours.
+"""Loads a MODEL: its parameters, its tokenizer, and the transformer that they belong to.
 
-`resolve` says what a MODEL is without reading weights; `load_model` loads it. `export_model` is the way back.
-
-A Hugging Face `...ForSequenceClassification` with one label, and the workdir of a reward model, are reward models:
-their parameters hold a `score_head` (see `models/reward_head.py`) and no vocabulary projection. `require_score_head`
-and `require_language_model` refuse the one kind where the other is needed. An ensemble of reward models lies in one
-workdir; `load_members` gives its models one by one.
+`source.resolve` finds out what a MODEL is; `export.export_hf` writes one. A Hugging Face `...ForSequenceClassification`
+with one label, and the workdir of a reward model, are reward models: their parameters hold a `score_head` (see
+`models/reward_head.py`) and no vocabulary projection. `require_score_head` and `require_language_model` refuse one kind
+where the other is needed. A workdir can hold an ensemble of reward models; `load_members` loads them one by one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from huggingface_hub import snapshot_download
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from posttrain_jax.core.checkpoint_params import restore_params, saved_parameters
-from posttrain_jax.core.errors import InputError, shown
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.sharding import tree_shardings
 from posttrain_jax.core.trees import combine, partition
 from posttrain_jax.core.types import Array, ModelOutput, PyTree
-from posttrain_jax.core.workdir import is_workdir
-from posttrain_jax.demo.assets import fetch
 from posttrain_jax.models.config import LoraConfig, ModelConfig
-from posttrain_jax.models.io.gguf import config_from_gguf, load_gguf
-from posttrain_jax.models.io.gguf_file import GgufFile
-from posttrain_jax.models.io.hf_config import config_from_hf, is_reward_config, read_json
+from posttrain_jax.models.io.gguf import load_gguf
+from posttrain_jax.models.io.hf_config import read_json
 from posttrain_jax.models.io.hf_weights import load_safetensors
 from posttrain_jax.models.io.peft import load_adapter
-from posttrain_jax.models.io.tokenizer import TOKENIZER_FILES, load_tokenizer
+from posttrain_jax.models.io.source import (
+    Source,
+    base_of,
+    evaluates_average,
+    is_reward_model,
+    load_config,
+    member_count,
+    resolve,
+    workdir_lora,
+)
+from posttrain_jax.models.io.tokenizer import load_tokenizer
 from posttrain_jax.models.reward_head import abstract_score_head
 from posttrain_jax.models.transformer import Model, make_model
-
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
-_HUB_FILES = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """What a MODEL turned out to be.
-
-    Attributes:
-      name: the MODEL as it was given.
-      kind: "hf" (a folder), "gguf" (a file), "adapter" (a PEFT folder) or "workdir".
-      path: the folder or file.
-      step: which checkpoint of a workdir; None = the newest (a loaded model names the one it was).
-      weights: of a workdir that was loaded, "raw" (the last) or "ema" (their moving average).
-    """
-
-    name: str
-    kind: str
-    path: pathlib.Path
-    step: int | None = None
-    weights: str = ""
-
-    @property
-    def model_folder(self) -> pathlib.Path:
-        """Where config.json and the tokenizer lie: a workdir keeps them in `model/`."""
-        return self.path / "model" if self.kind == "workdir" else self.path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +47,7 @@ class LoadedModel:
     """A model ready to use.
 
     Attributes:
-      config: what it is made of.
+      config: its sizes and options.
       params: its parameters (adapter leaves included, where it has an adapter; a `score_head`, where it is a reward
         model).
       tokenizer: None where the source has none.
@@ -108,8 +78,8 @@ class LoadedModel:
         segment_ids_BT: Array | None = None,
         positions_BT: Array | None = None,
     ) -> ModelOutput:
-        """Runs the model; `logits_BTV` are whole, `[B, T, V]` float32 (for notebooks and parity), or None for a
-        reward model, whose scores `reward_head.scores` reads off `hidden_BTD`."""
+        """Runs the model. `logits_BTV` is the full `[B, T, V]` float32 array (for notebooks and parity), or None for a
+        reward model, whose scores `reward_head.scores` computes from `hidden_BTD`."""
         return self.model.apply(
             params,
             jnp.asarray(tokens_BT),
@@ -117,79 +87,6 @@ class LoadedModel:
             positions_BT=positions_BT,
             logits="score_head" not in params,
         )
-
-
-def resolve(model: str) -> Source:
-    """What MODEL is. A name on the Hugging Face Hub is downloaded (safetensors, JSON and tokenizer files only);
-    `asset:NAME` is one of `posttrain_jax.demo.assets`, fetched if it is not there yet.
-
-    Raises:
-      InputError: there is no such thing, or the Hub cannot be reached.
-    """
-    name = str(model)
-    if name.startswith("asset:"):
-        return dataclasses.replace(resolve(str(fetch(name.removeprefix("asset:")))), name=name)
-    path, step = pathlib.Path(name).expanduser(), None
-    at = re.fullmatch(r"(.+)@(\d+)", name)
-    if at and not path.exists():
-        path, step = pathlib.Path(at[1]).expanduser(), int(at[2])
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise InputError(
-                f"{name}: a model file must be a .gguf; for safetensors give the folder it lies in."
-            )
-        return Source(name, "gguf", path)
-    if path.is_dir():
-        if is_workdir(path):
-            return Source(name, "workdir", path, step)
-        if step is not None:
-            raise InputError(
-                f"{name}: {path} is not a workdir (it has no checkpoints/), so @{step} means nothing."
-            )
-        return _folder(name, path)
-    if step is not None or not _HUB_NAME.fullmatch(name) or name.endswith(".gguf"):
-        raise InputError(
-            f"{name}: there is no such file or folder; give a Hugging Face folder or name, a .gguf file, or a workdir."
-        )
-    return _folder(name, _download(name))
-
-
-def _folder(name: str, path: pathlib.Path) -> Source:
-    if (path / "config.json").is_file():
-        return Source(name, "hf", path)
-    if (path / "adapter_config.json").is_file():
-        return Source(name, "adapter", path)
-    raise InputError(
-        f"{name}: the folder has no config.json, adapter_config.json or checkpoints/, so it is no model."
-    )
-
-
-def _download(name: str) -> pathlib.Path:
-    patterns = [*_HUB_FILES, *TOKENIZER_FILES, "*.jinja"]
-    try:
-        return pathlib.Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # huggingface_hub, its HTTP client and the socket layer each raise their own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"{name}: there is no such folder here, and the Hugging Face Hub did not give it ({reason}); "
-            "check the name and the network, or give the path of a folder that you have."
-        ) from error
-
-
-def load_config(source: Source) -> ModelConfig:
-    """The configuration, without reading weights."""
-    if source.kind == "gguf":
-        return config_from_gguf(GgufFile(source.path))
-    if source.kind == "adapter":
-        return load_config(_base_of(source))
-    return config_from_hf(source.model_folder)
-
-
-def is_reward_model(source: Source) -> bool:
-    """Whether a MODEL says of itself that it has a score head, without reading weights."""
-    if source.kind == "adapter":
-        return is_reward_model(_base_of(source))
-    return source.kind != "gguf" and is_reward_config(read_json(source.model_folder / "config.json"))
 
 
 def require_score_head(loaded: LoadedModel) -> PyTree:
@@ -207,7 +104,7 @@ def require_score_head(loaded: LoadedModel) -> PyTree:
 
 
 def require_language_model(loaded: LoadedModel) -> None:
-    """Refuses a reward model where tokens are to be written.
+    """Refuses a reward model where tokens are to be generated.
 
     Raises:
       InputError: it is one.
@@ -235,27 +132,27 @@ def load_model(
       param_dtype: what the parameters are stored as.
       mesh: the parameters are sharded on it as training shards them; None = whole on the default device.
       attention: see `make_model`.
-      ema: of a workdir, the moving average of the weights (True) or the last ones; None = those that its run's own
-        evaluations look at (`eval.weights`).
+      ema: of a workdir, the moving average of the weights (True) or the last ones (False); None = those that its run
+        evaluates (`eval.weights`).
 
     Raises:
-      InputError: anything wrong with the model, said in one sentence; an ensemble, for which there is `load_members`.
+      InputError: anything wrong with the model, in one sentence; an ensemble, which `load_members` loads.
     """
     source = model if isinstance(model, Source) else resolve(model)
     if ema and source.kind != "workdir":
         raise InputError(f"{source.name} is no workdir, so it has no moving average of its weights.")
     if ema is None:
-        ema = source.kind == "workdir" and _evaluates_average(source.path)
+        ema = source.kind == "workdir" and evaluates_average(source.path)
     if source.kind == "adapter":
         return _load_adapter(source, dtype=dtype, param_dtype=param_dtype, mesh=mesh, attention=attention)
     count = member_count(source)
     if count:
         raise InputError(
-            f"{source.name} holds an ensemble of {count} reward models, and one model is wanted here; export one with "
+            f"{source.name} holds an ensemble of {count} reward models, and one model is needed here; export one with "
             f"python -m launch.export --workdir={source.name} --member=0 (to {count - 1}) --out=FOLDER."
         )
     config = load_config(source)
-    lora = _workdir_lora(source.path) if source.kind == "workdir" else LoraConfig()
+    lora = workdir_lora(source.path) if source.kind == "workdir" else LoraConfig()
     definition = make_model(config, dtype=dtype, attention=attention, lora=lora)
     reward = is_reward_model(source)
     abstract = definition.abstract_params()
@@ -269,11 +166,11 @@ def load_model(
     elif source.kind == "hf":
         params = load_safetensors(source.path, config, shardings, param_dtype, reward=reward)
     else:
-        wanted = {
+        stored = {
             name: part if name == "score_head" else _stored_as(part, param_dtype)
             for name, part in abstract.items()
         }
-        params, step = restore_params(source.path, wanted, step=source.step, shardings=shardings, ema=ema)
+        params, step = restore_params(source.path, stored, step=source.step, shardings=shardings, ema=ema)
         source = dataclasses.replace(source, step=step, weights="ema" if ema else "raw")
         if reward:
             params.pop("head", None)
@@ -282,14 +179,6 @@ def load_model(
         return LoadedModel(config, params, tokenizer, definition, source)
     original, generation = _descriptions(source.model_folder)
     return LoadedModel(config, params, tokenizer, definition, source, original, generation)
-
-
-def member_count(source: Source) -> int:
-    """How many reward models the ensemble in a workdir has; 0 for everything that is no ensemble."""
-    if source.kind != "workdir":
-        return 0
-    kernel = saved_parameters(source.path, step=source.step).get("members/score_head/kernel")
-    return kernel[0] if kernel else 0
 
 
 def load_members(
@@ -301,13 +190,13 @@ def load_members(
     attention: str = "auto",
     ema: bool | None = None,
 ) -> list[LoadedModel]:
-    """Loads the reward models of an ensemble, or a list of the one that any other reward model is.
+    """Loads the reward models of an ensemble; of any other reward model, a list with that one.
 
-    What the members share (the trunk, where they are LoRA adapters) lies in memory once. Arguments are those of
+    What the members share (the trunk, where they are LoRA adapters) is in memory once. Arguments are those of
     `load_model`.
 
     Raises:
-      InputError: anything wrong with the model, said in one sentence; a language model.
+      InputError: anything wrong with the model, in one sentence; a language model.
     """
     source = model if isinstance(model, Source) else resolve(model)
     count = member_count(source)
@@ -318,9 +207,9 @@ def load_members(
         require_score_head(single)
         return [single]
     if ema is None:
-        ema = _evaluates_average(source.path)
+        ema = evaluates_average(source.path)
     config = load_config(source)
-    definition = make_model(config, dtype=dtype, attention=attention, lora=_workdir_lora(source.path))
+    definition = make_model(config, dtype=dtype, attention=attention, lora=workdir_lora(source.path))
     saved = saved_parameters(source.path, step=source.step)
     body = {name: part for name, part in definition.abstract_params().items() if name != "head"}
     own, shared = partition(
@@ -328,12 +217,12 @@ def load_members(
         lambda path: f"members/{path}" in saved,
     )
     stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), own)
-    wanted = {**shared, "members": stacked}
+    stored = {**shared, "members": stacked}
     params, step = restore_params(
         source.path,
-        wanted,
+        stored,
         step=source.step,
-        shardings=None if mesh is None else tree_shardings(wanted, mesh),
+        shardings=None if mesh is None else tree_shardings(stored, mesh),
         ema=ema,
     )
     members = params.pop("members")
@@ -352,7 +241,7 @@ def load_members(
 
 
 def _descriptions(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What config.json and generation_config.json say; {} for the second where there is none."""
+    """The contents of config.json and generation_config.json; {} for the second where there is none."""
     generation = folder / "generation_config.json"
     return read_json(folder / "config.json"), read_json(generation) if generation.is_file() else {}
 
@@ -362,7 +251,7 @@ def _stored_as(tree: PyTree, dtype: str) -> PyTree:
 
 
 def _kept_head(source: Source, reward: bool) -> PyTree:
-    """The vocabulary projection that the checkpoints of a reward model may hold all the same, as shapes, or {}.
+    """Shapes of the vocabulary projection that the checkpoints of a reward model may still hold, or {}.
 
     Raises:
       InputError: a workdir's description and its checkpoints do not agree on what the model is.
@@ -378,96 +267,11 @@ def _kept_head(source: Source, reward: bool) -> PyTree:
     return {"head": {"kernel": jax.ShapeDtypeStruct(saved["head/kernel"], jnp.float32)}}
 
 
-def _workdir_lora(workdir: pathlib.Path) -> LoraConfig:
-    """The adapter that the run in this workdir trains."""
-    fields = _run_model(workdir).get("lora") or {"rank": 0}
-    try:
-        if not fields["rank"]:
-            return LoraConfig()
-        targets = tuple(str(name) for name in fields["targets"])
-        return LoraConfig(int(fields["rank"]), float(fields["alpha"]), targets, bool(fields["rslora"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{workdir / 'config.json'}: model.lora is {shown(fields)}, which no run writes there; restore the file."
-        ) from error
-
-
-def _evaluates_average(workdir: pathlib.Path) -> bool:
-    """Whether the evaluations of the run in this workdir look at the moving average of the weights."""
-    section = read_json(workdir / "config.json").get("eval", {})
-    return isinstance(section, dict) and section.get("weights") == "ema"
-
-
-def _run_model(workdir: pathlib.Path) -> dict[str, Any]:
-    """The section `model` of a run's config."""
-    section = read_json(workdir / "config.json").get("model", {})
-    if not isinstance(section, dict):
-        raise InputError(
-            f"{workdir / 'config.json'}: model is {shown(section)}, which no run writes there; restore the file."
-        )
-    return section
-
-
-def has_adapter(source: Source) -> bool:
-    """Whether a model comes with a LoRA adapter that was trained."""
-    return source.kind == "adapter" or (source.kind == "workdir" and _workdir_lora(source.path).rank > 0)
-
-
-def base_name(source: Source) -> str:
-    """The MODEL without an adapter on which a model's adapter was trained; "" where nothing says it.
-
-    A run can go on with the adapter of another run or folder, so those on this machine are followed to the first.
-    """
-    seen = set()
-    while True:
-        if source.kind == "workdir":
-            name = str(_run_model(source.path).get("init") or "")
-        else:
-            name = _named_base(source)
-        if not name or not pathlib.Path(re.sub(r"@\d+$", "", name)).expanduser().is_dir():
-            return name
-        source = resolve(name)
-        if not has_adapter(source):
-            return name
-        if source.path.resolve() in seen:
-            raise InputError(
-                f"{source.path}: its base model leads back to itself; write the right one there."
-            )
-        seen.add(source.path.resolve())
-
-
-def _named_base(source: Source) -> str:
-    """What adapter_config.json says it was trained on; "" where it says nothing."""
-    base = read_json(source.path / "adapter_config.json").get("base_model_name_or_path") or ""
-    if not isinstance(base, str):
-        raise InputError(
-            f"{source.path}: base_model_name_or_path of adapter_config.json is {shown(base)}, but must be a string."
-        )
-    return base
-
-
-def _base_of(source: Source) -> Source:
-    name = _named_base(source)
-    if not name:
-        raise InputError(
-            f"{source.path}: adapter_config.json names no base_model_name_or_path; write it there."
-        )
-    base = resolve(name)
-    if base.kind == "adapter":
-        itself = base.path.resolve() == source.path.resolve()
-        raise InputError(
-            f"{source.name}: its base_model_name_or_path is {name}, "
-            f"{'the adapter itself' if itself else 'an adapter too'}; "
-            f"{'write the base model there' if itself else 'merge that into its base model first'}."
-        )
-    return base
-
-
 def _load_adapter(
     source: Source, *, dtype: str, param_dtype: str, mesh: Mesh | None, attention: str
 ) -> LoadedModel:
     """A PEFT adapter on its base model, not merged."""
-    base = load_model(_base_of(source), dtype=dtype, param_dtype=param_dtype, mesh=mesh, attention=attention)
+    base = load_model(base_of(source), dtype=dtype, param_dtype=param_dtype, mesh=mesh, attention=attention)
     if base.lora.rank:
         raise InputError(
             f"{source.name}: its base model {base.source.name} has an adapter itself; merge that first."

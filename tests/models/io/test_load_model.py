@@ -20,8 +20,9 @@ from posttrain_jax.core.trees import combine, partition
 from posttrain_jax.core.types import PyTree, TrainState
 from posttrain_jax.models.config import LoraConfig, ModelConfig
 from posttrain_jax.models.io.export import export_hf, put_in_place, write_model_folder
-from posttrain_jax.models.io.load import base_name, has_adapter, load_config, load_model, resolve
+from posttrain_jax.models.io.load import load_model
 from posttrain_jax.models.io.peft import save_adapter
+from posttrain_jax.models.io.source import base_name, has_adapter, load_config, resolve
 from posttrain_jax.models.transformer import make_model
 from posttrain_jax.run.checkpoint import Checkpoints
 from posttrain_jax.wiring.experiment import model_spec_from_config
