@@ -1,12 +1,13 @@
 """From scores to what an action is worth: rewards per token, returns, advantages and baselines.
 
-Entry t of `[B, T]` arrays is one action, the drawing of one token of the answer: its reward, its log-probability,
-and its value V(s_t), which is that of the text before the token. `mask_BT` is non-zero on the answer's tokens, wherever
-in the row they stand. What is masked is passed over as if it were not there (so the action after a gap is the next
-one), may hold anything, NaN included, and comes out as 0. After the last action the value is 0, for an answer that was
-cut off too. A row holds one answer: packed answers would be one episode here.
+Entry t of `[B, T]` arrays is one action, the drawing of one token of the completion: its reward, its log-probability,
+and its value V(s_t), which is that of the text before the token. `mask_BT` is non-zero on the completion's tokens,
+wherever in the row they stand. What is masked is passed over as if it were not there (so the action after a gap is the
+next one), may hold anything, NaN included, and comes out as 0. After the last action the value is 0, for a completion
+that was cut off too. A row holds one completion: packed completions would be one episode here.
 
-All arrays of a call have one shape (else ValueError); results are float32. Letter of this file: K answers to a prompt.
+All arrays of a call have one shape (else ValueError); results are float32. Letter of this file: K completions to a
+prompt.
 """
 
 from __future__ import annotations
@@ -87,25 +88,25 @@ def discounted_returns(rewards_BT: Array, mask_BT: Array, *, gamma: float | Arra
 
 
 def leave_one_out(rewards_BK: Array, mask_BK: Array | None = None) -> Array:
-    """The baseline of RLOO: for each of K answers the mean reward of the K - 1 others, float32 `[B, K]`.
+    """The baseline of RLOO: for each of K completions the mean reward of the K - 1 others, float32 `[B, K]`.
 
     arXiv:2402.14740 (Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!"). The reward minus this
-    baseline is K / (K - 1) times the reward minus the mean of all K. Answers of equal reward have exactly that reward
-    as their baseline, and so an advantage of exactly 0: the differences are summed, not the rewards.
+    baseline is K / (K - 1) times the reward minus the mean of all K. Completions of equal reward have exactly that
+    reward as their baseline, and so an advantage of exactly 0: the differences are summed, not the rewards.
 
     Args:
-      rewards_BK: one reward per answer; K answers to the same prompt in a row.
-      mask_BK: non-zero on the answers that have a reward; None = all. The others are nobody's baseline, have the
-        baseline 0, and may hold anything. An answer that is alone with a reward has its own as the baseline.
+      rewards_BK: one reward per completion; K completions to the same prompt in a row.
+      mask_BK: non-zero on the completions that have a reward; None = all. The others are nobody's baseline, have the
+        baseline 0, and may hold anything. A completion that is alone with a reward has its own as the baseline.
 
     Raises:
       ValueError: K < 2, where there are no others.
     """
     rewards_BK = jnp.asarray(rewards_BK).astype(jnp.float32)
-    answers = rewards_BK.shape[-1]
-    if answers < 2:
+    completions = rewards_BK.shape[-1]
+    if completions < 2:
         raise ValueError(
-            f"A baseline from the other answers needs 2 answers to a prompt; there is {answers}."
+            f"A baseline from the other completions needs 2 completions to a prompt; there is {completions}."
         )
     has_reward_BK = jnp.ones(rewards_BK.shape, bool) if mask_BK is None else mask_BK != 0
     rewards_BK = jnp.where(has_reward_BK, rewards_BK, 0.0)
@@ -126,37 +127,38 @@ def per_token_rewards(
     kl_coefficient: float | Array,
     score_at_B: Array | None = None,
 ) -> Array:
-    """r_t = -beta (log pi(y_t) - log pi_ref(y_t)), plus the answer's score at exactly one token; float32 `[B, T]`.
+    """r_t = -beta (log pi(y_t) - log pi_ref(y_t)), plus the completion's score at exactly one token; float32 `[B, T]`.
 
     Ziegler et al. (arXiv:1909.08593) and InstructGPT (arXiv:2203.02155, eq. 2 and C.4): the penalty is k1 of every
     token, the score stands at the end. A row without any action gets 0 everywhere.
 
     Args:
-      scores_B: one score per answer, from a reward model or a verifier.
+      scores_B: one score per completion, from a reward model or a verifier.
       policy_logps_BT: log-probabilities under the policy that drew the tokens, nats.
       reference_logps_BT: the same under the reference.
       mask_BT: non-zero on actions, the end-of-text token among them.
       kl_coefficient: beta; a scalar, which may be traced (see `kl.adapted_kl_coefficient`).
-      score_at_B: int, the place in the row that gets the score; None = the last action. Where it names a masked place,
-        the action nearest to it gets the score (the earlier of two), so padding never does and no score is lost.
+      score_at_B: int, the index in the row of the token that gets the score; None = the last action. If that token is
+        masked, the action nearest to it gets the score (the earlier of two), so padding never does and no score is
+        lost.
 
     Raises:
       ValueError: shapes that do not fit.
     """
     actions = rows_of_mask(mask_BT)
-    batch, places = actions.weights_B.shape
+    batch, time = actions.weights_B.shape
     if score_at_B is None:
-        score_at_B = jnp.full((batch,), places, jnp.int32)
+        score_at_B = jnp.full((batch,), time, jnp.int32)
     if jnp.shape(scores_B) != (batch,) or jnp.shape(score_at_B) != (batch,):
         raise ValueError(
             f"A mask of shape {actions.weights_B.shape} needs one score per row; there are scores of shape "
-            f"{jnp.shape(scores_B)}, to be put at places of shape {jnp.shape(score_at_B)}."
+            f"{jnp.shape(scores_B)}, for the tokens of shape {jnp.shape(score_at_B)}."
         )
-    place_BT = jax.lax.broadcasted_iota(jnp.int32, (batch, places), 1)
-    distance_BT = jnp.abs(place_BT - jnp.asarray(score_at_B, jnp.int32)[:, None])
+    index_BT = jax.lax.broadcasted_iota(jnp.int32, (batch, time), 1)
+    distance_BT = jnp.abs(index_BT - jnp.asarray(score_at_B, jnp.int32)[:, None])
     is_action_BT = actions.weights_B != 0
     nearest_B = jnp.argmin(jnp.where(is_action_BT, distance_BT, jnp.iinfo(jnp.int32).max), axis=1)
-    is_scored_BT = is_action_BT & (place_BT == nearest_B.astype(jnp.int32)[:, None])
+    is_scored_BT = is_action_BT & (index_BT == nearest_B.astype(jnp.int32)[:, None])
     penalty_BT = kl_coefficient * k1(actions.keep(policy_logps_BT), actions.keep(reference_logps_BT))
     score_BT = jnp.where(is_scored_BT, jnp.asarray(scores_B).astype(jnp.float32)[:, None], 0.0)
     return score_BT - penalty_BT

@@ -1,6 +1,6 @@
-"""Preference losses that hold each answer of a pair against an anchor of its own: APO, NCA, BCO, SPPO.
+"""Preference losses that hold each completion of a pair against an anchor of its own: APO, NCA, BCO, SPPO.
 
-DPO sees only the difference of the two answers' log-ratios a_w and a_l, so both may fall. The losses here see each
+DPO sees only the difference of the two completions' log-ratios a_w and a_l, so both may fall. The losses here see each
 of them. Arguments, shapes, weights, metrics and symbols are those of `dpo.py`.
 """
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 
 from posttrain_jax.core.types import Array, LossOutput
-from posttrain_jax.losses.pairs import pairs_of
+from posttrain_jax.losses.pairs import log_ratio_pairs
 
 
 def apo_zero_loss(
@@ -25,9 +25,9 @@ def apo_zero_loss(
 ) -> LossOutput:
     """Anchored preference optimization, zero: 1 - s(beta a_w) + s(beta a_l); raises y_w and lowers y_l.
 
-    arXiv:2408.06266, eq. 7: for chosen answers that are better than the policy's own.
+    arXiv:2408.06266, eq. 7: for chosen completions that are better than the policy's own.
     """
-    pairs = pairs_of(
+    pairs = log_ratio_pairs(
         policy_chosen_logps_B,
         policy_rejected_logps_B,
         reference_chosen_logps_B,
@@ -49,9 +49,9 @@ def apo_down_loss(
 ) -> LossOutput:
     """Anchored preference optimization, down: s(beta a_w) + 1 - s(beta h); lowers y_w, and y_l more.
 
-    arXiv:2408.06266, eq. 8: for chosen answers that are worse than the policy's own.
+    arXiv:2408.06266, eq. 8: for chosen completions that are worse than the policy's own.
     """
-    pairs = pairs_of(
+    pairs = log_ratio_pairs(
         policy_chosen_logps_B,
         policy_rejected_logps_B,
         reference_chosen_logps_B,
@@ -73,9 +73,9 @@ def nca_loss(
 ) -> LossOutput:
     """Noise contrastive alignment on pairs: -log s(beta a_w) - 1/2 log s(-beta a_w) - 1/2 log s(-beta a_l).
 
-    arXiv:2402.05369 (NCA, two answers, preference labels).
+    arXiv:2402.05369 (NCA, two completions, preference labels).
     """
-    pairs = pairs_of(
+    pairs = log_ratio_pairs(
         policy_chosen_logps_B,
         policy_rejected_logps_B,
         reference_chosen_logps_B,
@@ -100,9 +100,10 @@ def bco_loss(
     """Binary classifier optimization on pairs: -log s(beta a_w - delta) - log s(-(beta a_l - delta)).
 
     arXiv:2404.04656. `delta` (a scalar, without gradient) is the reward shift: the running mean of the rewards beta a
-    over chosen and rejected answers, which the caller keeps. `kto.bco_unpaired_loss` is the same on single answers.
+    over chosen and rejected completions, which the caller keeps. `kto.bco_unpaired_loss` is the same on single
+    completions.
     """
-    pairs = pairs_of(
+    pairs = log_ratio_pairs(
         policy_chosen_logps_B,
         policy_rejected_logps_B,
         reference_chosen_logps_B,
@@ -148,11 +149,11 @@ def sppo_loss(
 ) -> LossOutput:
     """Self-play preference optimization: (a_w - (P_w - 1/2) / beta)^2 + (a_l - (P_l - 1/2) / beta)^2.
 
-    arXiv:2405.00675, eq. 4.7, with 1 / beta = its eta. P_w, P_l in [0, 1] are the probabilities that the answer beats
-    one of the policy it was sampled from (no gradient). The paper's equation sums, as this and TRL; the authors' code
-    takes half of it.
+    arXiv:2405.00675, eq. 4.7, with 1 / beta = its eta. P_w, P_l in [0, 1] are the probabilities that the completion
+    beats one of the policy it was sampled from (no gradient). The paper's equation sums, as this and TRL; the authors'
+    code takes half of it.
     """
-    pairs = pairs_of(
+    pairs = log_ratio_pairs(
         policy_chosen_logps_B,
         policy_rejected_logps_B,
         reference_chosen_logps_B,

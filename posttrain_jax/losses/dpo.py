@@ -1,22 +1,22 @@
 """Preference losses on pairs with a reference policy: DPO and its variants, one function each.
 
-What they share. The first four arguments are log-probabilities of whole answers in nats, summed over the answer's
+The first four arguments are log-probabilities of whole completions in nats, summed over the completion's
 tokens: `policy_chosen_logps_B` = log pi_theta(y_w|x), `policy_rejected_logps_B` = log pi_theta(y_l|x), and the same
 two under the reference pi_ref. Any shape will do ([B], [M, B], a scalar), as long as all arrays of one call have the
 same; otherwise ValueError. In the equations
 
     a_w = log pi_theta(y_w|x) / pi_ref(y_w|x),    a_l = log pi_theta(y_l|x) / pi_ref(y_l|x),    h = a_w - a_l,
 
-s is the logistic function, |y| an answer's number of tokens and beta the strength of the KL penalty (1 / nats).
+s is the logistic function, |y| a completion's number of tokens and beta the strength of the KL penalty (1 / nats).
 
 `weights_B` (None = 1 everywhere) weighs the pairs; 0 = no pair, whose loss and gradient are exactly 0 whatever stands
 there. Every function returns the weight times the pair's loss, float32, in the arrays' shape; `count` = the sum of
 the weights. Metrics are means over pairs under the same weights: `loss`, `rewards/chosen`, `rewards/rejected`,
 `rewards/margins`, `rewards/accuracies` (chosen strictly above rejected), `logps/chosen`, `logps/rejected`. The
-reward of an answer is beta * a, unless the function says otherwise.
+reward of a completion is beta * a, unless the function says otherwise.
 
-Equations are numbered as in the paper's arXiv version. Losses that hold each answer against an anchor of its own
-are in `anchored.py`, losses without a reference in `reference_free.py`, losses on single answers in `kto.py`.
+Equations are numbered as in the paper's arXiv version. Losses that hold each completion against an anchor of its own
+are in `anchored.py`, losses without a reference in `reference_free.py`, losses on single completions in `kto.py`.
 """
 
 from __future__ import annotations
@@ -26,16 +26,8 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 
 from posttrain_jax.core.types import Array, LossOutput, Metric
-from posttrain_jax.losses.pairs import pairs_of
+from posttrain_jax.losses.pairs import check_smoothing, log_ratio_pairs, soft_label_nll
 from posttrain_jax.losses.weighted_rows import per_token, rows_like
-
-
-def _check_smoothing(label_smoothing: float, *, zero_too: bool) -> None:
-    if not (0.0 < label_smoothing < 0.5 or (zero_too and label_smoothing == 0.0)):
-        raise ValueError(
-            f"label_smoothing is the share of wrong labels, {'0' if zero_too else 'more than 0'} to below 0.5; "
-            f"it is {label_smoothing}."
-        )
 
 
 def dpo_loss(
@@ -52,7 +44,7 @@ def dpo_loss(
     arXiv:2305.18290, eq. 7. Its gradient is -beta s(r_l - r_w) (grad log pi(y_w) - grad log pi(y_l)) with the
     rewards r = beta a (section 4).
     """
-    pairs = pairs_of(
+    pairs = log_ratio_pairs(
         policy_chosen_logps_B,
         policy_rejected_logps_B,
         reference_chosen_logps_B,
@@ -77,16 +69,15 @@ def cdpo_loss(
     E. Mitchell, "A note on DPO with noisy preferences" (2023), eq. 3. `label_smoothing` = e in [0, 0.5), the share of
     labels thought to be wrong (ValueError otherwise); 0 is DPO. TRL's `sigmoid` loss ignores this argument.
     """
-    _check_smoothing(label_smoothing, zero_too=True)
-    pairs = pairs_of(
+    check_smoothing(label_smoothing)
+    pairs = log_ratio_pairs(
         policy_chosen_logps_B,
         policy_rejected_logps_B,
         reference_chosen_logps_B,
         reference_rejected_logps_B,
         weights_B,
     )
-    logits_B = beta * pairs.difference_B
-    loss_B = -(1.0 - label_smoothing) * log_sigmoid(logits_B) - label_smoothing * log_sigmoid(-logits_B)
+    loss_B = soft_label_nll(beta * pairs.difference_B, 1.0 - label_smoothing)
     return pairs.output_with_beta(loss_B, beta)
 
 
@@ -105,8 +96,8 @@ def robust_dpo_loss(
     arXiv:2403.00409. `label_smoothing` = e in [0, 0.5), the known share of flipped labels (ValueError otherwise). The
     expectation over flips is the DPO loss of the true labels; a single pair's loss may be negative.
     """
-    _check_smoothing(label_smoothing, zero_too=True)
-    pairs = pairs_of(
+    check_smoothing(label_smoothing)
+    pairs = log_ratio_pairs(
         policy_chosen_logps_B,
         policy_rejected_logps_B,
         reference_chosen_logps_B,
@@ -127,11 +118,11 @@ def ipo_loss(
     beta: float,
     weights_B: Array | None = None,
 ) -> LossOutput:
-    """Identity preference optimization on whole answers: (h - 1 / (2 beta))^2; beta is the paper's tau.
+    """Identity preference optimization on whole completions: (h - 1 / (2 beta))^2; beta is the paper's tau.
 
     arXiv:2310.12036, eq. 17, with sums over tokens as in the DPO authors' code. TRL's `ipo` is `ipo_mean_loss`.
     """
-    pairs = pairs_of(
+    pairs = log_ratio_pairs(
         policy_chosen_logps_B,
         policy_rejected_logps_B,
         reference_chosen_logps_B,
@@ -157,7 +148,7 @@ def ipo_mean_loss(
     arXiv:2310.12036, eq. 17, with means over tokens, which TRL says the paper's authors used. The
     log-probabilities are sums here too; the lengths (tokens) divide them. Reward: beta a / |y|.
     """
-    pairs = pairs_of(
+    pairs = log_ratio_pairs(
         policy_chosen_logps_B,
         policy_rejected_logps_B,
         reference_chosen_logps_B,
@@ -183,7 +174,7 @@ def hinge_loss(
 
     arXiv:2309.06657, section 3; beta is the paper's gamma.
     """
-    pairs = pairs_of(
+    pairs = log_ratio_pairs(
         policy_chosen_logps_B,
         policy_rejected_logps_B,
         reference_chosen_logps_B,
@@ -209,7 +200,7 @@ def normalized_dpo_loss(
     arXiv:2411.15124, section 5 (there with beta = 5). Lengths in tokens. Reward: beta a / |y|, the quantity that is
     compared; TRL (`sigmoid_norm`) logs beta a.
     """
-    pairs = pairs_of(
+    pairs = log_ratio_pairs(
         policy_chosen_logps_B,
         policy_rejected_logps_B,
         reference_chosen_logps_B,
@@ -237,10 +228,10 @@ def rdpo_loss(
     """Length-regularized DPO (R-DPO): -log s(beta h + alpha (|y_w| - |y_l|)), lengths in tokens, alpha per token.
 
     arXiv:2403.19159. The sign is plus: the optimal policy of the penalized reward r - alpha |y| is proportional to
-    pi_ref exp((r - alpha |y|) / beta), so r = beta a + alpha |y| up to a term in x. A pair whose chosen answer is the
-    longer one is then already explained in part by its length, and pulls less.
+    pi_ref exp((r - alpha |y|) / beta), so r = beta a + alpha |y| up to a term in x. A pair whose chosen completion is
+    the longer one is then already explained in part by its length, and pulls less.
     """
-    pairs = pairs_of(
+    pairs = log_ratio_pairs(
         policy_chosen_logps_B,
         policy_rejected_logps_B,
         reference_chosen_logps_B,
@@ -263,9 +254,9 @@ def dpop_loss(
 ) -> LossOutput:
     """DPO-Positive of Smaug: -log s(beta (h - lambda max(0, -a_w))).
 
-    arXiv:2402.13228. The penalty is there while the chosen answer is less likely than under the reference.
+    arXiv:2402.13228. The penalty is there while the chosen completion is less likely than under the reference.
     """
-    pairs = pairs_of(
+    pairs = log_ratio_pairs(
         policy_chosen_logps_B,
         policy_rejected_logps_B,
         reference_chosen_logps_B,
@@ -290,10 +281,10 @@ def tdpo1_loss(
     """Token-level DPO, first form: -log s(beta (h - (K_l - K_w))).
 
     arXiv:2404.11999 (TDPO1). `chosen_kls_B` = K_w and `rejected_kls_B` = K_l are sequential KLs in nats,
-    K = sum_t KL(pi_ref(.|x, y_<t) || pi_theta(.|x, y_<t)) over the answer's tokens; the gradient goes through both.
+    K = sum_t KL(pi_ref(.|x, y_<t) || pi_theta(.|x, y_<t)) over the completion's tokens; the gradient goes through both.
     Reward, as in the authors' code: beta (a + K).
     """
-    pairs = pairs_of(
+    pairs = log_ratio_pairs(
         policy_chosen_logps_B,
         policy_rejected_logps_B,
         reference_chosen_logps_B,
@@ -322,7 +313,7 @@ def tdpo2_loss(
 
     arXiv:2404.11999 (TDPO2; alpha = 0.5 there). Arguments and reward as in `tdpo1_loss`.
     """
-    pairs = pairs_of(
+    pairs = log_ratio_pairs(
         policy_chosen_logps_B,
         policy_rejected_logps_B,
         reference_chosen_logps_B,
@@ -353,8 +344,8 @@ def exo_loss(
 
     arXiv:2402.00856, eq. 16. `label_smoothing` = e in (0, 0.5); at 0 the divergence is infinite (ValueError).
     """
-    _check_smoothing(label_smoothing, zero_too=False)
-    pairs = pairs_of(
+    check_smoothing(label_smoothing, zero_allowed=False)
+    pairs = log_ratio_pairs(
         policy_chosen_logps_B,
         policy_rejected_logps_B,
         reference_chosen_logps_B,
@@ -387,7 +378,7 @@ def rpo_loss(
     loss, which is left to the caller. The "RPO" of arXiv:2405.16436 is another
     loss, DPO with an NLL term (see `dpo_nll_loss`).
     """
-    pairs = pairs_of(
+    pairs = log_ratio_pairs(
         policy_chosen_logps_B,
         policy_rejected_logps_B,
         reference_chosen_logps_B,
@@ -414,12 +405,12 @@ def dpo_nll_loss(
     alpha: float,
     weights_B: Array | None = None,
 ) -> LossOutput:
-    """DPO with the negative log-likelihood of the chosen answer: -log s(beta h) + alpha NLL(y_w) / |y_w|.
+    """DPO with the negative log-likelihood of the chosen completion: -log s(beta h) + alpha NLL(y_w) / |y_w|.
 
     Iterative reasoning preference optimization, arXiv:2404.19733, eq. 1 and 2 (alpha = 1), and Llama 3,
     arXiv:2407.21783, section 4.1.4 (alpha = 0.2). `chosen_nlls_B` is the sum of -log pi_theta over the
     `chosen_nll_tokens_B` tokens that are imitated; they are arguments of their own because Llama 3 leaves header and
-    termination tokens out of the DPO term only. Normalized per answer: each pair's NLL is divided by its own number
+    termination tokens out of the DPO term only. Normalized per completion: each pair's NLL is divided by its own number
     of tokens, as in the first paper (the second does not say), not by the batch's as TRL's `sft` term is.
     Additional metric: `nll_loss`, the mean over pairs of NLL / |y_w|.
     """

@@ -13,7 +13,7 @@ So k1 or k3 is reported, and k2 is the penalty inside a loss. k1 as a (constant)
 E[k1 * grad log policy(x)], has the right gradient too: that is InstructGPT's penalty (arXiv:2203.02155, eq. 2). GRPO
 (arXiv:2402.03300, eq. 4) puts k3 into its loss. All of this holds for tokens drawn from the policy at temperature 1
 without filters; a token's estimate is of the KL of the next token's distribution, given what stands before it, and
-the sum over an answer (k1 or k3) is an unbiased estimate of the KL of whole answers.
+the sum over a completion (k1 or k3) is an unbiased estimate of the KL of whole completions.
 """
 
 from __future__ import annotations
@@ -66,10 +66,11 @@ def adapted_kl_coefficient(
 
     Args:
       coefficient: beta, of the batch just collected.
-      kl: that batch's KL of whole answers to the reference, nats: the mean over answers of the sum over tokens of k1.
-      target: the KL wanted, nats; above 0.
+      kl: that batch's KL of whole completions to the reference, nats: the mean over completions of the sum over
+        tokens of k1.
+      target: the KL that is aimed at, nats; above 0.
       horizon: in how many episodes a KL that stays far off moves beta by about 20 %.
-      episodes: answers in the batch; at 5 horizons or more beta could become negative.
+      episodes: completions in the batch; at 5 horizons or more beta could become negative.
 
     Raises:
       ValueError: the target or horizon is not above 0, or the batch is 5 horizons or more.

@@ -1,14 +1,14 @@
-"""Preference losses on single answers that are good or bad, without pairs: KTO and BCO.
+"""Preference losses on single completions that are good or bad, without pairs: KTO and BCO.
 
 Arguments: `policy_logps_B` = log pi_theta(y|x) and `reference_logps_B` = log pi_ref(y|x), nats, summed over the
-answer's tokens; `desirable_B`, non-zero where the answer is good. Any shape, the same for all (else ValueError).
-In the equations r = log pi_theta(y|x) / pi_ref(y|x) and s is the logistic function.
+completion's tokens; `desirable_B`, non-zero where the completion is good. Any shape, the same for all (else
+ValueError). In the equations r = log pi_theta(y|x) / pi_ref(y|x) and s is the logistic function.
 
-`weights_B` (None = 1 everywhere) weighs the answers; 0 = no answer, whose loss and gradient are exactly 0 whatever
-stands there. The functions return the weight times the answer's loss; `count` = the sum of the weights. Metrics:
-`rewards/chosen`, `logps/chosen` are means over the desirable answers and `rewards/rejected`, `logps/rejected` over
-the others, with rewards beta * r; the margin is the difference of the two means and no mean itself, so it is not
-among them.
+`weights_B` (None = 1 everywhere) weighs the completions; 0 = no completion, whose loss and gradient are exactly 0
+whatever stands there. The functions return the weight times the completion's loss; `count` = the sum of the weights.
+Metrics: `rewards/chosen`, `logps/chosen` are means over the desirable completions and `rewards/rejected`,
+`logps/rejected` over the others, with rewards beta * r; the margin is the difference of the two means and no mean
+itself, so it is not among them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from posttrain_jax.losses.weighted_rows import Rows, rows_like
 
 
 @dataclasses.dataclass(frozen=True)
-class _Answers:
+class _Completions:
     rows: Rows
     policy_B: Array
     log_ratio_B: Array
@@ -41,12 +41,12 @@ class _Answers:
         }
 
 
-def _answers(
+def _completions(
     policy_logps_B: Array, reference_logps_B: Array, desirable_B: Array, weights_B: Array | None
-) -> _Answers:
+) -> _Completions:
     rows = rows_like(policy_logps_B, weights_B)
     policy_B = rows.keep(policy_logps_B)
-    return _Answers(
+    return _Completions(
         rows=rows,
         policy_B=policy_B,
         log_ratio_B=policy_B - rows.keep(reference_logps_B),
@@ -57,7 +57,7 @@ def _answers(
 def kto_kl_baseline(policy_logps_B: Array, reference_logps_B: Array, weights_B: Array | None = None) -> Array:
     """KTO's reference point z0 = max(0, mean of log pi_theta(y'|x) / pi_ref(y'|x)), scalar, nats, without gradient.
 
-    arXiv:2402.01306, section 4. y' are answers to other prompts (the batch's, moved on by one), for which the
+    arXiv:2402.01306, section 4. y' are completions to other prompts (the batch's, moved on by one), for which the
     log-ratio estimates KL(pi_theta || pi_ref) with a small variance and a bias. The mean is taken over the arrays
     given, so it is the global batch's where they are; 0 when all weights are 0.
     """
@@ -84,13 +84,15 @@ def kto_loss(
     `kto_kl_baseline`), `desirable_weight` = lambda_D, `undesirable_weight` = lambda_U; the latter two do not enter
     `count`, as in TRL. Additional metric: `kl`, the baseline.
     """
-    answers = _answers(policy_logps_B, reference_logps_B, desirable_B, weights_B)
+    completions = _completions(policy_logps_B, reference_logps_B, desirable_B, weights_B)
     baseline = jax.lax.stop_gradient(jnp.asarray(kl_baseline, jnp.float32))
-    above_B = beta * (answers.log_ratio_B - baseline)
+    above_B = beta * (completions.log_ratio_B - baseline)
     loss_B = jnp.where(
-        answers.is_desirable_B, desirable_weight * sigmoid(-above_B), undesirable_weight * sigmoid(above_B)
+        completions.is_desirable_B,
+        desirable_weight * sigmoid(-above_B),
+        undesirable_weight * sigmoid(above_B),
     )
-    return answers.rows.output(loss_B, {**answers.metrics(beta), "kl": Metric.of(baseline)})
+    return completions.rows.output(loss_B, {**completions.metrics(beta), "kl": Metric.of(baseline)})
 
 
 def bco_unpaired_loss(
@@ -102,11 +104,12 @@ def bco_unpaired_loss(
     delta: float | Array,
     weights_B: Array | None = None,
 ) -> LossOutput:
-    """Binary classifier optimization: -log s(beta r - delta) for a good answer, -log s(delta - beta r) for a bad one.
+    """Binary classifier optimization: -log s(beta r - delta) for a good completion, -log s(delta - beta r) for a bad
+    one.
 
     arXiv:2404.04656. `delta` is a scalar, the reward shift (no gradient); see `anchored.bco_loss`, the form for pairs.
     """
-    answers = _answers(policy_logps_B, reference_logps_B, desirable_B, weights_B)
-    above_B = beta * answers.log_ratio_B - jax.lax.stop_gradient(jnp.asarray(delta, jnp.float32))
-    loss_B = -log_sigmoid(jnp.where(answers.is_desirable_B, above_B, -above_B))
-    return answers.rows.output(loss_B, answers.metrics(beta))
+    completions = _completions(policy_logps_B, reference_logps_B, desirable_B, weights_B)
+    above_B = beta * completions.log_ratio_B - jax.lax.stop_gradient(jnp.asarray(delta, jnp.float32))
+    loss_B = -log_sigmoid(jnp.where(completions.is_desirable_B, above_B, -above_B))
+    return completions.rows.output(loss_B, completions.metrics(beta))

@@ -13,7 +13,7 @@ which does not depend on N * V. C is chosen so that C * V stays near CHUNK_ELEME
 computes the gradient in the forward pass: three products, as in Liger-Kernel (arXiv:2410.10989).
 
 With `vocab_axis` (inside `shard_map`) the head holds this device's share of the rows of V, and the normalizer
-is summed over that mesh axis (Megatron-LM, arXiv:1909.08053, section 3); `models/heads.py` arranges it.
+is summed over that mesh axis (Megatron-LM, arXiv:1909.08053, section 3); `forward/heads.py` arranges it.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ def token_logps(
       hidden_ND: final hidden states, compute dtype.
       head_VD: vocabulary projection (cast to the compute dtype; gradient in its own dtype).
       targets_N: int32 token ids.
-      mask_N: 1 = wanted.
+      mask_N: 1 = the log-probability is needed.
       projection: soft cap, temperature, chunking.
     """
     return _forward(hidden_ND, head_VD, targets_N, mask_N, projection)[0]

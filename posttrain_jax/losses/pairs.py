@@ -1,13 +1,28 @@
-"""Pairs of answers under a policy and a reference: their log-ratios, and the metrics of a preference loss."""
+"""Pairs of completions under a policy and a reference: their log-ratios, and the metrics of a preference loss."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import jax.numpy as jnp
+from jax.nn import log_sigmoid
 
 from posttrain_jax.core.types import Array, LossOutput, Metrics
 from posttrain_jax.losses.weighted_rows import Rows, rows_like
+
+
+def check_smoothing(label_smoothing: float, *, zero_allowed: bool = True) -> None:
+    """Raises ValueError where the share of wrong labels is not in [0, 0.5) (in (0, 0.5) without `zero_allowed`)."""
+    if not (0.0 < label_smoothing < 0.5 or (zero_allowed and label_smoothing == 0.0)):
+        raise ValueError(
+            f"label_smoothing is the share of wrong labels, {'0' if zero_allowed else 'more than 0'} to below 0.5; "
+            f"it is {label_smoothing}."
+        )
+
+
+def soft_label_nll(logits_B: Array, probabilities_B: Array | float) -> Array:
+    """-p log s(x) - (1 - p) log s(-x): the negative log-likelihood of a label that is 1 with probability p."""
+    return -probabilities_B * log_sigmoid(logits_B) - (1.0 - probabilities_B) * log_sigmoid(-logits_B)
 
 
 def pair_metrics(
@@ -19,7 +34,7 @@ def pair_metrics(
 ) -> Metrics:
     """The metrics of a preference loss, per pair, under the names of the DPO authors' code and TRL.
 
-    `rewards/accuracies` is how often the chosen answer's reward is strictly above the rejected one's.
+    `rewards/accuracies` is how often the chosen completion's reward is strictly above the rejected one's.
     """
     return {
         "rewards/chosen": rows.metric(chosen_rewards_B),
@@ -66,14 +81,14 @@ class Pairs:
         return self.output(loss_B, beta * self.chosen_B, beta * self.rejected_B)
 
 
-def pairs_of(
+def log_ratio_pairs(
     policy_chosen_logps_B: Array,
     policy_rejected_logps_B: Array,
     reference_chosen_logps_B: Array,
     reference_rejected_logps_B: Array,
     weights_B: Array | None,
 ) -> Pairs:
-    """Pairs from log-probabilities of whole answers (nats, all of one shape, else ValueError) and their weights."""
+    """Pairs from log-probabilities of whole completions (nats, all of one shape, else ValueError) and their weights."""
     rows = rows_like(policy_chosen_logps_B, weights_B)
     policy_chosen_B = rows.keep(policy_chosen_logps_B)
     policy_rejected_B = rows.keep(policy_rejected_logps_B)

@@ -2,8 +2,9 @@
 
 `logps_BT` are log-probabilities of the tokens drawn under the policy being trained, `old_logps_BT` those under the
 policy that drew them (both at the temperature of the drawing), nats; r_t = exp(logps - old_logps). `mask_BT` is
-non-zero on the answers' tokens; what stands elsewhere, NaN included, has a loss and gradient of exactly 0. Arrays of a
-call have one shape (else ValueError): `[B, T]`, or `[B]` for whole answers (sums over their tokens), as TRL's RLOO has.
+non-zero on the completions' tokens; what stands elsewhere, NaN included, has a loss and gradient of exactly 0. Arrays
+of a call have one shape (else ValueError): `[B, T]`, or `[B]` for whole completions (sums over their tokens), as TRL's
+RLOO has.
 
 Losses are unreduced, float32, 0 where masked; `count` = unmasked entries, so `loss.sum() / count` is the mean over
 tokens of the whole batch. Only the first argument is differentiated: old log-probabilities, advantages, old values

@@ -1,6 +1,6 @@
 """Preference losses without a reference policy: SLiC-HF, SimPO, ORPO, CPO.
 
-The first two arguments are log-probabilities of whole answers in nats, summed over tokens: `policy_chosen_logps_B`
+The first two arguments are log-probabilities of whole completions in nats, summed over tokens: `policy_chosen_logps_B`
 = log pi(y_w|x) and `policy_rejected_logps_B` = log pi(y_l|x); lengths |y| are in tokens, those over which the sums
 run. Any shape, the same for all arrays of a call (else ValueError). Weights and metrics are those of `dpo.py`; each
 function says what its reward is. s is the logistic function.
@@ -39,8 +39,8 @@ def slic_loss(
 ) -> LossOutput:
     """SLiC-HF: max(0, delta - log pi(y_w) + log pi(y_l)) - lambda log pi(y_ref); gradient of the hinge 0 at its kink.
 
-    arXiv:2305.10425, eq. 1. `target_logps_B` = log pi(y_ref|x), the answer that the policy is kept close to (the
-    supervised target, or the chosen answer). delta in nats. Reward: log pi(y|x).
+    arXiv:2305.10425, eq. 1. `target_logps_B` = log pi(y_ref|x), the completion that the policy is kept close to (the
+    supervised target, or the chosen completion). delta in nats. Reward: log pi(y|x).
     """
     rows = rows_like(policy_chosen_logps_B, weights_B)
     chosen_B = rows.keep(policy_chosen_logps_B)
@@ -84,8 +84,8 @@ def orpo_loss(
 ) -> LossOutput:
     """ORPO: -log P(y_w) - lambda log s(log [odds(y_w) / odds(y_l)]), odds = P / (1 - P), P = pi(y|x)^(1 / |y|).
 
-    arXiv:2403.07691, eq. 3 to 7. The first term is the chosen answer's NLL per token, per pair; TRL takes it over
-    prompt and answer and over all tokens of the batch. Mean log-probabilities above -1e-6 enter the odds as -1e-6
+    arXiv:2403.07691, eq. 3 to 7. The first term is the chosen completion's NLL per token, per pair; TRL takes it over
+    prompt and completion and over all tokens of the batch. Mean log-probabilities above -1e-6 enter the odds as -1e-6
     (without gradient): there 1 - P is 0 in float32. Reward: lambda log P, as TRL (whose beta is lambda). Additional
     metrics: `nll_loss` and `log_odds_ratio`, means over pairs.
     """

@@ -1,8 +1,8 @@
-"""Losses of reward models, the scale of their scores, and the joining of several models' scores.
+"""Losses of reward models, the scale of their scores, and the scores of ensembles.
 
-Scores are a reward model's, one per answer, in its own unit (log-odds under Bradley-Terry): `chosen_B` = r(x, y_w),
-`rejected_B` = r(x, y_l). Letters of this file: K answers to one prompt, E members of an ensemble. Pair losses take
-any shape, the same for all arrays of a call (else ValueError); losses over K answers take [..., K] and weights
+Scores are a reward model's, one per completion, in its own unit (log-odds under Bradley-Terry): `chosen_B` = r(x, y_w),
+`rejected_B` = r(x, y_l). Letters of this file: K completions to one prompt, E members of an ensemble. Pair losses take
+any shape, the same for all arrays of a call (else ValueError); losses over K completions take [..., K] and weights
 [...]. s is the logistic function.
 
 `weights_B` (None = 1 everywhere) weighs the rows; 0 = no row, whose loss and gradient are exactly 0 whatever stands
@@ -20,11 +20,11 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid
 
 from posttrain_jax.core.types import Array, LossOutput, Metrics
+from posttrain_jax.losses.pairs import check_smoothing, soft_label_nll
 from posttrain_jax.losses.weighted_rows import Rows, rows_like
 
-ABSENT = (
-    -1e30
-)  # the score of an answer that is not there: no share in any softmax, and no NaN in its gradient
+# The score of a completion that is not there: no share in any softmax, and no NaN in its gradient.
+ABSENT = -1e30
 
 
 def _score_metrics(rows: Rows, chosen_B: Array, rejected_B: Array) -> Metrics:
@@ -67,13 +67,13 @@ def soft_label_loss(
 
     Christiano et al., arXiv:1706.03741, section 2.2.3 (p = 1/2 for "equally good"); Constitutional AI,
     arXiv:2212.08073, section 4.1 (a model's probabilities). `probabilities_B` = p in [0, 1], that the first is better;
-    no gradient. In the metrics the chosen answer is the one with p > 1/2; pairs with p = 1/2 are not in them.
+    no gradient. In the metrics the chosen completion is the one with p > 1/2; pairs with p = 1/2 are not in them.
     """
     rows = rows_like(first_B, weights_B)
     first_B, second_B = rows.keep(first_B), rows.keep(second_B)
     first_share_B = jax.lax.stop_gradient(rows.keep(probabilities_B))
     margin_B = first_B - second_B
-    loss_B = -first_share_B * log_sigmoid(margin_B) - (1.0 - first_share_B) * log_sigmoid(-margin_B)
+    loss_B = soft_label_nll(margin_B, first_share_B)
     decided = Rows(jnp.where(first_share_B != 0.5, rows.weights_B, 0.0))
     chosen_B = jnp.where(first_share_B > 0.5, first_B, second_B)
     rejected_B = jnp.where(first_share_B > 0.5, second_B, first_B)
@@ -89,17 +89,14 @@ def smoothed_label_loss(
     [0, 0.5), the share of labels thought to be wrong (ValueError otherwise). Christiano et al. (arXiv:1706.03741)
     mix the coin into the prediction, 0.9 s(r_w - r_l) + 0.05, which bounds the loss; this mixes it into the label.
     """
-    if not 0.0 <= label_smoothing < 0.5:
-        raise ValueError(
-            f"label_smoothing is the share of wrong labels, 0 to below 0.5; it is {label_smoothing}."
-        )
+    check_smoothing(label_smoothing)
     probabilities_B = jnp.full(jnp.shape(chosen_B), 1.0 - label_smoothing, jnp.float32)
     return soft_label_loss(chosen_B, rejected_B, probabilities_B, weights_B=weights_B)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Answers:
-    """K scored answers per prompt; what is absent scores 0 and is False in `present_BK`."""
+class _Completions:
+    """K scored completions per prompt; what is absent scores 0 and is False in `present_BK`."""
 
     rows: Rows
     scores_BK: Array
@@ -109,7 +106,7 @@ class _Answers:
         return Rows(jnp.where(has_loss_B, self.rows.weights_B, 0.0))
 
 
-def _answers(scores_BK: Array, mask_BK: Array | None, weights_B: Array | None) -> _Answers:
+def _completions(scores_BK: Array, mask_BK: Array | None, weights_B: Array | None) -> _Completions:
     scores_BK = jnp.asarray(scores_BK)
     rows = rows_like(scores_BK[..., 0], weights_B)
     present_BK = jnp.ones(scores_BK.shape, bool) if mask_BK is None else jnp.asarray(mask_BK) != 0
@@ -119,7 +116,7 @@ def _answers(scores_BK: Array, mask_BK: Array | None, weights_B: Array | None) -
             f"these are {present_BK.shape} and {rows.weights_B.shape}."
         )
     present_BK = present_BK & (rows.weights_B != 0)[..., None]
-    return _Answers(rows, jnp.where(present_BK, scores_BK.astype(jnp.float32), 0.0), present_BK)
+    return _Completions(rows, jnp.where(present_BK, scores_BK.astype(jnp.float32), 0.0), present_BK)
 
 
 def _ranks(ranks_BK: Array, scores_BK: Array) -> Array:
@@ -132,66 +129,66 @@ def _ranks(ranks_BK: Array, scores_BK: Array) -> Array:
 def kwise_loss(
     scores_BK: Array, ranks_BK: Array, mask_BK: Array | None = None, *, weights_B: Array | None = None
 ) -> LossOutput:
-    """All comparisons among K ranked answers: -1 / C(K, 2) sum over pairs with y_w above y_l of log s(r_w - r_l).
+    """All comparisons among K ranked completions: -1 / C(K, 2) sum over pairs with y_w above y_l of log s(r_w - r_l).
 
-    InstructGPT, arXiv:2203.02155, eq. 1 (K = 4 to 9, one prompt = one element of the batch). K counts the answers
+    InstructGPT, arXiv:2203.02155, eq. 1 (K = 4 to 9, one prompt = one element of the batch). K counts the completions
     that are there (`mask_BK`, None = all). Pairs of equal rank are dropped and leave the weight of the others,
     1 / C(K, 2), as it is.
 
     Args:
       scores_BK: r(x, y_k).
       ranks_BK: integers, lower is better.
-      mask_BK: 0 = no such answer.
+      mask_BK: 0 = no such completion.
       weights_B: weights of the prompts.
 
     Returns:
       One loss per prompt. A prompt without any comparison has loss 0 and does not count. Metrics are means over
       comparisons, under the weight of their prompt.
     """
-    answers = _answers(scores_BK, mask_BK, weights_B)
+    completions = _completions(scores_BK, mask_BK, weights_B)
     ranks_BK = _ranks(ranks_BK, scores_BK)
-    compared_BKK = answers.present_BK[..., :, None] & answers.present_BK[..., None, :]
+    compared_BKK = completions.present_BK[..., :, None] & completions.present_BK[..., None, :]
     compared_BKK = compared_BKK & (ranks_BK[..., :, None] < ranks_BK[..., None, :])
-    margin_BKK = answers.scores_BK[..., :, None] - answers.scores_BK[..., None, :]
+    margin_BKK = completions.scores_BK[..., :, None] - completions.scores_BK[..., None, :]
     total_B = jnp.sum(jnp.where(compared_BKK, -log_sigmoid(margin_BKK), 0.0), axis=(-2, -1))
-    answers_B = jnp.sum(answers.present_BK, axis=-1, dtype=jnp.float32)
-    rows = answers.only_where(jnp.any(compared_BKK, axis=(-2, -1)))
-    loss_B = total_B / jnp.maximum(answers_B * (answers_B - 1.0) / 2.0, 1.0)
+    completions_B = jnp.sum(completions.present_BK, axis=-1, dtype=jnp.float32)
+    rows = completions.only_where(jnp.any(compared_BKK, axis=(-2, -1)))
+    loss_B = total_B / jnp.maximum(completions_B * (completions_B - 1.0) / 2.0, 1.0)
     comparisons = Rows(jnp.where(compared_BKK, rows.weights_B[..., None, None], 0.0))
-    chosen_BKK = jnp.broadcast_to(answers.scores_BK[..., :, None], compared_BKK.shape)
-    rejected_BKK = jnp.broadcast_to(answers.scores_BK[..., None, :], compared_BKK.shape)
+    chosen_BKK = jnp.broadcast_to(completions.scores_BK[..., :, None], compared_BKK.shape)
+    rejected_BKK = jnp.broadcast_to(completions.scores_BK[..., None, :], compared_BKK.shape)
     return rows.output(loss_B, _score_metrics(comparisons, chosen_BKK, rejected_BKK))
 
 
 def plackett_luce_loss(
     scores_BK: Array, ranks_BK: Array, mask_BK: Array | None = None, *, weights_B: Array | None = None
 ) -> LossOutput:
-    """Plackett-Luce: -sum_k [r_(k) - log sum_{j >= k} exp r_(j)], answers in order of rank, best first.
+    """Plackett-Luce: -sum_k [r_(k) - log sum_{j >= k} exp r_(j)], completions in order of rank, best first.
 
     Plackett 1975 (Applied Statistics 24(2)); as the ranking form of DPO in arXiv:2305.18290, appendix A.3. It is the
     negative log-likelihood of the whole ranking, not divided by K; for K = 2 it is `bradley_terry_loss`. Of equal
-    ranks each is held against all answers of its rank and below (Breslow 1974), which pulls their scores together.
-    Arguments as in `kwise_loss`; a prompt with fewer than two answers has loss 0 and does not count. Metric:
-    `accuracy`, how often the best-ranked answers' scores are strictly above all of a lower rank (prompts without any
-    left out).
+    ranks each is held against all completions of its rank and below (Breslow 1974), which pulls their scores together.
+    Arguments as in `kwise_loss`; a prompt with fewer than two completions has loss 0 and does not count. Metric:
+    `accuracy`, how often the best-ranked completions' scores are strictly above all of a lower rank (prompts without
+    any left out).
     """
-    answers = _answers(scores_BK, mask_BK, weights_B)
+    completions = _completions(scores_BK, mask_BK, weights_B)
     ranks_BK = _ranks(ranks_BK, scores_BK)
-    # [..., k, j]: answer j still competes when the place of answer k is given; k always does.
-    competes_BKK = answers.present_BK[..., None, :] & (ranks_BK[..., None, :] >= ranks_BK[..., :, None])
+    # [..., k, j]: completion j is not ranked above k, so it still competes for k's rank; k itself always does.
+    competes_BKK = completions.present_BK[..., None, :] & (ranks_BK[..., None, :] >= ranks_BK[..., :, None])
     competes_BKK = competes_BKK | jnp.broadcast_to(
         jnp.eye(scores_BK.shape[-1], dtype=bool), competes_BKK.shape
     )
-    others_BKK = jnp.where(competes_BKK, answers.scores_BK[..., None, :], ABSENT)
-    each_BK = jax.nn.logsumexp(others_BKK, axis=-1) - answers.scores_BK
-    loss_B = jnp.sum(jnp.where(answers.present_BK, each_BK, 0.0), axis=-1)
-    rows = answers.only_where(jnp.sum(answers.present_BK, axis=-1) >= 2)
-    best_B = jnp.min(jnp.where(answers.present_BK, ranks_BK, jnp.iinfo(jnp.int32).max), axis=-1)
-    is_best_BK = answers.present_BK & (ranks_BK == best_B[..., None])
-    is_below_BK = answers.present_BK & ~is_best_BK
-    lowest_best_B = jnp.min(jnp.where(is_best_BK, answers.scores_BK, -ABSENT), axis=-1)
-    highest_below_B = jnp.max(jnp.where(is_below_BK, answers.scores_BK, ABSENT), axis=-1)
-    decided = answers.only_where(jnp.any(is_below_BK, axis=-1))
+    others_BKK = jnp.where(competes_BKK, completions.scores_BK[..., None, :], ABSENT)
+    each_BK = jax.nn.logsumexp(others_BKK, axis=-1) - completions.scores_BK
+    loss_B = jnp.sum(jnp.where(completions.present_BK, each_BK, 0.0), axis=-1)
+    rows = completions.only_where(jnp.sum(completions.present_BK, axis=-1) >= 2)
+    best_B = jnp.min(jnp.where(completions.present_BK, ranks_BK, jnp.iinfo(jnp.int32).max), axis=-1)
+    is_best_BK = completions.present_BK & (ranks_BK == best_B[..., None])
+    is_below_BK = completions.present_BK & ~is_best_BK
+    lowest_best_B = jnp.min(jnp.where(is_best_BK, completions.scores_BK, -ABSENT), axis=-1)
+    highest_below_B = jnp.max(jnp.where(is_below_BK, completions.scores_BK, ABSENT), axis=-1)
+    decided = completions.only_where(jnp.any(is_below_BK, axis=-1))
     accuracy = decided.metric((lowest_best_B > highest_below_B).astype(jnp.float32))
     return rows.output(loss_B, {"accuracy": accuracy})
 
@@ -201,23 +198,25 @@ def pick_best_loss(
 ) -> LossOutput:
     """The best of K: -log [exp r_b / sum_k exp r_k].
 
-    Ziegler et al., arXiv:1909.08593, eq. 1 (K = 4). `best_B` = b, the index of the answer that was picked; it must be
-    one that is there (`mask_BK`, None = all). Metrics: `accuracy`, how often the picked answer's score is strictly
-    above all others; `scores/chosen`; `scores/rejected` is the mean score of a prompt's other answers.
+    Ziegler et al., arXiv:1909.08593, eq. 1 (K = 4). `best_B` = b, the index of the completion that was picked; it must
+    be one that is there (`mask_BK`, None = all). Metrics: `accuracy`, how often the picked completion's score is
+    strictly above all others; `scores/chosen`; `scores/rejected` is the mean score of a prompt's other completions.
     """
-    answers = _answers(scores_BK, mask_BK, weights_B)
+    completions = _completions(scores_BK, mask_BK, weights_B)
     best_B = jnp.asarray(best_B)
-    if best_B.shape != answers.rows.weights_B.shape:
+    if best_B.shape != completions.rows.weights_B.shape:
         raise ValueError(f"best_B of shape {best_B.shape} does not fit scores of shape {scores_BK.shape}.")
     indices_BK = jax.lax.broadcasted_iota(jnp.int32, scores_BK.shape, len(scores_BK.shape) - 1)
     is_best_BK = indices_BK == best_B[..., None]
-    chosen_B = jnp.sum(jnp.where(is_best_BK, answers.scores_BK, 0.0), axis=-1)
-    competing_BK = jnp.where(answers.present_BK, answers.scores_BK, ABSENT)
-    is_other_BK = answers.present_BK & ~is_best_BK
+    chosen_B = jnp.sum(jnp.where(is_best_BK, completions.scores_BK, 0.0), axis=-1)
+    competing_BK = jnp.where(completions.present_BK, completions.scores_BK, ABSENT)
+    is_other_BK = completions.present_BK & ~is_best_BK
     others_B = jnp.sum(is_other_BK, axis=-1, dtype=jnp.float32)
-    rejected_B = jnp.sum(jnp.where(is_other_BK, answers.scores_BK, 0.0), axis=-1) / jnp.maximum(others_B, 1.0)
-    highest_other_B = jnp.max(jnp.where(is_other_BK, answers.scores_BK, ABSENT), axis=-1)
-    rows = answers.rows
+    rejected_B = jnp.sum(jnp.where(is_other_BK, completions.scores_BK, 0.0), axis=-1) / jnp.maximum(
+        others_B, 1.0
+    )
+    highest_other_B = jnp.max(jnp.where(is_other_BK, completions.scores_BK, ABSENT), axis=-1)
+    rows = completions.rows
     metrics = {
         "accuracy": rows.metric((chosen_B > highest_other_B).astype(jnp.float32)),
         "scores/chosen": rows.metric(chosen_B),

@@ -12,7 +12,7 @@ def nll_loss(logps_BT: Array, mask_BT: Array) -> LossOutput:
 
     InstructGPT (arXiv:2203.02155, section 3.5) and Tulu 3 (arXiv:2411.15124, section 4.3.2). The mean is over
     all trained tokens of the global batch (sum over sum), not a mean of per-row means, so that a token weighs
-    the same in a short and a long answer and the micro-batch split does not matter.
+    the same in a short and a long completion and the micro-batch split does not matter.
 
     Args:
       logps_BT: float32 log-probability of each target token.

@@ -1,7 +1,7 @@
-"""What all losses of one value per row share: weights, and rows that are only padding.
+"""Weights and padding, for all losses of one value per row.
 
-A row is a pair of answers, an answer, a prompt or a token; its `weight` says how much it counts. Weight 0 means that
-there is no row (padding). Whatever stands in such a row, NaN included, is replaced by 0 before anything is
+A row is a pair of completions, a completion, a prompt or a token; its `weight` says how much it counts. Weight 0 means
+that there is no row (padding). Whatever stands in such a row, NaN included, is replaced by 0 before anything is
 computed from it, so that its loss and its gradient are exactly 0.
 
 `count` of every loss is the sum of the weights, so that `loss.sum() / count` is the weighted mean, and sums of
@@ -41,7 +41,7 @@ class Rows:
         return jnp.where(self.weights_B != 0, values_B.astype(jnp.float32), 0.0)
 
     def metric(self, values_B: Array) -> Metric:
-        """The weighted mean of `values_B` over the rows, in the making."""
+        """The weighted mean of `values_B` over the rows, as a sum and a count."""
         return Metric(jnp.sum(self.weights_B * values_B), jnp.sum(self.weights_B))
 
     def output(self, values_B: Array, metrics: Metrics) -> LossOutput:
@@ -66,5 +66,5 @@ def rows_of_mask(mask: Array) -> Rows:
 
 
 def per_token(sums_B: Array, lengths_B: Array) -> Array:
-    """Sums over an answer's tokens divided by how many there are (an empty answer counts as one token)."""
+    """Sums over a completion's tokens divided by how many there are (an empty completion counts as one token)."""
     return sums_B / jnp.maximum(lengths_B, 1.0)

@@ -140,7 +140,7 @@ def test_leave_one_out_without_the_answers_that_have_no_reward():
 
 
 def test_leave_one_out_needs_others():
-    with pytest.raises(ValueError, match="2 answers"):
+    with pytest.raises(ValueError, match="2 completions"):
         leave_one_out(jnp.ones((3, 1)))
 
 
