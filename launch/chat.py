@@ -1,4 +1,4 @@
-"""Talks to a model in the terminal. From a pipe: one answer for every line, and nothing else on stdout."""
+"""A chat with a model in the terminal. From a pipe: one completion for every line, and nothing else on stdout."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ HELP = """\
 /system TEXT     start again with this system prompt (without TEXT: with none)
 /temperature X   0 = always the likeliest token
 /help            this list
-/quit            leave (Ctrl-D too); Ctrl-C stops an answer"""
+/quit            leave (Ctrl-D too); Ctrl-C stops a completion"""
 
 
 def define_flags() -> None:
     """The command line; not at import, so that modules with like-named flags can be imported together."""
     flags.DEFINE_string("model", None, "A Hugging Face folder or name, a .gguf file, or a workdir.")
-    flags.DEFINE_integer("max_new_tokens", 512, "Most tokens of an answer.")
+    flags.DEFINE_integer("max_new_tokens", 512, "Most tokens of a completion.")
     flags.DEFINE_float("temperature", 0.7, "0 = always the likeliest token.")
     flags.DEFINE_float("top_p", 0.95, "Nucleus sampling; 1 = off.")
     flags.DEFINE_integer("seed", 0, "Of the random numbers.")
@@ -76,13 +76,13 @@ def main(argv: Sequence[str]) -> int:
 
 @dataclasses.dataclass
 class Interrupt:
-    """Whether Ctrl-C was pressed during an answer."""
+    """Whether Ctrl-C was pressed during a completion."""
 
     pressed: bool = False
 
 
 class Chat:
-    """The conversation so far, and how to go on with it.
+    """A conversation, and how it continues.
 
     Raises InputError for a model without a tokenizer or a chat template.
     """
@@ -102,7 +102,7 @@ class Chat:
 
         if loaded.tokenizer is None:
             raise InputError(
-                f"{loaded.source.name} has no tokenizer, so it cannot be talked to; add its tokenizer files."
+                f"{loaded.source.name} has no tokenizer, so nobody can chat with it; add its tokenizer files."
             )
         if not loaded.tokenizer.chat_template:
             raise InputError(
@@ -127,8 +127,8 @@ class Chat:
             self.system = system
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
-    def answer(self, text: str, interrupt: Interrupt) -> Iterator[str]:
-        """Answers in pieces of text; an answer that was interrupted stays in the conversation as far as it came.
+    def complete(self, text: str, interrupt: Interrupt) -> Iterator[str]:
+        """Yields the completion in pieces of text; an interrupted one stays in the conversation as far as it came.
 
         Raises:
           InputError: the conversation does not fit the model's context any more (it is left as it was).
@@ -139,7 +139,7 @@ class Chat:
         prompt = encode_chat(self.tokenizer, messages, chat=self._options)
         tokens: list[int] = []
 
-        def drawn() -> Iterator[int]:
+        def generated() -> Iterator[int]:
             for token in self._stream.complete(
                 prompt, max_new_tokens=self.max_new_tokens, sampling=self.sampling
             ):
@@ -148,7 +148,7 @@ class Chat:
                 tokens.append(token)
                 yield token
 
-        yield from text_pieces(self.tokenizer, drawn())
+        yield from text_pieces(self.tokenizer, generated())
         content = self.tokenizer.decode(tokens, skip_special_tokens=True)
         self.messages = [*messages, {"role": "assistant", "content": content}]
 
@@ -195,7 +195,7 @@ def talk(chat: Chat) -> None:
 
 
 def command(chat: Chat, line: str) -> None:
-    """Carries out a line that starts with a slash; what it says goes to stderr.
+    """Carries out a line that starts with a slash; its output goes to stderr.
 
     Raises:
       InputError: there is no such command, or its value is wrong.
@@ -218,16 +218,16 @@ def command(chat: Chat, line: str) -> None:
 
 
 def show(chat: Chat, line: str) -> None:
-    """Prints the answer as it comes; Ctrl-C stops it."""
+    """Prints the completion as it comes; Ctrl-C stops it."""
     with catch_interrupt() as interrupt:
-        for piece in chat.answer(line, interrupt):
+        for piece in chat.complete(line, interrupt):
             print(piece, end="", flush=True)
     print(" (stopped)" if interrupt.pressed else "", flush=True)
 
 
 @contextmanager
 def catch_interrupt() -> Iterator[Interrupt]:
-    """Ctrl-C sets a flag instead of raising: an exception in the middle of a step could lose the cache."""
+    """A context in which Ctrl-C sets a flag instead of raising: an exception inside a step could lose the cache."""
     interrupt = Interrupt()
 
     def press(signum: int, frame: FrameType | None) -> None:

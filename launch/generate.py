@@ -1,14 +1,13 @@
-"""Batched generation: a file of prompts in, a file of answers out. Run again after a kill, it goes on.
+"""Batched generation: a file of prompts in, a file of completions out. Run again after a kill, it continues.
 
-Answers are written as they end, in whatever order that is; when all are there, the file is put in the order of the
-prompts.
+Completions are written as they end; when all are there, the file is put in the order of the prompts.
 
 A row of --prompts is {"id": ..., "prompt": "text" | "messages": [{"role", "content"}, ...] | "prompt_ids": [ints]},
 id optional (default: the row's number, from 0); `system` and `tools` may stand beside messages, and a row of training
 data is read as its prompt (`data.prompt_rows`). A text is taken as it is, or with --text_as=chat as a user's turn.
 A row of --out is {"id", "sample", "text", "token_ids", "logprobs", "finish_reason"}; logprobs are the model's own
 (nats, no temperature); "in_thought" is true where the prompt ended with <think>, so that the text starts inside a
-thought. Beside --out lies OUT.options.json, which says how the answers were made.
+thought. OUT.options.json, beside --out, holds the options of the completions.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from launch import entry
-from launch.answer_file import append, options_path, put_in_order, take_up, write_description
-from launch.prompt_file import Prompt, encode, noise_id, read_prompts, say_prompts
+from launch.completion_file import append, completed_samples, options_path, put_in_order, write_description
+from launch.prompt_file import PromptFileRow, encode, log_prompts, read_prompts, sampling_id
 from posttrain_jax.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,13 +36,13 @@ if TYPE_CHECKING:
     from posttrain_jax.models.io.load import LoadedModel
     from posttrain_jax.sampling.generate import GenerateOptions, Sample
 
-EXAMPLE = "python -m launch.generate --model=runs/smollm2 --prompts=prompts.jsonl --out=answers.jsonl"
+EXAMPLE = "python -m launch.generate --model=runs/smollm2 --prompts=prompts.jsonl --out=completions.jsonl"
 PROGRESS_SECONDS = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the flags say; see `define_flags`."""
+    """The values of the flags; see `define_flags`."""
 
     model: str
     prompts: str
@@ -78,19 +77,19 @@ def define_flags() -> None:
     """The command line; not at import, so that modules with like-named flags can be imported together."""
     flags.DEFINE_string("model", None, "A Hugging Face folder or name, a .gguf file, or a workdir.")
     flags.DEFINE_string("prompts", None, "JSON Lines (or .json, .parquet) with the prompts.")
-    flags.DEFINE_string("out", None, "JSON Lines file to write; one that is not complete is gone on with.")
-    flags.DEFINE_integer("max_new_tokens", Options.max_new_tokens, "Most tokens of an answer.")
+    flags.DEFINE_string("out", None, "JSON Lines file to write; an incomplete one is continued.")
+    flags.DEFINE_integer("max_new_tokens", Options.max_new_tokens, "Most tokens of a completion.")
     flags.DEFINE_integer("min_new_tokens", Options.min_new_tokens, "No stop before this many tokens.")
     flags.DEFINE_float("temperature", Options.temperature, "0 = always the likeliest token.")
     flags.DEFINE_float("top_p", Options.top_p, "Nucleus sampling; 1 = off.")
     flags.DEFINE_integer("top_k", Options.top_k, "Only the k likeliest tokens; 0 = off.")
     flags.DEFINE_float("min_p", Options.min_p, "Least share of the likeliest token's probability; 0 = off.")
     flags.DEFINE_float("repetition_penalty", Options.repetition_penalty, "On tokens seen before; 1 = off.")
-    flags.DEFINE_float("presence_penalty", Options.presence_penalty, "On tokens of the answer; 0 = off.")
+    flags.DEFINE_float("presence_penalty", Options.presence_penalty, "On tokens of the completion; 0 = off.")
     flags.DEFINE_float("frequency_penalty", Options.frequency_penalty, "The same for every time; 0 = off.")
-    flags.DEFINE_multi_string("stop", [], "A text that ends an answer; may be given more than once.")
+    flags.DEFINE_multi_string("stop", [], "A text that ends a completion; may be given more than once.")
     flags.DEFINE_multi_string(
-        "bad_words", [], "A text whose tokens no answer holds in a row; may be repeated."
+        "bad_words", [], "A text whose tokens no completion holds in a row; may be repeated."
     )
     flags.DEFINE_integer(
         "max_prompt_tokens", Options.max_prompt_tokens, "0 = what the model's context allows."
@@ -101,12 +100,12 @@ def define_flags() -> None:
         ["error", "cut"],
         "Of a prompt that is too long: refuse it, or leave out its start (counted).",
     )
-    flags.DEFINE_integer("num_samples", Options.num_samples, "Answers per prompt.")
+    flags.DEFINE_integer("num_samples", Options.num_samples, "Completions per prompt.")
     flags.DEFINE_integer("seed", Options.seed, "Of the random numbers.")
     flags.DEFINE_string("dtype", Options.dtype, "float32 or bfloat16, for weights and arithmetic.")
-    flags.DEFINE_bool("ignore_eos", Options.ignore_eos, "Stop tokens do not end an answer.")
-    flags.DEFINE_integer("batch_size", Options.batch_size, "Answers decoded side by side.")
-    flags.DEFINE_integer("fsdp", Options.fsdp, "Devices that share the weights; the answers take the others.")
+    flags.DEFINE_bool("ignore_eos", Options.ignore_eos, "Stop tokens do not end a completion.")
+    flags.DEFINE_integer("batch_size", Options.batch_size, "Completions decoded side by side.")
+    flags.DEFINE_integer("fsdp", Options.fsdp, "Devices that share the weights; the rest share the work.")
     flags.DEFINE_integer("tensor", Options.tensor, "Devices that share each layer.")
     flags.DEFINE_enum(
         "text_as",
@@ -130,7 +129,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Answers every prompt that is not answered yet."""
+    """Completes every prompt that is not completed yet."""
     del argv
     given = flags.FLAGS
     if given.model is None or given.prompts is None or given.out is None:
@@ -143,7 +142,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def generate(options: Options) -> None:
-    """Generates what `options.out` lacks and appends it answer by answer.
+    """Generates the completions that `options.out` lacks and appends them one by one.
 
     Raises:
       InputError: a bad option, a bad row, a prompt that the model cannot take, or an `out` that was made in
@@ -157,7 +156,8 @@ def generate(options: Options) -> None:
     from posttrain_jax.rewards.thoughts import prompt_opens_thought
     from posttrain_jax.sampling.generate import generate_as_finished
 
-    _asked(options, stop_token_ids=(), bad_words=())  # refuses bad options before the model is read
+    # Refuses bad options before the model is loaded.
+    _generate_options(options, stop_token_ids=(), bad_words=())
     prompts = read_prompts(
         options.prompts,
         text_as=options.text_as,
@@ -174,48 +174,48 @@ def generate(options: Options) -> None:
     mesh = None if alone else make_mesh(data=-1, fsdp=options.fsdp, tensor=options.tensor)
     loaded = load_model(options.model, dtype=options.dtype, param_dtype=options.dtype, mesh=mesh)
     require_language_model(loaded)
-    asked = _asked_of(loaded, options)
+    generate_options = _options_for(loaded, options)
     encoded = [encode(prompt, loaded.tokenizer, chat, model=loaded.source.name) for prompt in prompts]
-    say_prompts(prompts, encoded, loaded.tokenizer)
-    answers = functools.partial(
+    log_prompts(prompts, encoded, loaded.tokenizer)
+    completions = functools.partial(
         generate_as_finished,
         loaded.model,
         loaded.params,
         encoded,
-        asked,
+        generate_options,
         tokenizer=loaded.tokenizer,
         names=[prompt.where for prompt in prompts],
-        ids=[noise_id(prompt.id) for prompt in prompts],
+        ids=[sampling_id(prompt.id) for prompt in prompts],
     )
-    answers()  # checks every prompt before anything is written
-    wanted = [(prompt.id, sample) for prompt in prompts for sample in range(options.num_samples)]
+    completions()  # checks every prompt before anything is written
+    expected = [(prompt.id, sample) for prompt in prompts for sample in range(options.num_samples)]
     description = describe(options, loaded, encoded) | {"template_date": str(chat.now)}
-    done = take_up(out, wanted, description)
-    if len(done) < len(wanted):
+    done = completed_samples(out, expected, description)
+    if len(done) < len(expected):
         if done:
-            print(f"{out} holds {len(done)} of {len(wanted)} answers; going on.", file=sys.stderr)
+            print(f"{out} holds {len(done)} of {len(expected)} completions; continuing.", file=sys.stderr)
         numbers = {prompt.id: number for number, prompt in enumerate(prompts)}
-        places = {(numbers[name], sample) for name, sample in done}
-        progress = Progress(total=len(wanted), done=len(done))
+        done_indices = {(numbers[name], sample) for name, sample in done}
+        progress = Progress(total=len(expected), done=len(done))
         try:
             write_description(out, description)
             with out.open("ab") as file:
-                for sample in answers(done=places):
+                for sample in completions(done=done_indices):
                     in_thought = prompt_opens_thought(loaded.tokenizer, encoded[sample.prompt].tolist())
-                    row = answer_row(sample, prompts[sample.prompt], loaded, in_thought=in_thought)
+                    row = completion_row(sample, prompts[sample.prompt], loaded, in_thought=in_thought)
                     append(file, row)
                     progress.add(sample, is_empty=row["text"] is not None and not row["text"].strip())
         except OSError as error:
             raise InputError(
-                f"--out={out} cannot be written ({error.strerror}); the answers before are whole."
+                f"--out={out} cannot be written ({error.strerror}); the completions before are complete."
             ) from error
         progress.finish(out)
     else:
-        print(f"done: all {len(done)} answers were in {out} already.", file=sys.stderr)
-    put_in_order(out, wanted)
+        print(f"done: all {len(done)} completions were in {out} already.", file=sys.stderr)
+    put_in_order(out, expected)
 
 
-def _asked(
+def _generate_options(
     options: Options, *, stop_token_ids: Sequence[int], bad_words: tuple[tuple[int, ...], ...]
 ) -> GenerateOptions:
     from posttrain_jax.sampling.choose import Sampling
@@ -245,9 +245,9 @@ def _asked(
     )
 
 
-def _asked_of(loaded: LoadedModel, options: Options) -> GenerateOptions:
-    """The options with what the model's tokenizer makes of them. A bad word is banned at the start of a word too,
-    where many tokenizers write it with the space before it."""
+def _options_for(loaded: LoadedModel, options: Options) -> GenerateOptions:
+    """The options with the model's stop tokens and the bad words as tokens. A bad word is banned at the start of a word
+    too, where many tokenizers encode it with the space before it."""
     from posttrain_jax.models.io.tokenizer import stop_token_ids
 
     tokenizer = loaded.tokenizer
@@ -259,11 +259,11 @@ def _asked_of(loaded: LoadedModel, options: Options) -> GenerateOptions:
             tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (word, f" {word}")
         }
     stops = stop_token_ids(loaded.config, loaded.tokenizer)
-    return _asked(options, stop_token_ids=stops, bad_words=tuple(sorted(words)))
+    return _generate_options(options, stop_token_ids=stops, bad_words=tuple(sorted(words)))
 
 
 def _template_date(out: Path) -> datetime.datetime:
-    """The date that a chat template sees: that of the first start, for answers that are gone on with."""
+    """The date that a chat template sees: that of the first start, if this one continues it."""
     path = options_path(out)
     try:
         return datetime.datetime.fromisoformat(json.loads(path.read_text("utf-8"))["template_date"])
@@ -272,7 +272,7 @@ def _template_date(out: Path) -> datetime.datetime:
 
 
 def describe(options: Options, loaded: LoadedModel, encoded: list[np.ndarray]) -> dict[str, Any]:
-    """How the answers are made: the options, the checkpoint, and a hash of the encoded prompts."""
+    """How the completions are made: the options, the checkpoint, and a hash of the encoded prompts."""
     digest = hashlib.sha256()
     for ids in encoded:
         digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i8").tobytes())
@@ -286,13 +286,13 @@ def describe(options: Options, loaded: LoadedModel, encoded: list[np.ndarray]) -
 
 
 def file_sha256(path: Path) -> str:
-    """Of a file's bytes: what tells launch.win_rate that the prompts are still those that were answered."""
+    """SHA-256 of a file, by which launch.win_rate knows that the prompts are still those that were completed."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def answer_row(
-    sample: Sample, prompt: Prompt, loaded: LoadedModel, *, in_thought: bool = False
+def completion_row(
+    sample: Sample, prompt: PromptFileRow, loaded: LoadedModel, *, in_thought: bool = False
 ) -> dict[str, Any]:
     """One row of the output; `in_thought` says that the prompt ended with <think>.
 
@@ -329,20 +329,20 @@ class Progress:
         self._total = total
         self._first = self._done = done
         self._tokens = self._cut = self._empty = 0
-        self._start = self._said = time.monotonic()
+        self._start = self._logged = time.monotonic()
         self._terminal = sys.stderr.isatty()
 
     def add(self, sample: Sample, *, is_empty: bool) -> None:
-        """Counts an answer, and says so if the last time is long enough ago."""
+        """Counts a completion, and logs the progress if the last time is long enough ago."""
         self._empty += is_empty
         self._done += 1
         self._tokens += len(sample.tokens)
         self._cut += sample.cut > 0
         now = time.monotonic()
-        if now - self._said >= (0.2 if self._terminal else PROGRESS_SECONDS) and self._done < self._total:
-            self._said = now
+        if now - self._logged >= (0.2 if self._terminal else PROGRESS_SECONDS) and self._done < self._total:
+            self._logged = now
             left = (now - self._start) / (self._done - self._first) * (self._total - self._done)
-            text = f"{self._done}/{self._total} answers, {self._rate(now)}, {left:.0f} s left"
+            text = f"{self._done}/{self._total} completions, {self._rate(now)}, {left:.0f} s left"
             if self._terminal:
                 filled = 30 * self._done // self._total
                 print(
@@ -355,13 +355,13 @@ class Progress:
                 print(text, file=sys.stderr)
 
     def finish(self, out: Path) -> None:
-        """Says that all is written."""
+        """Logs that all is written."""
         from posttrain_jax.data.shown_row import empty_warning
 
         now = time.monotonic()
-        cut = f" {self._cut} answers are to prompts whose start was left out." if self._cut else ""
+        cut = f" {self._cut} completions are of prompts whose start was left out." if self._cut else ""
         print(
-            f"{chr(13) + chr(27) + '[K' if self._terminal else ''}done: {self._done} answers in {out}; "
+            f"{chr(13) + chr(27) + '[K' if self._terminal else ''}done: {self._done} completions in {out}; "
             f"{self._tokens} tokens in {now - self._start:.1f} s, {self._rate(now)}.{cut}",
             file=sys.stderr,
         )

@@ -1,4 +1,4 @@
-"""A file of prompts: its rows checked, encoded, and shown before they are answered."""
+"""A file of prompts: its rows are checked, encoded, and shown before they are completed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
-    """One row of --prompts: its id, where it stands, its columns (chats as `messages`), and how they were read."""
+class PromptFileRow:
+    """One row of --prompts: its id, its file and line, its columns (chats as `messages`), and the prompt in them."""
 
     id: str | int
     where: str
@@ -37,7 +37,7 @@ def read_prompts(
     columns: str = "",
     ignore_columns: str = "",
     travels: bool = False,
-) -> list[Prompt]:
+) -> list[PromptFileRow]:
     """All prompts, in order.
 
     Args:
@@ -56,7 +56,7 @@ def read_prompts(
 
     if not Path(path).is_file():
         raise InputError(f"--prompts={path}: there is no such file.")
-    prompts: list[Prompt] = []
+    prompts: list[PromptFileRow] = []
     first: dict[str | int, str] = {}
     names = ColumnNames(read_columns(columns, "--columns"), ignore_columns)
     for number, row in enumerate(read_rows(path, names)):
@@ -67,7 +67,7 @@ def read_prompts(
             values.pop("id", None)
             read = read_prompt_row(values, text_as=text_as, travels=travels)
             values |= {"messages": list(read.messages)} if read.messages else {}
-            prompt = Prompt(name, where, values, read)
+            prompt = PromptFileRow(name, where, values, read)
             if first.setdefault(prompt.id, where) != where:
                 raise RowError("id", f"is {prompt.id!r}, which {first[prompt.id]} has already")
             prompts.append(prompt)
@@ -87,15 +87,15 @@ def _row_id(row: dict[str, Any], number: int) -> str | int:
     return name
 
 
-def noise_id(name: str | int) -> int:
-    """The number below 2^31 by which a prompt's random numbers are drawn: its id, hashed where it is not one."""
+def sampling_id(name: str | int) -> int:
+    """The number below 2^31 that a prompt's random numbers depend on: its id, or a hash of any other id."""
     if isinstance(name, int) and 0 <= name < 1 << 31:
         return name
     return int.from_bytes(hashlib.sha256(json.dumps(name).encode()).digest()[:4]) >> 1
 
 
 def encode(
-    prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None, chat: ChatOptions, *, model: str
+    prompt: PromptFileRow, tokenizer: PreTrainedTokenizerBase | None, chat: ChatOptions, *, model: str
 ) -> np.ndarray:
     """The prompt's token ids; `model` is whose tokenizer it is, for errors.
 
@@ -120,10 +120,10 @@ def encode(
         raise InputError(f"{prompt.where}: {error}") from error
 
 
-def say_prompts(
-    prompts: list[Prompt], encoded: list[np.ndarray], tokenizer: PreTrainedTokenizerBase | None
+def log_prompts(
+    prompts: list[PromptFileRow], encoded: list[np.ndarray], tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
-    """Shows the first prompt as the model will see it, and says what of the rows it will not see."""
+    """Shows the first prompt as the model reads it, and counts the columns that it does not read."""
     from posttrain_jax.data.columns import unused_text
     from posttrain_jax.data.shown_row import plain_text_warning, shown_row
 

@@ -1,7 +1,8 @@
 """Serves a model over HTTP as OpenAI's API does: models, completions and chat completions, streamed or whole.
 
-Any client of that API can use it, with http://HOST:PORT/v1 as its base URL. Answers of many clients are written side
-by side in --slots slots. SIGINT and SIGTERM let the answers that are being written end (--shutdown_seconds at most).
+Any client of that API can use it, with http://HOST:PORT/v1 as its base URL. Completions of many clients are decoded
+side by side in --slots slots. After SIGINT or SIGTERM running completions may still end, for --shutdown_seconds at
+most.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from posttrain_jax.core.errors import InputError
 if TYPE_CHECKING:
     from posttrain_jax.models.io.load import LoadedModel
     from posttrain_jax.sampling.engine import Engine
-    from posttrain_jax.serving.orders import Limits
+    from posttrain_jax.serving.parsed_request import Limits
 
 EXAMPLE = "python -m launch.serve --model=runs/smollm2 --port=8000"
 KEY_VARIABLE = "POSTTRAIN_JAX_API_KEY"
 NEEDED = ("fastapi", "uvicorn", "pydantic")
 DEFAULT_LENGTH = 2048
-LAST_SECONDS = 5  # for errors to reach the clients after --shutdown_seconds
-START_SECONDS = 3  # for the program to end by itself after a signal, before clients are let in
+LAST_SECONDS = 5  # after --shutdown_seconds, for errors to reach the clients
+START_SECONDS = 3  # how long the program may take to end by itself after a signal during its start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,9 @@ class Options:
     max_logprobs: int = 20
     max_body_mb: int = 16
     shutdown_seconds: int = 30
-    idle_seconds: int = 75  # longer than clients keep an idle connection, so that none closes under a request
+    idle_seconds: int = (
+        75  # longer than clients keep an idle connection, so that none is closed under a request
+    )
     control_tokens: bool = False
     dtype: str = "float32"
     fsdp: int = 1
@@ -72,17 +75,23 @@ def define_flags() -> None:
         "",
         f"Bearer token that clients must send; default: ${KEY_VARIABLE}, which other users' ps does not show.",
     )
-    flags.DEFINE_string("served_model_name", "", "What clients call the model; default: what --model says.")
-    flags.DEFINE_integer("slots", Options.slots, "Answers written side by side.")
+    flags.DEFINE_string(
+        "served_model_name", "", "What clients call the model; default: the value of --model."
+    )
+    flags.DEFINE_integer("slots", Options.slots, "Completions decoded side by side.")
     flags.DEFINE_integer(
         "max_model_len",
         Options.max_model_len,
-        f"Most tokens of prompt and answer together; 0 = the model's context, at most {DEFAULT_LENGTH}.",
+        f"Most tokens of prompt and completion together; 0 = the model's context, at most {DEFAULT_LENGTH}.",
     )
-    flags.DEFINE_integer("max_waiting", Options.max_waiting, "Most answers that wait for a slot; then 429.")
+    flags.DEFINE_integer(
+        "max_waiting", Options.max_waiting, "Most completions that wait for a slot; then 429."
+    )
     flags.DEFINE_integer("max_logprobs", Options.max_logprobs, "Most log-probabilities beside each token.")
     flags.DEFINE_integer("max_body_mb", Options.max_body_mb, "Largest request, in MB; then 413.")
-    flags.DEFINE_integer("shutdown_seconds", Options.shutdown_seconds, "How long answers may take to end.")
+    flags.DEFINE_integer(
+        "shutdown_seconds", Options.shutdown_seconds, "How long completions may take to end."
+    )
     flags.DEFINE_integer(
         "idle_seconds",
         Options.idle_seconds,
@@ -94,7 +103,7 @@ def define_flags() -> None:
         "Whether the text of a control token (<|im_end|>) in a chat's message is that token, not its letters.",
     )
     flags.DEFINE_string("dtype", Options.dtype, "float32 or bfloat16, for weights and arithmetic.")
-    flags.DEFINE_integer("fsdp", Options.fsdp, "Devices that share the weights; the answers take the others.")
+    flags.DEFINE_integer("fsdp", Options.fsdp, "Devices that share the weights; the rest share the work.")
     flags.DEFINE_integer("tensor", Options.tensor, "Devices that share each layer.")
 
 
@@ -117,8 +126,8 @@ def main(argv: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def ends_at_a_signal(seconds: float = START_SECONDS) -> Iterator[None]:
-    """Within it, SIGTERM and SIGINT end the process after so long, also while it compiles: Python's own handlers run
-    only when the compiler is done, which can take minutes."""
+    """A context in which SIGTERM and SIGINT end the process after `seconds`, even while it compiles: Python's own
+    handlers run only when the compiler is done, which can take minutes."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
@@ -139,7 +148,7 @@ def ends_at_a_signal(seconds: float = START_SECONDS) -> Iterator[None]:
 
 
 def check(options: Options) -> None:
-    """Raises InputError for flags that cannot be meant, before anything is loaded."""
+    """Raises InputError for bad flags, before anything is loaded."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"launch.serve needs {' and '.join(missing)}; run: pip install -e '.[serve]'")
@@ -190,7 +199,7 @@ def run(
     def end() -> None:
         server.should_exit = True
 
-    worker = Worker(loaded.model, loaded.params, engine, capacity=limits.answers, on_failure=end)
+    worker = Worker(loaded.model, loaded.params, engine, capacity=limits.completions, on_failure=end)
     service = Service(
         name=options.served_model_name,
         tokenizer=loaded.tokenizer,
@@ -203,7 +212,7 @@ def run(
     )
 
     class Server(uvicorn.Server):
-        """Answers that take longer than --shutdown_seconds end with an error that says so."""
+        """Completions that take longer than --shutdown_seconds end with an error that says so."""
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             asyncio.get_running_loop().call_later(options.shutdown_seconds, worker.stop)
@@ -226,7 +235,7 @@ def run(
     print(f"serving {options.served_model_name} at {url(listener)}/v1", flush=True)
     server.run(sockets=[listener])
     code = 1 if worker.failed else 0
-    if threading.active_count() > 1:  # one compiles or tokenizes still, and Python would wait for it
+    if threading.active_count() > 1:  # one still compiles or tokenizes, and Python would wait for it
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -263,13 +272,13 @@ def load(options: Options) -> LoadedModel:
 
 
 def limits_of(loaded: LoadedModel, options: Options) -> Limits:
-    """What this model can do with these flags.
+    """What requests may ask for, with this model and these flags.
 
     Raises:
       InputError: --max_model_len is more than the model's context, or --max_logprobs more than its vocabulary.
     """
     from posttrain_jax.models.io.tokenizer import stop_token_ids
-    from posttrain_jax.serving.orders import Limits
+    from posttrain_jax.serving.parsed_request import Limits
 
     context, vocabulary = loaded.config.max_length, loaded.config.vocab_size
     if options.max_model_len > context:
@@ -282,17 +291,17 @@ def limits_of(loaded: LoadedModel, options: Options) -> Limits:
     max_length = options.max_model_len or min(context, DEFAULT_LENGTH)
     return Limits(
         max_length=max_length,
-        vocabulary=vocabulary,
+        vocab_size=vocabulary,
         alternatives=options.max_logprobs,
         characters=max_length * max(map(len, loaded.tokenizer.get_vocab())),
         control_tokens=options.control_tokens,
-        answers=options.slots + options.max_waiting,
+        completions=options.slots + options.max_waiting,
         stop_token_ids=stop_token_ids(loaded.config, loaded.tokenizer),
     )
 
 
 def make_engine(loaded: LoadedModel, options: Options, *, max_length: int) -> Engine:
-    """An engine that can do what requests may ask for, with its programs compiled, so that no request waits for one."""
+    """An engine for every sampling option, with its programs compiled, so that no request waits for one."""
     from posttrain_jax.models.io.tokenizer import stop_token_ids
     from posttrain_jax.sampling.choose import StaticSamplingOptions
     from posttrain_jax.sampling.engine import Engine
@@ -354,7 +363,7 @@ def start(listener: socket.socket, options: Options) -> None:
 
 
 def cannot_listen(host: str, port: int, error: OSError) -> InputError:
-    """What to say where an address cannot be had."""
+    """The error for an address that cannot be used."""
     return InputError(
         f"cannot listen on --host={host} --port={port} ({error.strerror or error}); use another one "
         "(--port=0 takes any that is free)."

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from launch import entry
-from launch.answer_file import options_path
+from launch.completion_file import options_path
 from launch.evaluate import show_progress
 from launch.generate import file_sha256
-from launch.prompt_file import Prompt, read_prompts
+from launch.prompt_file import PromptFileRow, read_prompts
 from posttrain_jax.core.errors import InputError, without_secrets
 
 if TYPE_CHECKING:
@@ -300,7 +300,7 @@ def read_answers(path: str, prompts: str) -> dict[Key, GeneratedRow]:
 
     if not Path(path).expanduser().is_file():
         raise InputError(f"{path}: there is no such file; give one that launch.generate wrote.")
-    prompt_of: dict[str | int, Prompt] | None = None
+    prompt_of: dict[str | int, PromptFileRow] | None = None
     completions: dict[Key, GeneratedRow] = {}
     for row in read_rows(path):
         where = f"{row.source}:{row.line}"
@@ -314,7 +314,7 @@ def read_answers(path: str, prompts: str) -> dict[Key, GeneratedRow]:
                 prompt_of = prompts_of(path, prompts) if prompt_of is None else prompt_of
                 prompt = prompt_of.get(key[0])
             else:
-                prompt = Prompt(key[0], where, row.value)
+                prompt = PromptFileRow(key[0], where, row.value)
             request = _request(prompt, key[0])
         except RowError as error:
             raise InputError(f"{where}: {error.column} {error.reason}.") from error
@@ -328,7 +328,7 @@ def read_answers(path: str, prompts: str) -> dict[Key, GeneratedRow]:
     return completions
 
 
-def prompts_of(path: str, prompts: str) -> dict[str | int, Prompt]:
+def prompts_of(path: str, prompts: str) -> dict[str | int, PromptFileRow]:
     """The prompts of the completions in `path`, by id.
 
     Raises:
@@ -381,7 +381,7 @@ def _checked(row: Row) -> tuple[Key, str, bool]:
     return (name, sample), text, in_thought
 
 
-def _request(prompt: Prompt | None, name: str | int) -> str:
+def _request(prompt: PromptFileRow | None, name: str | int) -> str:
     from posttrain_jax.data.sources import RowError
     from posttrain_jax.rewards.judge import request_text
 

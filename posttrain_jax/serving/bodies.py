@@ -1,7 +1,7 @@
-"""What clients may ask for: the bodies of /v1/completions and /v1/chat/completions, checked field by field.
+"""The bodies of /v1/completions and /v1/chat/completions, checked field by field.
 
-Fields of OpenAI's API that would change the answer and that this server does not have are refused unless they say
-"nothing special"; those that cannot change it are taken and ignored; a field that nobody knows is refused by name.
+Fields of OpenAI's API that would change the completion and that this server does not support are refused unless they
+have a neutral value; those that cannot change it are accepted and ignored; an unknown field is refused by name.
 `top_k`, `min_p`, `repetition_penalty`, `min_tokens`, `ignore_eos` and `chat_template_kwargs` are vLLM's.
 """
 
@@ -16,9 +16,9 @@ from pydantic_core import PydanticCustomError
 MOST_CHOICES = 128
 MOST_STOPS = 16
 GREEDY_BELOW = 1e-5
-"""A temperature under it divides logits beyond float32's range; the answer is the greedy one."""
+"""A temperature below it divides logits beyond float32's range; the completion is the greedy one."""
 
-# For each field: the values that ask for nothing.
+# For each field: its neutral values.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "suffix": ("",),
@@ -57,7 +57,7 @@ def _stop_strings(value: Any) -> list[str]:
     if len(stops) > MOST_STOPS:
         raise PydanticCustomError("stop", f"holds {len(stops)} texts; at most {MOST_STOPS} are possible")
     if "" in stops:
-        raise PydanticCustomError("stop", "holds an empty text, which every answer holds")
+        raise PydanticCustomError("stop", "holds an empty text, which every completion holds")
     return list(dict.fromkeys(map(_text, stops)))
 
 
@@ -128,7 +128,7 @@ class Body(pydantic.BaseModel):
 
     logit_bias: Any = None
 
-    # They cannot change the answer.
+    # They cannot change the completion.
     user: Any = None
     metadata: Any = None
     store: Any = None
@@ -139,7 +139,7 @@ class Body(pydantic.BaseModel):
 
     @field_validator(*UNSUPPORTED, check_fields=False)
     @classmethod
-    def _nothing_special(cls, value: Any, info: pydantic.ValidationInfo) -> None:
+    def _is_neutral(cls, value: Any, info: pydantic.ValidationInfo) -> None:
         if value is not None and value not in UNSUPPORTED[str(info.field_name)]:
             raise PydanticCustomError("unsupported", "is not supported by this server; leave it out")
 
@@ -156,7 +156,7 @@ class Body(pydantic.BaseModel):
 
     @property
     def limit(self) -> int | None:
-        """Most tokens of an answer; None = as many as there is room for."""
+        """Most tokens of a completion; None = as many as there is room for."""
         raise NotImplementedError
 
     @property
@@ -218,7 +218,7 @@ class Message(pydantic.BaseModel):
             raise PydanticCustomError("unsupported", "is not supported by this server; leave it out")
 
     def for_template(self) -> dict[str, str]:
-        """As chat templates read it; `developer` is OpenAI's newer word for `system`."""
+        """As chat templates read it; `developer` is OpenAI's newer name of `system`."""
         role = "system" if self.role == "developer" else self.role
         named = {"name": self.name} if self.name is not None else {}
         return {"role": role, "content": self.content, **named}
@@ -246,7 +246,7 @@ class ChatBody(Body):
     web_search_options: Any = None
     moderation: Any = None
 
-    # They cannot change the answer.
+    # They cannot change the completion.
     parallel_tool_calls: Any = None
     prediction: Any = None
 

@@ -32,7 +32,7 @@ class TimedConnection(H11Protocol):
 
     def _watch(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
-            self._stop_watching()  # the head is here, and an answer under way
+            self._stop_watching()  # the head is here, and a response under way
         elif self._wait is None:
             self._wait = self.loop.call_later(self.idle_seconds, self.transport.close)
 

@@ -1,4 +1,4 @@
-"""How answers are written down: OpenAI's objects for completions and chats, whole and in chunks."""
+"""OpenAI's JSON objects for completions and chats, complete and in chunks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ JsonObject = dict[str, Any]
 
 
 class Form(Protocol):
-    """One of the two ways of writing answers down."""
+    """One of OpenAI's two formats of a response."""
 
     def opening(self, index: int) -> JsonObject | None:
         """The choice of a chunk that comes before a choice's first piece, if there is one."""
@@ -30,7 +30,7 @@ class Form(Protocol):
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> JsonObject:
-    """The counts of one request; a prompt counts once, however many answers it has."""
+    """The counts of one request; a prompt counts once, however many completions it has."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -99,12 +99,12 @@ class CompletionForm:
         }
 
     def _top(self, score: TokenScore) -> dict[str, float] | None:
-        """The likeliest tokens and the one that was taken; of two with the same text the likelier."""
+        """The likeliest tokens and the one that was drawn; of two with the same text the likelier."""
         if score.logprob is None:
             return None
         top: dict[str, float] = {}
         for token, logprob in [*score.alternatives, (score.token, score.logprob)]:
-            # Where the taken token is among the likeliest, it has one number, not two roundings of it.
+            # Where the drawn token is among the likeliest, it has one number, not two roundings of it.
             value = score.logprob if token == score.token else logprob
             top.setdefault(self._vocabulary.name(token), finite(value))
         return top

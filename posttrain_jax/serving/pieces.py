@@ -1,4 +1,4 @@
-"""An answer piece by piece: the engine's updates as text with its tokens, ready to be written down."""
+"""A completion piece by piece: the engine's updates as text with its tokens, ready for a response."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from posttrain_jax.sampling.requests import Request, Update
-from posttrain_jax.serving.orders import Prompt
+from posttrain_jax.serving.parsed_request import EncodedPrompt
 from posttrain_jax.serving.prompt_scores import PromptScores
 from posttrain_jax.serving.token_text import Detokenizer, Vocabulary, held_back
 
@@ -24,7 +24,7 @@ class TokenScore:
     Attributes:
       token: its id.
       logprob: nats, under the model itself; None for a prompt's first token.
-      alternatives: the likeliest tokens in its place with their log-probabilities, the likeliest first.
+      alternatives: the likeliest tokens at its index with their log-probabilities, the likeliest first.
       offset: where its text begins, counted from the start of the choice's text.
     """
 
@@ -39,8 +39,8 @@ class Piece:
     """A part of one choice.
 
     Attributes:
-      text: what is added to its text; text that may be the start of a stop string is held back.
-      scores: its tokens, if log-probabilities are wanted.
+      text: what is added to the choice's text; text that may be the start of a stop string is held back.
+      scores: its tokens, if log-probabilities are requested.
       count: how many tokens were generated.
       finish_reason: "stop" or "length" in the last piece.
     """
@@ -63,12 +63,12 @@ def join(pieces: Iterable[Piece]) -> Piece:
 
 
 class Writer:
-    """Turns the updates of one answer into pieces.
+    """Turns the updates of one completion into pieces.
 
     Args:
-      request: what is answered.
+      request: what is completed.
       alternatives: how many to report beside each token; None = no log-probabilities.
-      offset: length of the text before the answer.
+      offset: length of the text before the completion.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Writer:
         self._given = 0
 
     def piece(self, update: Update) -> Piece:
-        """What the update adds."""
+        """The piece that an update adds."""
         ids = update.tokens.tolist()
         stop_token = update.finish_reason == "stop" and update.stop_string is None
         text = self._held + "".join(map(self._detokenizer.add, ids[:-1] if stop_token else ids))
@@ -106,10 +106,10 @@ class Writer:
 
     def _scores(self, update: Update, most: int) -> list[TokenScore]:
         scores = []
-        for place, (token, logprob) in enumerate(
+        for index, (token, logprob) in enumerate(
             zip(update.tokens.tolist(), update.logprobs.tolist(), strict=True)
         ):
-            alternatives = update.alternatives[place][:most] if most else []
+            alternatives = update.alternatives[index][:most] if most else []
             scores.append(TokenScore(token, logprob, alternatives, self._offset))
             if not self._vocabulary.is_special(token):
                 self._offset += self._vocabulary.length(token)
@@ -117,23 +117,23 @@ class Writer:
 
 
 def echo_piece(
-    prompt: Prompt, scores: PromptScores | None, vocabulary: Vocabulary, *, alternatives: int | None
+    prompt: EncodedPrompt, scores: PromptScores | None, vocabulary: Vocabulary, *, alternatives: int | None
 ) -> Piece:
-    """The prompt itself as the first piece of an answer."""
+    """The prompt itself as the first piece of a completion."""
     if scores is None or alternatives is None:
         return Piece(prompt.text, [])
     offset, tokens = 0, []
-    for place, token in enumerate(prompt.tokens.tolist()):
-        logprob = float(scores.logprobs[place - 1]) if place else None
-        likeliest = _row(scores, place - 1)[:alternatives] if place else []
+    for index, token in enumerate(prompt.tokens.tolist()):
+        logprob = float(scores.logprobs[index - 1]) if index else None
+        likeliest = _row(scores, index - 1)[:alternatives] if index else []
         tokens.append(TokenScore(token, logprob, likeliest, offset))
-        if place >= prompt.silent:
+        if index >= prompt.silent:
             offset += vocabulary.length(token)
     return Piece(prompt.text, tokens)
 
 
 def scored_update(request: Request, scores: PromptScores) -> Update:
-    """The answer of one token, the likeliest, that the scores of its prompt say already."""
+    """The completion of one token, the likeliest, that the scores of its prompt hold already."""
     token, logprob = _row(scores, len(request.tokens) - 1)[0]
     return Update(
         request_id=-1,
@@ -145,8 +145,8 @@ def scored_update(request: Request, scores: PromptScores) -> Update:
     )
 
 
-def _row(scores: PromptScores, place: int) -> list[tuple[int, float]]:
-    ids, logprobs = scores.alternatives[place].tolist(), scores.alternative_logprobs[place].tolist()
+def _row(scores: PromptScores, index: int) -> list[tuple[int, float]]:
+    ids, logprobs = scores.alternatives[index].tolist(), scores.alternative_logprobs[index].tolist()
     return list(zip(ids, logprobs, strict=True))
 
 

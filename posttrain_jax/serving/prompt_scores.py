@@ -41,7 +41,7 @@ class PromptScores:
 
 
 def row_tokens(tokens: int) -> int:
-    """How long a row for so many tokens is: 256, 1024, 2048, 4096 ..."""
+    """The length of a row for so many tokens: 256, 1024, 2048, 4096 ..."""
     return next((size for size in ROW_TOKENS if tokens <= size), 1 << (tokens - 1).bit_length())
 
 
@@ -51,30 +51,30 @@ def score_prompts(
     """Scores prompts together, K = `alternatives` at least 1."""
     mesh = mesh_of(params)
     length = row_tokens(max(map(len, prompts)))
-    places: list[tuple[int, int]] = []  # of each prompt: its row, and where it begins there
+    starts: list[tuple[int, int]] = []  # of each prompt: its row, and its first index there
     row, end = 0, 0
     for prompt in prompts:
         if end + len(prompt) > length:
             row, end = row + 1, 0
-        places.append((row, end))
+        starts.append((row, end))
         end += len(prompt)
     together = shard_multiple(1, mesh)
     shape = (-(-(row + 1) // together) * together, length)
     tokens_BT, segments_BT, positions_BT = (np.zeros(shape, np.int32) for _ in range(3))
-    for number, (prompt, (row, start)) in enumerate(zip(prompts, places, strict=True), 1):
+    for number, (prompt, (row, start)) in enumerate(zip(prompts, starts, strict=True), 1):
         part = slice(start, start + len(prompt))
         tokens_BT[row, part], segments_BT[row, part] = prompt, number
         positions_BT[row, part] = np.arange(len(prompt))
-    found: list[tuple[np.ndarray, ...]] = []
+    parts: list[tuple[np.ndarray, ...]] = []
     make_room()
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         for first in range(0, shape[0], together):
             arrays = (rows[first : first + together] for rows in (tokens_BT, segments_BT, positions_BT))
             scores = _scores(params, *arrays, model=model, alternatives=alternatives)
-            found.append(tuple(np.asarray(part) for part in scores))
-    logps_BT, best_BTK, best_logps_BTK = (np.concatenate(part) for part in zip(*found, strict=True))
+            parts.append(tuple(np.asarray(part) for part in scores))
+    logps_BT, best_BTK, best_logps_BTK = (np.concatenate(part) for part in zip(*parts, strict=True))
     scored = []
-    for prompt, (row, start) in zip(prompts, places, strict=True):
+    for prompt, (row, start) in zip(prompts, starts, strict=True):
         end = start + len(prompt)
         scored.append(
             PromptScores(
@@ -94,7 +94,7 @@ def _scores(
     model: Model,
     alternatives: int,
 ) -> tuple[Array, Array, Array]:
-    """At every place: the next token's log-probability, and the likeliest tokens with theirs. Only one chunk of
+    """At every index: the next token's log-probability, and the likeliest tokens with theirs. Only one chunk of
     logits exists at a time, as in `losses/logprobs.py`."""
     rows, time = tokens_BT.shape
     output = model.apply(

@@ -1,4 +1,4 @@
-"""Tokens to text as clients read it: an answer as it grows, and each token by itself."""
+"""Tokens to text as clients read it: a completion as it grows, and each token by itself."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Detokenizer:
-    """The text of a growing sequence of tokens; a character is held until it is whole.
+    """The text of a growing sequence of tokens; a character is held back until it is complete.
 
-    Only the tokens since the last whole character, and those of the one before it, are decoded again (decoders treat
-    the start of a text in a way of their own), so the cost of a token does not grow with the answer.
+    Only the tokens since the last complete character, and those of the one before it, are decoded again (decoders treat
+    the start of a text in a way of their own), so the cost of a token does not grow with the completion.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -36,9 +36,9 @@ class Detokenizer:
         self._ids.append(token)
         text = self._decode(self._ids[self._start :])
         part = len(text) - len(text.rstrip(REPLACEMENT))
-        whole = len(text) - min(part, LONGEST_PART)
-        new = text[self._given : whole]
-        self._given = max(self._given, whole)
+        complete = len(text) - min(part, LONGEST_PART)
+        new = text[self._given : complete]
+        self._given = max(self._given, complete)
         if (new and not part) or len(self._ids) - self._read >= LONGEST_WINDOW:
             rest = text[self._given :]
             new += rest
@@ -47,7 +47,7 @@ class Detokenizer:
         return new
 
     def rest(self) -> str:
-        """What was held: the end of a text that ends within a character."""
+        """What was held back: the end of a text that ends within a character."""
         return self._decode(self._ids[self._start :])[self._given :]
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -78,7 +78,7 @@ class Vocabulary:
         self.name = functools.lru_cache(maxsize=None)(self._name)
 
     def is_special(self, token: int) -> bool:
-        """Whether the token is left out of an answer's text."""
+        """Whether the token is left out of a completion's text."""
         return token in self._special_ids
 
     def length(self, token: int) -> int:
@@ -101,7 +101,7 @@ class Vocabulary:
         return text.encode()
 
     def _name(self, token: int) -> str:
-        """The token's text; where that is no whole character, its bytes as OpenAI writes them: `bytes:\\xe2\\x96`."""
+        """The token's text; where it is no complete character, its bytes as OpenAI writes them: `bytes:\\xe2\\x96`."""
         text = self.text(token)
         if REPLACEMENT not in text:
             return text

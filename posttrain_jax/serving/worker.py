@@ -1,7 +1,7 @@
-"""The thread that owns the engine, and how the event loop's requests reach it and come back.
+"""The thread that owns the engine, and how the event loop's requests reach it and the results come back.
 
-Only this thread touches the engine. The event loop puts work and cancellations into a queue; the thread looks into it
-between slices of decoding of about SLICE_SECONDS, and hands what is new back with `call_soon_threadsafe`.
+Only this thread touches the engine. The event loop puts work and cancellations into a queue; the thread empties it
+between slices of decoding of about SLICE_SECONDS, and hands results back with `call_soon_threadsafe`.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ PREFILL_TOKENS = 256  # of waiting prompts between two slices of decoding
 
 
 class Full(Exception):
-    """There is no room for more answers now."""
+    """There is no room for more completions now."""
 
 
 class Stopped(Exception):
-    """The engine does not answer any more."""
+    """The engine has stopped."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Scoring:
-    """A prompt whose own tokens are to be scored, with so many alternatives each."""
+class ScoringRequest:
+    """A prompt whose own tokens are scored, with so many alternatives each."""
 
     tokens: np.ndarray
     alternatives: int
@@ -50,19 +50,19 @@ Event = Update | PromptScores | Exception
 
 @dataclasses.dataclass(eq=False)
 class _Job:
-    """One piece of work, and where its events go."""
+    """One request, and where its events go."""
 
-    work: Request | Scoring
+    work: Request | ScoringRequest
     deliver: Callable[[Event], None]
 
 
-class Answers:
-    """What becomes of the work of one HTTP request: an asynchronous iterator of (number of the work, event).
+class Results:
+    """The results of one HTTP request: an asynchronous iterator of (index of the request, event).
 
-    It ends when all of it is done. `close` forgets the rest; whoever opened it must call it.
+    It ends when all requests are done. `close` cancels the rest; whoever made the object must call it.
     """
 
-    def __init__(self, worker: Worker, work: Sequence[Request | Scoring]) -> None:
+    def __init__(self, worker: Worker, work: Sequence[Request | ScoringRequest]) -> None:
         self._worker = worker
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -104,8 +104,8 @@ class Worker:
     Args:
       model, params: for scoring prompts.
       engine: nobody else may use it.
-      capacity: most answers and scorings that are taken on at a time, running and waiting.
-      on_failure: called in the thread if the engine raises; after that nothing is answered any more.
+      capacity: most completions and scorings that are accepted at a time, running and waiting.
+      on_failure: called in the thread if the engine raises; after that nothing is generated any more.
     """
 
     def __init__(
@@ -127,42 +127,42 @@ class Worker:
         self._steps = 1
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
-    # What the event loop calls.
+    # Called by the event loop.
 
     def start(self) -> None:
         """Starts the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Tells the thread to end after its current slice; what is not done then is answered with Stopped."""
+        """Tells the thread to end after its current slice; requests that are not done then get Stopped."""
         self.stopped = True
         self._commands.put(("stop", []))
 
     def join(self, seconds: float | None = None) -> bool:
-        """Waits for the end of the thread, at most so long (it may be in the middle of compiling); whether it came."""
+        """Waits for the end of the thread, at most so long (it may be compiling); returns whether it has ended."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def check_room(self, count: int) -> None:
-        """Raises Full if so much work cannot be taken on now, Stopped if none ever will."""
+        """Raises Full if there is no room for `count` requests now, Stopped if there never will be."""
         if self.stopped:
             raise Stopped
         if self._taken + count > self.capacity:
             raise Full
 
     def begin(self, jobs: list[_Job]) -> None:
-        """Takes work on."""
+        """Accepts requests."""
         self.check_room(len(jobs))
         self._taken += len(jobs)
         self._commands.put(("begin", jobs))
 
     def end(self, jobs: list[_Job], *, cancel: bool) -> None:
-        """Gives the room of work back that is done or, with `cancel`, not wanted any more."""
+        """Gives back the room of requests that are done or, with `cancel`, dropped."""
         self._taken -= len(jobs)
         if cancel and jobs:
             self._commands.put(("cancel", jobs))
 
-    # What the thread does.
+    # Called by the thread.
 
     def _run(self) -> None:
         try:
@@ -174,7 +174,7 @@ class Worker:
                 self.waiting = self._engine.waiting + len(self._scorings)
                 self.running = len(self._jobs) - self._engine.waiting
         except Exception:
-            logging.getLogger(__name__).exception("the engine failed; nothing is answered any more")
+            logging.getLogger(__name__).exception("the engine failed; nothing is generated any more")
             self.failed = self.stopped = True
             self._on_failure()
         left = [*self._jobs.values(), *self._scorings]
@@ -184,7 +184,7 @@ class Worker:
             job.deliver(Stopped())
 
     def _take_commands(self) -> bool:
-        """Carries out what the event loop asked for, waiting for it if there is nothing else to do; False = stop."""
+        """Carries out the event loop's commands; waits for one if there is nothing else to do. False = stop."""
         idle = not self._engine.busy and not self._scorings
         while idle or not self._commands.empty():
             command, jobs = self._commands.get()
@@ -194,7 +194,7 @@ class Worker:
             for job in jobs:
                 if command == "cancel":
                     self._cancel(job)
-                elif isinstance(job.work, Scoring):
+                elif isinstance(job.work, ScoringRequest):
                     self._scorings.append(job)
                 else:
                     try:
@@ -212,14 +212,14 @@ class Worker:
                 del self._jobs[request_id]
 
     def _score(self) -> None:
-        """Scores the prompt that waits longest, with others that fit into its row and want as many alternatives."""
+        """Scores the prompt that waits longest, with others that fit into its row and have the same alternatives."""
         first = self._scorings[0].work
-        assert isinstance(first, Scoring)
+        assert isinstance(first, ScoringRequest)
         group: list[_Job] = []
         left = max(ROW_TOKENS[-1], len(first.tokens))
         for job in self._scorings:
             work = job.work
-            assert isinstance(work, Scoring)
+            assert isinstance(work, ScoringRequest)
             if work.alternatives == first.alternatives and len(work.tokens) <= left:
                 group.append(job)
                 left -= len(work.tokens)
@@ -230,7 +230,7 @@ class Worker:
             job.deliver(score)
 
     def _decode(self) -> None:
-        """Reads some of the prompts that wait, and decodes a slice, as many tokens as take about SLICE_SECONDS."""
+        """Prefills some of the waiting prompts, and decodes a slice: as many tokens as take about SLICE_SECONDS."""
         self._engine.prefill(PREFILL_TOKENS)
         start = time.monotonic()
         updates = self._engine.decode(self._steps)

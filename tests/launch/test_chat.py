@@ -57,10 +57,10 @@ def expected(loaded, messages, max_new_tokens=5):
 def test_turns_build_on_each_other_and_commands_change_them(loaded):
     chat = make_chat(loaded, system="S")
     messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "a"}]
-    first = "".join(chat.answer("a", Interrupt()))
+    first = "".join(chat.complete("a", Interrupt()))
     assert first == expected(loaded, messages)
     messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "b"}]
-    assert "".join(chat.answer("b", Interrupt())) == expected(loaded, messages)
+    assert "".join(chat.complete("b", Interrupt())) == expected(loaded, messages)
     assert [message["role"] for message in chat.messages] == ["system", *["user", "assistant"] * 2]
 
     command(chat, "/reset")
@@ -85,7 +85,7 @@ def test_an_interrupted_answer_stays_as_far_as_it_came(loaded):
     chat = make_chat(loaded, max_new_tokens=30)
     interrupt = Interrupt()
     pieces = []
-    for piece in chat.answer("a", interrupt):
+    for piece in chat.complete("a", interrupt):
         pieces.append(piece)
         interrupt.pressed = len(pieces) == 2
     assert len(pieces) <= 3
@@ -94,10 +94,10 @@ def test_an_interrupted_answer_stays_as_far_as_it_came(loaded):
 
 def test_a_conversation_that_fills_the_context_is_left_as_it_was(loaded):
     chat = make_chat(loaded)
-    "".join(chat.answer("a", Interrupt()))
+    "".join(chat.complete("a", Interrupt()))
     before = list(chat.messages)
     with pytest.raises(InputError, match="leaves no room"):
-        list(chat.answer("b" * 200, Interrupt()))
+        list(chat.complete("b" * 200, Interrupt()))
     assert chat.messages == before
 
 

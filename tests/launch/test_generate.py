@@ -14,7 +14,7 @@ import pytest
 from entry_points import EntryPoint
 from tiny_model import launch, save_tiny_model
 
-from launch.generate import Options, generate, noise_id
+from launch.generate import Options, generate, sampling_id
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.models.io.byte_tokenizer import CHATML
 from posttrain_jax.models.io.load import load_model
@@ -80,7 +80,7 @@ def test_rows_come_out_in_input_order_as_the_contract_says(model, tmp_path):
             seed=3,
             stop_token_ids=stop_token_ids(loaded.config, loaded.tokenizer),
         ),
-        ids=[noise_id("a"), 1, 7, 3],
+        ids=[sampling_id("a"), 1, 7, 3],
     )
     for row, sample in zip(rows, samples, strict=True):
         assert list(row) == ["id", "sample", "text", "token_ids", "logprobs", "finish_reason"]
@@ -129,7 +129,7 @@ def test_a_run_goes_on_where_it_was_cut_off(model, tmp_path, capsys):
     capsys.readouterr()
     generate(options)
     assert (tmp_path / "g.jsonl").read_bytes() == whole
-    assert "all 11 answers were in" in capsys.readouterr().err
+    assert "all 11 completions were in" in capsys.readouterr().err
 
     with pytest.raises(InputError, match=r"made with other options: temperature \(0.0 then, 0.5 now\)"):
         generate(dataclasses.replace(options, temperature=0.5))
@@ -142,10 +142,10 @@ def test_a_run_goes_on_where_it_was_cut_off(model, tmp_path, capsys):
     assert (tmp_path / "g.jsonl").read_bytes() == whole
     for wrong in (lines[0], b'{"id": 99, "sample": 0}\n'):
         (tmp_path / "g.jsonl").write_bytes(lines[0] + wrong)
-        with pytest.raises(InputError, match=r"g\.jsonl:2 does not answer a prompt of --prompts"):
+        with pytest.raises(InputError, match=r"g\.jsonl:2 does not complete a prompt of --prompts"):
             generate(options)
     (tmp_path / "g.jsonl").write_bytes(b"nonsense\n" + whole)
-    with pytest.raises(InputError, match=r"g\.jsonl:1 is not a row of answers"):
+    with pytest.raises(InputError, match=r"g\.jsonl:1 is not a row of completions"):
         generate(options)
     assert (tmp_path / "g.jsonl").read_bytes() == b"nonsense\n" + whole
 
@@ -255,7 +255,7 @@ def test_a_killed_run_ends_with_the_same_bytes_as_one_never_killed(model, tmp_pa
         assert process.wait().code == -signal.SIGKILL
         assert 0 < killed.read_bytes().count(b"\n") < 150
     done = launch("generate", *flags, f"--out={killed}")
-    assert done.returncode == 0 and "going on" in done.stderr
+    assert done.returncode == 0 and "continuing" in done.stderr
     assert killed.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 

@@ -18,7 +18,7 @@ from posttrain_jax.sampling.engine import Engine
 from posttrain_jax.sampling.generate import GenerateOptions, generate
 from posttrain_jax.sampling.requests import Request
 from posttrain_jax.serving.prompt_scores import score_prompts
-from posttrain_jax.serving.worker import Answers, Full, Scoring, Stopped, Worker
+from posttrain_jax.serving.worker import Full, Results, ScoringRequest, Stopped, Worker
 
 CONFIG = ModelConfig(
     model_type="llama",
@@ -79,9 +79,9 @@ def test_answers_and_scores_come_back_to_who_asked(model, params):
 
     async def ask(worker):
         requests = [Request(prompt, 20) for prompt in PROMPTS]
-        several = [tokens_of(Answers(worker, [request])) for request in requests]
-        scores = [event async for event in Answers(worker, [Scoring(prompt, 1) for prompt in PROMPTS])]
-        return await asyncio.gather(*several, tokens_of(Answers(worker, requests))), scores
+        several = [tokens_of(Results(worker, [request])) for request in requests]
+        scores = [event async for event in Results(worker, [ScoringRequest(prompt, 1) for prompt in PROMPTS])]
+        return await asyncio.gather(*several, tokens_of(Results(worker, requests))), scores
 
     with working(model, params, capacity=20) as worker:
         (*several, at_once), scores = asyncio.run(ask(worker))
@@ -95,14 +95,14 @@ def test_answers_and_scores_come_back_to_who_asked(model, params):
 
 def test_room_is_given_back_by_what_ends_and_by_what_is_closed(model, params):
     async def ask(worker):
-        long = Answers(worker, [Request(PROMPTS[0], 4000) for _ in range(3)])
+        long = Results(worker, [Request(PROMPTS[0], 4000) for _ in range(3)])
         await anext(long)
         with pytest.raises(Full):
             worker.check_room(1)
         long.close()
         long.close()
         worker.check_room(3)
-        assert (await tokens_of(Answers(worker, [Request(PROMPTS[1], 3)])))[0]
+        assert (await tokens_of(Results(worker, [Request(PROMPTS[1], 3)])))[0]
         worker.check_room(3)
         assert [event async for event in long] == []
 
@@ -112,11 +112,11 @@ def test_room_is_given_back_by_what_ends_and_by_what_is_closed(model, params):
 
 def test_a_request_that_the_engine_refuses_does_not_stop_it(model, params):
     async def ask(worker):
-        wrong = Answers(worker, [Request(np.asarray([96], np.int32), 3)])
+        wrong = Results(worker, [Request(np.asarray([96], np.int32), 3)])
         with pytest.raises(InputError, match="token id 96"):
             await anext(wrong)
         wrong.close()
-        assert (await tokens_of(Answers(worker, [Request(PROMPTS[1], 3)])))[0]
+        assert (await tokens_of(Results(worker, [Request(PROMPTS[1], 3)])))[0]
 
     with working(model, params, capacity=1) as worker:
         asyncio.run(ask(worker))
@@ -126,10 +126,10 @@ def test_a_failure_ends_every_answer_and_takes_no_more(model, params, caplog):
     failures = []
 
     async def ask(worker):
-        running = Answers(worker, [Request(PROMPTS[0], 4000)])
+        running = Results(worker, [Request(PROMPTS[0], 4000)])
         await anext(running)
         jax.tree.map(lambda leaf: leaf.delete(), params)  # the next prompt cannot be read
-        other = Answers(worker, [Request(PROMPTS[1], 3)])
+        other = Results(worker, [Request(PROMPTS[1], 3)])
         for answers in (running, other):
             with pytest.raises(Stopped):
                 await tokens_of(answers)

@@ -1,4 +1,4 @@
-"""From a checked body to work for the engine: prompts as tokens, limits, seeds and ways of sampling."""
+"""From a checked body to requests for the engine: prompts as tokens, limits, seeds and sampling options."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ class Limits:
     """What this server can do.
 
     Attributes:
-      max_length: prompt and answer together have to fit in so many tokens.
-      vocabulary: token ids lie below it.
+      max_length: most tokens of prompt and completion together.
+      vocab_size: token ids are below it.
       alternatives: most log-probabilities beside each token.
-      answers: most answers of one request, scored prompts included.
-      stop_token_ids: what ends an answer of this model.
-      characters: no text of more has `max_length` tokens or fewer.
-      control_tokens: whether a control token's text in a message is that token.
+      completions: most completions of one HTTP request, scored prompts included.
+      stop_token_ids: the model's own stop tokens.
+      characters: a longer text has more than `max_length` tokens.
+      control_tokens: whether a control token's text in a message becomes that token.
     """
 
     max_length: int
-    vocabulary: int
+    vocab_size: int
     alternatives: int
-    answers: int
+    completions: int
     stop_token_ids: tuple[int, ...]
     characters: int
     control_tokens: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
-    """A prompt's ids, and its text where the answer is to begin with it.
+class EncodedPrompt:
+    """A prompt's token ids, and with `echo` its text.
 
     `silent` is how many of the first tokens are not in the text (a BOS that the tokenizer added).
     """
@@ -53,18 +53,18 @@ class Prompt:
 
 
 @dataclasses.dataclass(frozen=True)
-class Order:
-    """One HTTP request, as the engine will see it.
+class ParsedRequest:
+    """One HTTP request as requests for the engine.
 
     Attributes:
       prompts: at least one.
-      requests: one for each answer, prompt by prompt; `max_new_tokens` may be 0 (nothing to generate).
-      n: answers of each prompt.
-      echo: whether each answer begins with its prompt.
+      requests: one for each completion, prompt by prompt; `max_new_tokens` may be 0 (nothing to generate).
+      n: completions of each prompt.
+      echo: whether each completion begins with its prompt.
       alternatives: as `Body.alternatives`.
     """
 
-    prompts: list[Prompt]
+    prompts: list[EncodedPrompt]
     requests: list[Request]
     n: int
     echo: bool
@@ -72,7 +72,7 @@ class Order:
 
     @property
     def scores_prompts(self) -> bool:
-        """Whether log-probabilities of the prompts' own tokens are wanted."""
+        """Whether the log-probabilities of the prompts' own tokens are reported."""
         return self.echo and self.alternatives is not None
 
     @property
@@ -82,11 +82,11 @@ class Order:
 
     @property
     def generated(self) -> list[int]:
-        """Which of the requests the engine has to answer."""
+        """The indices of the requests that the engine generates."""
         return [number for number, request in enumerate(self.requests) if self.is_generated(request)]
 
     def is_scored(self, request: Request) -> bool:
-        """Whether the scores of its prompt say the whole answer: at most one token, the likeliest one."""
+        """Whether the scores of the prompt already hold the completion: one token, the likeliest one."""
         one = request.max_new_tokens == 1 and not request.stop_strings
         plain = (
             StaticSamplingOptions.of(request.sampling, min_tokens=request.min_new_tokens)
@@ -95,15 +95,18 @@ class Order:
         return self.scores_prompts and one and plain
 
     def is_generated(self, request: Request) -> bool:
-        """Whether the engine has to write the answer."""
+        """Whether the engine generates the completion."""
         return request.max_new_tokens > 0 and not self.is_scored(request)
 
 
-def order_of(body: Body, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, limits: Limits) -> Order:
-    """The work that a body asks for.
+def parse_request(
+    body: Body, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, limits: Limits
+) -> ParsedRequest:
+    """The requests in a body.
 
     Raises:
-      InputError: a prompt, a number of answers, tokens or log-probabilities that this server or model cannot do.
+      InputError: a prompt, or a number of completions, tokens or log-probabilities, that this server or model cannot
+        take.
     """
     n, alternatives = body.n or 1, body.alternatives
     if alternatives is not None and alternatives > limits.alternatives:
@@ -114,26 +117,26 @@ def order_of(body: Body, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabul
     echo = isinstance(body, CompletionBody) and bool(body.echo)
     _check_lengths(body, limits)
     prompts = _prompts(body, tokenizer, limits, echo)
-    if n * len(prompts) > limits.answers:
+    if n * len(prompts) > limits.completions:
         raise InputError(
-            f"the request asks for {n * len(prompts)} answers (prompts times n); this server takes at most "
-            f"{limits.answers} at a time (--slots and --max_waiting)."
+            f"the request asks for {n * len(prompts)} completions (prompts times n); this server takes at most "
+            f"{limits.completions} at a time (--slots and --max_waiting)."
         )
     requests = []
     for index, prompt in enumerate(prompts):
         name = f"prompt {index}" if len(prompts) > 1 else "the prompt"
         limit = _limit(body, prompt, name, limits)
-        # Asked for with a seed, an answer does not depend on its prompt's place in the list.
+        # With a seed, a completion does not depend on its prompt's index in the list.
         seed = secrets.randbits(32) if body.seed is None else body.seed
         requests += [_request(body, prompt, limit, vocabulary, limits, seed, sample) for sample in range(n)]
-    order = Order(prompts, requests, n, echo, alternatives)
-    jobs = len(order.generated) + order.scorings
-    if jobs > limits.answers:
+    parsed = ParsedRequest(prompts, requests, n, echo, alternatives)
+    jobs = len(parsed.generated) + parsed.scorings
+    if jobs > limits.completions:
         raise InputError(
-            f"the request asks for {len(order.generated)} answers and the scores of {order.scorings} prompts, together "
-            f"{jobs}; this server takes at most {limits.answers} at a time (--slots and --max_waiting)."
+            f"the request asks for {len(parsed.generated)} completions and the scores of {parsed.scorings} prompts, "
+            f"together {jobs}; this server takes at most {limits.completions} at a time (--slots and --max_waiting)."
         )
-    return order
+    return parsed
 
 
 def _check_lengths(body: Body, limits: Limits) -> None:
@@ -157,11 +160,15 @@ def _check_lengths(body: Body, limits: Limits) -> None:
             )
 
 
-def _prompts(body: Body, tokenizer: PreTrainedTokenizerBase, limits: Limits, echo: bool) -> list[Prompt]:
+def _prompts(
+    body: Body, tokenizer: PreTrainedTokenizerBase, limits: Limits, echo: bool
+) -> list[EncodedPrompt]:
     if isinstance(body, ChatBody):
         messages = [message.for_template() for message in body.messages]
         chat = ChatOptions(variables=body.chat_template_kwargs or {})
-        return [Prompt(encode_chat(tokenizer, messages, chat=chat, control_tokens=limits.control_tokens))]
+        return [
+            EncodedPrompt(encode_chat(tokenizer, messages, chat=chat, control_tokens=limits.control_tokens))
+        ]
     assert isinstance(body, CompletionBody)
     prompts = []
     for given in body.prompt:
@@ -170,11 +177,11 @@ def _prompts(body: Body, tokenizer: PreTrainedTokenizerBase, limits: Limits, ech
             bos = tokenizer.bos_token_id
             added = len(tokens) > 0 and bos is not None and tokens[0] == bos
             silent = int(added and not given.startswith(tokenizer.bos_token))
-            prompts.append(Prompt(tokens, given if echo else "", silent))
+            prompts.append(EncodedPrompt(tokens, given if echo else "", silent))
         else:
             is_shown = echo and len(given) <= limits.max_length and _decodable(given, tokenizer)
             text = tokenizer.decode(given) if is_shown else ""
-            prompts.append(Prompt(np.asarray(given, np.int64), text))
+            prompts.append(EncodedPrompt(np.asarray(given, np.int64), text))
     return prompts
 
 
@@ -182,20 +189,20 @@ def _decodable(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
     return all(0 <= index < len(tokenizer) for index in ids)
 
 
-def _limit(body: Body, prompt: Prompt, name: str, limits: Limits) -> int:
+def _limit(body: Body, prompt: EncodedPrompt, name: str, limits: Limits) -> int:
     """Most new tokens after this prompt, checked."""
     tokens, length = prompt.tokens, len(prompt.tokens)
     if length == 0:
         raise InputError(f"{name} has no tokens; a model needs at least one token to go on from.")
-    wrong = tokens[(tokens < 0) | (tokens >= limits.vocabulary)]
+    wrong = tokens[(tokens < 0) | (tokens >= limits.vocab_size)]
     if wrong.size:
         raise InputError(
-            f"{name} holds the token id {int(wrong[0])}; the model knows 0 to {limits.vocabulary - 1}."
+            f"{name} holds the token id {int(wrong[0])}; the model knows 0 to {limits.vocab_size - 1}."
         )
     limit = max(limits.max_length - length, 1) if body.limit is None else body.limit
     if length + limit > limits.max_length:
         raise InputError(
-            f"{name} has {length} tokens and {limit} are asked for, together {length + limit}; this model's maximum "
+            f"{name} has {length} tokens and {limit} are requested, together {length + limit}; this model's maximum "
             f"context length here is {limits.max_length} tokens (--max_model_len)."
         )
     if (body.min_tokens or 0) > limit:
@@ -204,7 +211,13 @@ def _limit(body: Body, prompt: Prompt, name: str, limits: Limits) -> int:
 
 
 def _request(
-    body: Body, prompt: Prompt, limit: int, vocabulary: Vocabulary, limits: Limits, seed: int, sample: int
+    body: Body,
+    prompt: EncodedPrompt,
+    limit: int,
+    vocabulary: Vocabulary,
+    limits: Limits,
+    seed: int,
+    sample: int,
 ) -> Request:
     as_tokens, as_strings = split_stops(body.stop, vocabulary.special)
     own = () if body.ignore_eos else limits.stop_token_ids

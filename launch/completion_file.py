@@ -1,4 +1,4 @@
-"""A file of answers: written answer by answer, gone on with after a kill, put in order when it is whole."""
+"""A file of completions: written one by one, continued after a kill, and put in order when it is complete."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, BinaryIO
 
 from posttrain_jax.core.errors import InputError
 
-# They change how the answers are computed, or where things lie, not what the answers are; or, the last ones, they are
-# told by the hash of the prompts.
+# These may differ between two starts. They change how completions are computed or where files lie, not what the
+# completions are; the last ones are covered by the hash of the prompts.
 FREE_OPTIONS = (
     "prompts",
     "prompts_file_sha256",
@@ -27,43 +27,43 @@ FREE_OPTIONS = (
 
 
 def options_path(out: Path) -> Path:
-    """Where the options of `out` lie."""
+    """The file that holds the options of `out`."""
     return out.with_name(f"{out.name}.options.json")
 
 
 def write_description(out: Path, description: dict[str, Any]) -> None:
-    """Writes how the answers are made beside `out`, atomically."""
+    """Writes the options of the completions beside `out`, atomically."""
     partial = options_path(out).with_suffix(".partial")
     partial.write_text(json.dumps(description, indent=2) + "\n", "utf-8")
     partial.replace(options_path(out))
 
 
-def take_up(
-    out: Path, wanted: list[tuple[str | int, int]], description: dict[str, Any]
+def completed_samples(
+    out: Path, expected: list[tuple[str | int, int]], description: dict[str, Any]
 ) -> set[tuple[str | int, int]]:
     """The (id, sample) pairs that `out` holds already; a torn last line is cut off.
 
     Raises:
-      InputError: it holds answers to other prompts, or answers made with other options.
+      InputError: it holds completions of other prompts, or ones made with other options.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if not out.exists():
             return set()
         _check_description(out, description)
-        return set(_whole_rows(out, set(wanted)))
+        return set(_complete_rows(out, set(expected)))
     except OSError as error:
         raise InputError(f"--out={out} cannot be used ({error.strerror}).") from error
 
 
-def put_in_order(out: Path, wanted: list[tuple[str | int, int]]) -> None:
+def put_in_order(out: Path, expected: list[tuple[str | int, int]]) -> None:
     """Rewrites a complete `out` in the order of the prompts, atomically; leaves one in order as it is."""
-    rows = _whole_rows(out, set(wanted))
-    if list(rows) == wanted:
+    rows = _complete_rows(out, set(expected))
+    if list(rows) == expected:
         return
     partial = out.with_name(f"{out.name}.partial")
     try:
-        partial.write_bytes(b"".join(rows[key] for key in wanted))
+        partial.write_bytes(b"".join(rows[key] for key in expected))
         partial.replace(out)
     except OSError as error:
         raise InputError(
@@ -86,35 +86,35 @@ def _check_description(out: Path, description: dict[str, Any]) -> None:
     ]
     if differing and out.stat().st_size:
         raise InputError(
-            f"--out={out} was made with other options: {'; '.join(differing)}. Use the same ones to go on, or another "
-            "--out."
+            f"--out={out} was made with other options: {'; '.join(differing)}. Use the same ones to continue, or "
+            "another --out."
         )
 
 
-def _whole_rows(out: Path, wanted: set[tuple[str | int, int]]) -> dict[tuple[str | int, int], bytes]:
+def _complete_rows(out: Path, expected: set[tuple[str | int, int]]) -> dict[tuple[str | int, int], bytes]:
     """The file's lines by (id, sample), in its order."""
     rows: dict[tuple[str | int, int], bytes] = {}
-    whole = 0
+    complete = 0
     with out.open("rb") as file:
         for line in file:
             row = _parsed(line)
             if row is None:
                 break
             key = (row.get("id"), row.get("sample"))
-            if key not in wanted or key in rows:
+            if key not in expected or key in rows:
                 raise InputError(
-                    f"{out}:{len(rows) + 1} does not answer a prompt of --prompts, or answers it a second time; "
+                    f"{out}:{len(rows) + 1} does not complete a prompt of --prompts, or completes it a second time; "
                     "remove the file or give another --out."
                 )
             rows[key] = line
-            whole += len(line)
+            complete += len(line)
         rest = file.read()
     if rest.strip():
         raise InputError(
-            f"{out}:{len(rows) + 1} is not a row of answers; remove the file or give another --out."
+            f"{out}:{len(rows) + 1} is not a row of completions; remove the file or give another --out."
         )
-    if whole < out.stat().st_size:
-        os.truncate(out, whole)
+    if complete < out.stat().st_size:
+        os.truncate(out, complete)
     return rows
 
 
