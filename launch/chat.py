@@ -97,7 +97,6 @@ class Chat:
         seed: int,
         options: ChatOptions,
     ) -> None:
-        from posttrain_jax.models.io.tokenizer import stop_token_ids
         from posttrain_jax.sampling.stream import Stream
 
         if loaded.tokenizer is None:
@@ -116,7 +115,7 @@ class Chat:
         self._stream = Stream(
             loaded.model,
             loaded.params,
-            stop_token_ids=stop_token_ids(loaded.config, loaded.tokenizer),
+            stop_token_ids=loaded.stop_token_ids,
             seed=seed,
         )
         self.reset(system)

@@ -148,11 +148,8 @@ def generate(options: Options) -> None:
       InputError: a bad option, a bad row, a prompt that the model cannot take, or an `out` that was made in
         another way.
     """
-    import jax
-
-    from posttrain_jax.core.sharding import make_mesh
     from posttrain_jax.data.chat_template import ChatOptions, read_variables
-    from posttrain_jax.models.io.load import load_model, require_language_model
+    from posttrain_jax.models.io.load import load_language_model
     from posttrain_jax.rewards.thoughts import prompt_opens_thought
     from posttrain_jax.sampling.generate import generate_as_finished
 
@@ -170,10 +167,7 @@ def generate(options: Options) -> None:
         now=_template_date(out),
         text_as=options.text_as,
     )
-    alone = (jax.device_count(), options.fsdp, options.tensor) == (1, 1, 1)
-    mesh = None if alone else make_mesh(data=-1, fsdp=options.fsdp, tensor=options.tensor)
-    loaded = load_model(options.model, dtype=options.dtype, param_dtype=options.dtype, mesh=mesh)
-    require_language_model(loaded)
+    loaded = load_language_model(options.model, dtype=options.dtype, fsdp=options.fsdp, tensor=options.tensor)
     generate_options = _options_for(loaded, options)
     encoded = [encode(prompt, loaded.tokenizer, chat, model=loaded.source.name) for prompt in prompts]
     log_prompts(prompts, encoded, loaded.tokenizer)
@@ -248,8 +242,6 @@ def _generate_options(
 def _options_for(loaded: LoadedModel, options: Options) -> GenerateOptions:
     """The options with the model's stop tokens and the bad words as tokens. A bad word is banned at the start of a word
     too, where many tokenizers encode it with the space before it."""
-    from posttrain_jax.models.io.tokenizer import stop_token_ids
-
     tokenizer = loaded.tokenizer
     words = set()
     for word in options.bad_words:
@@ -258,8 +250,7 @@ def _options_for(loaded: LoadedModel, options: Options) -> GenerateOptions:
         words |= {
             tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (word, f" {word}")
         }
-    stops = stop_token_ids(loaded.config, loaded.tokenizer)
-    return _generate_options(options, stop_token_ids=stops, bad_words=tuple(sorted(words)))
+    return _generate_options(options, stop_token_ids=loaded.stop_token_ids, bad_words=tuple(sorted(words)))
 
 
 def _template_date(out: Path) -> datetime.datetime:
@@ -299,14 +290,9 @@ def completion_row(
     Raises:
       InputError: the model's numbers are not finite.
     """
-    import numpy as np
-
     from posttrain_jax.rewards.thoughts import answer_text
 
-    if not np.isfinite(sample.logprobs).all():
-        raise InputError(
-            f"{prompt.where}: the model's log-probabilities are not finite; its weights or --dtype cannot be right."
-        )
+    sample.check_finite(prompt.where)
     text = None
     if loaded.tokenizer is not None:
         text = answer_text(loaded.tokenizer, sample.tokens, stop_at=sample.stop_at)

@@ -257,15 +257,9 @@ def load(options: Options) -> LoadedModel:
     Raises:
       InputError: there is none, or it has no tokenizer.
     """
-    import jax
+    from posttrain_jax.models.io.load import load_language_model
 
-    from posttrain_jax.core.sharding import make_mesh
-    from posttrain_jax.models.io.load import load_model, require_language_model
-
-    alone = (jax.device_count(), options.fsdp, options.tensor) == (1, 1, 1)
-    mesh = None if alone else make_mesh(data=-1, fsdp=options.fsdp, tensor=options.tensor)
-    loaded = load_model(options.model, dtype=options.dtype, param_dtype=options.dtype, mesh=mesh)
-    require_language_model(loaded)
+    loaded = load_language_model(options.model, dtype=options.dtype, fsdp=options.fsdp, tensor=options.tensor)
     if loaded.tokenizer is None:
         raise InputError(f"{loaded.source.name} has no tokenizer, so it cannot be served; add its files.")
     return loaded
@@ -277,7 +271,6 @@ def limits_of(loaded: LoadedModel, options: Options) -> Limits:
     Raises:
       InputError: --max_model_len is more than the model's context, or --max_logprobs more than its vocabulary.
     """
-    from posttrain_jax.models.io.tokenizer import stop_token_ids
     from posttrain_jax.serving.parsed_request import Limits
 
     context, vocabulary = loaded.config.max_length, loaded.config.vocab_size
@@ -296,18 +289,16 @@ def limits_of(loaded: LoadedModel, options: Options) -> Limits:
         characters=max_length * max(map(len, loaded.tokenizer.get_vocab())),
         control_tokens=options.control_tokens,
         completions=options.slots + options.max_waiting,
-        stop_token_ids=stop_token_ids(loaded.config, loaded.tokenizer),
+        stop_token_ids=loaded.stop_token_ids,
     )
 
 
 def make_engine(loaded: LoadedModel, options: Options, *, max_length: int) -> Engine:
     """An engine for every sampling option, with its programs compiled, so that no request waits for one."""
-    from posttrain_jax.models.io.tokenizer import stop_token_ids
     from posttrain_jax.sampling.choose import StaticSamplingOptions
     from posttrain_jax.sampling.engine import Engine
     from posttrain_jax.serving.bodies import MOST_STOPS
 
-    stops = stop_token_ids(loaded.config, loaded.tokenizer)
     engine = Engine(
         loaded.model,
         loaded.params,
@@ -322,7 +313,7 @@ def make_engine(loaded: LoadedModel, options: Options, *, max_length: int) -> En
             min_tokens=True,
             alternatives=options.max_logprobs,
         ),
-        max_stop_tokens=len(stops) + MOST_STOPS,
+        max_stop_tokens=len(loaded.stop_token_ids) + MOST_STOPS,
         tokenizer=copy.deepcopy(loaded.tokenizer),  # tokenizers are not safe to share between threads
     )
     started = time.monotonic()

@@ -46,6 +46,13 @@ class Sample:
     stop_at: int | None = None
     cut: int = 0
 
+    def check_finite(self, name: str) -> None:
+        """Raises InputError, with the prompt's name, if a log-probability is not finite."""
+        if not np.isfinite(self.logprobs).all():
+            raise InputError(
+                f"{name}: the model's log-probabilities are not finite; its weights or its dtype cannot be right."
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOptions:

@@ -20,7 +20,6 @@ from posttrain_jax.data.formats import to_conversation
 from posttrain_jax.data.sources import RowError
 from posttrain_jax.data.tokenized_preferences import until_the_end
 from posttrain_jax.models.io.load import LoadedModel, require_language_model, require_score_head
-from posttrain_jax.models.io.tokenizer import stop_token_ids
 from posttrain_jax.models.reward_head import scores
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.choose import Sampling
@@ -146,7 +145,7 @@ class Loaded(LoadedModel):
         options = GenerateOptions(
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
-            stop_token_ids=stop_token_ids(self.config, self.tokenizer),
+            stop_token_ids=self.stop_token_ids,
             stop_strings=(stop,) if isinstance(stop, str) else tuple(stop),
             sampling=Sampling(
                 temperature=temperature,
@@ -262,11 +261,7 @@ class Loaded(LoadedModel):
             raise InputError(f"{name} holds lists of unlike lengths; token ids are whole numbers.") from error
 
     def _completion(self, sample: Sample) -> Completion:
-        if not np.isfinite(sample.logprobs).all():
-            raise InputError(
-                f"prompt {sample.prompt}: the model's log-probabilities are not finite; its weights or dtype cannot be "
-                "right."
-            )
+        sample.check_finite(f"prompt {sample.prompt}")
         text = None
         if self.tokenizer is not None:
             text = self.tokenizer.decode(sample.tokens, skip_special_tokens=True)[: sample.stop_at]

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from posttrain_jax.core.checkpoint_params import restore_params, saved_parameters
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.core.sharding import tree_shardings
+from posttrain_jax.core.sharding import make_mesh, tree_shardings
 from posttrain_jax.core.trees import combine, partition
 from posttrain_jax.core.types import Array, ModelOutput, PyTree
 from posttrain_jax.models.config import LoraConfig, ModelConfig
@@ -37,7 +37,7 @@ from posttrain_jax.models.io.source import (
     resolve,
     workdir_lora,
 )
-from posttrain_jax.models.io.tokenizer import load_tokenizer
+from posttrain_jax.models.io.tokenizer import load_tokenizer, stop_token_ids
 from posttrain_jax.models.reward_head import abstract_score_head
 from posttrain_jax.models.transformer import Model, make_model
 
@@ -64,6 +64,11 @@ class LoadedModel:
     source: Source
     original: dict[str, Any] | None = None
     generation: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """The model's own stop tokens: its EOS and its end of turn."""
+        return stop_token_ids(self.config, self.tokenizer)
 
     @property
     def lora(self) -> LoraConfig:
@@ -179,6 +184,24 @@ def load_model(
         return LoadedModel(config, params, tokenizer, definition, source)
     original, generation = _descriptions(source.model_folder)
     return LoadedModel(config, params, tokenizer, definition, source, original, generation)
+
+
+def load_language_model(model: str, *, dtype: str, fsdp: int = 1, tensor: int = 1) -> LoadedModel:
+    """Loads a MODEL for generation on all devices, its weights in the compute dtype.
+
+    Args:
+      model: a MODEL.
+      dtype: "float32" or "bfloat16".
+      fsdp, tensor: sizes of these mesh axes; the data axis takes the rest of the devices.
+
+    Raises:
+      InputError: as `load_model`; a reward model; devices that these sizes do not divide.
+    """
+    single = (jax.device_count(), fsdp, tensor) == (1, 1, 1)
+    mesh = None if single else make_mesh(data=-1, fsdp=fsdp, tensor=tensor)
+    loaded = load_model(model, dtype=dtype, param_dtype=dtype, mesh=mesh)
+    require_language_model(loaded)
+    return loaded
 
 
 def load_members(
