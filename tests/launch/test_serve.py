@@ -1,51 +1,23 @@
-"""launch.serve: a real server process, asked by the openai package, by plain HTTP, and by clients that misbehave."""
+"""launch.serve: a real server process, asked with the openai package, with plain HTTP, and with garbage."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import json
 import re
-import signal
-import socket
-import subprocess
-import sys
 import time
 
 import httpx2
 import numpy as np
 import openai
 import pytest
-from entry_points import ROOT, EntryPoint, environment
+from entry_points import ROOT
+from server import KEY, MESSAGES, connected, expected, joined, post, serving, text_of
 from tiny_model import launch, save_tiny_model
 
-from launch.serve import Options, check, listen, serve, start
-from posttrain_jax.core.errors import InputError
 from posttrain_jax.models.io.load import load_model
-from posttrain_jax.models.io.tokenizer import stop_token_ids
-from posttrain_jax.sampling.generate import GenerateOptions, generate
 from posttrain_jax.sampling.prompts import encode_chat, encode_text, special_tokens
 from posttrain_jax.serving.prompt_scores import score_prompts
-
-KEY = "a-key"
-MESSAGES = [{"role": "system", "content": "S"}, {"role": "user", "content": "Grüße"}]
-
-
-@contextlib.contextmanager
-def serving(*arguments, stop_with=signal.SIGTERM, **variables):
-    """A server process and its base URL; it must end with 0 when it is told to."""
-    process = EntryPoint("launch.serve", "--port=0", *arguments, env=environment(**variables))
-    try:
-        line = process.line()
-        match = re.search(r"http://\S+", line)
-        assert match, process.wait(5)
-        yield process, match[0]
-        process.send_signal(stop_with)
-        ended = process.wait(60)
-        assert (ended.code, ended.out) == (0, line), ended
-        assert "Traceback" not in ended.err, ended.err
-    finally:
-        process.send_signal(signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -68,30 +40,6 @@ def base_url(folder):
 def client(base_url):
     with openai.OpenAI(base_url=base_url, api_key=KEY, max_retries=0) as client:
         yield client
-
-
-def post(base_url, path, body, key=KEY, **options):
-    return httpx2.post(
-        f"{base_url}/{path}", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=60, **options
-    )
-
-
-def expected(loaded, prompt, max_new_tokens):
-    """The greedy answer by the engine itself."""
-    stops = stop_token_ids(loaded.config, loaded.tokenizer)
-    options = GenerateOptions(max_new_tokens=max_new_tokens, stop_token_ids=stops)
-    (sample,) = generate(loaded.model, loaded.params, [prompt], options)
-    return sample
-
-
-def text_of(loaded, sample):
-    return loaded.tokenizer.decode(sample.tokens, skip_special_tokens=True)
-
-
-def joined(stream):
-    """The text of a streamed completion and why it ended."""
-    chunks = [chunk.choices[0] for chunk in stream]
-    return "".join(chunk.text for chunk in chunks), chunks[-1].finish_reason
 
 
 def test_the_readmes_client_runs(base_url, loaded, capsys):
@@ -416,11 +364,6 @@ def test_a_users_text_does_not_become_control_tokens(client, loaded):
     assert client.completions.create(prompt="a<|im_end|>", **asked).usage.prompt_tokens == 2
 
 
-def connected(base_url):
-    host, port = re.search(r"//(.*):(\d+)", base_url).groups()
-    return socket.create_connection((host, int(port)), timeout=20)
-
-
 def test_connections_that_do_not_end_a_request_are_closed(folder):
     """Within --idle_seconds: one that says nothing, heads and bodies that come byte by byte, one that is idle after an
     answer."""
@@ -476,186 +419,6 @@ def test_many_clients_at_once_get_the_answers_that_each_gets_alone(base_url):
         np.testing.assert_allclose(logprobs, alone_logprobs, atol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def long_folder(tmp_path_factory):
-    """A model that can write for a long time."""
-    return save_tiny_model(tmp_path_factory.mktemp("long") / "model", max_length=16384)
-
-
-@pytest.fixture(scope="module")
-def small_url(long_folder):
-    """One slot, and room for one answer to wait."""
-    flags = (f"--model={long_folder}", "--served_model_name=long", "--slots=1", "--max_waiting=1")
-    with serving(*flags, "--max_model_len=16384", "--shutdown_seconds=1", POSTTRAIN_JAX_API_KEY=KEY) as (
-        _,
-        url,
-    ):
-        yield url
-
-
-LONG = {"model": "long", "prompt": "Once", "max_tokens": 16000, "ignore_eos": True, "temperature": 1}
-
-
-def health_becomes(base_url, seconds, *, running, waiting=0):
-    """Whether so many answers are running and waiting soon."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        health = httpx2.get(f"{base_url.removesuffix('/v1')}/health").json()
-        if health == {"status": "ok", "running": running, "waiting": waiting}:
-            return True
-        time.sleep(0.05)
-    return False
-
-
-@contextlib.contextmanager
-def beginning_of_stream(base_url, max_tokens):
-    """The lines of a streamed answer after its first."""
-    body = {**LONG, "max_tokens": max_tokens, "stream": True}
-    with httpx2.stream("POST", f"{base_url}/completions", json=body, timeout=60) as response:
-        lines = response.iter_lines()
-        next(lines)
-        yield lines
-
-
-def hang_up_in_stream(base_url):
-    headers = {"Authorization": f"Bearer {KEY}"}
-    with httpx2.stream(
-        "POST", f"{base_url}/completions", json={**LONG, "stream": True}, headers=headers
-    ) as response:
-        next(response.iter_lines())
-
-
-def hang_up_while_waiting_for_the_whole(base_url):
-    with pytest.raises(httpx2.TimeoutException):
-        httpx2.post(
-            f"{base_url}/completions", json=LONG, headers={"Authorization": f"Bearer {KEY}"}, timeout=0.5
-        )
-
-
-def hang_up_in_the_middle_of_the_body(base_url):
-    host, port = re.search(r"//(.*):(\d+)", base_url).groups()
-    with socket.create_connection((host, int(port))) as connection:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 100\r\n"
-        connection.sendall(f'{head}Content-Type: application/json\r\n\r\n{{"model":'.encode())
-
-
-@pytest.mark.slow
-@pytest.mark.alone
-@pytest.mark.parametrize(
-    "hang_up",
-    [hang_up_in_stream, hang_up_while_waiting_for_the_whole, hang_up_in_the_middle_of_the_body],
-)
-def test_a_client_that_hangs_up_gives_its_slot_back(small_url, hang_up):
-    """16,000 tokens take a minute: the only slot is free long before they would have been written."""
-    for _ in range(3):
-        hang_up(small_url)
-    assert health_becomes(small_url, 30, running=0)
-    answer = post(small_url, "completions", {**LONG, "max_tokens": 4})
-    assert answer.json()["usage"]["completion_tokens"] == 4
-
-
-@pytest.mark.slow
-@pytest.mark.alone
-def test_a_full_queue_is_429_and_the_next_one_is_served(small_url):
-    headers = {"Authorization": f"Bearer {KEY}"}
-    with contextlib.ExitStack() as stack:
-        for _ in range(2):
-            stack.enter_context(
-                httpx2.stream(
-                    "POST", f"{small_url}/completions", json={**LONG, "stream": True}, headers=headers
-                )
-            )
-        answer = post(small_url, "completions", {**LONG, "max_tokens": 1})
-        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "rate_limit_exceeded")
-        assert int(answer.headers["retry-after"]) >= 1
-        with openai.OpenAI(base_url=small_url, api_key=KEY, max_retries=0) as client:
-            with pytest.raises(openai.RateLimitError):
-                client.completions.create(model="long", prompt="a", max_tokens=1)
-    assert health_becomes(small_url, 30, running=0)
-    assert post(small_url, "completions", {**LONG, "max_tokens": 1}).status_code == 200
-
-
-@pytest.mark.slow
-@pytest.mark.alone
-@pytest.mark.parametrize("stop_with", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_answers_end_and_cuts_those_that_take_too_long(long_folder, stop_with):
-    flags = (f"--model={long_folder}", "--served_model_name=long", "--shutdown_seconds=10")
-    with (
-        serving(*flags, "--max_model_len=16384", stop_with=stop_with) as (process, url),
-        concurrent.futures.ThreadPoolExecutor(1) as pool,
-    ):
-        whole = pool.submit(post, url, "completions", LONG)
-        assert health_becomes(url, 60, running=1)
-        with beginning_of_stream(url, 16000) as cut, beginning_of_stream(url, 100) as short:
-            process.send_signal(stop_with)
-            *_, last, end = [line for line in short if line]
-            assert end == "data: [DONE]"
-            assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
-            *_, error, end = [line for line in cut if line]
-            assert end == "data: [DONE]"
-            assert "shutting down" in json.loads(error.removeprefix("data: "))["error"]["message"]
-        assert whole.result().status_code == 503
-        assert process.wait(30).code == 0
-
-
-def test_a_signal_ends_the_start_also_while_it_compiles():
-    """What compiles is in C++ and looks at no signal, as the hash of this test, which would take minutes."""
-    script = (
-        "import hashlib, launch.serve as serve\n"
-        "with serve.ends_at_a_signal(0.2):\n"
-        "    print('compiling', flush=True)\n"
-        "    hashlib.pbkdf2_hmac('sha256', b'a', b'b', 10**9)\n"
-    )
-    for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
-        process = subprocess.Popen(
-            [sys.executable, "-c", f"import signal; signal.signal({number:d}, lambda *_: None)\n{script}"],
-            cwd=ROOT,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout.readline() == "compiling\n"
-        process.send_signal(number)
-        assert process.wait(timeout=10) == code
-        process.stdout.close()
-
-
-BAD = [
-    ({"max_model_len": 1}, "--max_model_len=1 must be 0 or at least 2"),
-    ({"slots": 0}, "--slots=0 must be at least 1"),
-    ({"idle_seconds": 0}, "--idle_seconds=0 must be at least 1"),
-    ({"port": 70000}, "between 0 and 65535"),
-    ({"api_key": "ключ"}, "plain ASCII"),
-    ({"host": "256.1.1.1"}, "cannot listen on --host=256.1.1.1"),
-    ({"model": "no/such/thing"}, "no such file"),
-    ({"max_model_len": 129}, "more than the model's context, 128"),
-    ({"max_logprobs": 261}, "more than the vocabulary, 260"),
-]
-
-
-@pytest.mark.parametrize(("values", "words"), BAD)
-def test_bad_flags_are_one_sentence(folder, values, words):
-    def begin(options):
-        check(options)
-        serve(options)
-
-    with pytest.raises(InputError, match=re.escape(words)):
-        begin(Options(**{"model": str(folder), "port": 0, **values}))
-
-
-def test_of_two_servers_that_start_at_once_on_a_port_the_later_one_is_refused():
-    """Both bind it; only one can listen."""
-    with listen("127.0.0.1", 0) as first:
-        port = first.getsockname()[1]
-        options = Options("never/read", port=port)
-        with listen("127.0.0.1", port) as second:
-            start(first, options)
-            with pytest.raises(
-                InputError, match=rf"cannot listen on .* --port={port} \(Address already in use"
-            ):
-                start(second, options)
-
-
 def test_bad_flags_exit_with_2(base_url):
     port = base_url.rsplit(":", 1)[1].removesuffix("/v1")
     for arguments, words in (
@@ -666,19 +429,3 @@ def test_bad_flags_exit_with_2(base_url):
         done = launch("serve", *arguments)
         assert (done.returncode, done.stdout) == (2, "")
         assert words in done.stderr and "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.alone
-def test_a_base_model_completes_but_does_not_chat_and_an_open_address_is_warned_of(tmp_path):
-    base = save_tiny_model(tmp_path / "base", chat=False)
-    with serving(f"--model={base}", "--host=0.0.0.0") as (process, url):
-        url = url.replace("0.0.0.0", "127.0.0.1")
-        assert (
-            post(url, "completions", {"model": str(base), "prompt": "a", "max_tokens": 1}).status_code == 200
-        )
-        body = {"model": str(base), "messages": [{"role": "user", "content": "a"}]}
-        answer = post(url, "chat/completions", body)
-        assert (answer.status_code, "no chat template" in answer.json()["error"]["message"]) == (400, True)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60).err.startswith("warning: 0.0.0.0 can be reached")

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 from entry_points import ROOT, environment
-from test_serve import KEY, expected, serving, text_of
+from server import KEY, expected, serving, text_of
 from tiny_model import save_tiny_model
 
 from posttrain_jax.models.io.load import load_model

@@ -19,7 +19,7 @@ import httpx2
 import numpy as np
 import pytest
 from entry_points import EntryPoint
-from test_serve import serving
+from server import serving
 from tiny_model import save_tiny_model
 
 pytestmark = [

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import pytest
 from entry_points import EntryPoint
 from generated import answers, options, read, two_files, write
-from test_serve import serving
+from server import serving
 from tiny_model import CONFIG, launch, save_tiny_model
 
 from launch import generate
