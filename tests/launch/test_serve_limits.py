@@ -16,7 +16,7 @@ import httpx2
 import openai
 import pytest
 from entry_points import ROOT, environment
-from server import post, serving
+from server import KEY, post, serving
 from tiny_model import save_tiny_model
 
 from launch.serve import Options, check, listen, serve, start
