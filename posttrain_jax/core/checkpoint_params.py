@@ -1,4 +1,4 @@
-"""The parameters alone out of a workdir's checkpoints: for loading a trained model, and for what resumes from one."""
+"""Reads the parameters alone out of a workdir's checkpoints."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ def saved_parameters(workdir: Path, *, step: int | None = None) -> dict[str, tup
       step: which checkpoint; None = the newest that can be read (all of a run hold the same parameters).
     """
     steps = completed_steps(workdir) if step is None else [step]
-    # A newest checkpoint that is damaged says nothing; those before it say the same.
-    found = (saved_shapes(workdir / "checkpoints" / str(number) / "params") for number in reversed(steps))
-    trained = next((shapes for shapes in found if shapes), {})
+    # Where the newest checkpoint is damaged, those before it hold the same parameters.
+    shapes_by_step = (
+        saved_shapes(workdir / "checkpoints" / str(number) / "params") for number in reversed(steps)
+    )
+    trained = next((shapes for shapes in shapes_by_step if shapes), {})
     if not trained:
         return {}
     frozen = saved_shapes(workdir / "frozen") if (workdir / "frozen").is_dir() else None
@@ -95,12 +97,12 @@ def _read_params(
     unknown = [path for path in sorted(set(saved) - set(leaf_paths(like))) if not path.startswith("value/")]
     if unknown:
         raise InputError(
-            f"{step_dir} holds parameters that the model has not ({unknown[0]}); model/config.json or config.json of "
-            "this workdir is not that of its checkpoints."
+            f"{step_dir} holds parameters that the model does not have ({unknown[0]}); model/config.json or config.json "
+            "of this workdir is not that of its checkpoints."
         )
     problem = frozen_damage(workdir) if frozen_dir.is_dir() else None
     if problem is not None:
-        raise InputError(f"{frozen_dir} is damaged: {problem}; run the training command again to mend it.")
+        raise InputError(f"{frozen_dir} is damaged: {problem}; run the training command again to repair it.")
     if ema:
         averaged = saved_shapes(step_dir / "optimizer") or {}
         if not all(f"ema/{path}" in averaged for path in leaf_paths(trained_like)):
@@ -117,8 +119,7 @@ def _read_params(
 
 
 def _restore_some(folder: Path, like: PyTree) -> PyTree:
-    """The leaves of `like`; what else is saved (PPO's value network beside its policy, or the
-    optimizer's moments beside the average) is not read."""
+    """Reads the leaves of `like` and nothing else (not PPO's value network, nor the optimizer's moments)."""
     arguments = ocp.args.PyTreeRestore(
         item=like,
         restore_args=ocp.checkpoint_utils.construct_restore_args(like),

@@ -1,4 +1,4 @@
-"""What "your input is wrong, and here is what to do" is said by, what a file system refused, and what is never said."""
+"""The errors that a user can put right, and the secrets that no message shows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _URL = re.compile(r"\b[A-Za-z][\w+.-]*://[^\s'\"<>]+")
 
 
 class InputError(Exception):
-    """Bad input, said in one sentence: what is wrong, where (file and line, or config key), what to do.
+    """Bad input, in one sentence: what is wrong, where (file and line, or config key), what to do.
 
     Entry points print the sentence without a traceback and exit with code 2 (see `launch/entry.py`).
     """
@@ -26,11 +26,11 @@ def shown(value: object, limit: int = 80) -> str:
 
 
 class StepNotTaken(InputError):
-    """What a train step raises in every process, before it changed the state: the loop saves the state, then ends."""
+    """Raised by a train step in every process before it changes the state: the loop saves the state, then ends."""
 
 
 def without_secrets(text: str) -> str:
-    """The text with what its URLs may keep secret as ***: name and password before an @, and the values of a query."""
+    """The text with the secret parts of its URLs as ***: name and password before an @, and the values of a query."""
 
     def hidden(url: re.Match[str]) -> str:
         scheme, _, rest = url[0].partition("://")
@@ -42,7 +42,8 @@ def without_secrets(text: str) -> str:
     return _URL.sub(hidden, text)
 
 
-# What a person can put right: no room, no right to write, a file where a folder should be, a disk that fails.
+# File-system errors that a person can put right: no room, no right to write, a file where a folder should be, a
+# failing disk.
 _FILE_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -63,23 +64,23 @@ _FILE_ERRORS = (
     errno.EIO,
     errno.ESTALE,
 )
-_SAID = {
+_NUMBER_BY_TEXT = {
     os.strerror(number): number
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 }
 
 
 def file_error(error: BaseException) -> OSError | None:
-    """What a file system refused, where that is an exception or its cause; TensorStore has it in its text alone."""
+    """The file-system error that an exception is or was caused by, or None; TensorStore names it only in its text."""
     seen: list[BaseException] = []
     cause: BaseException | None = error
-    # An exception may be among its own causes, which a `raise error from error` makes it.
+    # An exception can be among its own causes, after a `raise error from error`.
     while cause is not None and not any(cause is before for before in seen):
         if isinstance(cause, OSError) and cause.errno in _FILE_ERRORS:
             return cause
-        told = next((text for text in _SAID if text in str(cause)), None)
-        if told is not None:
-            return OSError(_SAID[told], told)
+        text = next((text for text in _NUMBER_BY_TEXT if text in str(cause)), None)
+        if text is not None:
+            return OSError(_NUMBER_BY_TEXT[text], text)
         seen.append(cause)
         cause = cause.__cause__ or cause.__context__
     return None

@@ -1,4 +1,4 @@
-"""Means, variances and shifts that take a mask, named for what they do."""
+"""Means, variances, whitening and shifts that take a mask."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _whiten(values: Array, mask: Array, variance: Array, shift_mean: bool) -> Ar
 
 
 def shift_left(values_BT: Array, fill: int | float = 0) -> Array:
-    """`values_BT[:, t + 1]` at place t, `fill` at the last place: targets (and their mask) from tokens."""
+    """`values_BT[:, t + 1]` at index t, `fill` at the last index: targets (and their mask) from tokens."""
     return jnp.concatenate([values_BT[:, 1:], jnp.full_like(values_BT[:, :1], fill)], axis=1)
 
 

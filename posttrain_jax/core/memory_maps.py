@@ -1,9 +1,9 @@
-"""Compiled programs are dropped before they take more of a process's memory maps than the kernel gives.
+"""Drops compiled programs before they take more memory maps than the kernel gives a process.
 
 On a CPU every compiled program maps pages of its own: tens to hundreds of maps, of which Linux gives a process 65,530
 (`vm.max_map_count`), and JAX keeps each program for as long as its function lives. A process that needs more dies with
-"LLVM compilation error: Cannot allocate memory" or without a word. Whoever may compile again and again asks `make_room`
-between two pieces of work.
+"LLVM compilation error: Cannot allocate memory" or without a message. Code that may compile again and again calls
+`make_room` between two pieces of work.
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ import jax
 MAPS = Path("/proc/self/maps")
 LIMIT = Path("/proc/sys/vm/max_map_count")
 SHARE = 0.5  # of the limit, at which everything is dropped
-SECONDS = (
-    5.0  # between two counts, which take milliseconds; a program takes longer to compile than 1,000 maps
-)
+SECONDS = 5.0  # between two counts, which take milliseconds; 1,000 maps take longer to compile
 
 _next_count = 0.0
 
 
 def count_maps() -> int | None:
-    """How many memory maps this process has; None where the system does not say."""
+    """How many memory maps this process has; None where the system does not tell."""
     try:
         with MAPS.open("rb") as file:
             return sum(1 for _ in file)
@@ -34,7 +32,7 @@ def count_maps() -> int | None:
 
 
 def most_maps() -> int | None:
-    """How many it may have; None where the system does not say."""
+    """How many it may have; None where the system does not tell."""
     try:
         return int(LIMIT.read_text("ascii"))
     except (OSError, ValueError):
@@ -42,8 +40,8 @@ def most_maps() -> int | None:
 
 
 def make_room() -> bool:
-    """Drops all compiled programs if half of the maps that there can be are in use (what is needed again is compiled
-    again); whether it did. Costs nothing most of the time."""
+    """Drops all compiled programs if half of the possible maps are in use (what is needed again is compiled again);
+    returns whether it did. Costs nothing most of the time."""
     global _next_count
     now = time.monotonic()
     if now < _next_count:

@@ -1,4 +1,4 @@
-"""Meshes, the one table that says how every array is split over them, and the one helper that jits a step."""
+"""Meshes, the one table of how every array is split over them, and the one helper that jits a step."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(attn/o|mlp/down)/lora_b", (None, None, "fsdp")),
 )
 
-# Else XLA leaves out roundings to bfloat16, and others where a gradient is taken too: log-probabilities then differ
-# between a forward pass and a train step on the same weights, and DPO's policy from its reference before step 1.
+# Without this XLA leaves out some roundings to bfloat16, and other ones where a gradient is taken: log-probabilities
+# then differ between a forward pass and a train step on the same weights, and DPO's policy differs from its reference
+# before step 1.
 OPTIONS: dict[str, bool | str] = {"xla_allow_excess_precision": False}
-# XLA's CPU backend then computes large products with Eigen instead of YNNPACK: 4 % of an SFT step, 3 % with LoRA.
+# With this XLA's CPU backend computes large products with Eigen instead of YNNPACK: 4 % of an SFT step, 3 % with LoRA.
 CPU_OPTIONS = {**OPTIONS, "xla_cpu_experimental_ynn_fusion_type": ""}
 
 
@@ -59,7 +60,7 @@ class MeshOptions:
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices of all processes with axes data, fsdp, tensor; at most one may be -1 (the rest).
+    """A mesh over all devices of all processes with axes data, fsdp, tensor; at most one may be -1 (all other devices).
 
     `tensor` is innermost, so that its devices are neighbors.
 
@@ -96,7 +97,7 @@ def tensor_axis(size: int, mesh: Mesh | AbstractMesh) -> str | None:
 
 
 def constrain_activations(x_BTD: Array) -> Array:
-    """Keeps activations split over rows (data and fsdp), whole over tensor; nothing without a mesh."""
+    """Keeps activations split over rows (data and fsdp) and replicated over tensor; does nothing without a mesh."""
     if ambient_mesh() is None:
         return x_BTD
     return jax.lax.with_sharding_constraint(x_BTD, P(BATCH_AXES, *(None,) * (x_BTD.ndim - 1)))
@@ -134,7 +135,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
+    """A full copy on every device."""
     return NamedSharding(mesh, P())
 
 

@@ -50,8 +50,8 @@ def partition(tree: dict, keep: Callable[[str], bool]) -> tuple[dict, dict]:
 def fingerprint(tree: PyTree) -> str:
     """A hash of the arrays' bits, their shapes and paths (24 hexadecimal digits), computed where the arrays lie.
 
-    Every 32-bit word is multiplied by an odd number that depends on its place, and the products are added modulo 2^32,
-    twice; so it says whether two trees are the same, but is no protection against someone who wants a collision.
+    Every 32-bit word is multiplied by an odd number that depends on its index, and the products are added modulo 2^32,
+    twice. So it tells whether two trees are equal, but it is no protection against a collision made on purpose.
     """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
@@ -64,12 +64,12 @@ def fingerprint(tree: PyTree) -> str:
 def _word_sums(leaf: Array) -> Array:
     width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
     words = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
-    place = jnp.zeros(leaf.shape, jnp.uint32)
+    index = jnp.zeros(leaf.shape, jnp.uint32)
     for axis, size in enumerate(leaf.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    first = jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    first = jnp.sum(words * (2 * index + 1), dtype=jnp.uint32)
     mixed = words ^ (words >> 13)
-    second = jnp.sum(mixed * (place * jnp.uint32(0x9E3779B0) + 1), dtype=jnp.uint32)
+    second = jnp.sum(mixed * (index * jnp.uint32(0x9E3779B0) + 1), dtype=jnp.uint32)
     return jnp.stack([first, second])
 
 

@@ -1,4 +1,4 @@
-"""The types that every floor shares, and the letters that name array axes.
+"""The types that all rooms share, and the letters that name array axes.
 
 Axis letters, used as suffixes of array names at public boundaries:
 
@@ -24,8 +24,10 @@ PyTree = Any
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A mean in the making: `sum` over things and `count` of things, so that micro-batches, devices and
-    steps add up exactly. Its value is sum / count; what is averaged over is part of the metric's name."""
+    """A mean as a sum and a count, so that micro-batches, devices and steps add up exactly; its value is sum / count.
+
+    The metric's name says what it is a mean over.
+    """
 
     sum: Array
     count: Array
@@ -71,14 +73,14 @@ PartMetrics = dict[str, Metric | Maximum]
 
 
 def is_metric(node: Any) -> bool:
-    """Where a tree of metrics is to be cut so that they are joined as metrics."""
+    """Whether a node of a tree is a metric: the leaves at which metrics are joined (`is_leaf`)."""
     return isinstance(node, Metric | Maximum)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossOutput:
-    """What a loss returns: the unreduced loss and the metrics that come for free.
+    """What a loss returns: the unreduced loss and its metrics.
 
     Attributes:
       loss: unreduced, float32; per token (`[B, T]`, 0 where masked) or per row (`[B]`).
@@ -93,7 +95,7 @@ class LossOutput:
 
     @property
     def loss_B(self) -> Array:
-        """`loss` under the name of its axis, for losses of one value per row (a pair, an answer)."""
+        """`loss` under the name of its axis, for losses of one value per row (a pair, a completion)."""
         return self.loss
 
 
@@ -122,18 +124,18 @@ class PreferenceBatch:
     """Rows of prompts with their completions; see `data/preference_rows.py` for how a row is laid out.
 
     A row has T tokens, room for N completions and for P comparisons between them; every leaf is `[B, ...]` (or
-    `[M, B, ...]`). An empty place of a completion has `sequence_ids` 0, of a comparison `weights` 0.
+    `[M, B, ...]`). Unused entries of completions have `sequence_ids` 0, of comparisons `weights` 0.
 
     Attributes:
       tokens, loss_mask, segment_ids, positions: `[B, T]` as in `Batch`; a segment is a prompt with its completions.
       branches: `[B, T]` int32, 0 = prompt, n = completion n - 1 of the row.
-      last_token_index: `[B, N]` int32, the place of a completion's last token.
+      last_token_index: `[B, N]` int32, the index in the row of a completion's last token.
       lengths: `[B, N]` int32, trained tokens of a completion.
       sequence_ids: `[B, N]` int32, number of the completion in its source + 1.
       group_ids: `[B, N]` int32, 1.. numbers the prompts of the row.
-      ranks: `[B, N]` int32, 0 = best of its prompt, equal = tied; what the data say, whatever comparisons are kept.
+      ranks: `[B, N]` int32, 0 = best of its prompt, equal = tied; as in the data, whatever comparisons are kept.
       ratings, labels, reference_logps: `[B, N]` float32; NaN (ratings) or -1 (labels) where there is none.
-      better, worse: `[B, P]` int32, the places of the two completions of a comparison.
+      better, worse: `[B, P]` int32, the indices 0..N-1 of the two completions of a comparison.
       weights, margins, probabilities: `[B, P]` float32, see `data.preferences.Comparison`.
       shares: `[B, P]` float32, 1 / C(K, 2) for a comparison among K completions.
     """
@@ -166,7 +168,7 @@ class ModelOutput:
 
     Attributes:
       hidden_BTD: the last hidden state, after the final norm, in the compute dtype.
-      logits_BTV: float32 logits, or None when they were not asked for (train steps never ask).
+      logits_BTV: float32 logits, or None when they were not requested (train steps never request them).
       cache: the KV cache with this call's keys and values written, or None when none was given.
     """
 
@@ -178,7 +180,7 @@ class ModelOutput:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything a run needs to go on exactly where it stopped (the data iterator's state lies beside it).
+    """Everything that a run needs to continue exactly where it stopped, apart from the data iterator's state.
 
     Attributes:
       step: int32 scalar, how many steps were taken (skipped updates count as steps).
@@ -188,7 +190,7 @@ class TrainState:
       ema: exponential moving average of `params`, or `{}` when off.
       key: typed PRNG key; step t uses `fold_in(key, t)`.
       skipped: int32 scalar, updates skipped so far because a loss or gradient was not finite.
-      skipped_in_row: int32 scalar, how many of the latest steps were skipped without a break.
+      skipped_in_row: int32 scalar, how many of the latest steps were skipped one after the other.
     """
 
     step: Array
@@ -211,7 +213,7 @@ class HostRows(Protocol):
 
 
 class RowStream(Protocol):
-    """An endless stream of steps' rows whose position can be saved as JSON and found again at once."""
+    """An endless stream of steps' rows whose position is saved as JSON and restored without reading rows again."""
 
     def __next__(self) -> HostRows: ...
     def get_state(self) -> dict[str, Any]: ...
@@ -261,7 +263,7 @@ class Collector(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What an algorithm hands to the training loop; the loop knows nothing else of it.
+    """What an algorithm hands to the training loop; the loop knows nothing else of the algorithm.
 
     Attributes:
       steps: how many steps the whole run has.
@@ -272,10 +274,10 @@ class Task:
       evaluate: state -> named numbers, at every evaluation; or None.
       sample: state -> rows for `samples.jsonl`, at every evaluation; or None.
       flops_per_token: model FLOPs of one step per token, for MFU; 0 = unknown.
-      finish: what is done to the state once, after the last step and before it is evaluated and saved; or None.
+      finish: changes the state once, after the last step and before it is evaluated and saved; or None.
       stop: (what was just logged, the highest value so far of each metric of an evaluation) -> why the run should end
         here, or ""; None = it has all its steps.
-      ahead: how many steps are dispatched before the metrics of one are read; 0 where a step waits for its own end.
+      ahead: how many steps are dispatched before the metrics of one are read; 0 = each step is waited for.
     """
 
     steps: int

@@ -1,4 +1,4 @@
-"""The folder of a run: which checkpoints are there, whether their files are what was written, and who writes there."""
+"""The folder of a run: its completed checkpoints, the check of their files, and the lock of the run that writes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from posttrain_jax.core.errors import InputError
 
 MANIFEST = "manifest.json"
 ITEMS = ("params", "optimizer", "meta")
-METRICS = "metrics"  # Orbax's own item, there only where the best checkpoint is kept
+METRICS = "metrics"  # Orbax's own item; only where the best checkpoint is kept
 COLLECTOR = "collector"  # arrays of the collector of batches, where it has some
 LOCK = ".lock"
 
@@ -40,7 +40,7 @@ def completed_steps(workdir: Path) -> list[int]:
 
 
 def _is_step(name: str) -> bool:
-    """Whether a folder's name is a number as it is written here: "7", and not "07" or other scripts' digits."""
+    """Whether a folder's name is a step as this code writes it: "7", not "07" or digits of other scripts."""
     return name.isascii() and name.isdigit() and (name == "0" or name[0] != "0")
 
 
@@ -103,13 +103,13 @@ def _size_and_crc(path: Path) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Holds a workdir for one run, all of whose processes call this together; two runs in it would ruin each other.
+    """Locks a workdir for one run, all of whose processes call this together; two runs in it would ruin each other.
 
-    It is the kernel's lock on a file (flock), which ends with its holder, however that ends; Linux passes it on to
-    NFS servers. A file system that has no such locks is written without one.
+    The lock is the kernel's lock on a file (flock), which ends with the process that holds it; Linux passes it on to
+    NFS servers. On a file system without such locks nothing is locked.
 
     Raises:
-      InputError: another run holds it; says on which host and in which process.
+      InputError: another run holds it; names the host and the process.
     """
     holder = ""
     with contextlib.ExitStack() as stack:
@@ -125,7 +125,7 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def _take(file: IO[str]) -> str:
-    """Locks a file and writes into it who we are; or says who has locked it before."""
+    """Locks a file and writes this process into it; returns "", or who holds the lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -141,7 +141,7 @@ def _take(file: IO[str]) -> str:
 
 
 def agree(flag: bool) -> bool:
-    """Process 0's answer, for every process."""
+    """Process 0's flag, in every process."""
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
