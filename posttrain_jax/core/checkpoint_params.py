@@ -97,8 +97,8 @@ def _read_params(
     unknown = [path for path in sorted(set(saved) - set(leaf_paths(like))) if not path.startswith("value/")]
     if unknown:
         raise InputError(
-            f"{step_dir} holds parameters that the model does not have ({unknown[0]}); model/config.json or config.json "
-            "of this workdir is not that of its checkpoints."
+            f"{step_dir} holds parameters that the model does not have ({unknown[0]}); model/config.json or "
+            "config.json of this workdir is not that of its checkpoints."
         )
     problem = frozen_damage(workdir) if frozen_dir.is_dir() else None
     if problem is not None:
