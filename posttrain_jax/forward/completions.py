@@ -1,4 +1,4 @@
-"""What a model says of every completion of a data set: its log-probability, or its reward."""
+"""A model's log-probability or reward of every completion of a data set."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def decided_weights(batch: PreferenceBatch) -> Array:
 
 
 def reward_scores(params: PyTree, batch: PreferenceBatch, *, model: Model, share_prompt: bool) -> Array:
-    """Reward of every completion, `[B, N]`; what stands in an empty place means nothing."""
+    """Reward of every completion, `[B, N]`; undefined in unused entries."""
     hidden_BTD = hidden_states(params, batch, model=model, share_prompt=share_prompt)
     return scores(params["score_head"], hidden_BTD, batch.last_token_index)
 
@@ -80,18 +80,18 @@ def map_completions(
 ) -> np.ndarray:
     """`of_rows` of every completion of a source, float32 `[S, ...]` for the S sequences of its store.
 
-    Those of groups that are not in the source's index stay 0. Every process gets all of them. Calls with the same
+    Completions of groups that are not in the source's index stay 0. Every process gets all values. Calls with the same
     `of_rows` (the same object) and shapes compile once.
 
     Args:
-      of_rows: what is wanted.
+      of_rows: computes the values of a batch of rows.
       params: on `mesh`.
-      source: its groups, taken longest first, which leaves the fewest rows.
+      source: its groups are taken longest first, which leaves the fewest rows.
       shape: of the rows.
       mesh: of the devices.
-      groups: how many at once, over all processes.
-      micro_batches: how their rows are cut.
-      in_order: the groups are taken as they come, so that a pass of `eval_batches` over them has the same rows.
+      groups: how many go into one batch, over all processes.
+      micro_batches: how many micro-batches the rows of a batch are split into.
+      in_order: take the groups in the source's order, so that the rows are those of `eval_batches`.
     """
     index, count = host_data_shards(mesh)
     rows = PreferenceRows(source, shape)
@@ -100,8 +100,8 @@ def map_completions(
     order = np.arange(len(source)) if in_order else order
     out: np.ndarray | None = None
     for first in range(0, len(order), groups):
-        places = [p if p < len(order) else -1 for p in range(first + index, first + groups, count)]
-        taken = [rows[int(order[p])] if p >= 0 else None for p in places]
+        numbers = range(first + index, first + groups, count)
+        taken = [rows[int(order[n])] if n < len(order) else None for n in numbers]
         batch = put_batch(rows.collate(taken), mesh, micro_batches, PreferenceBatch)
         values, ids = (np.asarray(leaf) for leaf in step(params, batch))
         if out is None:

@@ -50,7 +50,7 @@ def sum_logps(
 
 @dataclasses.dataclass(frozen=True)
 class CompletionLogps:
-    """Log-probabilities of the completions in rows, nats; 0 in empty places.
+    """Log-probabilities of the completions in rows, nats; 0 in unused entries.
 
     Attributes:
       sums_BN: over the completion's trained tokens.

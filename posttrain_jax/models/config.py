@@ -1,4 +1,4 @@
-"""What a decoder is made of, as plain numbers: `ModelConfig`, built from a Hugging Face `config.json`."""
+"""The sizes and options of a decoder: `ModelConfig`, built from a Hugging Face `config.json`."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class ModelConfig:
 
 
 MOST_LAYERS = 10_000
-"""More layers than any model has: a damaged file must not make one entry for each of a billion."""
+"""More layers than any model has, so that a damaged file does not ask for a billion."""
 
 
 def check_sizes(config: ModelConfig, where: str) -> None:

@@ -1,4 +1,4 @@
-"""The scalar head of a reward model: what it holds, how it is made, and how scores are read off hidden states.
+"""The scalar head of a reward model: its parameters, how it is made, and how it scores hidden states.
 
 A reward model is the transformer without its vocabulary projection and with one leaf tree more, `score_head`:
 
@@ -47,21 +47,21 @@ def abstract_score_head(d_model: int) -> PyTree:
     return jax.eval_shape(lambda: score_head_params(jax.random.key(0), d_model, init="zeros"))
 
 
-def scores(head_params: PyTree, hidden_BTD: Array, ends_BN: Array) -> Array:
+def scores(head_params: PyTree, hidden_BTD: Array, last_token_index_BN: Array) -> Array:
     """Float32 scores `[B, N]` of N completions in each row.
 
-    Only the hidden states of the ends are multiplied, in float32 whatever the compute dtype.
+    Only the hidden states of the last tokens are multiplied, in float32 whatever the compute dtype.
 
     Args:
       head_params: as `score_head_params` makes them.
       hidden_BTD: after the final norm, as `Model.apply` returns them.
-      ends_BN: int, in 0..T-1: the place of each completion's last token. Where a row has fewer completions any
-        place will do, and the caller masks the score.
+      last_token_index_BN: int, in 0..T-1: the index of each completion's last token. Where a row has fewer completions,
+        any index will do, and the caller masks the score.
     """
-    ends_BND = jnp.take_along_axis(hidden_BTD, ends_BN[:, :, None], axis=1).astype(jnp.float32)
+    last_BND = jnp.take_along_axis(hidden_BTD, last_token_index_BN[:, :, None], axis=1).astype(jnp.float32)
     products_BN = jnp.einsum(
         "bnd,d->bn",
-        ends_BND,
+        last_BND,
         head_params["kernel"][:, 0].astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST,
     )
@@ -69,9 +69,9 @@ def scores(head_params: PyTree, hidden_BTD: Array, ends_BN: Array) -> Array:
 
 
 def fold_gain(head_params: PyTree) -> tuple[Array, float]:
-    """The head as Hugging Face has it, a kernel alone: (gain * kernel `[D, 1]` float32, the bias that is left).
+    """The head as Hugging Face has it, a kernel alone: (gain * kernel `[D, 1]` float32, the remaining bias).
 
-    With gain 1 the kernel is what it was, bit for bit.
+    With gain 1 the kernel stays the same, bit for bit.
     """
     kernel = head_params["gain"] * head_params["kernel"].astype(jnp.float32)
     return kernel, float(head_params["bias"])

@@ -136,7 +136,7 @@ def write_model_folder(
     """Everything of a Hugging Face folder but the weights (a workdir keeps this in `model/`).
 
     Args:
-      dtype: the weights' type, as config.json says it.
+      dtype: the weights' type, as config.json names it.
       reward: a reward model. Its padding token is never the one that ends a text (`tokenizer.scoring_pad_id`), in
         config.json and in the tokenizer.
       score_bias: of a reward model, see above; a workdir's stands in its checkpoint instead.

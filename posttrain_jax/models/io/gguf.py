@@ -67,7 +67,7 @@ _NEUTRAL = {
     "logit_scale": 1.0,
     "rope.scaling.attn_factor": 1.0,
 }
-"""Keys that may say what is done here anyway."""
+"""Keys that may hold the value that is used here anyway."""
 
 
 def load_gguf(
@@ -124,7 +124,7 @@ def _check_tensors(file: GgufFile, config: ModelConfig) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Metadata:
-    """What a file says about its architecture, each value checked as it is read."""
+    """The architecture in a file's metadata; each value is checked as it is read."""
 
     path: pathlib.Path
     arch: str
@@ -133,7 +133,7 @@ class _Metadata:
     def get(self, key: str, default: Any = None) -> Any:
         return self.values.get(f"{self.arch}.{key}", default)
 
-    def whole(self, key: str, default: int | None = None) -> int:
+    def integer(self, key: str, default: int | None = None) -> int:
         """A positive whole number; 0 may be given as a default, for "none"."""
         value = self._there(key, default)
         if isinstance(value, list):
@@ -196,16 +196,16 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
         )
     meta = _Metadata(file.path, arch, file.metadata)
     meta.refuse_unknown()
-    d_model, n_layers = meta.whole("embedding_length"), meta.whole("block_count")
+    d_model, n_layers = meta.integer("embedding_length"), meta.integer("block_count")
     if n_layers > len(file.tensors):
         raise InputError(
             f"{file.path}: {arch}.block_count is {n_layers}, but the file has {len(file.tensors)} tensors."
         )
-    n_heads = meta.whole("attention.head_count")
-    n_kv_heads = meta.whole("attention.head_count_kv", n_heads)
-    head_dim = meta.whole("attention.key_length", meta.get("rope.dimension_count", d_model // n_heads))
+    n_heads = meta.integer("attention.head_count")
+    n_kv_heads = meta.integer("attention.head_count_kv", n_heads)
+    head_dim = meta.integer("attention.key_length", meta.get("rope.dimension_count", d_model // n_heads))
     for key in ("attention.value_length", "rope.dimension_count"):
-        if meta.whole(key, head_dim) != head_dim:
+        if meta.integer(key, head_dim) != head_dim:
             raise InputError(
                 f"{file.path}: {arch}.{key} is {meta.get(key)} but the head width is {head_dim}; not supported."
             )
@@ -224,8 +224,8 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
-        d_ff=meta.whole("feed_forward_length"),
-        max_length=meta.whole("context_length"),
+        d_ff=meta.integer("feed_forward_length"),
+        max_length=meta.integer("context_length"),
         norm_eps=_shortest(meta.real("attention.layer_norm_rms_epsilon")),
         norm_plus_one=gemma,
         sandwich_norms=gemma,
@@ -275,7 +275,7 @@ def _windows(meta: _Metadata, n_layers: int) -> tuple[int, tuple[bool, ...]]:
     """(sliding window, which layers are local), with llama.cpp's defaults."""
     if meta.arch not in ("gemma2", "gemma3"):
         return 0, ()
-    window = meta.whole("attention.sliding_window", 4096 if meta.arch == "gemma2" else 0)
+    window = meta.integer("attention.sliding_window", 4096 if meta.arch == "gemma2" else 0)
     pattern = meta.get("attention.sliding_window_pattern") if meta.arch == "gemma3" else None
     if isinstance(pattern, list):
         if len(pattern) != n_layers:
@@ -285,7 +285,7 @@ def _windows(meta: _Metadata, n_layers: int) -> tuple[int, tuple[bool, ...]]:
             )
         local = tuple(bool(layer) for layer in pattern)
     else:
-        every = meta.whole("attention.sliding_window_pattern", 6) if meta.arch == "gemma3" else 2
+        every = meta.integer("attention.sliding_window_pattern", 6) if meta.arch == "gemma3" else 2
         local = tuple((layer + 1) % every != 0 for layer in range(n_layers))
     return (window, local) if window and any(local) else (0, ())
 

@@ -28,7 +28,7 @@ _DEEPEST = 4
 
 @dataclasses.dataclass(frozen=True)
 class GgufTensor:
-    """Where a tensor lies: `shape` in row-major order (out, in), `offset` and `size` in bytes."""
+    """The location of a tensor in the file: `shape` in row-major order (out, in), `offset` and `size` in bytes."""
 
     name: str
     shape: tuple[int, ...]

@@ -121,7 +121,7 @@ def _check_lists(metadata: dict[str, Any], where: str) -> None:
 
 
 def adds_bos(metadata: dict[str, Any]) -> bool:
-    """Whether encoding puts BOS first: what the file says, else llama.cpp's default for the vocabulary."""
+    """Whether encoding puts BOS first: as in the file, else llama.cpp's default for the vocabulary."""
     default = metadata["tokenizer.ggml.model"] == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
     return bool(metadata.get("tokenizer.ggml.add_bos_token", default))
 

@@ -6,7 +6,7 @@ a file is what counts: a key that changes it is honored or refused by name (`hf_
 nothing can be made.
 
 A `...ForSequenceClassification` with one label is a reward model. It has no vocabulary projection, so its config is
-read as `tied_embeddings`, whatever the file says: its parameters have no `head`.
+read as `tied_embeddings`, whatever the file holds: its parameters have no `head`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ FAMILIES = ("gemma2", "gemma3", "gemma3_text", "llama", "ministral", "mistral", 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
 REWARD_FIELDS = ("num_labels", "id2label", "label2id", "score_bias")
-"""What the config.json of a reward model says more; `score_bias` is ours, for transformers' head has no bias."""
+"""Keys of config.json that only reward models have; `score_bias` is ours, for transformers' head has no bias."""
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 """What a file calls its layers with and without a sliding window."""
 
 _WITH_ATTENTION_BIAS = ("gemma2", "gemma3_text", "llama", "qwen3")
-"""Families whose linear layers in the attention, all four, have a bias if attention_bias says so."""
+"""Families whose linear layers in the attention, all four, have a bias if attention_bias is true."""
 
 _NOT_OURS = ("auto_map", "dtype", "quantization_config", "torch_dtype")
 """Fields that do not describe the computation, and that transformers may trip over."""

@@ -98,7 +98,7 @@ def _read_back(written: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     """A config.json that is to be written, once it was read as transformers would and found to be the same model.
 
     Raises:
-      InputError: a config.json of this family cannot say what the model is.
+      InputError: a config.json of this family cannot describe the model.
     """
     changed = _changed(written, config)
     if changed:
@@ -178,7 +178,7 @@ def _fields(config: ModelConfig) -> dict[str, Any]:
             if config.model_type == "gemma3_text":
                 fields |= {"rope_local_base_freq": config.rope_local.theta}
             if config.rope_local.scaling != "none" and config.model_type == "gemma3_text":
-                # Transformers 4 has no scaling of local layers, and no way to say it.
+                # Transformers 4 has no scaling of local layers, and no key for it.
                 ropes = {GLOBAL: _rope_5(config.rope), LOCAL: _rope_5(config.rope_local)}
                 fields |= {"rope_parameters": ropes}
     return fields

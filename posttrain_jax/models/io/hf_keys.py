@@ -1,7 +1,7 @@
 """Which keys of a Hugging Face config.json are read, which change nothing, and what becomes of all others.
 
 What counts is what transformers computes from a file. A key that it reads is read here or refused. A key of another
-family, which it ignores (`sliding_window` of a llama), is ignored here too, and that is said. A key that nobody
+family, which it ignores (`sliding_window` of a llama), is ignored here too, with a message. A key that nobody
 reads is named; where its name sounds as if it changed the computation, the file is refused.
 """
 
@@ -123,7 +123,7 @@ _HARMLESS_BY = {
     "gemma3_text": ("_sliding_window_pattern", "hidden_act"),
 }
 """Keys that change no logit. Gemma's files have an old `hidden_act` beside `hidden_activation`, and numbers of which
-`layer_types` and `sliding_window` say the same."""
+`layer_types` and `sliding_window` mean the same."""
 
 _GEMMA3_WITH_IMAGES = (
     *("boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image", "text_config"),
@@ -139,7 +139,7 @@ _SOUNDS = re.compile(
 def check_keys(fields: dict[str, Any], model_type: str, where: str) -> None:
     """Refuses, or names in the log, the keys of a config.json that transformers does not read for this family.
 
-    A value that says "off" (null, false, 0, nothing) is taken from every such key.
+    A value that means "off" (null, false, 0, nothing) is taken from every such key.
 
     Args:
       fields: the text model's part.

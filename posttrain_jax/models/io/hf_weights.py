@@ -76,8 +76,8 @@ def load_safetensors(
     if reward:
         bias = _score_bias(folder / "config.json")
         for name, value in (("gain", 1.0), ("bias", bias)):
-            place = None if shardings is None else shardings["score_head"][name]
-            params["score_head"][name] = _scalar(value, place)
+            sharding = None if shardings is None else shardings["score_head"][name]
+            params["score_head"][name] = _scalar(value, sharding)
     return params
 
 

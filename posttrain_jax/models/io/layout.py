@@ -40,7 +40,7 @@ class Leaf:
       path: keys into the parameter tree.
       hf: tensor name in Hugging Face files; `{}` stands for the layer of a stacked leaf.
       gguf: tensor name in GGUF files, likewise.
-      shape: ours, whole; a stacked leaf starts with L.
+      shape: our global shape; a stacked leaf starts with L.
       stacked: one tensor per layer in the file.
       transposed: the file stores (out, in), we store (in, out).
       norm: the scale of an RMSNorm.
@@ -151,7 +151,7 @@ Read = Callable[[Leaf, int, tuple[slice, ...]], np.ndarray]
 def build(
     config: ModelConfig, read: Read, shardings: PyTree | None, dtype: Any, *, reward: bool = False
 ) -> PyTree:
-    """The parameter tree, each leaf read straight into its place.
+    """The parameter tree, each leaf read straight onto its devices.
 
     Holds on the host, besides the result, what its devices need of one leaf.
 

@@ -60,14 +60,15 @@ _HARMLESS = (
     "target_modules",
     "task_type",
 )
-"""PEFT settings that say how an adapter was started or trained, not what it computes: the tensors in the file say which
+"""PEFT settings of how an adapter was initialized or trained, not of what it computes: the tensors in the file tell
+which
 modules have one, and the others are about settings that are refused."""
 
 
 def load_adapter(folder: str | pathlib.Path, config: ModelConfig) -> tuple[LoraConfig, PyTree]:
     """An adapter in PEFT's format: its config, and its leaves `lora_a`, `lora_b` as a tree like the parameters.
 
-    `trees.combine(params, leaves)` puts them into the model; `merge_lora` melts them into the kernels.
+    `trees.combine(params, leaves)` puts them into the model; `merge_lora` adds them to the kernels.
 
     Raises:
       InputError: not plain LoRA, a pickle, or tensors that do not fit the model.
@@ -98,12 +99,12 @@ def load_adapter(folder: str | pathlib.Path, config: ModelConfig) -> tuple[LoraC
 
 
 def _check_settings(fields: dict[str, Any], where: pathlib.Path) -> None:
-    """Refuses every setting that changes what an adapter computes, or may do so for all that is known here."""
+    """Refuses every setting that changes what an adapter computes, or whose effect is unknown."""
     for key, value in fields.items():
         if key in _READ or key in _HARMLESS:
             continue
         if (value or None) != (_PLAIN.get(key) or None):
-            known = "only plain LoRA is" if key in _PLAIN else "what it changes is not known here"
+            known = "only plain LoRA is" if key in _PLAIN else "its effect is not known here"
             raise InputError(
                 f"{where}: {key} = {shown(value)} is not supported ({known}); where PEFT can merge such an "
                 "adapter into its base model, do that and give the merged model."
@@ -137,7 +138,7 @@ def _grouped(folder: pathlib.Path) -> dict[tuple[str, str], dict[int, np.ndarray
         layers = grouped.setdefault((_MODULES[match[2]], match[3]), {})
         if int(match[1]) in layers:
             raise InputError(
-                f"{folder}: the adapter has two tensors for one place, {shown(key)} is the second."
+                f"{folder}: the adapter has two tensors for one module, {shown(key)} is the second."
             )
         layers[int(match[1])] = value
     return grouped
@@ -180,8 +181,8 @@ def save_adapter(
     """Writes the adapter leaves of `params` in PEFT's format.
 
     Args:
-      params: a tree that has `lora_a` and `lora_b` in the targets of `lora`; other leaves are not looked at.
-      base_model: what PEFT loads the adapter onto, a folder or a name; "" leaves it open.
+      params: a tree that has `lora_a` and `lora_b` in the targets of `lora`; other leaves are ignored.
+      base_model: what PEFT loads the adapter onto, a folder or a name; "" = none is named.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -214,7 +215,7 @@ def save_adapter(
 
 
 def merge_lora(params: PyTree, lora: LoraConfig) -> PyTree:
-    """`params` with every adapter melted into its kernel, W + scale * A B in float32, and without adapter leaves."""
+    """`params` with every adapter added to its kernel, W + scale * A B in float32, and without adapter leaves."""
     if "lora_a" in params:
         rest = {key: value for key, value in params.items() if key not in ("lora_a", "lora_b")}
         return {**rest, "kernel": _merged(params["kernel"], params["lora_a"], params["lora_b"], lora.scale)}
@@ -224,7 +225,7 @@ def merge_lora(params: PyTree, lora: LoraConfig) -> PyTree:
 
 
 def merge_error(params: PyTree, lora: LoraConfig, dtype: str) -> float:
-    """What of the adapters is lost when they are merged into kernels that are stored as `dtype`.
+    """The share of the adapters that is lost when they are merged into kernels that are stored as `dtype`.
 
     |stored(W + D) - stored(W) - D| / |D| with D = scale * A B, Frobenius norms over all kernels with an adapter: 0 is
     exact, 1 as much error as there is change. A D far below the rounding of W (of bfloat16 2^-9 of a weight) is lost.

@@ -26,7 +26,7 @@ def for_scoring(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """A copy of a tokenizer whose chat templates end with the end of the last turn.
 
     A template that cannot be made so (it refuses a plain conversation, or ends turns with no special token) stays as
-    it is; where it writes something after the end of the turn, that is said.
+    it is; where it writes something after the end of the turn, a message tells so.
     """
     made = copy.deepcopy(tokenizer)
     if isinstance(tokenizer.chat_template, dict):
@@ -44,8 +44,8 @@ def _ended(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
         return template
     token = tokenizer.added_tokens_decoder[end].content
     before = _rendered(tokenizer)
-    whole = before[0][0]
-    after = whole.removeprefix(_cut(whole, token))
+    text = before[0][0]
+    after = text.removeprefix(_cut(text, token))
     if not after:
         return template
     ending = token + after

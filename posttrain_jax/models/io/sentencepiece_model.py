@@ -15,7 +15,7 @@ _USER_DEFINED = model_pb2.ModelProto.SentencePiece.USER_DEFINED
 
 
 def metadata_of(path: pathlib.Path, *, legacy: bool, added: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What a tokenizer.model says, in GGUF's names.
+    """The contents of a tokenizer.model, under GGUF's names.
 
     Args:
       legacy: the text after a special token gets a space in front too, as SentencePiece gives it to every piece of

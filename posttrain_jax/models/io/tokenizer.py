@@ -95,8 +95,10 @@ def _from_json(
     Args:
       named: ids of special tokens ("bos", "eos", "unk", "pad") for those that the folder does not name.
     """
-    said = [_json_if_there(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
-    length = said[0].get("model_max_length", 0)
+    described = [
+        _json_if_there(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")
+    ]
+    length = described[0].get("model_max_length", 0)
     if isinstance(length, bool) or not isinstance(length, int | float | None):
         raise InputError(
             f"{folder / 'tokenizer_config.json'}: model_max_length is {shown(length)}, but must be a number."
@@ -106,7 +108,7 @@ def _from_json(
         special = {
             f"{name}_token": reference.id_to_token(index)
             for name, index in (named or {}).items()
-            if not any(f"{name}_token" in fields for fields in said) and 0 <= index < 2**31
+            if not any(f"{name}_token" in fields for fields in described) and 0 <= index < 2**31
         }
         tokenizer = PreTrainedTokenizerFast.from_pretrained(
             str(folder), tokenizer_file=str(file), trust_remote_code=False, local_files_only=True, **special
@@ -136,7 +138,7 @@ def _on(backend: Tokenizer, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTok
     backend = copy.deepcopy(backend)
     backend.post_processor = (
         tokenizer.backend_tokenizer.post_processor
-    )  # whether BOS is added is for the config to say
+    )  # the config decides whether BOS is added
     backend.add_tokens(
         [
             AddedToken(token.content, normalized=False, special=token.special)

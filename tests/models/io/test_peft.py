@@ -126,7 +126,7 @@ def test_what_is_lost_in_bfloat16_by_hand() -> None:
         ({"arrow_config": {"top_k": 3}}, "arrow_config"),
         (
             {"some_new_setting": 0.5},
-            "some_new_setting = 0.5 is not supported .what it changes is not known here",
+            "some_new_setting = 0.5 is not supported .its effect is not known here",
         ),
         ({"r": 3}, r"has shape \(2, 16\), but the model needs \(3, 16\)"),
     ],
@@ -173,7 +173,7 @@ def test_tensors_that_do_not_fit_are_named(adapter: pathlib.Path) -> None:
             load_adapter(adapter, CONFIG)
     twice = {key.replace("base_model.model.", ""): value for key, value in tensors.items()}
     save_file({**tensors, **twice}, path)
-    with pytest.raises(InputError, match="two tensors for one place"):
+    with pytest.raises(InputError, match="two tensors for one module"):
         load_adapter(adapter, CONFIG)
     save_file({}, path)
     with pytest.raises(InputError, match="has no tensors"):
