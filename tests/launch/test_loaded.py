@@ -122,8 +122,8 @@ def test_a_score_is_read_at_the_end_of_the_turn(reward):
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        (lambda loaded: loaded.generate("Once"), "prompts is no list of prompts; give a list, each a text"),
-        (lambda loaded: loaded.generate([5, 6]), "prompts is no list of prompts"),
+        (lambda loaded: loaded.generate("Once"), "prompts must be a list of prompts, each a text"),
+        (lambda loaded: loaded.generate([5, 6]), "prompts must be a list of prompts"),
         (lambda loaded: loaded.generate([[]]), "prompt 0 has no tokens"),
         (lambda loaded: loaded.generate(["a", [1.5]]), "prompt 1 holds float64 values; token ids are whole"),
         (lambda loaded: loaded.generate([[1, [2, 3]]]), "prompt 0 holds lists of unlike lengths"),
@@ -137,8 +137,8 @@ def test_a_score_is_read_at_the_end_of_the_turn(reward):
             r"prompt 0: messages\[0\].content: is missing",
         ),
         (lambda loaded: loaded.generate(["a"], temperature=-1), "temperature is -1; it must be 0"),
-        (lambda loaded: loaded.chat("Hi"), "messages is no list of messages; write"),
-        (lambda loaded: loaded.chat([]), "messages is no list of messages"),
+        (lambda loaded: loaded.chat("Hi"), "messages must be a list of messages; write"),
+        (lambda loaded: loaded.chat([]), "messages must be a list of messages"),
         (lambda loaded: loaded.score(answered("a")), "has no score head, so it is a language model"),
     ],
 )
@@ -153,7 +153,7 @@ def test_what_a_language_model_cannot_do_is_one_sentence(wrong, words, loaded):
         (lambda reward: reward.chat(HELLO), "is a reward model: it gives scores and cannot write"),
         (lambda reward: reward.score(HELLO), "the conversation: messages has no assistant turn"),
         (lambda reward: reward.score([answered("a"), 5]), "conversation 1: messages is no list of messages"),
-        (lambda reward: reward.score("Hi"), "conversations is no list of messages"),
+        (lambda reward: reward.score("Hi"), "conversations must be a list of messages"),
         (
             lambda reward: reward.score([answered("a") + HELLO]),
             "conversation 0: the last message is not the assistant's",

@@ -125,7 +125,7 @@ def test_one_engine_draws_for_a_whole_run():
         asked_of.append(
             (params, [one.tokens for one in prompts], 1.0 if temperature is None else temperature)
         )
-        compiled.append(device.decode._cache_size() + device.read._cache_size())
+        compiled.append(device.decode._cache_size() + device.prefill._cache_size())
     assert compiled[0] == compiled[1] == compiled[2]
     for step, (trajectories, (params, prompts, temperature)) in enumerate(zip(drawn, asked_of, strict=True)):
         sampling = Sampling(temperature)
