@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from answers import answers
+from completing import complete
 
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.sharding import make_mesh, tree_shardings
@@ -66,7 +66,7 @@ def forward(params, tokens_BT, *, model):
 
 
 def test_greedy_is_the_argmax_of_the_full_forward_at_every_step(model, params):
-    samples = answers(model, params, PROMPTS, max_new_tokens=12, batch_size=3)
+    samples = complete(model, params, PROMPTS, max_new_tokens=12, batch_size=3)
     assert [sample.prompt for sample in samples] == [0, 1, 2, 3]
     for prompt, sample in zip(PROMPTS, samples, strict=True):
         expected = logprobs_after(model, params, prompt, sample.tokens)
@@ -89,7 +89,7 @@ def test_local_layers_and_softcap_decode_as_the_full_forward():
     )
     model = make_model(config)
     params = sharpen(model.init(jax.random.key(0)))
-    (sample,) = answers(model, params, PROMPTS[:1], max_new_tokens=16)
+    (sample,) = complete(model, params, PROMPTS[:1], max_new_tokens=16)
     expected = logprobs_after(model, params, PROMPTS[0], sample.tokens)
     np.testing.assert_array_equal(sample.tokens, expected.argmax(axis=-1))
     np.testing.assert_allclose(sample.logprobs, expected.max(axis=-1), atol=1e-4, rtol=0)
@@ -105,8 +105,8 @@ def test_a_sample_does_not_depend_on_its_batch(model, params):
         "num_samples": 3,
         "seed": 11,
     }
-    together = answers(model, params, PROMPTS, batch_size=12, **options)
-    apart = answers(model, params, PROMPTS, batch_size=2, **options)
+    together = complete(model, params, PROMPTS, batch_size=12, **options)
+    apart = complete(model, params, PROMPTS, batch_size=2, **options)
     for left, right in zip(together, apart, strict=True):
         assert (left.prompt, left.sample) == (right.prompt, right.sample)
         np.testing.assert_array_equal(left.tokens, right.tokens)
@@ -114,36 +114,36 @@ def test_a_sample_does_not_depend_on_its_batch(model, params):
         expected = logprobs_after(model, params, PROMPTS[left.prompt], left.tokens)
         np.testing.assert_allclose(left.logprobs, expected[np.arange(10), left.tokens], atol=1e-4, rtol=0)
     assert len({tuple(sample.tokens) for sample in together}) == 12
-    alone = answers(model, params, PROMPTS[:1], batch_size=12, **options)
+    alone = complete(model, params, PROMPTS[:1], batch_size=12, **options)
     np.testing.assert_array_equal(alone[2].tokens, together[2].tokens)
-    other = answers(model, params, PROMPTS, batch_size=12, **{**options, "seed": 12})
+    other = complete(model, params, PROMPTS, batch_size=12, **{**options, "seed": 12})
     assert any((a.tokens != b.tokens).any() for a, b in zip(together, other, strict=True))
 
 
 def test_top_k_of_one_is_greedy(model, params):
-    greedy = answers(model, params, PROMPTS, max_new_tokens=6)
-    drawn = answers(model, params, PROMPTS, max_new_tokens=6, temperature=5.0, top_k=1)
-    narrow = answers(model, params, PROMPTS, max_new_tokens=6, temperature=1.0, top_p=1e-6)
+    greedy = complete(model, params, PROMPTS, max_new_tokens=6)
+    drawn = complete(model, params, PROMPTS, max_new_tokens=6, temperature=5.0, top_k=1)
+    narrow = complete(model, params, PROMPTS, max_new_tokens=6, temperature=1.0, top_p=1e-6)
     for a, b, c in zip(greedy, drawn, narrow, strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_array_equal(a.tokens, c.tokens)
 
 
 def test_stop_tokens_end_an_answer_and_belong_to_it(model, params):
-    free = answers(model, params, PROMPTS, max_new_tokens=8)
+    free = complete(model, params, PROMPTS, max_new_tokens=8)
     stop = int(free[2].tokens[3])
     first = int(np.flatnonzero(free[2].tokens == stop)[0])
-    stopped = answers(model, params, PROMPTS, max_new_tokens=8, stop_token_ids=(stop,))
+    stopped = complete(model, params, PROMPTS, max_new_tokens=8, stop_token_ids=(stop,))
     assert stopped[2].finish_reason == "stop"
     np.testing.assert_array_equal(stopped[2].tokens, free[2].tokens[: first + 1])
     assert len(stopped[2].logprobs) == first + 1
 
-    ignoring = answers(model, params, PROMPTS, max_new_tokens=8, stop_token_ids=(stop,), ignore_eos=True)
+    ignoring = complete(model, params, PROMPTS, max_new_tokens=8, stop_token_ids=(stop,), ignore_eos=True)
     for a, b in zip(free, ignoring, strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         assert b.finish_reason == "length"
 
-    late = answers(
+    late = complete(
         model, params, PROMPTS, max_new_tokens=8, stop_token_ids=(stop,), min_new_tokens=first + 2
     )[2]
     assert len(late.tokens) >= first + 2 and stop not in late.tokens[: first + 1]
@@ -155,15 +155,15 @@ def test_stop_tokens_end_an_answer_and_belong_to_it(model, params):
 
 
 def test_no_tokens_asked_for(model, params):
-    samples = answers(model, params, PROMPTS[:2], max_new_tokens=0, num_samples=2)
+    samples = complete(model, params, PROMPTS[:2], max_new_tokens=0, num_samples=2)
     assert [len(sample.tokens) for sample in samples] == [0] * 4
     assert {sample.finish_reason for sample in samples} == {"length"}
-    assert answers(model, params, [], max_new_tokens=3) == []
+    assert complete(model, params, [], max_new_tokens=3) == []
 
 
 def test_an_answer_ends_where_the_context_is_full(model, params):
     long, short = np.full(CONFIG.max_length - 3, 5), np.asarray([5])
-    samples = answers(model, params, [long, short], max_new_tokens=8)
+    samples = complete(model, params, [long, short], max_new_tokens=8)
     assert [len(sample.tokens) for sample in samples] == [3, 8]
     assert samples[0].finish_reason == "length"
 
@@ -185,7 +185,7 @@ def test_an_answer_ends_where_the_context_is_full(model, params):
 def test_bad_input_is_refused_in_one_sentence(model, params, prompt, options, words):
     prompts = [np.asarray([1]), np.asarray(prompt)]
     with pytest.raises(InputError, match=words):
-        answers(
+        complete(
             model,
             params,
             prompts,
@@ -197,8 +197,8 @@ def test_bad_input_is_refused_in_one_sentence(model, params, prompt, options, wo
 def test_sharded_parameters_give_the_same_answers(model, params):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     sharded = jax.device_put(params, tree_shardings(params, mesh))
-    whole = answers(model, params, PROMPTS[:3], max_new_tokens=6, temperature=0.7)
-    split = answers(model, sharded, PROMPTS[:3], max_new_tokens=6, temperature=0.7)
+    whole = complete(model, params, PROMPTS[:3], max_new_tokens=6, temperature=0.7)
+    split = complete(model, sharded, PROMPTS[:3], max_new_tokens=6, temperature=0.7)
     for a, b in zip(whole, split, strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4, rtol=0)
@@ -239,14 +239,14 @@ def test_the_decode_loop_copies_neither_cache_nor_weights():
 def test_stream_says_what_generate_says_and_reads_only_what_is_new(model, params):
     stream = Stream(model, params, stop_token_ids=())
     first = PROMPTS[2]
-    (whole,) = answers(model, params, [first], max_new_tokens=7)
+    (whole,) = complete(model, params, [first], max_new_tokens=7)
     answer = list(stream.complete(first, max_new_tokens=7, sampling=Sampling()))
     assert answer == whole.tokens.tolist()
 
     # The next turn repeats the conversation and adds to it; a third one goes back to an earlier place.
     for prompt in ([*first, *answer, 8, 9], [*first[:4], 20, 21]):
         prompt = np.asarray(prompt)
-        (whole,) = answers(model, params, [prompt], max_new_tokens=7)
+        (whole,) = complete(model, params, [prompt], max_new_tokens=7)
         assert list(stream.complete(prompt, max_new_tokens=7, sampling=Sampling())) == whole.tokens.tolist()
 
 
@@ -256,12 +256,12 @@ def test_a_stream_may_be_left_at_any_token(model, params):
     left = [next(tokens) for _ in range(3)]
     tokens.close()
     prompt = np.asarray([*PROMPTS[0], *left, 4])
-    (whole,) = answers(model, params, [prompt], max_new_tokens=5)
+    (whole,) = complete(model, params, [prompt], max_new_tokens=5)
     assert list(stream.complete(prompt, max_new_tokens=5, sampling=Sampling())) == whole.tokens.tolist()
 
 
 def test_a_stream_ends_at_a_stop_token(model, params):
-    (whole,) = answers(model, params, PROMPTS[:1], max_new_tokens=7)
+    (whole,) = complete(model, params, PROMPTS[:1], max_new_tokens=7)
     stop = int(whole.tokens[2])
     stream = Stream(model, params, stop_token_ids=(stop,))
     answer = list(stream.complete(PROMPTS[0], max_new_tokens=7, sampling=Sampling()))

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from answers import answers
+from completing import complete
 
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.sharding import make_mesh, tree_shardings
@@ -41,7 +41,7 @@ def sampled(config, dtype="float32", mesh=None, lora=None):
     params["embed"]["embedding"] = params["embed"]["embedding"] * 10.0
     if mesh is not None:
         params = jax.device_put(params, tree_shardings(params, mesh))
-    samples = answers(
+    samples = complete(
         model,
         params,
         PROMPTS,
