@@ -53,16 +53,16 @@ def encode_choices(
     if chat:
         tokenizer = need_tokenizer(loaded)
         ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in choices]
-        whole = [np.concatenate([prompt_ids, np.asarray(end, np.int32)]) for end in ends]
+        sequences = [np.concatenate([prompt_ids, np.asarray(end, np.int32)]) for end in ends]
     else:
         space = "" if prompt[-1:].isspace() else " "
         texts = [prompt + space + text for text in choices]
-        whole = [encode_user_prompt(loaded, text, chat=False, name=name) for text in texts]
-    columns = zip(prompt_ids, *whole, strict=False)
+        sequences = [encode_user_prompt(loaded, text, chat=False, name=name) for text in texts]
+    columns = zip(prompt_ids, *sequences, strict=False)
     shared = sum(1 for _ in itertools.takewhile(lambda ids: len(set(ids)) == 1, columns))
     if shared == 0:
         raise InputError(f"{name}: the prompt has no token that every choice starts with.")
-    for ids, text in zip(whole, choices, strict=True):
+    for ids, text in zip(sequences, choices, strict=True):
         if len(ids) == shared:
             raise InputError(f"{name}: the choice {text!r} has no token of its own.")
         if len(ids) > loaded.config.max_length:
@@ -70,7 +70,7 @@ def encode_choices(
                 f"{name} has {len(ids)} tokens with the choice {text!r}, more than the model's context of "
                 f"{loaded.config.max_length}; shorten it."
             )
-    return EncodedChoices(whole, shared)
+    return EncodedChoices(sequences, shared)
 
 
 def choice_logps(
@@ -110,7 +110,7 @@ def choice_logps(
         progress=show,
     )
     logps_S = np.zeros(len(sequences))
-    logps_S[[place for row in rows for place in row]] = -sums_S4[:, 0]
+    logps_S[[index for row in rows for index in row]] = -sums_S4[:, 0]
     if not np.isfinite(logps_S).all():
         raise InputError(
             "A choice's log-probability is not finite; the model's weights or model.dtype cannot be right."
@@ -124,7 +124,7 @@ def _batches(
     """Batches of packed rows, `[rows_per_batch, width]`; the last one is filled up with rows of padding."""
     for first in range(0, len(rows), rows_per_batch):
         filled = [
-            _row([sequences[place] for place in row], width) for row in rows[first : first + rows_per_batch]
+            _row([sequences[index] for index in row], width) for row in rows[first : first + rows_per_batch]
         ]
         filled += [empty_row(width)] * (rows_per_batch - len(filled))
         yield {key: np.stack([row[key] for row in filled]) for key in filled[0]}

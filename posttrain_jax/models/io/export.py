@@ -1,9 +1,9 @@
-"""Hands a model back to Hugging Face: a folder that `transformers` loads with equal logits.
+"""Exports a model: a Hugging Face folder that `transformers` loads with equal logits.
 
 A model with a `score_head` becomes a `...ForSequenceClassification` with one label. The head of transformers has no
-bias, and no weight of the model could take one (what comes out of the last norm has no constant direction), so a bias
-is noted in config.json as `score_bias`, where `load_model` finds it again: our score = transformers' + `score_bias`.
-Its chat template ends where the score is read, see `models/scoring_template.py`.
+bias, and no weight of the model could take one (the output of the last norm has no constant direction), so a bias is
+written into config.json as `score_bias`, and `load_model` reads it there: our score = transformers' + `score_bias`.
+Its chat template ends where the score is read, see `scoring_template.py`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def export_hf(
         raise InputError(f"{folder}: there is something already; remove it or give another folder.")
     stored = dtype or str(jax.tree.leaves(params)[0].dtype)
     if lora is not None and lora.rank:
-        _say_what_is_lost(merge_error(params, lora, stored), stored)
+        _warn_of_lost_adapter(merge_error(params, lora, stored), stored)
         params = merge_lora(params, lora)
     reward, bias = "score_head" in params, 0.0
     if reward:
@@ -98,8 +98,8 @@ def export_hf(
         ) from error
 
 
-def _say_what_is_lost(error: float, dtype: str) -> None:
-    """A small adapter is rounded away where it is merged into weights of few digits."""
+def _warn_of_lost_adapter(error: float, dtype: str) -> None:
+    """Warns where merging a small adapter into weights of few digits rounds it away."""
     if error > 0.05:
         logging.getLogger(__name__).warning(
             "Merged into %s, what the adapter changes is off by %.3g %% (measured on these weights, relative to the "
@@ -110,7 +110,7 @@ def _say_what_is_lost(error: float, dtype: str) -> None:
 
 
 def put_in_place(made: pathlib.Path, folder: pathlib.Path) -> None:
-    """Renames `made` to `folder`; what is there already goes beside `made`, and comes back if that fails."""
+    """Renames `made` to `folder`; an old `folder` is moved beside `made`, and moved back if that fails."""
     replaced = made.with_name("replaced")
     if folder.exists():
         os.replace(folder, replaced)
@@ -139,7 +139,7 @@ def write_model_folder(
       dtype: the weights' type, as config.json names it.
       reward: a reward model. Its padding token is never the one that ends a text (`tokenizer.scoring_pad_id`), in
         config.json and in the tokenizer.
-      score_bias: of a reward model, see above; a workdir's stands in its checkpoint instead.
+      score_bias: of a reward model, see above; a workdir has it in its checkpoint instead.
 
     Raises:
       InputError: a reward model without a padding token.

@@ -1,9 +1,9 @@
 """`ModelConfig` from a Hugging Face `config.json`; `hf_config_out.py` is the way back.
 
 Files written by transformers 4 (`rope_theta`, `rope_scaling`, `rope_local_base_freq`) and 5 (`rope_parameters`) are
-both read, through transformers' own config classes, so that its defaults are ours. What transformers would compute from
-a file is what counts: a key that changes it is honored or refused by name (`hf_keys.py`), and so is a value of which
-nothing can be made.
+both read, through transformers' own config classes, so that its defaults are ours. The
+reference is what transformers computes from a file: a key that changes it is honored or refused by name (`hf_keys.py`),
+and so is a value that no model can have.
 
 A `...ForSequenceClassification` with one label is a reward model. It has no vocabulary projection, so its config is
 read as `tied_embeddings`, whatever the file holds: its parameters have no `head`.
@@ -21,7 +21,7 @@ from transformers import AutoConfig
 
 from posttrain_jax.core.errors import InputError, shown
 from posttrain_jax.models.config import ModelConfig, RopeConfig, check_sizes
-from posttrain_jax.models.io.hf_keys import check_keys, check_values, say_once
+from posttrain_jax.models.io.hf_keys import check_keys, check_values, log_once
 
 FAMILIES = ("gemma2", "gemma3", "gemma3_text", "llama", "ministral", "mistral", "qwen2", "qwen3")
 """The `model_type`s that are known; "gemma3" (with images) is read as its text model."""
@@ -253,13 +253,13 @@ def _ids(values: dict[str, Any], key: str, where: str) -> tuple[int, ...]:
 def _id(values: dict[str, Any], key: str, where: str) -> int | None:
     index = next(iter(_ids(values, key, where)), None)
     if index is not None and index >= values["vocab_size"]:  # it would be looked up in the embedding
-        say_once(f"{where}: {key} is {shown(index)}, beyond the vocabulary, and is not used.")
+        log_once(f"{where}: {key} is {shown(index)}, beyond the vocabulary, and is not used.")
         return None
     return index
 
 
 def _windows(values: dict[str, Any], where: str) -> tuple[int, tuple[bool, ...]]:
-    """(sliding window, which layers are local). Mistral slides in every layer, llama in none; others say it by
+    """(sliding window, which layers are local). Mistral slides in every layer, llama in none; others name them in
     layer_types."""
     n_layers = values["num_hidden_layers"]
     if values["model_type"] == "llama":

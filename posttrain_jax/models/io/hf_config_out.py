@@ -1,7 +1,7 @@
 """A `ModelConfig` as a Hugging Face `config.json`.
 
-Written is the form of transformers 4, which 5 reads too. Nothing is handed out that was not read back and found to be
-the same model.
+It is written in the form of transformers 4, which 5 reads too. Every config is read back before it is returned, and
+must describe the same model.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def config_to_hf(
     Args:
       original: the config.json that the model came with; its other fields are kept.
       reward: a reward model, `...ForSequenceClassification` with one label.
-      score_bias: of a reward model: what its scores are above those that transformers computes.
+      score_bias: of a reward model: its scores minus those that transformers computes.
     """
     config = reward_config(config) if reward else config
     written = _fields(config)
@@ -95,7 +95,7 @@ def config_to_hf(
 
 
 def _read_back(written: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """A config.json that is to be written, once it was read as transformers would and found to be the same model.
+    """Returns a config.json after reading it as transformers would and checking that it describes the same model.
 
     Raises:
       InputError: a config.json of this family cannot describe the model.

@@ -1,6 +1,6 @@
-"""Which keys of a Hugging Face config.json are read, which change nothing, and what becomes of all others.
+"""Which keys of a Hugging Face config.json are read, which change nothing, and how all others are handled.
 
-What counts is what transformers computes from a file. A key that it reads is read here or refused. A key of another
+The reference is what transformers computes from a file. A key that it reads is read here or refused. A key of another
 family, which it ignores (`sliding_window` of a llama), is ignored here too, with a message. A key that nobody
 reads is named; where its name sounds as if it changed the computation, the file is refused.
 """
@@ -139,7 +139,7 @@ _SOUNDS = re.compile(
 def check_keys(fields: dict[str, Any], model_type: str, where: str) -> None:
     """Refuses, or names in the log, the keys of a config.json that transformers does not read for this family.
 
-    A value that means "off" (null, false, 0, nothing) is taken from every such key.
+    A value that means "off" (null, false, 0, nothing) is accepted for every such key.
 
     Args:
       fields: the text model's part.
@@ -160,7 +160,7 @@ def check_keys(fields: dict[str, Any], model_type: str, where: str) -> None:
                 "for this model, remove the key from the file."
             )
     if extra:
-        say_once(
+        log_once(
             f"{where}: ignored, as transformers does for a {model_type} model: "
             f"{', '.join(f'{shown(key)[1:-1]} = {shown(fields[key], 40)}' for key in extra[:12])}"
             f"{f' and {len(extra) - 12} more' if len(extra) > 12 else ''}."
@@ -168,7 +168,7 @@ def check_keys(fields: dict[str, Any], model_type: str, where: str) -> None:
 
 
 @functools.cache
-def say_once(line: str) -> None:
+def log_once(line: str) -> None:
     """Once in a process: a config is read several times on its way to a model."""
     logging.getLogger(__name__).warning("%s", line)
 

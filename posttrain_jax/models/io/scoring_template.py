@@ -26,7 +26,7 @@ def for_scoring(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """A copy of a tokenizer whose chat templates end with the end of the last turn.
 
     A template that cannot be made so (it refuses a plain conversation, or ends turns with no special token) stays as
-    it is; where it writes something after the end of the turn, a message tells so.
+    it is; where it writes something after the end of the turn, a message says so.
     """
     made = copy.deepcopy(tokenizer)
     if isinstance(tokenizer.chat_template, dict):

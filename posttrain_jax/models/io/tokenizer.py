@@ -173,8 +173,8 @@ def _ids_of_config(folder: pathlib.Path) -> dict[str, int]:
 def changed_text(reference: Tokenizer, tokenizer: PreTrainedTokenizerFast) -> str | None:
     """A text to which a tokenizer gives other ids than the file that it was made of; None where there is none.
 
-    Asked are texts that show how a tokenizer splits, alone and around the file's special and added tokens. Tokens that
-    the folder adds to those of the file are its own.
+    It tries texts that show how a tokenizer splits, alone and around the file's special and added tokens. Tokens that
+    the folder adds to those of the file are left out.
     """
     added = list(reference.get_added_tokens_decoder().values())
     some = [token.content for token in [*added[:24], *added[24:][-24:]]]
@@ -308,7 +308,7 @@ def _from_gguf(file: GgufFile) -> PreTrainedTokenizerFast:
 def _of_metadata(
     metadata: dict[str, Any], where: str, load: Callable[[pathlib.Path], PreTrainedTokenizerFast]
 ) -> PreTrainedTokenizerFast:
-    """What `load` makes of the tokenizer.json that `build_tokenizer` makes of the metadata, which is cached."""
+    """What `load` makes of the tokenizer.json that `build_tokenizer` makes of the metadata; that file is cached."""
     cached = _cache_path(metadata)
     if cached.is_file():
         try:
@@ -320,7 +320,7 @@ def _of_metadata(
 
 
 def _cache_path(metadata: dict[str, Any]) -> pathlib.Path:
-    """Where the built tokenizer.json is kept: keyed by everything that it is built from."""
+    """The path of the built tokenizer.json, keyed by everything that it is built from."""
     parts = {key: value for key, value in metadata.items() if key.startswith("tokenizer.ggml.")}
     digest = hashlib.sha256(json.dumps([_CACHE_FORMAT, parts], sort_keys=True).encode()).hexdigest()
     return cache_root() / "tokenizers" / f"{digest[:32]}.json"
