@@ -165,21 +165,29 @@ def generate_as_finished(
     """
     limits = options.max_new_tokens
     limits = [limits] * len(prompts) if isinstance(limits, int) else list(limits)
-    if len(limits) != len(prompts):
-        raise InputError(f"max_new_tokens has {len(limits)} entries for {len(prompts)} prompts.")
+    ids = list(ids) if len(ids) else list(range(len(prompts)))
+    for option, values in (("max_new_tokens", limits), ("ids", ids)):
+        if len(values) != len(prompts):
+            raise InputError(f"{option} has {len(values)} entries for {len(prompts)} prompts.")
     if options.stop_strings and tokenizer is None:
         raise InputError("stop strings need the model's tokenizer, and there is none.")
-    rows, cuts = [], []
+    checked = []
     for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         name = names[index] if names else f"prompt {index}"
-        row, cut = _shorten(np.asarray(prompt), model, limit, name, options)
-        check_prompt(model, row, name, limit)
-        rows.append(row.astype(np.int32))
-        cuts.append(cut)
-    ids = list(ids) if len(ids) else list(range(len(prompts)))
-    if len(ids) != len(prompts):
-        raise InputError(f"There are {len(ids)} ids for {len(prompts)} prompts.")
-    return _completions(model, params, rows, ids, cuts, limits, options, tokenizer, frozenset(done), engine)
+        tokens, cut = _shorten(np.asarray(prompt), model, limit, name, options)
+        check_prompt(model, tokens, name, limit)
+        checked.append(_CheckedPrompt(tokens.astype(np.int32), cut, limit, ids[index]))
+    return _completions(model, params, checked, options, tokenizer, frozenset(done), engine)
+
+
+@dataclasses.dataclass(frozen=True)
+class _CheckedPrompt:
+    """A prompt as the engine reads it, without the `cut` tokens at its start."""
+
+    tokens: np.ndarray
+    cut: int
+    max_new_tokens: int
+    id: int
 
 
 def _shorten(
@@ -213,62 +221,55 @@ def _shorten(
 def _completions(
     model: Model,
     params: PyTree,
-    prompts: list[np.ndarray],
-    ids: list[int],
-    cuts: list[int],
-    limits: list[int],
+    prompts: list[_CheckedPrompt],
     options: GenerateOptions,
     tokenizer: Decoder | None,
     done: frozenset[tuple[int, int]],
     engine: Engine | None,
 ) -> Iterator[Sample]:
-    open_samples = [
-        (prompt, sample)
-        for prompt in range(len(prompts))
-        for sample in range(options.num_samples)
-        if (prompt, sample) not in done
-    ]
-    no_logps = np.zeros(0, np.float32)
-    for prompt, sample in open_samples:
-        if limits[prompt] == 0:
-            empty = np.zeros(0, np.int32)
-            yield Sample(prompt, sample, empty, no_logps, no_logps, "length", cut=cuts[prompt])
-    open_samples = [(prompt, sample) for prompt, sample in open_samples if limits[prompt] > 0]
-    if not open_samples:
-        return
     special, strings = split_stops(options.stop_strings, special_tokens(tokenizer))
     stops = tuple(sorted({*special, *(() if options.ignore_eos else options.stop_token_ids)}))
+    requests: dict[tuple[int, int], Request] = {}
+    for index, prompt in enumerate(prompts):
+        for number in range(options.num_samples):
+            if (index, number) in done:
+                continue
+            if prompt.max_new_tokens == 0:
+                nothing = np.zeros(0, np.float32)
+                yield Sample(index, number, np.zeros(0, np.int32), nothing, nothing, "length", cut=prompt.cut)
+                continue
+            requests[index, number] = Request(
+                tokens=prompt.tokens,
+                max_new_tokens=prompt.max_new_tokens,
+                min_new_tokens=options.min_new_tokens,
+                stop_token_ids=stops,
+                stop_strings=strings,
+                sampling=options.sampling,
+                seed=options.seed or 0,
+                prompt=prompt.id,
+                sample=number,
+            )
+    if not requests:
+        return
+    limit = max(prompt.max_new_tokens for prompt in prompts)
     engine = engine or Engine(
         model,
         params,
         slots=min(options.batch_size, len(prompts) * options.num_samples),
-        max_length=max_length_for(prompts, max(limits)),
-        max_new_tokens=bucket(max(limits)),
+        max_length=max_length_for([prompt.tokens for prompt in prompts], limit),
+        max_new_tokens=bucket(limit),
         static_options=StaticSamplingOptions.of(options.sampling, min_tokens=options.min_new_tokens),
         max_stop_tokens=len(stops),
         tokenizer=tokenizer,
     )
-    samples: dict[int, tuple[int, int]] = {}
-    for prompt, sample in open_samples:
-        request = Request(
-            tokens=prompts[prompt],
-            max_new_tokens=limits[prompt],
-            min_new_tokens=options.min_new_tokens,
-            stop_token_ids=stops,
-            stop_strings=strings,
-            sampling=options.sampling,
-            seed=options.seed or 0,
-            prompt=ids[prompt],
-            sample=sample,
-        )
-        samples[engine.submit(request)] = prompt, sample
+    samples = {engine.submit(request): sample for sample, request in requests.items()}
     parts: dict[int, list[Update]] = {}
     while engine.busy:
         for update in engine.step():
             parts.setdefault(update.request_id, []).append(update)
             if update.finish_reason is not None:
-                prompt, sample = samples[update.request_id]
-                yield _joined(parts.pop(update.request_id), prompt, sample, cuts[prompt])
+                index, number = samples[update.request_id]
+                yield _joined(parts.pop(update.request_id), index, number, prompts[index].cut)
 
 
 def _joined(parts: list[Update], prompt: int, sample: int, cut: int) -> Sample:
