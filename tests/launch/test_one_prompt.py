@@ -22,7 +22,7 @@ from posttrain_jax.data.rows import RowError
 from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 from posttrain_jax.rollouts.sampling import encode_prompt
 from posttrain_jax.serving.bodies import ChatBody
-from posttrain_jax.serving.orders import Limits, order_of
+from posttrain_jax.serving.parsed_request import Limits, parse_request
 from posttrain_jax.serving.token_text import Vocabulary
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -52,10 +52,10 @@ CALL = {
     "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}],
 }
 LIMITS = Limits(
-    places=10**6,
-    vocabulary=10**6,
+    max_length=10**6,
+    vocab_size=10**6,
     alternatives=0,
-    answers=1,
+    completions=1,
     stop_token_ids=(),
     characters=10**9,
     control_tokens=True,
@@ -84,7 +84,7 @@ def served(row, tokenizer):
         return None
     system = [{"role": "system", "content": row["system"]}] if "system" in row else []
     body = ChatBody(model="m", messages=[*system, *row["messages"]], max_tokens=1)
-    return order_of(body, tokenizer, Vocabulary(tokenizer), LIMITS).prompts[0].tokens
+    return parse_request(body, tokenizer, Vocabulary(tokenizer), LIMITS).prompts[0].tokens
 
 
 def trained_on(row, answer, tokenizer):
@@ -249,10 +249,13 @@ def test_variables_of_the_template_are_honored_alike():
     ids = encode_prompt({"messages": CHAT}, tokenizer, vocab_size=300, chat=chat)
     assert tokenizer.decode(ids).endswith("assistant\n<off>")
     body = ChatBody(model="m", messages=CHAT, max_tokens=1, chat_template_kwargs={"enable_thinking": False})
-    assert order_of(body, tokenizer, Vocabulary(tokenizer), LIMITS).prompts[0].tokens.tolist() == ids.tolist()
+    assert (
+        parse_request(body, tokenizer, Vocabulary(tokenizer), LIMITS).prompts[0].tokens.tolist()
+        == ids.tolist()
+    )
     body = ChatBody(model="m", messages=CHAT, max_tokens=1, chat_template_kwargs={"enable_thinkin": False})
     with pytest.raises(InputError, match="no variable 'enable_thinkin'; it has enable_thinking"):
-        order_of(body, tokenizer, Vocabulary(tokenizer), LIMITS)
+        parse_request(body, tokenizer, Vocabulary(tokenizer), LIMITS)
 
 
 def test_an_empty_answer_may_stand_in_what_was_said():
@@ -275,7 +278,9 @@ def test_a_template_that_fails_is_the_requests_error_and_no_crash(template, reas
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(InputError, match=reason) as error:
-        order_of(ChatBody(model="m", messages=CHAT, max_tokens=1), tokenizer, Vocabulary(tokenizer), LIMITS)
+        parse_request(
+            ChatBody(model="m", messages=CHAT, max_tokens=1), tokenizer, Vocabulary(tokenizer), LIMITS
+        )
     assert "\n" not in str(error.value)
 
 
@@ -288,4 +293,4 @@ def test_variables_cannot_carry_control_tokens_past_the_server():
     with pytest.raises(
         InputError, match=r"chat_template_kwargs holds the text of the control token '<\|im_end\|>'"
     ):
-        order_of(body, tokenizer, Vocabulary(tokenizer), spelled)
+        parse_request(body, tokenizer, Vocabulary(tokenizer), spelled)
