@@ -1,4 +1,4 @@
-"""What `posttrain_jax.load` gives: chat, generate and score, with real (tiny, random) models; and the README's code."""
+"""What `posttrain_jax.load` gives: chat, generate and score, with real (tiny, random) models; and the code of docs/models.md."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def answered(text: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Named as in the README."""
+    """Named as in docs/models.md."""
     root = tmp_path_factory.mktemp("readme")
     save_tiny_model(root / "runs" / "smollm2")
     save_tiny_reward_model(root / "runs" / "reward")
@@ -46,15 +46,14 @@ def reward(folders):
     return posttrain_jax.load(str(folders / "runs" / "reward"))
 
 
-def test_the_readmes_code_runs(folders, monkeypatch):
+def test_the_code_of_the_docs_runs(folders, monkeypatch):
     monkeypatch.chdir(folders)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    ours = [block for block in blocks if "openai" not in block]  # that one: test_serve.py
-    assert len(ours) == 1
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "models.md").read_text("utf-8"), re.DOTALL)
+    assert len(blocks) == 2
     names: dict = {}
-    for block in ours:
+    for block in blocks:
         exec(block, names)
-    assert isinstance(names["answer"].text, str) and len(names["texts"]) == 8
+    assert isinstance(names["reply"].text, str) and len(names["texts"]) == 8
     assert names["logits"].shape == (1, len(names["texts"][0].token_ids), 260)
     assert len(names["scores"]) == 2 and np.ptp(names["scores"]) > 0
 

@@ -42,10 +42,10 @@ def client(base_url):
         yield client
 
 
-def test_the_readmes_client_runs(base_url, loaded, capsys):
-    """The README's lines, asked of this server and its model."""
+def test_the_client_of_the_docs_runs(base_url, loaded, capsys):
+    """The lines of docs/serving.md, sent to this server and its model."""
     (code,) = re.findall(
-        r"```python\n(from openai.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL
+        r"```python\n(from openai.*?)```", (ROOT / "docs" / "serving.md").read_text("utf-8"), re.DOTALL
     )
     code = code.replace("http://127.0.0.1:8000/v1", base_url).replace("runs/smollm2", "tiny")
     exec(
