@@ -1,4 +1,4 @@
-"""What `posttrain_jax.load` gives: chat, generate and score, with real (tiny, random) models; and the code of docs/models.md."""
+"""`posttrain_jax.load`: chat, generate and score, with real (tiny, random) models; and the code of docs/models.md."""
 
 from __future__ import annotations
 

@@ -228,7 +228,7 @@ def test_an_echo_scores_the_prompt(client, loaded, max_tokens):
         ("completions", {"min_tokens": 3_000_000_000}, 400, "min_tokens is 3000000000"),
         ("completions", {"max_tokens": 1.5}, 400, "max_tokens:"),
         ("completions", {"n": 0}, 400, "n:"),
-        ("completions", {"n": 100, "prompt": ["a"] * 3}, 400, "300 answers"),
+        ("completions", {"n": 100, "prompt": ["a"] * 3}, 400, "300 completions"),
         ("completions", {"n": 2, "prompt": ["a"] * 100, "echo": True, "logprobs": 1}, 400, "together 300"),
         ("completions", {"logprobs": 21}, 400, "at most 20"),
         ("completions", {"stop": ["a"] * 16 + ["b"]}, 400, "at most 16"),
