@@ -12,7 +12,6 @@ from posttrain_jax.data.chat_template import DEFAULT_CHAT, ChatOptions
 from posttrain_jax.data.shown_row import empty_warning, shown_row
 from posttrain_jax.evaluate.tasks import Progress, chat_options
 from posttrain_jax.models.io.load import LoadedModel
-from posttrain_jax.models.io.tokenizer import stop_token_ids
 from posttrain_jax.rewards.completion import Completion
 from posttrain_jax.rewards.thoughts import answer_text, prompt_opens_thought
 from posttrain_jax.sampling.choose import Sampling
@@ -83,7 +82,7 @@ def complete_all(
     ]
     generate_options = GenerateOptions(
         max_new_tokens=options.max_new_tokens,
-        stop_token_ids=stop_token_ids(loaded.config, loaded.tokenizer),
+        stop_token_ids=loaded.stop_token_ids,
         stop_strings=options.stop,
         sampling=Sampling(temperature=options.temperature),
         seed=options.seed,
