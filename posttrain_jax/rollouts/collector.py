@@ -2,27 +2,24 @@
 
 What is sampled depends on the seed and the step alone, so a run that was killed, even while it was sampling, samples
 the same trajectories again. Other ways to collect (refilling groups whose scores are all equal, environments of
-several turns, sampling ahead with older weights) are collectors made of the same parts: `Sampler`, `score`, `stack`.
+several turns, sampling ahead with older weights) are collectors made of the same
+parts: `Sampler`, `Scorer`, `BatchMaker`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.log import log_on_host0
 from posttrain_jax.core.trees import combine
 from posttrain_jax.core.types import (
-    Array,
     CollectorState,
     Metric,
     Metrics,
@@ -32,13 +29,12 @@ from posttrain_jax.core.types import (
     TrainState,
 )
 from posttrain_jax.data.prompts import Prompt, PromptData
-from posttrain_jax.forward.packed_rows import PackedRows, map_rows
-from posttrain_jax.forward.reference import ReferencePolicy, row_logps
 from posttrain_jax.rewards.scorer import Scored, Scorer
+from posttrain_jax.rollouts.batch import BatchMaker
 from posttrain_jax.rollouts.experience import policy_params
 from posttrain_jax.rollouts.sampling import Sampler, completion_of
 from posttrain_jax.rollouts.statistics import completion_metrics
-from posttrain_jax.rollouts.trajectory import BatchShape, HostTrajectories, Trajectory, put, stack
+from posttrain_jax.rollouts.trajectory import Trajectory
 from posttrain_jax.run.batches import RowBatches
 
 FORMAT = 2  # of a collector's state; before 2 it had none
@@ -100,10 +96,8 @@ class PolicyCollector:
       loader: which of them a step has.
       sampler: with the engine, one for the whole run.
       scorer: what learning is rewarded by.
-      reference: None = no log-probabilities of a reference, and no forward pass for them.
-      shape: of the batch.
-      mesh: of the devices.
-      seed: of the run: what is sampled, and the order of trajectories in every epoch, come from it and the step.
+      make_batch: from trajectories to the batch of a step.
+      seed: of the run; what is sampled comes from it and the step.
       text: rows that are learned from beside the trajectories, a collector of its own; or None.
       gold: what evaluations score with and nothing is learned from, closed with the collector; or None.
       weights: a state -> what samples. The hook for sampling with older weights; `Trajectory.policy_step` says which.
@@ -115,10 +109,8 @@ class PolicyCollector:
         loader: RowStream,
         sampler: Sampler,
         scorer: Scorer,
+        make_batch: BatchMaker,
         *,
-        reference: ReferencePolicy | None,
-        shape: BatchShape,
-        mesh: Mesh,
         seed: int,
         text: RowBatches | None = None,
         gold: Scorer | None = None,
@@ -128,16 +120,11 @@ class PolicyCollector:
         self._loader = loader
         self._sampler = sampler
         self._scorer = scorer
-        self._reference = reference
-        self._shape = shape
-        self._mesh = mesh
+        self._make_batch = make_batch
         self._seed = seed
         self._text = text
         self._gold = gold
         self._weights = weights
-        self._reference_logps: Callable[[PyTree, PackedRows], Array] | None = None
-        if reference is not None:
-            self._reference_logps = row_logps(reference.model, sampler.options.temperature, mesh)
 
     def next(self, state: TrainState) -> StepBatch:
         """An iteration's trajectories on the devices.
@@ -164,33 +151,11 @@ class PolicyCollector:
                 f"A reward function failed at {sum(scored.failures.values())} completions, which are not learned from; "
                 f"first: {scored.error}"
             )
-        orders_EN = epoch_orders(
-            self._seed, step, epochs=self._shape.epochs, trajectories=self._shape.trajectories
-        )
-        host = stack(collected.trajectories, self._shape, orders_EN)
-        started = time.perf_counter()
-        self._add_reference_logps(host, state)
-        metrics = {f"train/{name}": metric for name, metric in _metrics(collected, step).items()}
-        if self._reference is not None:
-            metrics["train/seconds_reference"] = Metric.of(time.perf_counter() - started)
         text = self._text.next(state).batch if self._text is not None else {}
-        batch = put(host, self._mesh, has_reference=self._reference is not None, auxiliary=text)
-        return StepBatch(batch, metrics, rows.row_ids)
-
-    def _add_reference_logps(self, host: HostTrajectories, state: TrainState) -> None:
-        """In the rows that the train step begins with, so that equal weights give equal log-probabilities."""
-        if self._reference is None or self._reference_logps is None:
-            return
-        logps_NS = map_rows(
-            self._reference_logps,
-            self._reference.of_state(state),
-            host.arrays["tokens"],
-            host.arrays["response_mask"],
-            host.first_epoch,
-            self._mesh,
-        )
-        # A row's numbers stand at the token before.
-        host.arrays["reference_logps"][:, 1:] = logps_NS[:, :-1] * host.arrays["response_mask"][:, 1:]
+        batch, metrics = self._make_batch(collected.trajectories, state, text)
+        metrics = {**_metrics(collected, step), **metrics}
+        named = {f"train/{name}": metric for name, metric in metrics.items()}
+        return StepBatch(batch, named, rows.row_ids)
 
     def normalize_scores(self, params: PyTree, count: int) -> None:
         """Finds gain and bias of scores on `count` completions of the starting policy, unless a checkpoint had them.
@@ -254,17 +219,6 @@ NORMALIZE_SEED = 2**31 - 2  # of the completions that scores are normalized on, 
 def step_seed(seed: int, step: int) -> int:
     """The seed of a step's completions, from the run's."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0] >> 1)
-
-
-def epoch_orders(seed: int, step: int, *, epochs: int, trajectories: int) -> np.ndarray:
-    """For each epoch a permutation of the trajectories, int32 `[E, N]`; the same in every process."""
-    return np.asarray(_orders(jax.random.key(np.uint32(seed)), np.int32(step), epochs, trajectories))
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _orders(key: Array, step: Array, epochs: int, trajectories: int) -> Array:
-    keys = jax.random.split(jax.random.fold_in(key, step), epochs)
-    return jax.vmap(lambda one: jax.random.permutation(one, trajectories))(keys)
 
 
 def _metrics(collected: ScoredRollouts, step: int) -> Metrics:

@@ -23,6 +23,7 @@ from posttrain_jax.core.updates import new_state
 from posttrain_jax.data.loader import Loader
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.rewards.score_options import ScoreOptions
+from posttrain_jax.rollouts.batch import BatchMaker
 from posttrain_jax.rollouts.collector import PolicyCollector
 from posttrain_jax.rollouts.evaluation import SAMPLED_PROMPTS, Evaluation
 from posttrain_jax.rollouts.experience import Networks
@@ -156,9 +157,7 @@ def online_task(config: Config, workdir: Path, online: Online) -> Task:
         Loader(prompts.sources, rows_per_step=config.train.rows_per_step, seed=config.seed),
         sampler,
         scorer,
-        reference=reference,
-        shape=shape,
-        mesh=mesh,
+        BatchMaker(shape, mesh, seed=config.seed, reference=reference, temperature=options.temperature),
         seed=config.seed,
         text=text,
         gold=gold,

@@ -19,7 +19,7 @@ from posttrain_jax.core.types import Metrics, PyTree
 from posttrain_jax.data.prompts import Prompt
 from posttrain_jax.models.reward_head import score_head_params
 from posttrain_jax.models.transformer import make_model
-from posttrain_jax.rollouts.collector import epoch_orders
+from posttrain_jax.rollouts.batch import epoch_orders
 from posttrain_jax.rollouts.experience import Networks
 from posttrain_jax.rollouts.trajectory import BatchShape, HostTrajectories, Trajectory, put, stack
 from posttrain_jax.wiring.online import init_state
