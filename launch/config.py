@@ -6,97 +6,232 @@ import dataclasses
 import difflib
 import importlib.util
 import json
-import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from posttrain_jax.core.errors import InputError, without_secrets
-from posttrain_jax.models.config import LoraConfig
+from posttrain_jax.core.schema import Leaf, Rule, all_leaves, all_values, flat_keys, from_text, unknown_key
+from posttrain_jax.wiring.key_names import RENAMED, SYNONYMS
 
-# Keys of earlier versions, and what they are called now; the config.json of a run from before is read as such.
-RENAMED = {
-    "score.normalise": "score.normalize",
-    "score.join": "score.aggregate",
-    "score.combine": "score.ensemble",
-    "score.missing_end": "score.missing_eos",
-    "score.missing_end_value": "score.missing_eos_value",
-    "score.answers_per_call": "score.completions_per_call",
-    "reward.normalise": "reward.normalize",
-    "reward.centre": "reward.center",
-    "dpo.skip_end": "dpo.skip_eos",
-}
+
+class _FileParser(flags.ArgumentParser):
+    """Of `--config`."""
+
+    def parse(self, spec: str) -> ConfigDict:
+        return load_file(spec)
 
 
 def define(default: str | None = None) -> flags.FlagHolder:
-    """Defines `--config=FILE.py[:variant]` with `--config.key=value` overrides; the config is locked."""
-    return config_flags.DEFINE_config_file(
+    """Defines `--config=FILE.py[:variant]`; `--config.key=value` overrides are taken by `take_overrides`."""
+    return flags.DEFINE(
+        _FileParser(),
         "config",
         default,
-        "Experiment: FILE.py or FILE.py:variant; --config.key=value changes a key.",
-        lock_config=True,
+        "Experiment: FILE.py or FILE.py:variant. --config.KEY=VALUE changes a key, such as --config.optim.lr=1e-6.",
     )
 
 
-def check_arguments(argv: Sequence[str]) -> None:
-    """Checks `--config` and its overrides before absl does, to say clearly what is wrong.
+@dataclasses.dataclass(frozen=True)
+class Override:
+    """A `--config.KEY=TEXT` of a command line; the text is None where it is missing."""
+
+    key: str
+    text: str | None
+
+
+def take_overrides(argv: Sequence[str]) -> tuple[list[str], list[Override]]:
+    """The command line without its overrides, and these, in order.
+
+    A value can follow its flag as a word of its own; `--config.KEY` alone and `--noconfig.KEY` are of a key that is
+    true or false.
 
     Raises:
-      InputError: the file is missing or fails, the variant or a key is unknown, a value has the wrong type.
+      InputError: overrides without a config.
     """
-    given = _flags(argv)
-    files = [value for name, value in given if name == "config" and value is not None]
-    if not files:
-        return
-    known = flatten(load_file(files[-1]))
-    for name, text in given:
-        if not name.startswith("config."):
+    words = list(argv)
+    if not any(re.match(r"--?(no)?config\.", word) for word in words):
+        return words, []
+    flags_known = known_leaves(load_file(_config_spec(words)))
+    left, taken = [], []
+    while words:
+        word = words.pop(0)
+        match = re.match(r"--?(no)?config\.([^=]*)(=?)(.*)", word, re.DOTALL)
+        if match is None:
+            left.append(word)
+            if word == "--":
+                break
             continue
-        key = re.sub(r"\[\d+\]$", "", name.removeprefix("config."))
-        if key in RENAMED:
-            raise InputError(
-                f"The config key {key!r} is called {RENAMED[key]!r} now; write --config.{RENAMED[key]}=..."
-            )
-        if key in known:
-            _check_value(key, text, known[key])
-            continue
-        sections = sorted({name.rsplit(".", 1)[0] for name in known if "." in name})
-        near = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0.0)
-        raise InputError(f"There is no config key {key!r} in {files[-1]}; the nearest is {near[0]!r}.")
+        negated, key, equals, text = match.groups()
+        leaf = flags_known.get(key)
+        value: str | None = text if equals else None
+        if negated:
+            value = "false" if leaf is None or leaf.type is bool else None
+        elif value is None and leaf is not None and leaf.type is bool:
+            value = "true"
+        elif value is None and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        taken.append(Override(key, value))
+    return [*left, *words], taken
 
 
-def _flags(argv: Sequence[str]) -> list[tuple[str, str | None]]:
-    """Every `--name=value`, `--name value` and `--name` (value None) of a command line."""
-    given = []
-    for place, word in enumerate(argv):
-        if not word.startswith("-"):
-            continue
+def _config_spec(words: Sequence[str]) -> str:
+    """The last `--config=FILE` or `--config FILE`."""
+    spec = ""
+    for index, word in enumerate(words):
         name, equals, value = word.lstrip("-").partition("=")
-        following = argv[place + 1] if place + 1 < len(argv) and not argv[place + 1].startswith("-") else None
-        given.append((name, value if equals else following))
-    return given
+        if word.startswith("-") and name == "config":
+            spec = value if equals else words[index + 1] if index + 1 < len(words) else ""
+    if not spec:
+        raise InputError("--config.KEY=VALUE changes a key of a config, and there is no --config=FILE.py.")
+    return spec
 
 
-def _check_value(key: str, text: str | None, default: Any) -> None:
+def override(config: ConfigDict, overrides: Sequence[Override]) -> ConfigDict:
+    """The config with some keys changed, in order; several values of a key that takes a list are its items.
+
+    `algorithm` comes first, for it decides which keys there are. Of train.steps and train.epochs the given one counts.
+
+    Raises:
+      InputError: there is no such key, a value is missing or of the wrong type.
+    """
+    given: dict[str, list[str | None]] = {}
+    for one in overrides:
+        given.setdefault(one.key, []).append(one.text)
+    algorithm = given.pop("algorithm", [None])[-1] if "algorithm" in config else None
+    if algorithm is not None:
+        config = with_algorithm(config, algorithm)
+    known = known_leaves(config)
+    for key, texts in given.items():
+        for text in texts:
+            check_override(key, text, known)
+        _put(config, key, _value(known.get(key), [str(text) for text in texts]))
+    for key, other in (("train.steps", "train.epochs"), ("train.epochs", "train.steps")):
+        if key in given and other not in given and config.train[key[6:]] and config.train[other[6:]]:
+            print(
+                f"{key}={config.train[key[6:]]:g} is given, so the config's {other} does not count.",
+                flush=True,
+            )
+            _put(config, other, type(known[other].default)(0))
+    return config
+
+
+def with_algorithm(config: ConfigDict, algorithm: str) -> ConfigDict:
+    """The config of another algorithm, with the values of all keys that both have.
+
+    Raises:
+      InputError: there is no such algorithm.
+    """
+    from configs.base import experiment_config
+
+    if algorithm == config.algorithm:
+        return config
+    other = experiment_config(algorithm)
+    known = known_leaves(other)
+    for key, value in flatten(config).items():
+        if key in known:
+            _put(other, key, value)
+    other.algorithm = algorithm
+    return other
+
+
+def known_leaves(config: ConfigDict) -> dict[str, Leaf]:
+    """Every key of a config: of an experiment from its schema, of an evaluation from its defaults."""
+    from posttrain_jax.wiring.algorithms import ALGORITHMS, sections_of
+
+    if config.get("algorithm") in ALGORITHMS:
+        return all_leaves(sections_of(config.algorithm))
+    kinds: dict[type, Any] = {tuple: tuple[str, ...], dict: dict[str, Any]}
+    return {
+        key: Leaf(key, kinds.get(type(value), type(value)), value, Rule("", longest=1_000_000))
+        for key, value in _by_value(config, "").items()
+    }
+
+
+def _by_value(config: ConfigDict, prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= _by_value(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """Dotted keys to values."""
+    return flat_keys(config.to_dict(), known_leaves(config))
+
+
+def describe(config: ConfigDict) -> str:
+    """Every key with its value, unit and default, what it means, and what it may be."""
+    flat = flatten(config)
+    lines = []
+    for key, leaf in known_leaves(config).items():
+        unit = f" {leaf.rule.unit}" if leaf.rule.unit else ""
+        default = "" if flat[key] == leaf.default else f"  (default {leaf.default!r})"
+        lines.append(f"{key} = {flat[key]!r}{unit}{default}\n    {leaf.rule.help}; {leaf.allowed()}")
+    return "\n".join(lines)
+
+
+def check_override(key: str, text: str | None, known: Mapping[str, Leaf]) -> None:
+    """Checks that there is such a key, and a value.
+
+    Raises:
+      InputError: says what is wrong, and what to write.
+    """
+    if key in RENAMED:
+        raise InputError(
+            f"The config key {key!r} is called {RENAMED[key]!r} now; write --config.{RENAMED[key]}=..."
+        )
+    listed = re.fullmatch(r"(.*?)(\[[^\]]*\]?)+", key)
+    if listed is not None and listed[1] in known:
+        raise InputError(
+            f"--config.{key[:80]} names one item of a list; give the whole list, as JSON: "
+            f'--config.{listed[1]}=\'["...", "..."]\'.'
+        )
+    inside = [name for name in known if name.startswith(f"{key}.")]
+    if inside:
+        raise InputError(f"{key} is a section; give one of its keys, such as --config.{inside[0]}=...")
+    if key not in known and _dictionary_of(key, known) is None:
+        raise InputError(unknown_key(key, list(known), SYNONYMS))
     if text is None:
-        if not isinstance(default, bool):
-            raise InputError(f"--config.{key} needs a value: --config.{key}=VALUE.")
-    elif isinstance(default, bool):
-        if text.lower() not in ("true", "false", "1", "0"):
-            raise InputError(f"config.{key} is {text!r}, but must be true or false.")
-    elif isinstance(default, int | float):
-        kind = "a whole number" if isinstance(default, int) else "a number"
-        try:
-            (int if isinstance(default, int) else float)(text)
-        except ValueError:
-            raise InputError(
-                f"config.{key} is {text!r}, but must be {kind} (its default is {default})."
-            ) from None
+        raise InputError(f"--config.{key} needs a value: --config.{key}=VALUE.")
+
+
+def _dictionary_of(key: str, known: Mapping[str, Leaf]) -> Leaf | None:
+    """The key that takes a JSON object in which `key` lies, such as model.config of model.config.hidden_size."""
+    above = key
+    while "." in above:
+        above = above.rpartition(".")[0]
+        if above in known and type(known[above].default) is dict:
+            return known[above]
+    return None
+
+
+def _value(leaf: Leaf | None, texts: Sequence[str]) -> Any:
+    """What the texts given for a key stand for; without a leaf, inside a JSON object, JSON or else text."""
+    if leaf is not None and leaf.type == tuple[str, ...]:
+        return tuple(item for text in texts for item in from_text(leaf, text))
+    if leaf is not None:
+        return from_text(leaf, texts[-1])
+    try:
+        return json.loads(texts[-1])
+    except (ValueError, RecursionError):
+        return texts[-1]
+
+
+def _put(config: ConfigDict, key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    place: Any = config
+    for section in sections:
+        place = place[section]
+    place[name] = value
 
 
 def load_file(spec: str) -> ConfigDict:
@@ -126,17 +261,6 @@ def load_file(spec: str) -> ConfigDict:
         raise
     except Exception as error:  # whatever the code in the file does
         raise InputError(f"The config {name} fails: {type(error).__name__}: {error}.") from error
-
-
-def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys to values."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 # Keys that may differ from those a workdir was started with: they change how a run is carried out, not what it is.
@@ -178,80 +302,6 @@ CHANGEABLE = (
 JUDGED_BY = ("data.eval", "eval.weights", "eval.temperature")
 
 
-# key: (least, greatest) value that makes sense, both included; not every algorithm has every key.
-BOUNDS: dict[str, tuple[float, float]] = {
-    "seed": (0, 2**31 - 1),
-    "model.lora.rank": (0, math.inf),
-    "data.max_length": (2, math.inf),
-    "train.steps": (0, math.inf),
-    "train.epochs": (0, math.inf),
-    "train.rows_per_step": (1, math.inf),
-    "train.micro_rows": (0, math.inf),
-    "train.max_skipped": (1, math.inf),
-    "optim.warmup": (0, math.inf),
-    "optim.warmup_start": (0, 1),
-    "optim.min_lr_ratio": (0, 1),
-    "optim.decay_share": (0, 1),
-    "optim.beta1": (0, 0.9999999),
-    "optim.beta2": (0, 0.9999999),
-    "optim.eps": (0, math.inf),
-    "optim.weight_decay": (0, math.inf),
-    "optim.momentum": (0, 1),
-    "optim.clip_norm": (0, math.inf),
-    "data.prompt_tokens": (0, math.inf),
-    "dpo.alpha": (0, math.inf),
-    "dpo.gamma": (0, math.inf),
-    "dpo.eta": (0, math.inf),
-    "dpo.nll_weight": (0, math.inf),
-    "reward.center": (0, math.inf),
-    "reward.margin_scale": (0, math.inf),
-    "rollout.batch_size": (0, math.inf),
-    "rollout.truncate_after": (0, math.inf),
-    "rollout.max_logp_difference": (0, math.inf),
-    "score.completions_per_call": (1, math.inf),
-    "score.clip": (0, math.inf),
-    "score.normalize": (0, math.inf),
-    "stop.kl": (0, math.inf),
-    "stop.entropy": (0, math.inf),
-    "stop.repetition": (0, 1),
-    "stop.gold_errors": (0, math.inf),
-    "log.every": (1, math.inf),
-    "eval.every": (0, math.inf),
-    "eval.batch_rows": (1, math.inf),
-    "eval.max_new_tokens": (1, math.inf),
-    "eval.temperature": (-1, math.inf),
-    "checkpoint.every": (0, math.inf),
-    "checkpoint.keep": (1, math.inf),
-}
-
-
-def check_values(config: ConfigDict) -> None:
-    """Checks what can be checked before anything is read: ranges, keys that have no default, names of layers.
-
-    Raises:
-      InputError: names the key, its value and what it may be.
-    """
-    flat = flatten(config)
-    for key, (least, greatest) in BOUNDS.items():
-        if key in flat and not least <= flat[key] <= greatest:
-            limit = (
-                f"at least {least:g}" if greatest == math.inf else f"between {least:g} and {greatest:.10g}"
-            )
-            raise InputError(f"{key} is {flat[key]}; it must be {limit}.")
-    for key, what in (("model.init", 'a MODEL, or "random"'), ("data.train", "the rows to train on")):
-        if not flat[key]:
-            raise InputError(f"{key} is not set; it must be {what}.")
-    if config.eval.weights not in ("raw", "ema"):
-        raise InputError(f"eval.weights is {config.eval.weights!r}; use raw (the last weights) or ema.")
-    if config.eval.weights == "ema" and not config.optim.ema:
-        raise InputError(
-            "eval.weights is 'ema', but optim.ema is 0, so no moving average of the weights is kept."
-        )
-    targets, known = set(config.model.lora.targets), LoraConfig().targets
-    if config.model.lora.rank and (not targets or not targets <= set(known)):
-        raise InputError(f"model.lora.targets is {tuple(sorted(targets))}; use some of {', '.join(known)}.")
-
-
 @dataclasses.dataclass(frozen=True)
 class Change:
     """A key that a run goes on with another value of; None = it was, or is, not there."""
@@ -267,11 +317,22 @@ class Change:
 
 
 def resolve(config: ConfigDict) -> dict[str, Any]:
-    """The config as it is written: plain JSON values, without the secrets of URLs that reward functions are given."""
-    resolved = json.loads(json.dumps(config.to_dict()))
+    """The config as it is written: plain JSON values, without the secrets of URLs that reward functions are given.
+
+    Raises:
+      InputError: as `read_experiment`.
+    """
+    from posttrain_jax.wiring.algorithms import read_experiment
+
+    resolved = json.loads(json.dumps(all_values(read_experiment(config.to_dict()).sections)))
     if "score" in resolved:
-        resolved["score"]["arguments"] = without_secrets(resolved["score"]["arguments"])
+        resolved["score"]["arguments"] = _hidden(resolved["score"]["arguments"])
     return resolved
+
+
+def _hidden(arguments: Any) -> Any:
+    """Reward functions' arguments without the secrets of their URLs."""
+    return json.loads(without_secrets(json.dumps(arguments)))
 
 
 def check_allowed(config: ConfigDict, allowed: Sequence[str]) -> None:
@@ -280,11 +341,10 @@ def check_allowed(config: ConfigDict, allowed: Sequence[str]) -> None:
     Raises:
       InputError: one is not; says the nearest.
     """
-    known = flatten(config)
+    known = list(known_leaves(config))
     for key in allowed:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise InputError(f"--allow_change={key}: there is no such key; the nearest is {near!r}.")
+            raise InputError(f"--allow_change={key[:80]}: {unknown_key(key, known, SYNONYMS)}")
 
 
 def changes(config: ConfigDict, workdir: Path, allowed: Sequence[str] = ()) -> list[Change]:
@@ -298,17 +358,22 @@ def changes(config: ConfigDict, workdir: Path, allowed: Sequence[str] = ()) -> l
     Raises:
       InputError: another key differs; names all that do, with both values, and what to do.
     """
-    now = flatten(ConfigDict(resolve(config)))
     from posttrain_jax.core.log import log_on_host0
+    from posttrain_jax.wiring.saved_config import read_saved
 
-    before = _saved(workdir / "config.json")
-    if before is None:
-        log_on_host0(f"{workdir / 'config.json'} is gone; the run goes on with the config of this start.")
+    now = _expanded(flat_keys(resolve(config), known_leaves(config)))
+    path = workdir / "config.json"
+    if not path.exists():
+        log_on_host0(f"{path} is gone; the run goes on with the config of this start.")
         return []
+    before = read_saved(path)
+    if "score.arguments" in before:  # an older run wrote them with their secrets
+        before["score.arguments"] = _hidden(before["score.arguments"])
+    before = _expanded(before)
     found = [
-        Change(key, _plain(before.get(key)), _plain(now.get(key)))
+        Change(key, before.get(key), now.get(key))
         for key in sorted(before.keys() | now.keys())
-        if _plain(before.get(key)) != _plain(now.get(key))
+        if before.get(key) != now.get(key)
     ]
     refused = [
         change for change in found if not change.key.startswith(FREE_KEYS) and change.key not in allowed
@@ -326,20 +391,15 @@ def changes(config: ConfigDict, workdir: Path, allowed: Sequence[str] = ()) -> l
     return found
 
 
-def _saved(path: Path) -> dict[str, Any] | None:
-    """The flat config that a run wrote, or None."""
-    if not path.is_file():
-        return None
-    try:
-        saved = flatten(ConfigDict(json.loads(path.read_text("utf-8"))))
-        saved = {RENAMED.get(key, key): value for key, value in saved.items()}
-        if "score.arguments" in saved:  # an older run wrote them with their secrets
-            saved["score.arguments"] = without_secrets(saved["score.arguments"])
-        return saved
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(
-            f"{path} is no config in JSON ({error}); restore it, or use a new --workdir."
-        ) from error
+def _expanded(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON objects by their own keys, so that a change is named as exactly as can be."""
+    expanded: dict[str, Any] = {}
+    for key, value in flat.items():
+        if isinstance(value, dict):
+            expanded |= _expanded({f"{key}.{name}": item for name, item in value.items()})
+        else:
+            expanded[key] = value
+    return expanded
 
 
 def _may_change(change: Change) -> bool:
@@ -379,7 +439,3 @@ def write(resolved: dict[str, Any], workdir: Path, *, step: int = 0, changed: Se
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(resolved, indent=2) + "\n")
     partial.replace(path)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from absl import app, flags
 from absl import logging as absl_logging
 
-from launch.config import check_arguments
+from launch.config import Override, override, take_overrides
 from posttrain_jax.core.errors import InputError, file_error, without_secrets
 
 FOLDER_FLAGS = ("workdir", "out", "dir")
@@ -104,8 +104,12 @@ def outliving(descriptor: int, stream: TextIO | None) -> io.TextIOWrapper:
 
 def _parse(argv: Sequence[str], example: str) -> Sequence[str]:
     try:
-        check_arguments(argv)
-        left = flags.FLAGS(list(argv))
+        words, overrides = list(argv), list[Override]()
+        if "config" in flags.FLAGS:
+            words, overrides = take_overrides(flags.FLAGS.read_flags_from_files(words))
+        left = flags.FLAGS(words)
+        if overrides:
+            flags.FLAGS["config"].value = override(flags.FLAGS["config"].value, overrides)
         check_folders()
         return left
     except InputError as error:

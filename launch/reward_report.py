@@ -275,16 +275,15 @@ def read_splits(
     from posttrain_jax.data.split import hold_out, split_amount
     from posttrain_jax.data.tokenized import TokenizeOptions
     from posttrain_jax.data.tokenized_preferences import build_preferences
-    from posttrain_jax.evaluate.own_data import run_chat
+    from posttrain_jax.evaluate.own_data import run_rules
     from posttrain_jax.sampling.prompts import need_tokenizer
-    from posttrain_jax.wiring.data import data_spec, tokenize_options
+    from posttrain_jax.wiring.data import data_spec
 
     tokenizer = need_tokenizer(loaded)
     # The run's chat template is its tokenizer's by now.
     rules = TokenizeOptions(max_length=MAX_LENGTH, truncate="drop")
     if run is not None:
-        rules = tokenize_options(run["data"] | {"chat_template": ""})
-        rules = dataclasses.replace(rules, chat=run_chat(loaded, run))
+        rules = run_rules(loaded, run)
     if options.max_length:
         rules = dataclasses.replace(rules, max_length=options.max_length)
     data = build_preferences(data_spec(first.data), tokenizer, rules)

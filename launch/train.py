@@ -1,9 +1,12 @@
-"""Trains, by every algorithm in `algorithms()`. Run again with the same workdir, it resumes."""
+"""Trains. Run again with the same workdir, it resumes.
+
+--config.KEY=VALUE changes a key of the config, such as --config.optim.lr=1e-6; --describe prints all of them.
+"""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,13 @@ from ml_collections import ConfigDict
 from launch import config as config_flag
 from launch import entry, processes
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.core.types import Task
 from posttrain_jax.run.preemption import asked_to_end
 
 EXAMPLE = "python -m launch.train --config=configs/sft/smollm2_135m.py --workdir=runs/smollm2"
 
 CONFIG = config_flag.define()
+flags.declare_key_flag("config")
+DESCRIBE = flags.DEFINE_bool("describe", False, "Prints every key of the config, and trains nothing.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; what is there is resumed.")
 ALLOW_CHANGE = flags.DEFINE_list(
     "allow_change", [], "Config keys with which a run may go on changed, such as optim.lr,train.steps."
@@ -33,23 +37,12 @@ CONNECT_SECONDS = flags.DEFINE_integer(
 )
 
 
-def algorithms() -> dict[str, Callable[[ConfigDict, Path], Task]]:
-    """Every algorithm by its name in `config.algorithm`."""
-    from posttrain_jax.algorithms import dpo, kto, ppo, reward_model, rloo, sft
-
-    return {
-        "sft": sft.from_config,
-        "dpo": dpo.from_config,
-        "kto": kto.from_config,
-        "reward_model": reward_model.from_config,
-        "ppo": ppo.from_config,
-        "rloo": rloo.from_config,
-    }
-
-
 def main(argv: Sequence[str]) -> int:
     """Builds the task that the config names and trains it."""
     del argv
+    if DESCRIBE.value and CONFIG.value is not None:
+        print(config_flag.describe(CONFIG.value))
+        return 0
     if WORKDIR.value is None or CONFIG.value is None:
         raise InputError(f"--config and --workdir are needed; an example: {EXAMPLE}")
     workdir = Path(WORKDIR.value).expanduser()
@@ -88,31 +81,22 @@ def run(config: ConfigDict, workdir: Path, *, allowed: Sequence[str] = ()) -> No
     """
     from posttrain_jax.core.workdir import locked
 
-    known = algorithms()
-    if config.algorithm not in known:
-        raise InputError(f"algorithm is {config.algorithm!r}; use one of {', '.join(known)}.")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"The workdir {workdir} cannot be made: {error.strerror}.") from error
     with locked(workdir):
-        _run(config, workdir, known[config.algorithm], allowed)
+        _run(config, workdir, allowed)
 
 
-def _run(
-    config: ConfigDict,
-    workdir: Path,
-    from_config: Callable[[ConfigDict, Path], Task],
-    allowed: Sequence[str],
-) -> None:
+def _run(config: ConfigDict, workdir: Path, allowed: Sequence[str]) -> None:
     import jax
 
-    from posttrain_jax.core.schema import read
     from posttrain_jax.core.workdir import completed_steps
     from posttrain_jax.run.loop import LoopOptions, train
-    from posttrain_jax.run.options import CheckpointOptions, EvalOptions, LogOptions
+    from posttrain_jax.wiring.algorithms import make_task, read_experiment
 
-    config_flag.check_values(config)
+    experiment = read_experiment(config.to_dict())
     config_flag.check_allowed(config, allowed)
     resolved = config_flag.resolve(config)
     steps = completed_steps(workdir)
@@ -120,15 +104,14 @@ def _run(
     changed = config_flag.changes(config, workdir, allowed) if steps else []
     if first and not steps:
         config_flag.write(resolved, workdir)
-    values = config.to_dict()
     options = LoopOptions(
-        log=read(LogOptions, values["log"], "log"),
-        eval=EvalOptions(config.eval.every, config.eval.weights),
-        checkpoint=read(CheckpointOptions, values["checkpoint"], "checkpoint"),
-        max_skipped=config.train.max_skipped,
+        log=experiment.log,
+        eval=experiment.eval,
+        checkpoint=experiment.checkpoint,
+        max_skipped=experiment.train.max_skipped,
         config=resolved,
     )
-    task = from_config(config, workdir)
+    task = make_task(experiment, workdir)
     if steps and steps[-1] > task.steps:
         raise InputError(
             f"The run in {workdir} has reached step {steps[-1]}, and train.steps is {task.steps} now; give more steps, "

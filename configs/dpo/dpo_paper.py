@@ -39,7 +39,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval.every = 312  # about 20,000 pairs (config.yaml: eval_every)
     config.checkpoint.every = 312
     if variant == "tiny":
-        tiny_preferences(config).model.config = ConfigDict(TINY_MODEL)
+        tiny_preferences(config).model.config = dict(TINY_MODEL)
     elif variant:
         raise ValueError(f"unknown variant {variant!r}; use tiny")
     return config

@@ -44,7 +44,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.dpo.reference = "adapter"
         config.optim.lr = 2e-4
     elif variant == "tiny":
-        tiny_preferences(config).model.config = ConfigDict(TINY_MODEL)
+        tiny_preferences(config).model.config = dict(TINY_MODEL)
     elif variant:
         raise ValueError(f"unknown variant {variant!r}; use quickstart, lora or tiny")
     return config

@@ -16,8 +16,7 @@ from configs.sft.smollm2_135m import TINY_MODEL
 
 def get_config(variant: str = "") -> ConfigDict:
     """The experiment; see the module's docstring for the variants."""
-    config = preference_config()
-    config.algorithm = "kto"
+    config = preference_config("kto")
     config.model.init = "asset:smollm2-135m-instruct"
     config.data.train = "asset:kto_en_demo"
     config.data.eval = "split:60"
@@ -34,7 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval.prompts = PROMPTS
     config.checkpoint.every = 10
     if variant == "tiny":
-        tiny_preferences(config).model.config = ConfigDict(TINY_MODEL)
+        tiny_preferences(config).model.config = dict(TINY_MODEL)
         config.data.train = "configs/tiny/labels.jsonl"
     elif variant:
         raise ValueError(f"unknown variant {variant!r}; use tiny")

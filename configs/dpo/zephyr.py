@@ -34,7 +34,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval.prompts = PROMPTS
     config.checkpoint.every = 500
     if variant == "tiny":
-        tiny_preferences(config).model.config = ConfigDict(TINY_MODEL)
+        tiny_preferences(config).model.config = dict(TINY_MODEL)
     elif variant:
         raise ValueError(f"unknown variant {variant!r}; use tiny")
     return config

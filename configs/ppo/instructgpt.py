@@ -68,7 +68,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval.every = 50
     config.checkpoint.every = 50
     if variant == "tiny":
-        tiny_prompts(config).model.config = ConfigDict(TINY_MODEL)
+        tiny_prompts(config).model.config = dict(TINY_MODEL)
         config.ppo.minibatches = 1
         config.ppo.ptx_data = "configs/tiny/chats.jsonl"
         config.ppo.ptx_rows, config.ppo.ptx_length = 16, 64

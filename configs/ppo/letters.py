@@ -16,14 +16,11 @@ from configs.sft.smollm2_135m import TINY_MODEL
 
 def get_config(variant: str = "") -> ConfigDict:
     """The experiment; see the module's docstring for the variants."""
-    config = tiny_prompts(online_config())
-    config.model.config = ConfigDict(TINY_MODEL)
+    config = tiny_prompts(online_config("rloo" if variant == "rloo" else "ppo"))
+    config.model.config = dict(TINY_MODEL)
     config.rollout.max_new_tokens = 12
     config.rollout.samples = 4
     config.rollout.max_logp_difference = 0.01  # all is float32
-    config.ppo.kl_coefficient = 0.0
-    config.ppo.epochs = 4
-    config.ppo.minibatches = 2
     config.train.steps = 60
     config.optim.lr = 3e-3
     config.optim.schedule = "constant"
@@ -31,13 +28,15 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval.every = 0
     config.checkpoint.every = 0
     if variant == "rloo":
-        config.algorithm = "rloo"
         config.rloo.kl_coefficient = 0.0
         config.rloo.epochs, config.rloo.minibatches = 2, 2
-    elif variant == "tiny":
+    else:
+        config.ppo.kl_coefficient = 0.0
+        config.ppo.epochs, config.ppo.minibatches = 4, 2
+    if variant == "tiny":
         config.train.steps = 4
         config.log.every = 1
         config.checkpoint.every = 2
-    elif variant:
+    elif variant not in ("", "rloo"):
         raise ValueError(f"unknown variant {variant!r}; use rloo or tiny")
     return config

@@ -19,7 +19,7 @@ from configs.sft.smollm2_135m import TINY_MODEL
 
 def get_config(variant: str = "") -> ConfigDict:
     """The experiment; see the module's docstring for the variants."""
-    config = online_config()
+    config = online_config("rloo" if variant == "rloo" else "ppo")
     config.model.init = "asset:smollm2-135m-instruct"
     config.data.train = "asset:movie_openings"
     config.data.eval = "split:64"
@@ -29,11 +29,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.rollout.temperature = 0.7
     config.rollout.max_logp_difference = 0.01  # all is float32
     config.score.functions = ("posttrain_jax.rewards.sentiment:log_odds",)
-    config.ppo.kl_coefficient = 0.15
-    config.ppo.kl_target = 6.0
-    config.ppo.whiten_rewards = True
-    config.ppo.value = "shared"
-    config.ppo.minibatches = 2
     config.train.steps = 30
     config.train.rows_per_step = 32
     config.train.micro_rows = 8
@@ -42,12 +37,16 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval.every = 10
     config.checkpoint.every = 10
     if variant == "rloo":
-        config.algorithm = "rloo"
-        config.ppo.kl_target = 0.0  # of PPO alone
         config.rollout.samples = 4
         config.train.rows_per_step = 8
-    elif variant == "tiny":
-        tiny_prompts(config).model.config = ConfigDict(TINY_MODEL)
-    elif variant:
+    else:
+        config.ppo.kl_coefficient = 0.15
+        config.ppo.kl_target = 6.0
+        config.ppo.whiten_rewards = True
+        config.ppo.value = "shared"
+        config.ppo.minibatches = 2
+    if variant == "tiny":
+        tiny_prompts(config).model.config = dict(TINY_MODEL)
+    elif variant not in ("", "rloo"):
         raise ValueError(f"unknown variant {variant!r}; use rloo or tiny")
     return config

@@ -56,7 +56,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval.every = 100
     config.checkpoint.every = 100
     if variant == "tiny":
-        tiny_prompts(config).model.config = ConfigDict(TINY_MODEL)
+        tiny_prompts(config).model.config = dict(TINY_MODEL)
     elif variant:
         raise ValueError(f"unknown variant {variant!r}; use tiny")
     return config

@@ -18,8 +18,7 @@ from configs.sft.smollm2_135m import TINY_MODEL
 
 def get_config(variant: str = "") -> ConfigDict:
     """The experiment; see the module's docstring for the variants."""
-    config = preference_config()
-    config.algorithm = "reward_model"
+    config = preference_config("reward_model")
     config.model.init = "asset:smollm2-135m-instruct"
     config.data.train = "asset:dpo_en_demo"
     config.data.eval = "split:60"
@@ -48,7 +47,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.optim.lr = 2e-5
         config.optim.warmup = 0.1
     elif variant == "tiny":
-        tiny_preferences(config).model.config = ConfigDict(TINY_MODEL)
+        tiny_preferences(config).model.config = dict(TINY_MODEL)
     elif variant:
         raise ValueError(f"unknown variant {variant!r}; use ensemble, movie_reviews or tiny")
     return config

@@ -48,7 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval.max_new_tokens = 64
     config.checkpoint.every = 20
     if variant == "tiny":
-        tiny(config).model.config = ConfigDict(TINY_MODEL)
+        tiny(config).model.config = dict(TINY_MODEL)
     elif variant:
         raise ValueError(f"unknown variant {variant!r}; use tiny")
     return config

@@ -52,7 +52,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint.every = 500
     config.checkpoint.best_metric = "eval/loss"
     if variant == "tiny":
-        tiny(config).model.config = ConfigDict(TINY_MODEL)
+        tiny(config).model.config = dict(TINY_MODEL)
         config.train.remat = "elementwise"
     elif variant:
         raise ValueError(f"unknown variant {variant!r}; use tiny")

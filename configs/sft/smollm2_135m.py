@@ -52,7 +52,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval.prompts = PROMPTS
     config.checkpoint.every = 10
     if variant == "quickstart":
-        config.data.train = '[["asset:alpaca_en_demo", 1], ["asset:identity_en", 1]]'
+        config.data.train = (("asset:alpaca_en_demo", 1), ("asset:identity_en", 1))
         config.data.max_length = 512
         config.train.epochs, config.train.steps = 0.0, 16
         config.train.micro_rows = 4
@@ -67,7 +67,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.model.lora.rank = 16
         config.optim.lr = 5e-4
     elif variant == "tiny":
-        tiny(config).model.config = ConfigDict(TINY_MODEL)
+        tiny(config).model.config = dict(TINY_MODEL)
     elif variant:
         raise ValueError(f"unknown variant {variant!r}; use quickstart, lora or tiny")
     return config

@@ -34,29 +34,12 @@ from posttrain_jax.data.preference_groups import PreferenceData, PreferenceSourc
 from posttrain_jax.data.preference_rows import PreferenceRows, RowShape, row_shape
 from posttrain_jax.forward.reference_cache import reference_logps
 from posttrain_jax.models.io.load import load_model
+from posttrain_jax.models.spec import init_state
 from posttrain_jax.models.transformer import Model, make_model
 from posttrain_jax.wiring.data import share_prompt
-from posttrain_jax.wiring.experiment import init_state
 
-DPO = dpo.Options(
-    loss="dpo",
-    beta=BETA,
-    label_smoothing=0.0,
-    gamma=0.0,
-    alpha=0.0,
-    eta=1.0,
-    nll_weight=0.0,
-    skip_eos=False,
-)
-REWARD = reward_model.Options(
-    loss="bradley_terry",
-    label_smoothing=0.0,
-    center=0.0,
-    margin_scale=1.0,
-    members=1,
-    bootstrap=False,
-    seed=0,
-)
+DPO = dpo.Options(beta=BETA)
+REWARD = reward_model.Options(normalize="none", bootstrap=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +107,6 @@ def make_step(
             optimizer=optimizer,
             ema_decay=0.0,
             options=REWARD,
-            head_init="normal",
         )
     state = jit_step(make, mesh, in_shardings=None, out_shardings=None, donate=(0,))(params, key)
     common = {"model": model, "optimizer": optimizer, "schedule": schedule, "share_prompt": share}

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from configs.base import online_config
 from experiments.bench.rollouts_contract import BETA, CLIP, EPOCHS, LR, Recorder, Settings, parse_settings
 from launch.entry import set_up_jax
-from posttrain_jax.algorithms import ppo, rloo
 from posttrain_jax.core.types import Metrics
+from posttrain_jax.wiring.algorithms import make_task, read_experiment
 
 PARTS = {
     "generate": "train/seconds_generate",
@@ -25,8 +25,7 @@ PARTS = {
 
 def config_of(settings: Settings) -> ConfigDict:
     """The experiment."""
-    config = online_config()
-    config.algorithm = settings.setting
+    config = online_config(settings.setting)
     config.model.init = str(settings.rows / "model")
     config.data.train = str(settings.rows / "prompts.jsonl")
     config.data.max_length = 256
@@ -34,13 +33,12 @@ def config_of(settings: Settings) -> ConfigDict:
     config.rollout.samples = settings.samples
     if settings.setting == "ppo":
         config.score.models = (str(settings.rows / "reward"),)
-        config.ppo.value = str(settings.rows / "reward")
+        config.ppo.value, config.ppo.value_clip = str(settings.rows / "reward"), CLIP
     else:
         config.score.functions = ("posttrain_jax.rewards.rules:token_count",)
         config.score.workers = 1
-    config.ppo.epochs, config.rloo.epochs = EPOCHS["ppo"], EPOCHS["rloo"]
-    config.ppo.kl_coefficient = config.rloo.kl_coefficient = BETA
-    config.ppo.clip = config.ppo.value_clip = config.rloo.clip = CLIP
+    config[settings.setting].epochs = EPOCHS[settings.setting]
+    config[settings.setting].kl_coefficient, config[settings.setting].clip = BETA, CLIP
     config.train.steps = settings.iterations
     config.train.rows_per_step = settings.prompts
     config.train.micro_rows = settings.together
@@ -59,9 +57,8 @@ def main() -> None:
     settings = parse_settings(__doc__)
     set_up_jax()
     recorder = Recorder("jax", settings, {"jax": jax.__version__})
-    make = {"ppo": ppo.from_config, "rloo": rloo.from_config}[settings.setting]
     with tempfile.TemporaryDirectory() as folder:
-        task = make(config_of(settings), pathlib.Path(folder))
+        task = make_task(read_experiment(config_of(settings).to_dict()), pathlib.Path(folder))
         state = task.init_state()
         recorder.start()
         for _ in range(settings.iterations):

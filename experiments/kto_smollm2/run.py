@@ -21,8 +21,10 @@ from launch.entry import set_up_jax
 from posttrain_jax.evaluate.statistics import Estimate, bootstrap_counts, interval
 from posttrain_jax.forward.completions import map_completions, policy_logps_of
 from posttrain_jax.models.io.load import load_model
-from posttrain_jax.wiring.data import preferences_from_config
-from posttrain_jax.wiring.experiment import mesh_from_config, micro_batches, model_spec_from_config, seed_key
+from posttrain_jax.wiring.algorithms import read_experiment
+from posttrain_jax.wiring.model import mesh_of, model_spec
+from posttrain_jax.wiring.offline import preferences_of
+from posttrain_jax.wiring.task import micro_batches, seed_key
 
 HERE = Path(__file__).resolve().parent
 CONFIG = "configs/dpo/smollm2_135m_kto.py"
@@ -59,10 +61,11 @@ def record(workdir: Path) -> dict[str, Any]:
 
 def held_out_rewards(config: ConfigDict, workdir: Path) -> tuple[np.ndarray, np.ndarray]:
     """The rewards of the held-out completions that are good, and of those that are bad, in nats times beta."""
-    mesh = mesh_from_config(config)
-    policy = model_spec_from_config(config)
+    experiment = read_experiment(config.to_dict())
+    mesh = mesh_of(experiment.mesh)
+    policy = model_spec(experiment)
     model = policy.model
-    data = preferences_from_config(config, policy.tokenizer, workdir, attention=model.module.implementation)
+    data = preferences_of(experiment, policy, workdir)
     assert data.held_out is not None  # the config holds some out
     (source,) = data.held_out.sources
     logps_of = policy_logps_of(model, data.eval_shape.share_prompt)
@@ -74,7 +77,7 @@ def held_out_rewards(config: ConfigDict, workdir: Path) -> tuple[np.ndarray, np.
             data.eval_shape,
             mesh,
             groups=config.eval.batch_rows,
-            micro_batches=micro_batches(config, mesh),
+            micro_batches=micro_batches(experiment.train, mesh),
         )[:, 0]
         for params in (
             load_model(str(workdir), mesh=mesh).params,

@@ -21,82 +21,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
-from ml_collections import ConfigDict as Config
 from transformers import PreTrainedTokenizerBase
 
+from posttrain_jax.algorithms.contract import PreferenceAlgorithm, PreferenceSetup, Steps
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.log import log_on_host0
-from posttrain_jax.core.trees import combine, fingerprint, partition
-from posttrain_jax.core.types import (
-    Array,
-    LossOutput,
-    Metric,
-    Metrics,
-    PreferenceBatch,
-    PyTree,
-    Task,
-    TrainState,
-)
-from posttrain_jax.core.updates import apply_gradients, gradient_sums, map_micro_batches, used_micro_batches
-from posttrain_jax.data.preference_groups import PreferenceData, PreferenceSource
-from posttrain_jax.data.preference_rows import PreferenceRows, RowShape
+from posttrain_jax.core.schema import check, setting
+from posttrain_jax.core.trees import combine
+from posttrain_jax.core.types import Array, LossOutput, Metric, Metrics, PreferenceBatch, PyTree, TrainState
+from posttrain_jax.core.updates import TOTALS, eval_sums, padding_metrics, update, used_micro_batches
+from posttrain_jax.data.preference_groups import PreferenceSource
+from posttrain_jax.data.preference_rows import Preferences
 from posttrain_jax.data.spans import ChatTemplate
 from posttrain_jax.forward.completions import decided_weights, policy_logps
-from posttrain_jax.forward.reference_cache import reference_logps
-from posttrain_jax.losses import anchored
+from posttrain_jax.losses import anchored, reference_free
 from posttrain_jax.losses import dpo as losses
-from posttrain_jax.losses import reference_free as odds
-from posttrain_jax.models.transformer import Model, make_model
-from posttrain_jax.wiring.data import Preferences, eval_rows, preferences_from_config
-from posttrain_jax.wiring.experiment import (
-    ModelSpec,
-    Offline,
-    init_state,
-    mesh_from_config,
-    micro_batches,
-    model_spec_from_config,
-    seed_key,
-    task_from_config,
-)
-
-REFERENCES = ("cached", "memory", "adapter", "none")
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The numbers of the losses; each uses those that its formula has.
-
-    Attributes:
-      loss: a name in LOSSES.
-      beta: strength of the pull to the reference (or the scale of the reward).
-      label_smoothing: cdpo, robust: how likely a label is wrong; exo: its epsilon.
-      gamma: simpo's target margin, slic's delta.
-      alpha: the weight of the formula's second term: rdpo's of the length difference, dpop's of its penalty, cpo's of
-        the likelihood, orpo's and slic's lambda.
-      eta: rpo's scale of the data's margins.
-      nll_weight: of the chosen completion's mean negative log-likelihood, added to any loss (Llama 3: 0.2).
-      skip_eos: leaves the end-of-turn token out of the comparison (Llama 3's masking of termination tokens).
-      end_ids: the tokens that end a turn; a completion that was cut ends with another one, which stays.
-    """
-
-    loss: str
-    beta: float
-    label_smoothing: float
-    gamma: float
-    alpha: float
-    eta: float
-    nll_weight: float
-    skip_eos: bool
-    end_ids: tuple[int, ...] = ()
+from posttrain_jax.models.spec import init_state
+from posttrain_jax.models.transformer import Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +76,7 @@ class Pairs:
         return self.chosen_lengths, self.rejected_lengths
 
 
-PairLoss = Callable[[Pairs, Options], LossOutput]
-
-LOSSES: dict[str, PairLoss] = {
+LOSSES: Mapping[str, Callable[[Pairs, Options], LossOutput]] = {
     "dpo": lambda p, o: losses.dpo_loss(*p.logps, beta=o.beta, weights_B=p.weights),
     "cdpo": lambda p, o: losses.cdpo_loss(
         *p.logps, beta=o.beta, label_smoothing=o.label_smoothing, weights_B=p.weights
@@ -159,21 +105,21 @@ LOSSES: dict[str, PairLoss] = {
     "nca": lambda p, o: anchored.nca_loss(*p.logps, beta=o.beta, weights_B=p.weights),
     "bco_pair": lambda p, o: anchored.bco_pair_loss(*p.logps, beta=o.beta, weights_B=p.weights),
     "sppo_hard": lambda p, o: anchored.sppo_hard_loss(*p.logps, beta=o.beta, weights_B=p.weights),
-    "slic": lambda p, o: odds.slic_loss(
+    "slic": lambda p, o: reference_free.slic_loss(
         p.chosen, p.rejected, p.chosen, delta=o.gamma, lambda_=o.alpha, weights_B=p.weights
     ),
-    "simpo": lambda p, o: odds.simpo_loss(
+    "simpo": lambda p, o: reference_free.simpo_loss(
         p.chosen, p.rejected, *p.lengths, beta=o.beta, gamma=o.gamma, weights_B=p.weights
     ),
-    "orpo": lambda p, o: odds.orpo_loss(
+    "orpo": lambda p, o: reference_free.orpo_loss(
         p.chosen, p.rejected, *p.lengths, lambda_=o.alpha, weights_B=p.weights
     ),
-    "cpo": lambda p, o: odds.cpo_loss(
+    "cpo": lambda p, o: reference_free.cpo_loss(
         p.chosen, p.rejected, p.chosen_lengths, beta=o.beta, alpha=o.alpha, weights_B=p.weights
     ),
 }
-SUMS = {"pairs", "tokens"}
 REFERENCE_FREE = ("slic", "simpo", "orpo", "cpo")
+# The losses that look at a number; the others refuse another value than the default.
 USED_BY = {
     "label_smoothing": ("cdpo", "robust", "exo"),
     "alpha": ("rdpo", "dpop", "cpo", "orpo", "slic"),
@@ -181,33 +127,78 @@ USED_BY = {
     "eta": ("rpo",),
     "beta": tuple(loss for loss in LOSSES if loss not in ("slic", "orpo")),
 }
-"""The losses that look at a number of `Options`; the others refuse another value than the default."""
-DEFAULTS = {
-    "loss": "dpo",
-    "beta": 0.1,
-    "label_smoothing": 0.0,
-    "gamma": 0.0,
-    "alpha": 0.0,
-    "eta": 1.0,
-    "nll_weight": 0.0,
-    "skip_eos": False,
-    "reference": "cached",
-}
-"""Of `config.dpo`, as configs/base.py has them."""
+# The losses that are not what they are called where it is 0.
 NEEDED_BY = {
     "label_smoothing": ("cdpo", "robust", "exo"),
     "alpha": ("rdpo", "dpop", "cpo", "orpo"),
     "gamma": ("slic",),
     "eta": ("rpo",),
 }
-"""The losses that are not what they are called where it is 0."""
 
 
-def pairs_of(logps_BN2: Array, batch: PreferenceBatch, reference_BN: Array, options: Options) -> Pairs:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The section `dpo` of a config; each loss uses the numbers that its formula has.
+
+    `end_ids` is no key: the tokens that end a turn, for `skip_eos`; a completion that was cut ends with another one,
+    which stays.
+    """
+
+    loss: str = setting(
+        "dpo", "the loss (losses/dpo.py, anchored.py, reference_free.py)", choices=tuple(LOSSES)
+    )
+    beta: float = setting(0.1, "strength of the pull to the reference, or the scale of the reward", above=0)
+    label_smoothing: float = setting(
+        0.0, "cdpo, robust: how likely a label is wrong; exo: its epsilon", below=0.5
+    )
+    gamma: float = setting(0.0, "simpo's target margin, slic's delta")
+    alpha: float = setting(
+        0.0,
+        "weight of the second term: of the length difference (rdpo), of the penalty (dpop), of the likelihood "
+        "(cpo), lambda (orpo, slic)",
+    )
+    eta: float = setting(1.0, "rpo's scale of the data's margins")
+    nll_weight: float = setting(
+        0.0, "of the chosen completion's mean negative log-likelihood, added to any loss (Llama 3: 0.2)"
+    )
+    skip_eos: bool = setting(
+        False, "leave the end-of-turn token out of the comparison (Llama 3's masking of termination tokens)"
+    )
+    reference: str = setting(
+        "cached",
+        "where its log-probabilities come from: kept on disk, a second copy, the model without its adapter",
+        choices=("cached", "memory", "adapter", "none"),
+    )
+    end_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check(self, "dpo")
+        if self.reference == "none" and self.loss not in REFERENCE_FREE:
+            raise InputError(
+                f"dpo.loss={self.loss} compares with a reference, but dpo.reference is none; use cached, or one of the "
+                f"losses that need none: {', '.join(REFERENCE_FREE)}."
+            )
+        values = vars(self)
+        for name, users in USED_BY.items():
+            if self.loss in NEEDED_BY.get(name, ()) and not values[name]:
+                raise InputError(
+                    f"dpo.loss={self.loss} needs dpo.{name}, which is 0; set it (--describe says what it is)."
+                )
+            if self.loss not in users and values[name] != DEFAULTS[name]:
+                listed = ", ".join(users) if len(users) < 9 else "all but slic and orpo"
+                raise InputError(
+                    f"dpo.{name} is {values[name]:g}, and dpo.loss={self.loss} does not look at it; these do: {listed}."
+                )
+
+
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(Options)}
+
+
+def gather_pairs(logps_BN2: Array, batch: PreferenceBatch, reference_BN: Array, options: Options) -> Pairs:
     """Gathers the comparisons' completions."""
 
-    def gather(values_BN: Array, places_BP: Array) -> Array:
-        return jnp.take_along_axis(values_BN, places_BP, axis=1)
+    def gather(values_BN: Array, indices_BP: Array) -> Array:
+        return jnp.take_along_axis(values_BN, indices_BP, axis=1)
 
     def two(values_BN: Array) -> tuple[Array, Array]:
         return gather(values_BN, batch.better), gather(values_BN, batch.worse)
@@ -253,7 +244,7 @@ def pair_losses(
     compared_BN = jax.lax.stop_gradient(_compared(logps_BN2, _skipped(batch, options)))
     is_rounding_BN = jnp.abs(compared_BN - reference_BN) <= _rounding(compared_BN, batch.lengths, model)
     reference_BN = jnp.where(is_first_step & is_rounding_BN, compared_BN, reference_BN)
-    pairs = pairs_of(logps_BN2, batch, reference_BN, options)
+    pairs = gather_pairs(logps_BN2, batch, reference_BN, options)
     output = LOSSES[options.loss](pairs, options)
     total = jnp.sum(output.loss)
     metrics = jax.lax.stop_gradient(output.metrics)
@@ -264,12 +255,10 @@ def pair_losses(
         nll_BP = pairs.weights * pairs.chosen_nll / pairs.nll_lengths
         total = total + options.nll_weight * jnp.sum(nll_BP)
         metrics["nll_chosen"] = Metric(jax.lax.stop_gradient(jnp.sum(nll_BP)), output.count)
-    real = jnp.sum(batch.segment_ids != 0, dtype=jnp.float32)
     metrics |= {
         "loss": Metric(jax.lax.stop_gradient(total), output.count),
         "pairs": Metric(jnp.sum(pairs.weights != 0, dtype=jnp.float32), jnp.float32(1)),
-        "tokens": Metric(real, jnp.float32(1)),
-        "padding_share": Metric(jnp.float32(batch.tokens.size) - real, jnp.float32(batch.tokens.size)),
+        **padding_metrics(batch.segment_ids),
     }
     return total, metrics
 
@@ -306,17 +295,15 @@ def train_step(
             is_first_step=state.step == 0,
         )
 
-    used = used_micro_batches(batch.segment_ids)
-    gradients, metrics = gradient_sums(loss_sum, state.params, batch, used=used)
-    loss = metrics["loss"]
-    lr = schedule(state.step - state.skipped)  # the optimizer does not count skipped steps
-    state, update_metrics = apply_gradients(
-        state, gradients, loss.sum, optimizer=optimizer, count=loss.count, ema_decay=ema_decay
+    return update(
+        state,
+        loss_sum,
+        batch,
+        optimizer=optimizer,
+        schedule=schedule,
+        ema_decay=ema_decay,
+        used=used_micro_batches(batch.segment_ids),
     )
-    named = {
-        f"train/{name}": Metric.of(metric.sum) if name in SUMS else metric for name, metric in metrics.items()
-    }
-    return state, {**named, **update_metrics, "train/lr": Metric.of(lr)}
 
 
 def eval_step(
@@ -337,86 +324,52 @@ def eval_step(
             params, micro, reference_BN, model=model, options=options, share_prompt=share_prompt
         )[1]
 
-    stacked = map_micro_batches(micro_metrics, batch, used_micro_batches(batch.segment_ids))
-    metrics = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), stacked)
-    counted = {name: metric for name, metric in metrics.items() if name not in SUMS | {"padding_share"}}
+    metrics = eval_sums(micro_metrics, batch)
+    counted = {name: metric for name, metric in metrics.items() if name not in TOTALS | {"padding_share"}}
     named = {f"eval/{name}": metric for name, metric in counted.items()}
     return {**named, "eval/reward_accuracy": metrics["rewards/accuracies"]}
 
 
-def from_config(config: Config, workdir: Path) -> Task:
-    """Everything the training loop needs, from an experiment's config.
+def steps(options: Options, setup: PreferenceSetup) -> Steps[PreferenceBatch]:
+    """The functions above, bound to a model and its reference.
 
     Raises:
-      InputError: a bad value, a bad row, a model that cannot be used.
+      InputError: data that the loss cannot learn from.
     """
-    options = options_from_config(config)
-    mesh = mesh_from_config(config)
-    policy = model_spec_from_config(config)
-    model = policy.model
+    model, data = setup.spec.model, setup.data
     if options.skip_eos:
-        options = dataclasses.replace(options, end_ids=end_token_ids(policy.tokenizer))
-    data = preferences_from_config(config, policy.tokenizer, workdir, attention=model.module.implementation)
+        options = dataclasses.replace(options, end_ids=end_token_ids(setup.spec.tokenizer))
     _check_pairs(data, options)
-    reference = _reference_from_config(config, workdir, policy, data, options, mesh)
-    share = data.shape.share_prompt
-    algorithm = Offline(
+
+    def compared(sources: Sequence[PreferenceSource], logps: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The cached log-probabilities `[S]` of each source; none where they are computed in every step."""
+        pairs = zip(sources, logps, strict=True) if logps else ()
+        return [_compared(known, _skipped_of_store(source, options)) for source, known in pairs]
+
+    def computed(whole: PyTree, reference_params: PyTree, rows: PreferenceBatch) -> Array:
+        """The reference's log-probabilities `[B, N]`: those that the rows carry, or by a second forward pass."""
+        if reference.logps is None:
+            return rows.reference_logps
+        return _compared(reference.logps(whole, reference_params, rows), _skipped(rows, options))
+
+    reference = setup.reference
+    bind = functools.partial(
+        functools.partial,
+        model=model,
+        options=options,
+        reference=computed,
+        share_prompt=data.shape.share_prompt,
+    )
+    return Steps(
         make_state=functools.partial(init_state, model=model),
-        train_step=functools.partial(
-            train_step, model=model, options=options, reference=reference.logps, share_prompt=share
-        ),
-        eval_step=functools.partial(
-            eval_step, model=model, options=options, reference=reference.logps, share_prompt=share
-        ),
-        train=reference.train,
-        held_out=reference.held_out,
+        train_step=bind(train_step),
+        eval_step=bind(eval_step),
+        train=data.train_rows(compared(data.train.sources, reference.train), reference.identity),
+        held_out=data.held_out_rows(compared(data.held_out_sources, reference.held_out), reference.identity),
         batch=PreferenceBatch,
         row_tokens=data.shape.length,
         constants=(reference.params,),
         after_eval=_warn_of_displacement,
-    )
-    return task_from_config(config, workdir, policy, mesh, algorithm)
-
-
-def options_from_config(config: Config) -> Options:
-    """The loss and its numbers.
-
-    Raises:
-      InputError: an unknown loss or reference, a number out of its range, a loss without the reference it needs.
-    """
-    dpo = config.dpo
-    if dpo.loss not in LOSSES:
-        raise InputError(f"dpo.loss is {dpo.loss!r}; use one of {', '.join(LOSSES)}.")
-    if dpo.reference not in REFERENCES:
-        raise InputError(f"dpo.reference is {dpo.reference!r}; use one of {', '.join(REFERENCES)}.")
-    if dpo.reference == "none" and dpo.loss not in REFERENCE_FREE:
-        raise InputError(
-            f"dpo.loss={dpo.loss} compares with a reference, but dpo.reference is none; use cached, or one of the "
-            f"losses that need none: {', '.join(REFERENCE_FREE)}."
-        )
-    if not dpo.beta > 0:
-        raise InputError(f"dpo.beta is {dpo.beta}; it must be more than 0.")
-    if not 0 <= dpo.label_smoothing < 0.5:
-        raise InputError(f"dpo.label_smoothing is {dpo.label_smoothing}; it must be from 0 to below 0.5.")
-    for name, losses_of_it in USED_BY.items():
-        if dpo.loss in NEEDED_BY.get(name, ()) and not dpo[name]:
-            raise InputError(
-                f"dpo.loss={dpo.loss} needs dpo.{name} (configs/base.py says what it is), which is 0; set it."
-            )
-        if dpo.loss not in losses_of_it and dpo[name] != DEFAULTS[name]:
-            raise InputError(
-                f"dpo.{name} is {dpo[name]}, and dpo.loss={dpo.loss} does not look at it; these do: "
-                f"{', '.join(losses_of_it)}."
-            )
-    return Options(
-        loss=dpo.loss,
-        beta=dpo.beta,
-        label_smoothing=dpo.label_smoothing,
-        gamma=dpo.gamma,
-        alpha=dpo.alpha,
-        eta=dpo.eta,
-        nll_weight=dpo.nll_weight,
-        skip_eos=dpo.skip_eos,
     )
 
 
@@ -425,110 +378,13 @@ def _check_pairs(data: Preferences, options: Options) -> None:
     if options.loss == "rpo" and not any(source.arrays.margin.any() for source in sources):
         raise InputError("dpo.loss=rpo needs the data's margins, and data.train holds none.")
     if any((source.arrays.probability < 1).any() for source in sources):
-        log_on_host0(
-            "data.train holds soft labels, which are taken for hard ones; those of 1/2 are left out."
-        )
-    for part in (data.train, data.held_out):
-        for source in part.sources if part is not None else ():
-            if not source.report.comparisons:
-                raise InputError(
-                    f"{source.report.source} holds no comparison of two completions (one completion a prompt, or "
-                    "ties), and DPO needs them; labels are for algorithm=kto, ratings for algorithm=reward_model."
-                )
-
-
-@dataclasses.dataclass(frozen=True)
-class _ReferenceSource:
-    """Where the reference's log-probabilities come from, and the rows that may carry them.
-
-    Attributes:
-      logps: how a micro-batch's are had.
-      params: of a reference in memory, else {}.
-      train, held_out: rows.
-    """
-
-    logps: Reference
-    params: PyTree
-    train: list[PreferenceRows]
-    held_out: list[PreferenceRows]
-
-
-def _reference_from_config(
-    config: Config, workdir: Path, policy: ModelSpec, data: Preferences, options: Options, mesh: Mesh
-) -> _ReferenceSource:
-    kind = "none" if options.loss in REFERENCE_FREE else config.dpo.reference
-    key = seed_key(config.seed)
-
-    def rows(
-        part: PreferenceData | None,
-        shape: RowShape,
-        known: Sequence[np.ndarray] | None,
-        reference: str = "",
-    ) -> list[PreferenceRows]:
-        if part is None:
-            return []
-        logps: list[np.ndarray | None] = [None] * len(part.sources)
-        if known is not None:
-            logps = [
-                _compared(k, _skipped_of_store(s, options)) for s, k in zip(part.sources, known, strict=True)
-            ]
-        return [PreferenceRows(s, shape, one, reference) for s, one in zip(part.sources, logps, strict=True)]
-
-    if kind == "cached":
-        params = policy.init_params(mesh, key)
-        of = functools.partial(reference_logps, policy.model, params, mesh=mesh, workdir=workdir)
-        train = of(
-            data.train.sources,
-            data.shape,
-            groups=config.train.rows_per_step,
-            micro_batches=micro_batches(config, mesh),
-        )
-        at_once, count = eval_rows(config)
-        held_out = of(
-            data.held_out.sources if data.held_out is not None else (),
-            data.eval_shape,
-            groups=at_once,
-            micro_batches=count,
-            in_order=True,
-        )
-        return _ReferenceSource(
-            logps=_stored,
-            params={},
-            train=rows(data.train, data.shape, train),
-            held_out=rows(data.held_out, data.eval_shape, held_out),
-        )
-    params = policy.init_params(mesh, key) if kind == "memory" else {}
-    identity = fingerprint(params) if kind == "memory" else ""
-    train_rows = rows(data.train, data.shape, None, identity)
-    held_out_rows = rows(data.held_out, data.eval_shape, None, identity)
-    if kind == "none":
-        return _ReferenceSource(_stored, {}, train_rows, held_out_rows)
-    if kind == "adapter":
-        if not policy.model.lora.rank:
-            raise InputError("dpo.reference=adapter leaves a LoRA adapter out, but model.lora.rank is 0.")
-        policy.require_new_adapter("dpo.reference=adapter")
-        base = make_model(
-            policy.model.config,
-            dtype=config.model.dtype,
-            attention=config.model.attention,
-            remat=config.train.remat,
-        )
-    else:
-        base = policy.model
-    share = data.shape.share_prompt
-
-    def computed(whole: PyTree, reference_params: PyTree, micro: PreferenceBatch) -> Array:
-        without_adapter = partition(whole, lambda path: path.endswith(("lora_a", "lora_b")))[1]
-        weights = without_adapter if kind == "adapter" else reference_params
-        logps_BN2 = policy_logps(weights, micro, model=base, share_prompt=share)
-        return _compared(logps_BN2, _skipped(micro, options))
-
-    return _ReferenceSource(computed, params, train_rows, held_out_rows)
-
-
-def _stored(whole: PyTree, reference_params: PyTree, micro: PreferenceBatch) -> Array:
-    """What the rows carry."""
-    return micro.reference_logps
+        log_on_host0("data.train holds soft labels, taken for hard ones; those of 1/2 are left out.")
+    for source in (*sources, *data.held_out_sources):
+        if not source.report.comparisons:
+            raise InputError(
+                f"{source.report.source} holds no comparison of two completions (one completion a prompt, or ties), "
+                "and DPO needs them; labels are for algorithm=kto, ratings for algorithm=reward_model."
+            )
 
 
 Values = TypeVar("Values", Array, np.ndarray)
@@ -584,3 +440,11 @@ def _warn_of_displacement(values: dict[str, float]) -> dict[str, float]:
             "hold them up."
         )
     return values
+
+
+ALGORITHM = PreferenceAlgorithm(
+    section="dpo",
+    options=Options,
+    steps=steps,
+    reference=lambda options: "none" if options.loss in REFERENCE_FREE else options.reference,
+)

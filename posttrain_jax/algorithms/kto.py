@@ -15,50 +15,40 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict as Config
 
-from posttrain_jax.algorithms.dpo import DEFAULTS
-from posttrain_jax.core.errors import InputError
+from posttrain_jax.algorithms.contract import PreferenceAlgorithm, PreferenceSetup, Steps
+from posttrain_jax.core.schema import check, setting
 from posttrain_jax.core.trees import combine
-from posttrain_jax.core.types import Array, Metric, Metrics, PreferenceBatch, PyTree, Task, TrainState
-from posttrain_jax.core.updates import apply_gradients, gradient_sums, map_micro_batches, used_micro_batches
-from posttrain_jax.data.mismatched import with_mismatched
-from posttrain_jax.data.preference_groups import PreferenceData
-from posttrain_jax.data.preference_rows import PreferenceRows, RowShape
-from posttrain_jax.forward.completions import policy_logps
-from posttrain_jax.forward.reference_cache import reference_logps
-from posttrain_jax.losses.kto import kto_kl_baseline, kto_loss
-from posttrain_jax.models.transformer import Model
-from posttrain_jax.wiring.data import preferences_from_config
-from posttrain_jax.wiring.experiment import (
-    Offline,
-    init_state,
-    mesh_from_config,
-    micro_batches,
-    model_spec_from_config,
-    seed_key,
-    task_from_config,
+from posttrain_jax.core.types import Array, Metric, Metrics, PreferenceBatch, PyTree, TrainState
+from posttrain_jax.core.updates import (
+    eval_sums,
+    map_micro_batches,
+    padding_metrics,
+    update,
+    used_micro_batches,
 )
+from posttrain_jax.data.mismatched import with_mismatched
+from posttrain_jax.forward.completions import policy_logps
+from posttrain_jax.losses.kto import kto_kl_baseline, kto_loss
+from posttrain_jax.models.spec import init_state
+from posttrain_jax.models.transformer import Model
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """KTO's numbers.
+    """The section `kto` of a config. The paper keeps lambda_D n_D / (lambda_U n_U) between 1 and 4/3, for n_D desirable
+    and n_U undesirable completions."""
 
-    Attributes:
-      beta: strength of the pull to the reference.
-      desirable_weight, undesirable_weight: lambda_D and lambda_U; the paper keeps lambda_D n_D / (lambda_U n_U)
-        between 1 and 4/3.
-    """
+    beta: float = setting(0.1, "strength of the pull to the reference", above=0)
+    desirable_weight: float = setting(1.0, "lambda_D", maximum=1e6)
+    undesirable_weight: float = setting(1.0, "lambda_U", maximum=1e6)
 
-    beta: float
-    desirable_weight: float
-    undesirable_weight: float
+    def __post_init__(self) -> None:
+        check(self, "kto")
 
 
 def baseline(params: PyTree, batch: PreferenceBatch, *, model: Model, share_prompt: bool) -> Array:
@@ -85,11 +75,9 @@ def label_losses(
         undesirable_weight=options.undesirable_weight,
         weights_B=labeled_BN,
     )
-    real = jnp.sum(batch.segment_ids != 0, dtype=jnp.float32)
     metrics = jax.lax.stop_gradient(output.metrics) | {
         "completions": Metric(jnp.sum(labeled_BN, dtype=jnp.float32), jnp.float32(1)),
-        "tokens": Metric(real, jnp.float32(1)),
-        "padding_share": Metric(jnp.float32(batch.tokens.size) - real, jnp.float32(batch.tokens.size)),
+        **padding_metrics(batch.segment_ids),
     }
     return jnp.sum(output.loss), metrics
 
@@ -112,18 +100,15 @@ def train_step(
         whole = combine(params, state.frozen)
         return label_losses(whole, micro, z0, model=model, options=options, share_prompt=share_prompt)
 
-    used = used_micro_batches(batch.segment_ids)
-    gradients, metrics = gradient_sums(loss_sum, state.params, batch, used=used)
-    loss = metrics["loss"]
-    lr = schedule(state.step - state.skipped)  # the optimizer does not count skipped steps
-    state, update_metrics = apply_gradients(
-        state, gradients, loss.sum, optimizer=optimizer, count=loss.count, ema_decay=ema_decay
+    return update(
+        state,
+        loss_sum,
+        batch,
+        optimizer=optimizer,
+        schedule=schedule,
+        ema_decay=ema_decay,
+        used=used_micro_batches(batch.segment_ids),
     )
-    sums = {"completions", "tokens"}
-    named = {
-        f"train/{name}": Metric.of(metric.sum) if name in sums else metric for name, metric in metrics.items()
-    }
-    return state, {**named, **update_metrics, "train/lr": Metric.of(lr)}
 
 
 def eval_first(params: PyTree, batch: PreferenceBatch, *, model: Model, share_prompt: bool) -> Metrics:
@@ -150,74 +135,31 @@ def eval_step(
     def micro_metrics(micro: PreferenceBatch) -> Metrics:
         return label_losses(params, micro, z0, model=model, options=options, share_prompt=share_prompt)[1]
 
-    stacked = map_micro_batches(micro_metrics, batch, used_micro_batches(batch.segment_ids))
-    metrics = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), stacked)
+    metrics = eval_sums(micro_metrics, batch)
     left_out = {"completions", "tokens", "padding_share"}
     return {f"eval/{name}": metric for name, metric in metrics.items() if name not in left_out}
 
 
-def from_config(config: Config, workdir: Path) -> Task:
-    """Everything the training loop needs, from an experiment's config.
-
-    Raises:
-      InputError: a bad value, a bad row, a model that cannot be used.
-    """
-    options = options_from_config(config)
-    mesh = mesh_from_config(config)
-    policy = model_spec_from_config(config)
-    model = policy.model
-    paired = functools.partial(with_mismatched, seed=config.seed, max_length=config.data.max_length)
-    data = preferences_from_config(
-        config, policy.tokenizer, workdir, attention=model.module.implementation, change=paired
-    )
-
-    def rows(start: PyTree, part: PreferenceData | None, shape: RowShape) -> list[PreferenceRows]:
-        if part is None:
-            return []
-        known = reference_logps(
-            model,
-            start,
-            part.sources,
-            data.shape,
-            mesh,
-            groups=config.train.rows_per_step,
-            micro_batches=micro_batches(config, mesh),
-            workdir=workdir,
-        )
-        return [PreferenceRows(s, shape, logps[:, 0]) for s, logps in zip(part.sources, known, strict=True)]
-
-    start = policy.init_params(mesh, seed_key(config.seed))
-    train, held_out = rows(start, data.train, data.shape), rows(start, data.held_out, data.eval_shape)
-    del start
+def steps(options: Options, setup: PreferenceSetup) -> Steps[PreferenceBatch]:
+    """The functions above, bound to a model and its reference."""
+    model, data = setup.spec.model, setup.data
     share = data.shape.share_prompt
-    algorithm = Offline(
+    return Steps(
         make_state=functools.partial(init_state, model=model),
         train_step=functools.partial(train_step, model=model, options=options, share_prompt=share),
         eval_first=functools.partial(eval_first, model=model, share_prompt=share),
         eval_step=functools.partial(eval_step, model=model, options=options, share_prompt=share),
-        train=train,
-        held_out=held_out,
+        train=data.train_rows([logps_S2[:, 0] for logps_S2 in setup.reference.train]),
+        held_out=data.held_out_rows([logps_S2[:, 0] for logps_S2 in setup.reference.held_out]),
         batch=PreferenceBatch,
         row_tokens=data.shape.length,
     )
-    return task_from_config(config, workdir, policy, mesh, algorithm)
 
 
-def options_from_config(config: Config) -> Options:
-    """KTO's numbers.
-
-    Raises:
-      InputError: a number out of its range; a key of DPO is set.
-    """
-    kto = config.kto
-    for name, default in DEFAULTS.items():
-        if config.dpo[name] != default:
-            raise InputError(
-                f"dpo.{name} is {config.dpo[name]}, and algorithm=kto does not look at it; its keys are kto.beta, "
-                "kto.desirable_weight and kto.undesirable_weight."
-            )
-    if not kto.beta > 0:
-        raise InputError(f"kto.beta is {kto.beta}; it must be more than 0.")
-    if not (kto.desirable_weight >= 0 and kto.undesirable_weight >= 0):
-        raise InputError("kto.desirable_weight and kto.undesirable_weight must be 0 or more.")
-    return Options(kto.beta, kto.desirable_weight, kto.undesirable_weight)
+ALGORITHM = PreferenceAlgorithm(
+    section="kto",
+    options=Options,
+    steps=steps,
+    reference=lambda options: "cached",
+    change_data=with_mismatched,
+)

@@ -46,16 +46,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict as Config
 
+from posttrain_jax.algorithms.contract import Online, OnlineAlgorithm, OnlineSizes, TextOptions
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.masking import masked_sum, shift_left, whiten_biased
-from posttrain_jax.core.schema import check, read, setting
+from posttrain_jax.core.schema import check, setting
 from posttrain_jax.core.trees import combine
 from posttrain_jax.core.types import (
     Array,
@@ -65,7 +64,6 @@ from posttrain_jax.core.types import (
     Metrics,
     PartMetrics,
     PyTree,
-    Task,
     TrainState,
 )
 from posttrain_jax.forward.heads import sum_logps
@@ -84,7 +82,6 @@ from posttrain_jax.rollouts.experience import (
 )
 from posttrain_jax.rollouts.trajectory import TrajectoryBatch
 from posttrain_jax.rollouts.updates import AuxiliaryLoss, minibatch_updates
-from posttrain_jax.wiring.online import Online, TextOptions, online_task
 
 VALUE_METRICS = ("returns", "returns_squared", "value_errors", "value_errors_squared")
 
@@ -284,14 +281,13 @@ def _deviation(metrics: Metrics, name: str) -> Array:
     return jnp.sqrt(jnp.maximum(variance, 0.0))
 
 
-def from_config(config: Config, workdir: Path) -> Task:
-    """Everything the training loop needs, from an experiment's config.
+def online(options: Options, sizes: OnlineSizes) -> Online:
+    """The train step with its options, and what it asks for.
 
     Raises:
-      InputError: a bad value, a bad prompt, a model or a reward that cannot be used.
+      InputError: the KL coefficient could become negative.
     """
-    options = read(Options, config.ppo.to_dict(), "ppo")
-    completions = config.train.rows_per_step * config.rollout.samples
+    completions = sizes.prompts * sizes.samples
     if options.kl_target and completions >= 5 * options.kl_horizon:
         raise InputError(
             f"ppo.kl_horizon is {options.kl_horizon:g} completions, and an iteration has {completions}: the KL "
@@ -299,8 +295,8 @@ def from_config(config: Config, workdir: Path) -> Task:
         )
     text = None
     if options.ptx_coefficient:
-        text = TextOptions(options.ptx_data, options.ptx_rows, options.ptx_length or config.data.max_length)
-    online = Online(
+        text = TextOptions(options.ptx_data, options.ptx_rows, options.ptx_length or sizes.max_length)
+    return Online(
         train_step=functools.partial(train_step, options=options),
         epochs=options.epochs,
         minibatches=options.minibatches,
@@ -310,4 +306,6 @@ def from_config(config: Config, workdir: Path) -> Task:
         value_warmup=options.value_warmup,
         text=text,
     )
-    return online_task(config, workdir, online)
+
+
+ALGORITHM = OnlineAlgorithm(section="ppo", options=Options, online=online)

@@ -19,78 +19,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import Mesh
-from ml_collections import ConfigDict as Config
 
+from posttrain_jax.algorithms.contract import PreferenceAlgorithm, PreferenceSetup, Steps
+from posttrain_jax.algorithms.reward_scale import set_scale
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.log import log_on_host0
+from posttrain_jax.core.schema import check, setting
 from posttrain_jax.core.trees import combine, partition
-from posttrain_jax.core.types import (
-    Array,
-    LossOutput,
-    Metric,
-    Metrics,
-    PreferenceBatch,
-    PyTree,
-    Task,
-    TrainState,
-)
-from posttrain_jax.core.updates import (
-    apply_gradients,
-    gradient_sums,
-    map_micro_batches,
-    new_state,
-    used_micro_batches,
-)
-from posttrain_jax.data.preference_groups import Group
-from posttrain_jax.data.preference_rows import PreferenceRows
-from posttrain_jax.forward.completions import decided_weights, map_completions, reward_scores
+from posttrain_jax.core.types import Array, LossOutput, Metric, Metrics, PreferenceBatch, PyTree, TrainState
+from posttrain_jax.core.updates import eval_sums, new_state, padding_metrics, update, used_micro_batches
+from posttrain_jax.data.preference_rows import Preferences
+from posttrain_jax.forward.completions import decided_weights, reward_scores
 from posttrain_jax.losses import reward as losses
 from posttrain_jax.models.io.source import is_reward_model
 from posttrain_jax.models.reward_head import score_head_params
+from posttrain_jax.models.spec import ModelSpec, is_trained
 from posttrain_jax.models.transformer import Model
-from posttrain_jax.wiring.data import Preferences, preferences_from_config
-from posttrain_jax.wiring.experiment import (
-    ModelSpec,
-    Offline,
-    is_trained,
-    mesh_from_config,
-    micro_batches,
-    model_spec_from_config,
-    task_from_config,
-)
-
-NORMALIZE = ("none", "demonstrations", "unit")
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The loss and its numbers.
-
-    Attributes:
-      loss: a name in LOSSES.
-      label_smoothing: of "smoothed": how likely a label is wrong.
-      center: coefficient of (r_w + r_l)^2, which keeps scores near 0 (TRL's center regularization).
-      margin_scale: the data's margins are multiplied by it ("margin").
-      members: of the ensemble; 1 = a single model.
-      bootstrap: each member counts each prompt as often as it was drawn, with replacement.
-      seed: of the draws.
-    """
-
-    loss: str
-    label_smoothing: float
-    center: float
-    margin_scale: float
-    members: int
-    bootstrap: bool
-    seed: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +94,7 @@ def _regression(scored: Scored, options: Options) -> LossOutput:
     return losses.regression_loss(scored.scores_BN, scored.batch.ratings, weights_B=weights_BN)
 
 
-RewardLoss = Callable[[Scored, Options], LossOutput]
-
-LOSSES: dict[str, RewardLoss] = {
+LOSSES: Mapping[str, Callable[[Scored, Options], LossOutput]] = {
     "bradley_terry": lambda s, o: losses.bradley_terry_loss(
         s.chosen_BP, s.rejected_BP, weights_B=s.weights_BP
     ),
@@ -167,6 +114,56 @@ LOSSES: dict[str, RewardLoss] = {
 BY_PROMPT = ("kwise", "plackett_luce")
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The section `reward` of a config. `seed` is no key: the run's, for the draws of the bootstrap."""
+
+    loss: str = setting("bradley_terry", "the loss (losses/reward.py)", choices=tuple(LOSSES))
+    head_init: str = setting(
+        "normal",
+        "start of the score head: standard deviation 1 / sqrt(d_model + 1), or 0",
+        choices=("normal", "zeros"),
+    )
+    label_smoothing: float = setting(0.0, "smoothed_label: how likely a label is wrong", below=0.5)
+    center: float = setting(0.0, "coefficient of (r_w + r_l)^2, which keeps scores near 0")
+    margin_scale: float = setting(1.0, "margin: the data's margins are multiplied by it")
+    normalize: str = setting(
+        "demonstrations",
+        "scale of the scores after the last step: as trained; the preferred completions have mean 0; or all have "
+        "mean 0 and variance 1",
+        choices=("none", "demonstrations", "unit"),
+    )
+    members: int = setting(1, "models of the ensemble; 1 = a single model", minimum=1, maximum=1000)
+    bootstrap: bool = setting(
+        True, "each member counts each prompt as often as it was drawn, with replacement"
+    )
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(self, "reward")
+        if self.loss == "smoothed_label" and not self.label_smoothing:
+            raise InputError(
+                "reward.loss=smoothed_label with reward.label_smoothing=0 is bradley_terry; set it, to 0.1 for example."
+            )
+        if self.loss != "smoothed_label" and self.label_smoothing:
+            raise InputError(
+                f"reward.label_smoothing is set, and reward.loss={self.loss} does not look at it; use smoothed_label."
+            )
+        if self.loss != "margin" and self.margin_scale != 1:
+            raise InputError(
+                f"reward.margin_scale is {self.margin_scale:g}, and reward.loss={self.loss} does not look at it; use "
+                "margin."
+            )
+        if self.loss == "regression" and self.center:
+            raise InputError(
+                "reward.center keeps pairs of scores near 0, and reward.loss=regression has no pairs."
+            )
+        if self.loss == "regression" and self.normalize == "unit":
+            raise InputError(
+                "reward.normalize=unit would change the ratings that reward.loss=regression predicts; set it to none."
+            )
+
+
 def score_losses(
     scores_BN: Array, batch: PreferenceBatch, counts_BN: Array, options: Options
 ) -> tuple[Array, Metrics]:
@@ -179,8 +176,8 @@ def score_losses(
       options: the loss.
     """
 
-    def gather(values_BN: Array, places_BP: Array) -> Array:
-        return jnp.take_along_axis(values_BN, places_BP, axis=1)
+    def gather(values_BN: Array, indices_BP: Array) -> Array:
+        return jnp.take_along_axis(values_BN, indices_BP, axis=1)
 
     weights_BP = batch.weights if options.loss == "soft_label" else decided_weights(batch)
     scored = Scored(
@@ -207,7 +204,7 @@ def score_losses(
     return total, jax.lax.stop_gradient(metrics)
 
 
-def draws_of(batch: PreferenceBatch, member: Array, options: Options) -> Array:
+def prompt_draws(batch: PreferenceBatch, member: Array, options: Options) -> Array:
     """How often a member's bootstrap drew each completion's prompt, `[B, N]` float32.
 
     Poisson(1) counts, the limit of drawing as many prompts as there are with replacement (Oza and Russell 2001), drawn
@@ -244,7 +241,7 @@ def reward_losses(
         fixed = {name: jax.lax.stop_gradient(head[name]) for name in ("gain", "bias")}
         whole = combine({**params, "score_head": {**head, **fixed}}, frozen)
         scores_BN = reward_scores(whole, batch, model=model, share_prompt=share_prompt)
-        return score_losses(scores_BN, batch, draws_of(batch, member, options), options)
+        return score_losses(scores_BN, batch, prompt_draws(batch, member, options), options)
 
     if options.members == 1:
         total, metrics = one(params, jnp.int32(0))
@@ -255,11 +252,9 @@ def reward_losses(
         metrics = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), by_member)
         metrics["loss"] = Metric(total / options.members, metrics["loss"].count)
         metrics = jax.lax.stop_gradient(metrics)
-    real = jnp.sum(batch.segment_ids != 0, dtype=jnp.float32)
     metrics |= {
         "pairs": Metric(jnp.sum(batch.weights != 0, dtype=jnp.float32), jnp.float32(1)),
-        "tokens": Metric(real, jnp.float32(1)),
-        "padding_share": Metric(jnp.float32(batch.tokens.size) - real, jnp.float32(batch.tokens.size)),
+        **padding_metrics(batch.segment_ids),
     }
     return total, metrics
 
@@ -272,7 +267,6 @@ def init_state(
     optimizer: optax.GradientTransformationExtraArgs,
     ema_decay: float,
     options: Options,
-    head_init: str,
 ) -> TrainState:
     """Puts a score head on the transformer (or keeps the one there is), splits trained from frozen, and copies what
     is trained for every member; a member's head, and its adapters, are drawn with a key of its own."""
@@ -281,7 +275,7 @@ def init_state(
 
     def trained_of(member: int) -> PyTree:
         own = jax.random.fold_in(key, member)
-        drawn = score_head_params(own, model.config.d_model, init=head_init)
+        drawn = score_head_params(own, model.config.d_model, init=options.head_init)
         head = drawn if given is None else given
         trained = partition(body, lambda path: is_trained(path, model))[0]
         if model.lora.rank and options.members > 1:
@@ -323,18 +317,15 @@ def train_step(
             params, state.frozen, micro, model=model, options=options, share_prompt=share_prompt
         )
 
-    used = used_micro_batches(batch.segment_ids)
-    gradients, metrics = gradient_sums(loss_sum, state.params, batch, used=used)
-    loss = metrics["loss"]
-    lr = schedule(state.step - state.skipped)  # the optimizer does not count skipped steps
-    state, update_metrics = apply_gradients(
-        state, gradients, loss.sum, optimizer=optimizer, count=loss.count, ema_decay=ema_decay
+    return update(
+        state,
+        loss_sum,
+        batch,
+        optimizer=optimizer,
+        schedule=schedule,
+        ema_decay=ema_decay,
+        used=used_micro_batches(batch.segment_ids),
     )
-    sums = {"pairs", "tokens"}
-    named = {
-        f"train/{name}": Metric.of(metric.sum) if name in sums else metric for name, metric in metrics.items()
-    }
-    return state, {**named, **update_metrics, "train/lr": Metric.of(lr)}
 
 
 def member_scores(
@@ -379,102 +370,55 @@ def eval_step(
             metrics["disagreement"] = Metric(jnp.sum(spread), jnp.sum(present, dtype=jnp.float32))
         return metrics
 
-    stacked = map_micro_batches(micro_metrics, batch, used_micro_batches(batch.segment_ids))
-    metrics = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), stacked)
-    return {f"eval/{name}": metric for name, metric in metrics.items()}
+    return {f"eval/{name}": metric for name, metric in eval_sums(micro_metrics, batch).items()}
 
 
-def from_config(config: Config, workdir: Path) -> Task:
-    """Everything the training loop needs, from an experiment's config.
+def check_model(options: Options, spec: ModelSpec) -> None:
+    """Whether the members of an ensemble can differ.
 
     Raises:
-      InputError: a bad value, a bad row, a model that cannot be used.
+      InputError: they would all start with the same head or adapter.
     """
-    options = options_from_config(config)
-    mesh = mesh_from_config(config)
-    policy = model_spec_from_config(config, reward=True)
-    model = policy.model
-    if options.members > 1 and policy.source is not None and is_reward_model(policy.source):
+    if options.members == 1:
+        return
+    if spec.source is not None and is_reward_model(spec.source):
         raise InputError(
-            f"model.init={policy.source.name} is a reward model, whose head every member would start with, and "
+            f"model.init={spec.source.name} is a reward model, whose head every member would start with, and "
             "reward.members above 1 needs heads that differ; start from a language model."
         )
-    data = preferences_from_config(config, policy.tokenizer, workdir, attention=model.module.implementation)
-    _check_data(data, options)
-    if options.members > 1:
-        policy.require_new_adapter("reward.members above 1")
-    share = data.shape.share_prompt
-    held_out = data.held_out.sources if data.held_out is not None else ()
-    algorithm = Offline(
-        make_state=functools.partial(
-            init_state, model=model, options=options, head_init=config.reward.head_init
-        ),
-        train_step=functools.partial(train_step, model=model, options=options, share_prompt=share),
-        eval_step=functools.partial(eval_step, model=model, options=options, share_prompt=share),
-        train=[PreferenceRows(source, data.shape) for source in data.train.sources],
-        held_out=[PreferenceRows(source, data.eval_shape) for source in held_out],
-        batch=PreferenceBatch,
-        row_tokens=data.shape.length,
-        is_reward=True,
-        finish=_normalization(config, policy, data, options, mesh)
-        if config.reward.normalize != "none" and options.loss != "regression"
-        else None,
-    )
-    return task_from_config(config, workdir, policy, mesh, algorithm)
+    spec.require_new_adapter("reward.members above 1")
 
 
-def options_from_config(config: Config) -> Options:
-    """The loss and its numbers.
+def steps(options: Options, setup: PreferenceSetup) -> Steps[PreferenceBatch]:
+    """The functions above, bound to a model.
 
     Raises:
-      InputError: an unknown loss, normalization or start of the head; a number out of its range.
+      InputError: data that the loss cannot learn from.
     """
-    reward = config.reward
-    if reward.loss not in LOSSES:
-        raise InputError(f"reward.loss is {reward.loss!r}; use one of {', '.join(LOSSES)}.")
-    if reward.normalize not in NORMALIZE:
-        raise InputError(f"reward.normalize is {reward.normalize!r}; use one of {', '.join(NORMALIZE)}.")
-    if not 0 <= reward.label_smoothing < 0.5:
-        raise InputError(
-            f"reward.label_smoothing is {reward.label_smoothing}; it must be from 0 to below 0.5."
-        )
-    _check_use(reward)
-    if reward.members < 1:
-        raise InputError(f"reward.members is {reward.members}; it must be 1 (a single model) or more.")
-    return Options(
-        loss=reward.loss,
-        label_smoothing=reward.label_smoothing,
-        center=reward.center,
-        margin_scale=reward.margin_scale,
-        members=reward.members,
-        bootstrap=reward.bootstrap,
-        seed=config.seed,
+    model, data = setup.spec.model, setup.data
+    _check_data(data, options)
+    options = dataclasses.replace(options, seed=setup.seed)
+    bind = functools.partial(
+        functools.partial, model=model, options=options, share_prompt=data.shape.share_prompt
     )
-
-
-def _check_use(reward: Config) -> None:
-    """A number that the loss needs is set, and none that it would ignore."""
-    if reward.loss == "smoothed_label" and not reward.label_smoothing:
-        raise InputError(
-            "reward.loss=smoothed_label with reward.label_smoothing=0 is bradley_terry; set it, to 0.1 for example."
+    finish = None
+    if options.normalize != "none" and options.loss != "regression":
+        finish = functools.partial(
+            set_scale,
+            scores_of=functools.partial(setup.map_completions, bind(member_scores)),
+            sources=data.train.sources,
+            normalize=options.normalize,
         )
-    if reward.loss != "smoothed_label" and reward.label_smoothing:
-        raise InputError(
-            f"reward.label_smoothing is set, and reward.loss={reward.loss} does not look at it; use smoothed_label."
-        )
-    if reward.loss != "margin" and reward.margin_scale != 1:
-        raise InputError(
-            f"reward.margin_scale is {reward.margin_scale}, and reward.loss={reward.loss} does not look at it; use "
-            "margin."
-        )
-    if reward.loss == "regression" and reward.center:
-        raise InputError(
-            "reward.center keeps pairs of scores near 0, and reward.loss=regression has no pairs."
-        )
-    if reward.loss == "regression" and reward.normalize == "unit":
-        raise InputError(
-            "reward.normalize=unit would change the ratings that reward.loss=regression predicts; set it to none."
-        )
+    return Steps(
+        make_state=functools.partial(init_state, model=model, options=options),
+        train_step=bind(train_step),
+        eval_step=bind(eval_step),
+        train=data.train_rows(),
+        held_out=data.held_out_rows(),
+        batch=PreferenceBatch,
+        row_tokens=data.shape.length,
+        finish=finish,
+    )
 
 
 def _check_data(data: Preferences, options: Options) -> None:
@@ -490,87 +434,17 @@ def _check_data(data: Preferences, options: Options) -> None:
             f"data.train holds soft labels, which reward.loss={options.loss} takes for hard ones (those of 1/2 are "
             "left out); reward.loss=soft_label looks at them."
         )
-    for part in (data.train, data.held_out):
-        for source in part.sources if part is not None else ():
-            name = source.report.source
-            if options.loss == "regression" and not source.report.rated:
-                raise InputError(f"{name} holds no rating, and reward.loss=regression needs them.")
-            if options.loss != "regression" and not source.report.comparisons:
-                raise InputError(
-                    f"{name} holds no comparison of two completions (ties and single completions are none), and "
-                    f"reward.loss={options.loss} needs them; ratings are for reward.loss=regression."
-                )
-
-
-def _normalization(
-    config: Config, policy: ModelSpec, data: Preferences, options: Options, mesh: Mesh
-) -> Callable[[TrainState], TrainState]:
-    """Sets every member's gain and bias from its scores of the training data; those of the EMA from the EMA's."""
-    score = functools.partial(
-        member_scores, model=policy.model, options=options, share_prompt=data.shape.share_prompt
-    )
-
-    def scores_of(params: PyTree) -> Array:
-        """`[N, E]`: of the completions that the scale is set by, by every member."""
-        taken = []
-        for source in data.train.sources:
-            scores_SE = map_completions(
-                score,
-                params,
-                source,
-                data.shape,
-                mesh,
-                groups=config.train.rows_per_step,
-                micro_batches=micro_batches(config, mesh),
+    for source in (*sources, *data.held_out_sources):
+        name = source.report.source
+        if options.loss == "regression" and not source.report.rated:
+            raise InputError(f"{name} holds no rating, and reward.loss=regression needs them.")
+        if options.loss != "regression" and not source.report.comparisons:
+            raise InputError(
+                f"{name} holds no comparison of two completions (ties and single completions are none), and "
+                f"reward.loss={options.loss} needs them; ratings are for reward.loss=regression."
             )
-            places = [
-                group.first_sequence + k
-                for group in (source.group(i) for i in range(len(source)))
-                for k in _reference_places(group, config.reward.normalize)
-            ]
-            taken.append(scores_SE[places])
-        return jnp.asarray(np.concatenate(taken))
-
-    def normalized(trained: PyTree, frozen: PyTree) -> PyTree:
-        scores_NE = scores_of(combine(trained, frozen))
-        scale_of = functools.partial(_rescaled, normalize=config.reward.normalize)
-        if options.members == 1:
-            return {**trained, "score_head": _with_scale(trained["score_head"], scale_of, scores_NE[:, 0])}
-        members = trained["members"]
-        scale_of = jax.vmap(scale_of, in_axes=(0, 0, 1))
-        return {"members": {**members, "score_head": _with_scale(members["score_head"], scale_of, scores_NE)}}
-
-    def finish(state: TrainState) -> TrainState:
-        log_on_host0(f"Scores are normalized ({config.reward.normalize}) over {len(data.train):,} prompts.")
-        return dataclasses.replace(
-            state,
-            params=normalized(state.params, state.frozen),
-            ema=normalized(state.ema, state.frozen) if state.ema else state.ema,
-        )
-
-    return finish
 
 
-def _rescaled(gain: Array, bias: Array, scores_N: Array, *, normalize: str) -> tuple[Array, Array]:
-    """The gain and bias that move these scores, made with the old ones, to where `reward.normalize` wants them."""
-    if normalize == "unit":
-        scale = losses.gain_and_bias(scores_N)
-        return scale.gain * gain, scale.gain * bias + scale.bias
-    return gain, bias + losses.demonstration_bias(scores_N)
-
-
-def _with_scale(head: PyTree, scale_of: Callable[..., tuple[Array, Array]], scores: Array) -> PyTree:
-    """The head with a new gain and bias, in their places on the mesh."""
-    gain, bias = scale_of(np.asarray(head["gain"]), np.asarray(head["bias"]), scores)
-    return {
-        **head,
-        "gain": jax.device_put(gain, head["gain"].sharding),
-        "bias": jax.device_put(bias, head["bias"].sharding),
-    }
-
-
-def _reference_places(group: Group, normalize: str) -> list[int]:
-    """The completions that the scale is set by: all, or those that no other was preferred to."""
-    if normalize == "unit" or not group.comparisons:
-        return list(range(len(group.sequences)))
-    return np.flatnonzero(group.ranks == 0).tolist()
+ALGORITHM = PreferenceAlgorithm(
+    section="reward", options=Options, steps=steps, check_model=check_model, is_reward=True
+)

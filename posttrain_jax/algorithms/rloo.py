@@ -11,24 +11,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict as Config
 
+from posttrain_jax.algorithms.contract import Online, OnlineAlgorithm, OnlineSizes
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.core.schema import check, read, setting
+from posttrain_jax.core.schema import check, setting
 from posttrain_jax.core.trees import combine
-from posttrain_jax.core.types import Array, Maximum, Metric, Metrics, PartMetrics, PyTree, Task, TrainState
+from posttrain_jax.core.types import Array, Maximum, Metric, Metrics, PartMetrics, PyTree, TrainState
 from posttrain_jax.forward.packed_rows import PackedRows
 from posttrain_jax.losses.advantages import leave_one_out
 from posttrain_jax.losses.ppo import clipped_policy_loss, ratio_max
 from posttrain_jax.rollouts.experience import Experience, Networks, experience_of, logps_and_values
 from posttrain_jax.rollouts.trajectory import TrajectoryBatch
 from posttrain_jax.rollouts.updates import minibatch_updates
-from posttrain_jax.wiring.online import Online, online_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,21 +112,22 @@ def train_step(
     return state, {**metrics, **named, "train/kl_coefficient": Metric.of(beta)}
 
 
-def from_config(config: Config, workdir: Path) -> Task:
-    """Everything the training loop needs, from an experiment's config.
+def online(options: Options, sizes: OnlineSizes) -> Online:
+    """The train step with its options, and what it asks for.
 
     Raises:
-      InputError: a bad value, a bad prompt, a model or a reward that cannot be used.
+      InputError: prompts with one completion each.
     """
-    options, samples = read(Options, config.rloo.to_dict(), "rloo"), config.rollout.samples
-    if samples < 2:
+    if sizes.samples < 2:
         raise InputError(
-            f"rollout.samples is {samples}; RLOO compares the completions of a prompt, so it needs 2 or more."
+            f"rollout.samples is {sizes.samples}; RLOO compares the completions of a prompt, so it needs 2 or more."
         )
-    online = Online(
-        train_step=functools.partial(train_step, options=options, samples=samples),
+    return Online(
+        train_step=functools.partial(train_step, options=options, samples=sizes.samples),
         epochs=options.epochs,
         minibatches=options.minibatches,
         kl_coefficient=options.kl_coefficient,
     )
-    return online_task(config, workdir, online)
+
+
+ALGORITHM = OnlineAlgorithm(section="rloo", options=Options, online=online)

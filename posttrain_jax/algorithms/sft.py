@@ -9,30 +9,23 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict as Config
 
+from posttrain_jax.algorithms.contract import Steps, TextAlgorithm
 from posttrain_jax.core.masking import shift_left
 from posttrain_jax.core.trees import combine
-from posttrain_jax.core.types import Array, Batch, Metric, Metrics, PyTree, Task, TrainState
-from posttrain_jax.core.updates import apply_gradients, gradient_sums, map_micro_batches, used_micro_batches
+from posttrain_jax.core.types import Array, Batch, Metric, Metrics, PyTree, TrainState
+from posttrain_jax.core.updates import eval_sums, padding_metrics, update
+from posttrain_jax.data.loader import RowSource
 from posttrain_jax.forward.heads import sum_logps
 from posttrain_jax.losses.logprobs import Projection
 from posttrain_jax.losses.sft import nll_loss
+from posttrain_jax.models.spec import init_state
 from posttrain_jax.models.transformer import Model, head_VD
-from posttrain_jax.wiring.data import rows_from_config
-from posttrain_jax.wiring.experiment import (
-    Offline,
-    init_state,
-    mesh_from_config,
-    model_spec_from_config,
-    task_from_config,
-)
 
 
 def token_losses(params: PyTree, batch: Batch, *, model: Model) -> tuple[Array, Array, Metrics]:
@@ -54,13 +47,11 @@ def token_losses(params: PyTree, batch: Batch, *, model: Model) -> tuple[Array, 
         output.hidden_BTD, head_VD(params), targets_BT, mask_BT, projection
     )
     loss = nll_loss(logps_BT, mask_BT)
-    real = jnp.sum(batch.segment_ids != 0, dtype=jnp.float32)
     metrics = {
         "loss": Metric(loss.metrics["loss"].sum, loss.count),
         "token_accuracy": Metric(jnp.sum(is_argmax_BT), loss.count),
         "trained_tokens": Metric(loss.count, jnp.float32(1)),
-        "tokens": Metric(real, jnp.float32(1)),
-        "padding_share": Metric(jnp.float32(batch.tokens.size) - real, jnp.float32(batch.tokens.size)),
+        **padding_metrics(batch.segment_ids),
     }
     return -total, logps_BT, metrics
 
@@ -80,17 +71,7 @@ def train_step(
         total, _, metrics = token_losses(combine(params, state.frozen), micro, model=model)
         return total, metrics
 
-    gradients, metrics = gradient_sums(loss_sum, state.params, batch)
-    loss = metrics["loss"]
-    lr = schedule(state.step - state.skipped)  # the optimizer does not count skipped steps
-    state, update_metrics = apply_gradients(
-        state, gradients, loss.sum, optimizer=optimizer, count=loss.count, ema_decay=ema_decay
-    )
-    sums = {"trained_tokens", "tokens"}
-    named = {
-        f"train/{name}": Metric.of(metric.sum) if name in sums else metric for name, metric in metrics.items()
-    }
-    return state, {**named, **update_metrics, "train/lr": Metric.of(lr)}
+    return update(state, loss_sum, batch, optimizer=optimizer, schedule=schedule, ema_decay=ema_decay)
 
 
 def eval_step(params: PyTree, batch: Batch, *, model: Model) -> Metrics:
@@ -110,27 +91,23 @@ def eval_step(params: PyTree, batch: Batch, *, model: Model) -> Metrics:
             "eval/token_accuracy": metrics["token_accuracy"],
         }
 
-    stacked = map_micro_batches(micro_metrics, batch, used_micro_batches(batch.segment_ids))
-    return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), stacked)
+    return eval_sums(micro_metrics, batch)
 
 
-def from_config(config: Config, workdir: Path) -> Task:
-    """Everything the training loop needs, from an experiment's config.
-
-    Raises:
-      InputError: a bad value, a bad row, a model that cannot be used.
-    """
-    mesh = mesh_from_config(config)
-    policy = model_spec_from_config(config)
-    rows = rows_from_config(config, policy.tokenizer, workdir)
-    algorithm = Offline(
-        make_state=functools.partial(init_state, model=policy.model),
-        train_step=functools.partial(train_step, model=policy.model),
-        eval_step=functools.partial(eval_step, model=policy.model),
-        train=rows.train,
-        held_out=rows.held_out,
+def steps(
+    model: Model, train: Sequence[RowSource], held_out: Sequence[RowSource], row_tokens: int
+) -> Steps[Batch]:
+    """The functions above, bound to a model."""
+    return Steps(
+        make_state=functools.partial(init_state, model=model),
+        train_step=functools.partial(train_step, model=model),
+        eval_step=functools.partial(eval_step, model=model),
+        train=train,
+        held_out=held_out,
         batch=Batch,
-        row_tokens=config.data.max_length,
+        row_tokens=row_tokens,
         after_eval=lambda values: {**values, "eval/perplexity": math.exp(min(values["eval/loss"], 700.0))},
     )
-    return task_from_config(config, workdir, policy, mesh, algorithm)
+
+
+ALGORITHM = TextAlgorithm(steps)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import types
@@ -128,10 +129,16 @@ def section(kind: type) -> Any:
     return dataclasses.field(default_factory=kind)
 
 
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields."""
+    return typing.get_type_hints(kind)
+
+
 def _fields(kind: type) -> list[tuple[str, Any, Any, Rule | None]]:
     """(name, type, default, rule) of every field; the rule of a section inside is None. Fields that are neither, such
     as what the wiring fills in later, are no keys."""
-    hints = typing.get_type_hints(kind)
+    hints = _hints(typing.cast(Any, kind))
     known = []
     for field in dataclasses.fields(kind):
         rule = field.metadata.get("rule")
@@ -168,6 +175,23 @@ def all_defaults(sections: Sections) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for name, kind in sections.items():
         nested |= {name: defaults(kind)} if name else defaults(kind)
+    return nested
+
+
+def values(instance: Any) -> dict[str, Any]:
+    """The value of every key of a section, nested: plain JSON."""
+    own = vars(instance)
+    return {
+        name: values(own[name]) if rule is None else _plain(own[name])
+        for name, _, _, rule in _fields(type(instance))
+    }
+
+
+def all_values(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of a config, from its sections as `read_all` gives them."""
+    nested: dict[str, Any] = {}
+    for name, instance in sections.items():
+        nested |= {name: values(instance)} if name else values(instance)
     return nested
 
 
@@ -401,24 +425,28 @@ def _check_scalar(leaf: Leaf, value: Any) -> None:
         return
     if isinstance(value, bool):
         return
+    verb = "is" if leaf.type in (int, float) else "holds"
     if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{leaf.key} is {value}; it must be a finite number.")
+        raise InputError(f"{leaf.key} {verb} {value}; it must be a finite number.")
     if not rule.allows(value):
-        raise InputError(f"{leaf.key} is {shown(value)}; it must be {rule.range_text()}.")
+        raise InputError(f"{leaf.key} {verb} {shown(value)}; it must be {rule.range_text()}.")
     if abs(value) > (LARGEST_INT if isinstance(value, int) else LARGEST_FLOAT):
-        raise InputError(f"{leaf.key} is {shown(value)}, a number too large for 32 bits; give a smaller one.")
+        raise InputError(f"{leaf.key} {verb} {shown(value)}, a number too large for 32 bits.")
 
 
 def type_text(hint: Any) -> str:
     """A type in words."""
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    if hint in names:
-        return names[hint]
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is bool:
+        return "true or false"
     if _is_union(hint):
-        return " or ".join(type_text(one) for one in arguments)
-    if origin is tuple and arguments[-1] is Ellipsis:
-        return f"a list of {type_text(arguments[0]).removeprefix('a ')}s".replace("of [", "of lists [")
-    if origin is tuple:
-        return f"[{', '.join(type_text(one) for one in arguments)}]"
-    return "a JSON object"
+        return " or ".join(type_text(one) for one in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {_noun(typing.get_args(hint)[0])}"
+    return f"a {_noun(hint)}"
+
+
+def _noun(hint: Any) -> str:
+    nouns = {int: "whole number", float: "number", str: "text"}
+    if typing.get_origin(hint) is tuple:
+        return f"[{', '.join(_noun(one) for one in typing.get_args(hint))}]"
+    return nouns.get(hint, "JSON object")

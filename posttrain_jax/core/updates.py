@@ -27,6 +27,9 @@ from posttrain_jax.core.types import (
 
 M = TypeVar("M", Metrics, PartMetrics)
 
+TOTALS = frozenset({"tokens", "trained_tokens", "pairs", "completions"})
+"""Metrics that are totals of a step, whatever number of micro-batches it has; the others are means."""
+
 
 def gradient_sums(
     loss_sum: Callable[[PyTree, PyTree], tuple[Array, M]],
@@ -155,6 +158,51 @@ def apply_gradients(
         "train/skipped_in_row": Metric.of(state.skipped_in_row),
     }
     return state, metrics
+
+
+def update(
+    state: TrainState,
+    loss_sum: Callable[[PyTree, PyTree], tuple[Array, Metrics]],
+    batch: PyTree,
+    *,
+    optimizer: optax.GradientTransformationExtraArgs,
+    schedule: Callable[[Array], Array],
+    ema_decay: float,
+    used: Array | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One update by the gradient of a loss over the micro-batches of a step, and the metrics under "train/".
+
+    Args:
+      state: before the step.
+      loss_sum: as in `gradient_sums`; its metric "loss" has the sum, and the count that the gradient is divided by.
+      batch: leaves `[M, B, ...]`.
+      optimizer, schedule, ema_decay: as everywhere.
+      used: as in `gradient_sums`.
+    """
+    gradients, metrics = gradient_sums(loss_sum, state.params, batch, used=used)
+    loss = metrics["loss"]
+    lr = schedule(state.step - state.skipped)  # the optimizer does not count skipped steps
+    state, update_metrics = apply_gradients(
+        state, gradients, loss.sum, optimizer=optimizer, count=loss.count, ema_decay=ema_decay
+    )
+    named = {
+        f"train/{name}": Metric.of(metric.sum) if name in TOTALS else metric
+        for name, metric in metrics.items()
+    }
+    return state, {**named, **update_metrics, "train/lr": Metric.of(lr)}
+
+
+def eval_sums(micro_metrics: Callable[[PyTree], Metrics], batch: PyTree) -> Metrics:
+    """Metrics of a batch `[M, B, ...]` of rows with `segment_ids`, added over the micro-batches that are not empty."""
+    stacked = map_micro_batches(micro_metrics, batch, used_micro_batches(batch.segment_ids))
+    return {name: metric.over_leading_axis() for name, metric in stacked.items()}
+
+
+def padding_metrics(segment_ids_BT: Array) -> Metrics:
+    """How many tokens rows hold, and which share of their places is padding."""
+    places = jnp.float32(segment_ids_BT.size)
+    tokens = jnp.sum(segment_ids_BT != 0, dtype=jnp.float32)
+    return {"tokens": Metric(tokens, jnp.float32(1)), "padding_share": Metric(places - tokens, places)}
 
 
 def new_state(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from posttrain_jax.core.errors import InputError
-from posttrain_jax.core.schema import check, setting
+from posttrain_jax.core.schema import Leaf, Rule, check, convert, setting
 from posttrain_jax.data.chat import TRAIN_ON
 from posttrain_jax.data.chat_template import TEXT_AS
 from posttrain_jax.data.rows import read_columns
@@ -16,6 +15,15 @@ from posttrain_jax.data.tokenized import ON_BAD_ROW, TRUNCATE
 
 Source = str | tuple[tuple[str, float], ...]
 """A path, folder, hf:NAME, tfds:NAME or asset:NAME; or a mixture, ((SOURCE, weight), ...)."""
+
+
+def as_source(value: Any, key: str) -> Source:
+    """A source that a flag or a config of another kind holds, a mixture also as JSON text.
+
+    Raises:
+      InputError: it is none; names the key.
+    """
+    return convert(Leaf(key, Source, "", Rule("")), value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +38,8 @@ class DataOptions:
     )
     max_length: int = setting(1024, "longest sequence", unit="tokens", minimum=2)
     on_bad_row: str = setting("stop", "what a row that cannot be read does", choices=ON_BAD_ROW)
-    columns: dict[str, Any] = setting(
-        {}, 'our names of columns of the rows: {"prompt": "question", "completion": "best_answer"}'
+    columns: dict[str, str] = setting(
+        {}, 'our name of a column -> the file\'s: {"prompt": "question", "completion": "best"}'
     )
     ignore_columns: str = setting("", 'columns of the rows that are not read, "a,b"')
     chat_template: str = setting(
@@ -46,13 +54,11 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         check(self, "data")
-        if not self.train:
-            raise InputError("data.train is not set; it must be the rows to train on.")
+        read_columns(self.columns, "data.columns")
         for source in (self.train, self.eval):
             if not isinstance(source, str):
                 weighted_sources(list(source))
         split_amount(self.eval)
-        read_columns(self.columns, "data.columns")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,6 +109,44 @@ class PreferenceRows:
         return digest.digest()
 
 
+@dataclasses.dataclass(frozen=True)
+class Preferences:
+    """Preferences to train and to evaluate on, and the rows they are packed into.
+
+    Attributes:
+      train, held_out: `held_out` is None where data.eval is "".
+      shape: of a step's rows.
+      eval_shape: of an evaluation's rows (the same length).
+    """
+
+    train: PreferenceData
+    held_out: PreferenceData | None
+    shape: RowShape
+    eval_shape: RowShape
+
+    def train_rows(self, logps: Sequence[np.ndarray] = (), reference: str = "") -> list[PreferenceRows]:
+        """The training rows, with the reference's log-probabilities `[S]` of each source where they are known; see
+        `PreferenceRows`."""
+        return _rows(self.train.sources, self.shape, logps, reference)
+
+    def held_out_rows(self, logps: Sequence[np.ndarray] = (), reference: str = "") -> list[PreferenceRows]:
+        """The same of the held-out rows; none without any."""
+        return _rows(self.held_out_sources, self.eval_shape, logps, reference)
+
+    @property
+    def held_out_sources(self) -> tuple[PreferenceSource, ...]:
+        """Those of `held_out`."""
+        return () if self.held_out is None else self.held_out.sources
+
+
+def _rows(
+    sources: Sequence[PreferenceSource], shape: RowShape, logps: Sequence[np.ndarray], reference: str
+) -> list[PreferenceRows]:
+    nothing: list[np.ndarray | None] = [None] * len(sources)
+    known = logps or nothing
+    return [PreferenceRows(s, shape, one, reference) for s, one in zip(sources, known, strict=True)]
+
+
 def row_shape(
     data: Sequence[PreferenceData], *, groups: int, length: int = 0, share_prompt: bool = True
 ) -> RowShape:

@@ -17,9 +17,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
 from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.schema import read
 from posttrain_jax.core.sharding import shard_multiple
 from posttrain_jax.core.types import PyTree
+from posttrain_jax.data.chat_template import ChatOptions
 from posttrain_jax.data.loader import eval_batch_count, eval_batches
+from posttrain_jax.data.options import TextDataOptions, as_source
 from posttrain_jax.data.packing import PackedRows, pack
 from posttrain_jax.data.split import hold_out, split_amount
 from posttrain_jax.data.tokenized import TokenizedData, TokenizeOptions, build
@@ -40,10 +43,10 @@ RULES: dict[str, Any] = {
     "truncate": "right",
     "on_bad_row": "stop",
     "train_on": "all_turns",
-    "columns": "",
+    "columns": {},
     "ignore_columns": "",
     "text_as": "plain",
-    "chat_template_kwargs": "",
+    "chat_template_kwargs": {},
 }
 """How rows become sequences where neither `config.data` nor a run says anything."""
 
@@ -268,13 +271,14 @@ def rules_of(config: Config, loaded: LoadedModel) -> TokenizeOptions:
     rules = {**RULES, "max_length": min(RULES["max_length"], loaded.config.max_length)}
     rules |= {} if run is None else {name: run["data"][name] for name in RULES if name in run["data"]}
     given = {name: config.data[name] for name in RULES if config.data[name] not in ("", -1, {})}
-    # The run's chat template is its tokenizer's by now.
-    options = tokenize_options({**rules, **given, "chat_template": config.data.chat_template})
-    if run is None:
-        return options
-    return dataclasses.replace(
-        options, chat=dataclasses.replace(options.chat, now=kept_date(loaded.source.path))
+    data = read(TextDataOptions, {**rules, **given}, "data")
+    chat = ChatOptions(
+        template=config.data.chat_template,  # "": the run's is its tokenizer's by now
+        variables=data.chat_template_kwargs,
+        now=None if run is None else kept_date(loaded.source.path),
+        text_as=data.text_as,
     )
+    return tokenize_options(data, chat)
 
 
 def held_out_rows(config: Config, loaded: LoadedModel, out: Path) -> list[PackedRows]:
@@ -290,7 +294,12 @@ def held_out_rows(config: Config, loaded: LoadedModel, out: Path) -> list[Packed
             f"data.max_length={options.max_length} is more than the model's context of {loaded.config.max_length}."
         )
     check_first(config.data.first)
-    data = build(data_spec(source.data), tokenizer, options, rejected_path=out / "rejected.jsonl")
+    data = build(
+        data_spec(as_source(source.data, "data.eval")),
+        tokenizer,
+        options,
+        rejected_path=out / "rejected.jsonl",
+    )
     print("\n".join(filter(None, (data.text(), data.warning()))), file=sys.stderr)
     amount = split_amount(source.part)
     if amount is not None:

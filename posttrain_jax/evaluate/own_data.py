@@ -9,16 +9,19 @@ from typing import Any
 import numpy as np
 
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.data.chat_template import ChatOptions, read_variables
+from posttrain_jax.core.schema import read
+from posttrain_jax.data.chat_template import ChatOptions
+from posttrain_jax.data.options import PreferenceDataOptions, TextDataOptions
 from posttrain_jax.data.prompts import read_prompts
+from posttrain_jax.data.rows import ColumnNames
 from posttrain_jax.data.split import hold_out, split_amount
-from posttrain_jax.data.tokenized import build
+from posttrain_jax.data.tokenized import TokenizeOptions, build
 from posttrain_jax.data.tokenized_preferences import build_preferences
-from posttrain_jax.models.io.hf_config import read_json
 from posttrain_jax.models.io.load import LoadedModel
 from posttrain_jax.rollouts.sampling import encode_prompt
 from posttrain_jax.sampling.prompts import need_tokenizer
-from posttrain_jax.wiring.data import column_names, data_spec, kept_date, tokenize_options
+from posttrain_jax.wiring.data import data_spec, kept_date, tokenize_options
+from posttrain_jax.wiring.saved_config import read_run
 
 ON_PROMPTS = ("ppo", "rloo")
 ON_PREFERENCES = ("dpo", "kto", "reward_model")
@@ -48,17 +51,26 @@ class HeldOutPrompt:
 
 def run_config(loaded: LoadedModel) -> dict[str, Any] | None:
     """The config of the run in a workdir; None for any other MODEL."""
-    return read_json(loaded.source.path / "config.json") if loaded.source.kind == "workdir" else None
+    return read_run(loaded.source.path) if loaded.source.kind == "workdir" else None
 
 
 def run_chat(loaded: LoadedModel, run: dict[str, Any]) -> ChatOptions:
     """How the rows of a workdir's run become text; the run's chat template is its tokenizer's by now."""
-    kwargs = run["data"].get("chat_template_kwargs", "")
     return ChatOptions(
-        variables=read_variables(kwargs, "data.chat_template_kwargs"),
+        variables=run["data"]["chat_template_kwargs"],
         now=kept_date(loaded.source.path),
-        text_as=run["data"].get("text_as", "plain"),
+        text_as=run["data"]["text_as"],
     )
+
+
+def run_rules(loaded: LoadedModel, run: dict[str, Any]) -> TokenizeOptions:
+    """How the rows of a workdir's run become sequences."""
+    rules: TextDataOptions | PreferenceDataOptions
+    if run["algorithm"] in ON_PREFERENCES:
+        rules = read(PreferenceDataOptions, run["data"], "data")
+    else:
+        rules = read(TextDataOptions, run["data"], "data")
+    return tokenize_options(rules, run_chat(loaded, run))
 
 
 def held_out_by(run: dict[str, Any], name: str) -> HeldOutData:
@@ -106,12 +118,11 @@ def held_out_prompts(run: dict[str, Any], loaded: LoadedModel, source: HeldOutDa
             max_tokens=run["data"]["max_length"] - run["rollout"]["max_new_tokens"],
             long_prompts=run["data"]["long_prompts"],
             on_bad_row=run["data"]["on_bad_row"],
-            columns=column_names(run["data"]),
+            columns=ColumnNames(run["data"]["columns"], run["data"]["ignore_columns"]),
         )
     else:
-        read = build_preferences if run["algorithm"] in ON_PREFERENCES else build
-        rules = tokenize_options(run["data"] | {"chat_template": ""})
-        data = read(spec, tokenizer, dataclasses.replace(rules, chat=run_chat(loaded, run)))
+        build_data = build_preferences if run["algorithm"] in ON_PREFERENCES else build
+        data = build_data(spec, tokenizer, run_rules(loaded, run))
     amount = split_amount(source.part)
     if amount is not None:
         data = hold_out(data, amount, seed=source.seed)[1]

@@ -20,6 +20,7 @@ from posttrain_jax.core.sharding import jit_step, replicated
 from posttrain_jax.core.trees import combine, partition
 from posttrain_jax.core.types import Array, PyTree, TrainState
 from posttrain_jax.forward.packed_rows import PackedRows, hidden_states, target_logps
+from posttrain_jax.models.spec import is_adapter
 from posttrain_jax.models.transformer import Model
 
 KINDS = ("none", "frozen", "adapter", "ema")
@@ -56,11 +57,6 @@ class ReferencePolicy:
         ema = combine(state.ema, state.frozen) if self.kind == "ema" else {}
         params = self.parameters(combine(state.params, state.frozen), ema, self.params)
         return {name: part for name, part in params.items() if name != "value"}
-
-
-def is_adapter(path: str) -> bool:
-    """Whether a parameter is one of a LoRA adapter."""
-    return path.endswith(("lora_a", "lora_b"))
 
 
 def row_logps(model: Model, temperature: float, mesh: Mesh) -> Callable[[PyTree, PackedRows], Array]:

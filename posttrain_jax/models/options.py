@@ -28,8 +28,6 @@ class ModelOptions:
     def __post_init__(self) -> None:
         check(self, "model")
         check(self.lora, "model.lora")
-        if not self.init:
-            raise InputError('model.init is not set; it must be a MODEL, or "random".')
         known = LoraConfig().targets
         if self.lora.rank and not (self.lora.targets and set(self.lora.targets) <= set(known)):
             raise InputError(

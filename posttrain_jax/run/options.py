@@ -75,6 +75,16 @@ class OfflineEvalOptions(EvalOptions):
 
 
 @dataclasses.dataclass(frozen=True)
+class OnlineEvalOptions(EvalOptions):
+    """Of an algorithm that samples: the held-out prompts are answered as an iteration's, the first 16 of them into
+    samples.jsonl."""
+
+    temperature: float = setting(
+        -1.0, "of these completions; 0 = the likeliest token, -1 = rollout.temperature", minimum=-1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointOptions:
     """When the state is saved, and what stays."""
 

@@ -8,32 +8,33 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from ml_collections import ConfigDict as Config
 
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.sharding import jit_step, tree_shardings
 from posttrain_jax.core.trees import partition
 from posttrain_jax.core.types import Array, PyTree
-from posttrain_jax.forward.reference import KINDS, ReferencePolicy, is_adapter
+from posttrain_jax.forward.reference import KINDS, ReferencePolicy
 from posttrain_jax.models.config import LoraConfig, ModelConfig
 from posttrain_jax.models.io.load import is_reward_model, load_model, require_score_head, resolve
 from posttrain_jax.models.reward_head import score_head_params
-from posttrain_jax.models.transformer import Model, make_model
+from posttrain_jax.models.spec import ModelSpec, is_adapter
+from posttrain_jax.models.transformer import Model
 from posttrain_jax.rewards.scorer import check_tokenizer
-from posttrain_jax.wiring.experiment import ModelSpec
+from posttrain_jax.wiring.experiment import OnlineExperiment
+from posttrain_jax.wiring.model import define_model
 
 VALUES = ("none", "policy", "shared")
 
 
 def reference_from_config(
-    key: str, kind: str, config: Config, policy: ModelSpec, mesh: Mesh, random: Array
+    key: str, kind: str, experiment: OnlineExperiment, policy: ModelSpec, mesh: Mesh, random: Array
 ) -> ReferencePolicy | None:
     """What `key` names (forward/reference.py says what there is); nothing is loaded for "none".
 
     Args:
-      key: of the config, for messages.
+      key: of the experiment, for messages.
       kind: its value.
-      config: the experiment.
+      experiment: its sizes and sections.
       policy: what is compared with it.
       mesh: where its parameters go.
       random: the key that the policy's new parameters are drawn with.
@@ -50,9 +51,9 @@ def reference_from_config(
         if not policy.model.lora.rank:
             raise InputError(f"{key}=adapter leaves a LoRA adapter out, but model.lora.rank is 0.")
         policy.require_new_adapter(f"{key}=adapter")
-        return ReferencePolicy(kind, without_adapter(config, policy), {})
+        return ReferencePolicy(kind, without_adapter(experiment, policy), {})
     if kind == "ema":
-        if not config.optim.ema:
+        if not experiment.optim.ema:
             raise InputError(f"{key}=ema is the moving average of the weights, but optim.ema is 0 (off).")
         return ReferencePolicy(kind, policy.model, {})
     try:
@@ -63,10 +64,10 @@ def reference_from_config(
         raise InputError(
             f"{key}={kind} is a reward model, which gives tokens no probability; use a language model."
         )
-    loaded = load_model(kind, dtype=config.model.dtype, mesh=mesh, attention=config.model.attention)
+    loaded = load_model(kind, dtype=experiment.model.dtype, mesh=mesh, attention=experiment.model.attention)
     check_tokenizer(loaded, policy.tokenizer, what=f"The reference {kind}")
-    check_context(key, kind, loaded.config, config.data.max_length)
-    return ReferencePolicy(kind, _definition(config, loaded.config, loaded.lora), loaded.params)
+    check_context(key, kind, loaded.config, experiment.data.max_length)
+    return ReferencePolicy(kind, define_model(experiment, loaded.config, loaded.lora), loaded.params)
 
 
 class ValueNetwork:
@@ -74,7 +75,7 @@ class ValueNetwork:
 
     Args:
       kind: "none", "policy", "shared", or a MODEL with a score head.
-      config: the experiment.
+      experiment: its sizes and sections.
       policy: beside which it stands.
       mesh: where its parameters go.
 
@@ -82,7 +83,7 @@ class ValueNetwork:
       InputError: no such MODEL, one without a score head, or with another tokenizer than the policy's.
     """
 
-    def __init__(self, kind: str, config: Config, policy: ModelSpec, mesh: Mesh) -> None:
+    def __init__(self, kind: str, experiment: OnlineExperiment, policy: ModelSpec, mesh: Mesh) -> None:
         self._kind = kind
         self._mesh = mesh
         self._load: Callable[[], PyTree] = dict
@@ -92,19 +93,23 @@ class ValueNetwork:
             self.model = policy.model
         elif kind == "policy":
             policy.require_new_adapter("ppo.value=policy")
-            self.model = without_adapter(config, policy)
+            self.model = without_adapter(experiment, policy)
         elif kind not in VALUES:
             load = functools.partial(
-                load_model, kind, dtype=config.model.dtype, mesh=mesh, attention=config.model.attention
+                load_model,
+                kind,
+                dtype=experiment.model.dtype,
+                mesh=mesh,
+                attention=experiment.model.attention,
             )
             loaded = load()
             require_score_head(loaded)
             check_tokenizer(loaded, policy.tokenizer)
-            check_context("ppo.value", kind, loaded.config, config.data.max_length)
+            check_context("ppo.value", kind, loaded.config, experiment.data.max_length)
             # The parameters are read again by `join`, so that they do not lie beside the state for the whole run.
             self._load = lambda: load().params
             self._shapes = jax.eval_shape(lambda: loaded.params)
-            self.model = _definition(config, loaded.config, loaded.lora)
+            self.model = define_model(experiment, loaded.config, loaded.lora)
 
     def abstract(self, params: PyTree) -> PyTree:
         """Shapes of the policy's parameters with the value's."""
@@ -136,7 +141,7 @@ def check_context(key: str, name: str, model: ModelConfig, length: int) -> None:
     """Refuses rows that are longer than a model was made for: positions beyond mean nothing to it.
 
     Args:
-      key: of the config, where the model is named.
+      key: of the experiment, where the model is named.
       name: of the model.
       model: its numbers.
       length: tokens of a row.
@@ -151,16 +156,6 @@ def check_context(key: str, name: str, model: ModelConfig, length: int) -> None:
         )
 
 
-def without_adapter(config: Config, policy: ModelSpec) -> Model:
+def without_adapter(experiment: OnlineExperiment, policy: ModelSpec) -> Model:
     """The policy's definition for parameters without LoRA leaves."""
-    return _definition(config, policy.model.config, LoraConfig())
-
-
-def _definition(config: Config, model_config: ModelConfig, lora: LoraConfig) -> Model:
-    return make_model(
-        model_config,
-        dtype=config.model.dtype,
-        attention=config.model.attention,
-        remat=config.train.remat,
-        lora=lora,
-    )
+    return define_model(experiment, policy.model.config, LoraConfig())

@@ -11,35 +11,26 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict as Config
 
+from posttrain_jax.algorithms.contract import Online, OnlineAlgorithm, OnlineSizes
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.optim import scale_and_delay
-from posttrain_jax.core.schema import read
 from posttrain_jax.core.sharding import jit_step, replicated
 from posttrain_jax.core.trees import partition
 from posttrain_jax.core.types import Array, Metric, Metrics, PyTree, Task, TrainState
 from posttrain_jax.core.updates import new_state
 from posttrain_jax.data.loader import Loader
+from posttrain_jax.models.spec import is_trained
 from posttrain_jax.models.transformer import Model
-from posttrain_jax.rewards.score_options import ScoreOptions
 from posttrain_jax.rollouts.batch import BatchMaker
 from posttrain_jax.rollouts.collector import PolicyCollector
 from posttrain_jax.rollouts.evaluation import SAMPLED_PROMPTS, Evaluation
 from posttrain_jax.rollouts.experience import Networks
 from posttrain_jax.rollouts.sampling import Sampler
 from posttrain_jax.rollouts.trajectory import TrajectoryBatch
-from posttrain_jax.run.stop_rules import StopRules
 from posttrain_jax.sampling.score import Difference
-from posttrain_jax.wiring.experiment import (
-    abstract_on_mesh,
-    is_trained,
-    mesh_from_config,
-    model_spec_from_config,
-    optimizer_from_config,
-    seed_key,
-    steps_from_config,
-)
+from posttrain_jax.wiring.experiment import OnlineExperiment
+from posttrain_jax.wiring.model import mesh_of, model_spec
 from posttrain_jax.wiring.networks import ValueNetwork, reference_from_config
 from posttrain_jax.wiring.rollouts import (
     batch_shape,
@@ -48,32 +39,8 @@ from posttrain_jax.wiring.rollouts import (
     prompts_from_config,
     sampling_options,
 )
-from posttrain_jax.wiring.text import TextOptions, text_batches
-
-
-@dataclasses.dataclass(frozen=True)
-class Online:
-    """An algorithm that learns from the policy's own completions: its pure function, and what it asks for.
-
-    Attributes:
-      train_step: (state, TrajectoryBatch, *, networks, optimizer, schedule, ema_decay) -> (state, metrics).
-      epochs, minibatches: passes over an iteration's trajectories, and updates in each.
-      kl_coefficient: beta at the start; 0 = it needs no reference.
-      value: the value network: "none"; "policy" = a copy of the policy with a head of zeros; "shared" = such a head
-        alone, on the policy's trunk; else a MODEL, a reward model as in InstructGPT.
-      value_lr: the value network's peak learning rate; 0 = the policy's.
-      value_warmup: iterations in which the value network alone is trained.
-      text: rows of text that are learned from beside the trajectories; or None.
-    """
-
-    train_step: Callable[..., tuple[TrainState, Metrics]]
-    epochs: int
-    minibatches: int
-    kl_coefficient: float
-    value: str = "none"
-    value_lr: float = 0.0
-    value_warmup: int = 0
-    text: TextOptions | None = None
+from posttrain_jax.wiring.task import abstract_on_mesh, optimizer_of, run_steps, seed_key
+from posttrain_jax.wiring.text import text_batches
 
 
 def init_state(
@@ -107,58 +74,63 @@ def _is_trained(path: str, model: Model) -> bool:
     return path != "value/score_head/gain" if is_value(path) else is_trained(path, model)
 
 
-def online_task(config: Config, workdir: Path, online: Online) -> Task:
+def online_task(experiment: OnlineExperiment, algorithm: OnlineAlgorithm, workdir: Path) -> Task:
     """The algorithm's train step with its collector, optimizer and evaluation.
 
     Raises:
       InputError: a bad value, a bad prompt, a model or a reward that cannot be used.
     """
-    mesh = mesh_from_config(config)
-    policy = model_spec_from_config(config)
-    key = seed_key(config.seed)
-    options = sampling_options(config, policy)
-    score = read(ScoreOptions, config.score.to_dict(), "score")
-    stop = read(StopRules, config.stop.to_dict(), "stop")
-    check_score(score, config)
-    prompts, held_out = prompts_from_config(config, policy, workdir)
+    sizes = OnlineSizes(
+        prompts=experiment.train.rows_per_step,
+        samples=experiment.rollout.samples,
+        max_length=experiment.data.max_length,
+    )
+    online = algorithm.online(experiment.options, sizes)
+    mesh = mesh_of(experiment.mesh)
+    policy = model_spec(experiment)
+    key = seed_key(experiment.seed)
+    options = sampling_options(experiment, policy)
+    score, stop = experiment.score, experiment.stop
+    check_score(score, experiment)
+    prompts, held_out = prompts_from_config(experiment, policy, workdir)
     longest = max(prompt.tokens.size for prompt in [*prompts.all(), *held_out])
     shape = batch_shape(
-        config,
+        experiment,
         mesh,
         epochs=online.epochs,
         minibatches=online.minibatches,
-        length=min(-(-(longest + options.max_new_tokens) // 8) * 8, config.data.max_length),
+        length=min(-(-(longest + options.max_new_tokens) // 8) * 8, experiment.data.max_length),
     )
-    steps = steps_from_config(config, prompts.sources)
-    schedule, optimizer = _optimizer(config, steps, online)
-    value = ValueNetwork(online.value, config, policy, mesh)
-    kind = reference_kind(config, online, has_new_adapter=policy.has_new_adapter)
-    reference = reference_from_config("rollout.reference", kind, config, policy, mesh, key)
+    steps = run_steps(experiment.train, prompts.sources)
+    schedule, optimizer = _optimizer(experiment, steps, online)
+    value = ValueNetwork(online.value, experiment, policy, mesh)
+    kind = reference_kind(experiment, online, has_new_adapter=policy.has_new_adapter)
+    reference = reference_from_config("rollout.reference", kind, experiment, policy, mesh, key)
     text = None
     if online.text is not None:
-        text = text_batches(online.text, config, policy, mesh, workdir, minibatches=online.minibatches)
+        text = text_batches(online.text, experiment, policy, mesh, workdir, minibatches=online.minibatches)
     make_state = functools.partial(
         init_state,
         model=policy.model,
         kl_coefficient=online.kl_coefficient,
         optimizer=optimizer,
-        ema_decay=config.optim.ema,
+        ema_decay=experiment.optim.ema,
     )
     abstract = abstract_on_mesh(make_state, mesh, value.abstract(policy.model.abstract_params()), key)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     if jax.process_index() == 0:
         policy.describe(workdir / "model")
     # After all that may be refused, for functions are in processes of their own from here on.
-    scorer = make_scorer(score, config, policy, mesh, shape)
-    gold = make_scorer(score.gold, config, policy, mesh, shape) if score.gold is not None else None
+    scorer = make_scorer(score, experiment, policy, mesh, shape)
+    gold = make_scorer(score.gold, experiment, policy, mesh, shape) if score.gold is not None else None
     sampler = Sampler(policy.model, policy.tokenizer, options, length=shape.length, mesh=mesh)
     collector = PolicyCollector(
         prompts,
-        Loader(prompts.sources, rows_per_step=config.train.rows_per_step, seed=config.seed),
+        Loader(prompts.sources, rows_per_step=experiment.train.rows_per_step, seed=experiment.seed),
         sampler,
         scorer,
-        BatchMaker(shape, mesh, seed=config.seed, reference=reference, temperature=options.temperature),
-        seed=config.seed,
+        BatchMaker(shape, mesh, seed=experiment.seed, reference=reference, temperature=options.temperature),
+        seed=experiment.seed,
         text=text,
         gold=gold,
     )
@@ -176,14 +148,14 @@ def online_task(config: Config, workdir: Path, online: Online) -> Task:
             networks=networks,
             optimizer=optimizer,
             schedule=schedule,
-            ema_decay=config.optim.ema,
+            ema_decay=experiment.optim.ema,
         ),
         mesh,
         in_shardings=(shardings, None),
         out_shardings=(shardings, replicated(mesh)),
         donate=(0,),
     )
-    temperature = config.eval.temperature
+    temperature = experiment.eval.temperature
     evaluation = Evaluation(
         sampler,
         scorer,
@@ -229,17 +201,17 @@ def _timed_step(
     return state, {**metrics, "train/seconds_train": seconds}
 
 
-def reference_kind(config: Config, online: Online, *, has_new_adapter: bool) -> str:
+def reference_kind(experiment: OnlineExperiment, online: Online, *, has_new_adapter: bool) -> str:
     """What `rollout.reference` comes to: "auto" is the policy that training starts from where the KL to it is charged
     or watched, else none.
 
     Raises:
       InputError: it is none, and the KL to it is charged or watched.
     """
-    kind = config.rollout.reference
+    kind = experiment.rollout.reference
     needs = [
         name
-        for name, value in (("the KL coefficient", online.kl_coefficient), ("stop.kl", config.stop.kl))
+        for name, value in (("the KL coefficient", online.kl_coefficient), ("stop.kl", experiment.stop.kl))
         if value
     ]
     if kind == "auto":
@@ -252,18 +224,18 @@ def reference_kind(config: Config, online: Online, *, has_new_adapter: bool) -> 
 
 
 def _optimizer(
-    config: Config, steps: int, online: Online
+    experiment: OnlineExperiment, steps: int, online: Online
 ) -> tuple[Callable[[Array], Array], optax.GradientTransformationExtraArgs]:
     """The schedule, and the optimizer with what is the value network's own."""
     updates = online.epochs * online.minibatches
-    optimizer = optimizer_from_config(config, steps * updates)
+    optimizer = optimizer_of(experiment.optim, updates=steps * updates)
     if not online.value_lr and not online.value_warmup:
         return optimizer.schedule, optimizer.transformation
-    if not config.optim.lr:
+    if not experiment.optim.lr:
         raise InputError("ppo.value_lr and ppo.value_warmup need optim.lr above 0.")
     own = scale_and_delay(
         is_value,
-        scale=(online.value_lr or config.optim.lr) / config.optim.lr,
+        scale=(online.value_lr or experiment.optim.lr) / experiment.optim.lr,
         delay=online.value_warmup * updates,
     )
     return optimizer.schedule, optax.chain(optimizer.transformation, own)

@@ -10,24 +10,23 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict as Config
 
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.log import log_on_host0
-from posttrain_jax.core.schema import read
 from posttrain_jax.data.columns import unused_text
 from posttrain_jax.data.prompt_rows import is_plain_text, other_columns
 from posttrain_jax.data.prompts import Prompt, PromptData, read_prompts
 from posttrain_jax.data.shown_row import plain_text_warning, shown_row
 from posttrain_jax.data.split import hold_out, split_amount
 from posttrain_jax.models.io.tokenizer import stop_token_ids
+from posttrain_jax.models.spec import ModelSpec
 from posttrain_jax.rewards.score_options import ScoreOptions
 from posttrain_jax.rewards.scorer import Scorer, load_reward_model
 from posttrain_jax.rewards.workers import PythonReward
 from posttrain_jax.rollouts.sampling import RolloutOptions, encode_prompt
 from posttrain_jax.rollouts.trajectory import BatchShape
-from posttrain_jax.wiring.data import chat_from_config, column_names, data_spec, say_trained_rows
-from posttrain_jax.wiring.experiment import ModelSpec
+from posttrain_jax.wiring.data import chat_options, column_names, data_spec, log_trained_rows
+from posttrain_jax.wiring.experiment import OnlineExperiment
 from posttrain_jax.wiring.networks import check_context
 
 MAX_ROW_LENGTH = (
@@ -35,7 +34,9 @@ MAX_ROW_LENGTH = (
 )
 
 
-def batch_shape(config: Config, mesh: Mesh, *, epochs: int, minibatches: int, length: int) -> BatchShape:
+def batch_shape(
+    experiment: OnlineExperiment, mesh: Mesh, *, epochs: int, minibatches: int, length: int
+) -> BatchShape:
     """The static sizes of an iteration's batch, from config and mesh.
 
     A micro-batch has the tokens of `train.micro_rows` completions of the greatest length. Its rows are made longer and
@@ -43,7 +44,7 @@ def batch_shape(config: Config, mesh: Mesh, *, epochs: int, minibatches: int, le
     before k trajectories of at most S tokens lie in the one before.
 
     Args:
-      config: the experiment.
+      experiment: its sizes and sections.
       mesh: of the devices.
       epochs, minibatches: of the algorithm.
       length: S, most tokens of a trajectory.
@@ -52,15 +53,16 @@ def batch_shape(config: Config, mesh: Mesh, *, epochs: int, minibatches: int, le
       InputError: the sizes do not divide; says which numbers would.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    completions = config.train.rows_per_step * config.rollout.samples
+    completions = experiment.train.rows_per_step * experiment.rollout.samples
     if completions <= 0 or completions % (minibatches * shards):
         raise InputError(
-            f"train.rows_per_step={config.train.rows_per_step} prompts x rollout.samples={config.rollout.samples} = "
-            f"{completions} completions do not divide into {minibatches} minibatches on {shards} devices that split "
-            f"rows; make the product a multiple of {minibatches * shards}."
+            f"train.rows_per_step={experiment.train.rows_per_step} prompts x "
+            f"rollout.samples={experiment.rollout.samples} = {completions} completions do not divide into "
+            f"{minibatches} minibatches on {shards} devices that split rows; make the product a multiple of "
+            f"{minibatches * shards}."
         )
     part = completions // minibatches
-    micro = config.train.micro_rows or part
+    micro = experiment.train.micro_rows or part
     if micro <= 0 or part % micro or micro % shards:
         fitting = [n for n in range(shards, part + 1, shards) if part % n == 0]
         raise InputError(
@@ -86,38 +88,40 @@ def batch_shape(config: Config, mesh: Mesh, *, epochs: int, minibatches: int, le
     )
 
 
-def sampling_options(config: Config, policy: ModelSpec) -> RolloutOptions:
+def sampling_options(experiment: OnlineExperiment, policy: ModelSpec) -> RolloutOptions:
     """The section `rollout`, with the sizes and stop tokens that depend on other sections.
 
     Raises:
       InputError: a number out of its range.
     """
-    options = read(RolloutOptions, config.rollout.to_dict(), "rollout")
-    if options.max_new_tokens >= config.data.max_length:
+    options = experiment.rollout
+    if options.max_new_tokens >= experiment.data.max_length:
         raise InputError(
             f"rollout.max_new_tokens is {options.max_new_tokens}; it must leave room for a prompt in data.max_length="
-            f"{config.data.max_length}."
+            f"{experiment.data.max_length}."
         )
-    if config.data.max_length > policy.model.config.max_length:
+    if experiment.data.max_length > policy.model.config.max_length:
         raise InputError(
-            f"data.max_length is {config.data.max_length}, and the model was made for {policy.model.config.max_length} "
-            "tokens; lower it."
+            f"data.max_length is {experiment.data.max_length}, and the model was made for "
+            f"{policy.model.config.max_length} tokens; lower it."
         )
     return dataclasses.replace(
         options,
-        batch_size=options.batch_size or config.train.rows_per_step * options.samples,
+        batch_size=options.batch_size or experiment.train.rows_per_step * options.samples,
         stop_token_ids=stop_token_ids(policy.model.config, policy.tokenizer),
     )
 
 
-def prompts_from_config(config: Config, policy: ModelSpec, workdir: Path) -> tuple[PromptData, list[Prompt]]:
+def prompts_from_config(
+    experiment: OnlineExperiment, policy: ModelSpec, workdir: Path
+) -> tuple[PromptData, list[Prompt]]:
     """Prompts to learn on, and held-out ones; rows that are skipped go into `workdir`'s rejected.jsonl.
 
     Raises:
       InputError: bad rows, a missing file, prompts that are too long.
     """
 
-    chat = chat_from_config(config, policy.tokenizer, workdir)
+    chat = chat_options(experiment.data, policy.tokenizer, workdir)
 
     def read(spec: Any, rejected: str) -> PromptData:
         return read_prompts(
@@ -126,17 +130,17 @@ def prompts_from_config(config: Config, policy: ModelSpec, workdir: Path) -> tup
                 encode_prompt,
                 tokenizer=policy.tokenizer,
                 vocab_size=policy.model.config.vocab_size,
-                text_tokens=config.data.prompt_tokens,
+                text_tokens=experiment.data.prompt_tokens,
                 chat=chat,
             ),
-            max_tokens=config.data.max_length - config.rollout.max_new_tokens,
-            long_prompts=config.data.long_prompts,
-            on_bad_row=config.data.on_bad_row,
-            columns=column_names(config.data),
+            max_tokens=experiment.data.max_length - experiment.rollout.max_new_tokens,
+            long_prompts=experiment.data.long_prompts,
+            on_bad_row=experiment.data.on_bad_row,
+            columns=column_names(experiment.data),
             rejected_path=workdir / rejected if jax.process_index() == 0 else None,
         )
 
-    train = read(config.data.train, "rejected.jsonl")
+    train = read(experiment.data.train, "rejected.jsonl")
     log_on_host0(train.text())
     first = train.sources[0].prompts[0]
     log_on_host0(f"first prompt ({first.row_id}): {shown_row(policy.tokenizer, first.tokens)}")
@@ -148,39 +152,39 @@ def prompts_from_config(config: Config, policy: ModelSpec, workdir: Path) -> tup
     plain = sum(is_plain_text(prompt.row, chat.text_as) for prompt in train.all())
     if plain and policy.tokenizer.chat_template:
         log_on_host0(plain_text_warning(plain, len(train), "data.text_as=chat"))
-    if not config.data.eval:
+    if not experiment.data.eval:
         return train, []
-    amount = split_amount(data_spec(config.data.eval))
+    amount = split_amount(experiment.data.eval)
     if amount is not None:
-        train, held_out = hold_out(train, amount, seed=config.seed)
+        train, held_out = hold_out(train, amount, seed=experiment.seed)
     else:
-        held_out = read(config.data.eval, "rejected-eval.jsonl")
+        held_out = read(experiment.data.eval, "rejected-eval.jsonl")
         log_on_host0(held_out.text())
-        say_trained_rows(train, held_out)
+        log_trained_rows(train, held_out)
     log_on_host0(f"{len(train):,} prompts to learn from, {len(held_out):,} held out.")
     return train, held_out.all()
 
 
-def check_score(score: ScoreOptions, config: Config) -> None:
+def check_score(score: ScoreOptions, experiment: OnlineExperiment) -> None:
     """What a score needs of other sections, before anything is started.
 
     Raises:
       InputError: a gold score that has nothing to score, or that is watched and not there.
     """
-    if score.gold is not None and not config.data.eval:
+    if score.gold is not None and not experiment.data.eval:
         raise InputError(
             "score.gold_function and score.gold_model score held-out completions; set data.eval."
         )
-    if config.stop.gold_errors and score.gold is None:
+    if experiment.stop.gold_errors and score.gold is None:
         raise InputError(
             "stop.gold_errors watches the gold score; set score.gold_function or score.gold_model."
         )
-    if config.stop.gold_errors and not config.eval.every:
+    if experiment.stop.gold_errors and not experiment.eval.every:
         raise InputError("stop.gold_errors watches evaluations, and eval.every is 0 (none); set eval.every.")
 
 
 def make_scorer(
-    score: ScoreOptions, config: Config, policy: ModelSpec, mesh: Mesh, shape: BatchShape
+    score: ScoreOptions, experiment: OnlineExperiment, policy: ModelSpec, mesh: Mesh, shape: BatchShape
 ) -> Scorer:
     """The reward functions and models of a section `score`, in worker processes and on the mesh.
 
@@ -189,12 +193,12 @@ def make_scorer(
     """
     models = {
         name: load_reward_model(
-            name, score, mesh=mesh, dtype=config.model.dtype, attention=config.model.attention
+            name, score, mesh=mesh, dtype=experiment.model.dtype, attention=experiment.model.attention
         )
         for name in score.models
     }
     for name, reward in models.items():
-        check_context("score", name, reward.members[0].config, config.data.max_length)
+        check_context("score", name, reward.members[0].config, experiment.data.max_length)
     return Scorer(
         policy.tokenizer,
         functions={

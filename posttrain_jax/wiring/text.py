@@ -3,37 +3,35 @@ arXiv:2203.02155, eq. 2 and appendix C.4), and which keeps what RLHF would make 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict as Config
 
+from posttrain_jax.algorithms.contract import TextOptions
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.log import log_on_host0
 from posttrain_jax.core.sharding import host_data_shards, put_batch
 from posttrain_jax.data.loader import Loader
+from posttrain_jax.data.options import as_source
 from posttrain_jax.data.packing import pack
 from posttrain_jax.data.rows import ColumnNames
 from posttrain_jax.data.tokenized import TokenizeOptions, build
+from posttrain_jax.models.spec import ModelSpec
 from posttrain_jax.run.batches import RowBatches
-from posttrain_jax.wiring.data import chat_from_config, data_spec
-from posttrain_jax.wiring.experiment import ModelSpec
-
-
-@dataclasses.dataclass(frozen=True)
-class TextOptions:
-    """What text, how many packed rows of it in an iteration, and how many tokens a row has."""
-
-    data: str
-    rows: int
-    length: int
+from posttrain_jax.wiring.data import chat_options, data_spec
+from posttrain_jax.wiring.experiment import OnlineExperiment
 
 
 def text_batches(
-    text: TextOptions, config: Config, policy: ModelSpec, mesh: Mesh, workdir: Path, *, minibatches: int
+    text: TextOptions,
+    experiment: OnlineExperiment,
+    policy: ModelSpec,
+    mesh: Mesh,
+    workdir: Path,
+    *,
+    minibatches: int,
 ) -> RowBatches:
     """An iteration's rows as a `Batch` `[M, B, T]`; M is a multiple of the minibatches, each of which has its share.
 
@@ -55,23 +53,26 @@ def text_batches(
         max_length=text.length,
         truncate="right",
         train_on="all_turns",
-        chat=chat_from_config(config, policy.tokenizer, workdir),
-        on_bad_row=config.data.on_bad_row,
-        columns=ColumnNames(ignored=config.data.ignore_columns),
+        chat=chat_options(experiment.data, policy.tokenizer, workdir),
+        on_bad_row=experiment.data.on_bad_row,
+        columns=ColumnNames(ignored=experiment.data.ignore_columns),
         progress=jax.process_index() == 0,
     )
     data = build(
-        data_spec(text.data), policy.tokenizer, options, rejected_path=workdir / "rejected-ptx.jsonl"
+        data_spec(as_source(text.data, "ppo.ptx_data")),
+        policy.tokenizer,
+        options,
+        rejected_path=workdir / "rejected-ptx.jsonl",
     )
     log_on_host0(data.text())
     part = text.rows // minibatches
-    most = config.train.micro_rows or part
+    most = experiment.train.micro_rows or part
     micro = max((n for n in range(shards, part + 1, shards) if part % n == 0 and n <= most), default=shards)
     host, hosts = host_data_shards(mesh)
     loader = Loader(
         pack(data, text.length, packed=True),
         rows_per_step=text.rows,
-        seed=config.seed,
+        seed=experiment.seed,
         host_index=host,
         host_count=hosts,
     )

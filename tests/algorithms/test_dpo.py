@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from contracts.tiny import make_mesh
 from ml_collections import ConfigDict
+from tasks import experiment_of, spec_of, task_of
 
 from algorithms import tiny
 from algorithms.tiny import assert_same, batch_of, ranked_data, tiny_model, tiny_params
-from configs.base import preference_config
 from configs.dpo.smollm2_135m import get_config
 from posttrain_jax.algorithms import dpo
 from posttrain_jax.core.errors import InputError
@@ -31,18 +31,17 @@ from posttrain_jax.data.tokenized_preferences import build_preferences
 from posttrain_jax.forward.completions import policy_logps
 from posttrain_jax.forward.reference_cache import reference_logps
 from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
-from posttrain_jax.wiring.experiment import model_spec_from_config
 
-OPTIONS = dpo.Options(
-    loss="dpo",
-    beta=0.1,
-    label_smoothing=0.1,
-    gamma=50.0,  # so that no hinge is at rest
-    alpha=0.2,
-    eta=1.0,
-    nll_weight=0.0,
-    skip_eos=False,
-)
+NUMBERS = {"label_smoothing": 0.1, "gamma": 50.0, "alpha": 0.2}  # gamma: so that no hinge is at rest
+OPTIONS = dpo.Options()
+
+
+def options_of(loss: str, **changes: float) -> dpo.Options:
+    """The loss with the numbers that it looks at."""
+    numbers = {**NUMBERS, **changes}
+    return dpo.Options(
+        loss=loss, **{name: value for name, value in numbers.items() if loss in dpo.USED_BY[name]}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +93,13 @@ def test_every_loss_prefers_the_better_completion(data, loss):
     mesh = make_mesh(1, 1, 1)
     rows = jax.tree.map(lambda leaf: leaf[0], batch_of(data, mesh, share=True, micro_batches=1))
     # A hinge that is met has no gradient, so SLiC's margin must be larger than any difference here.
-    options = dataclasses.replace(OPTIONS, loss=loss, gamma=1000.0 if loss == "slic" else OPTIONS.gamma)
+    options = options_of(loss, gamma=1000.0 if loss == "slic" else 50.0)
     present_BN = rows.sequence_ids != 0
     reference_BN = jnp.where(present_BN, -20.0, 0.0)
     logps_BN2 = jnp.stack([reference_BN + 1.0, jnp.full_like(reference_BN, -0.5)], axis=-1)
 
     def total(logps_BN2):
-        pairs = dpo.pairs_of(logps_BN2, rows, reference_BN, options)
+        pairs = dpo.gather_pairs(logps_BN2, rows, reference_BN, options)
         return jnp.sum(dpo.LOSSES[loss](pairs, options).loss)
 
     value, gradient = jax.value_and_grad(total)(logps_BN2)
@@ -153,7 +152,7 @@ def test_a_completion_that_was_cut_keeps_its_last_token(tmp_path):
     skipped_BN, ids_BN = np.asarray(dpo._skipped(rows, options)), np.asarray(rows.sequence_ids)
     assert [float(skipped_BN[ids_BN == number].item()) for number in (1, 2, 3, 4)] == [1, 1, 0, 0]
     logps_BN2 = jnp.stack([jnp.full(ids_BN.shape, -5.0), jnp.full(ids_BN.shape, -2.0)], axis=-1)
-    pairs = dpo.pairs_of(logps_BN2, rows, jnp.zeros(ids_BN.shape), options)
+    pairs = dpo.gather_pairs(logps_BN2, rows, jnp.zeros(ids_BN.shape), options)
     weights_BP = np.asarray(rows.weights) != 0
     for values_BP, want in ((pairs.chosen, [-5, -3]), (pairs.chosen_lengths, [3, 3])):
         assert sorted(np.asarray(values_BP)[weights_BP].tolist()) == want
@@ -213,7 +212,7 @@ def test_in_bfloat16_the_first_step_begins_at_the_reference(reference, tmp_path,
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
     config = config_of(reference=reference)
     config.model.dtype, config.data.eval = "bfloat16", ""
-    task = dpo.from_config(config, tmp_path)
+    task = task_of(config, tmp_path)
     state = task.init_state()
     _, metrics = task.train_step(state, task.collector.next(state).batch)
     task.collector.close()
@@ -239,12 +238,12 @@ def test_in_bfloat16_ties_are_ties_wherever_a_completion_stands(tmp_path, monkey
     config.data.train, config.data.eval = str(tmp_path / "train.jsonl"), str(tmp_path / "held.jsonl")
     config.data.row_length, config.model.dtype = 512, "bfloat16"
     config.mesh.data, config.train.micro_rows = 1, 8
-    task = dpo.from_config(config, tmp_path)
+    task = task_of(config, tmp_path)
     state = task.init_state()
     held_out = task.evaluate(state)
     batch = task.collector.next(state).batch
     task.collector.close()
-    policy = model_spec_from_config(config)
+    policy = spec_of(config)
     params = combine(state.params, state.frozen)
     rows = jax.tree.map(lambda leaf: leaf[0], batch)
     logps = jax.jit(functools.partial(policy_logps, model=policy.model, share_prompt=True))(params, rows)
@@ -275,7 +274,7 @@ def test_a_wrong_reference_is_not_taken_for_rounding(data):
 @pytest.mark.parametrize("reference", ["cached", "memory", "adapter"])
 def test_a_loss_without_a_reference_computes_none(reference, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
-    dpo.from_config(config_of(loss="orpo", alpha=0.1, reference=reference), tmp_path / "run").rows.close()
+    task_of(config_of(loss="orpo", alpha=0.1, reference=reference), tmp_path / "run").collector.close()
     assert "computed once" not in capsys.readouterr().out
     assert not (tmp_path / "cache" / "reference_logps").exists()
 
@@ -287,16 +286,16 @@ def test_a_reference_in_memory_is_part_of_the_data(tmp_path, monkeypatch):
     for seed in (1, 1, 2):
         config = config_of(reference="memory")
         config.seed, config.data.eval = seed, ""
-        rows = dpo.from_config(config, tmp_path / "run").rows
-        found.append(rows.get_state()["data"])
-        rows.close()
+        collector = task_of(config, tmp_path / "run").collector
+        found.append(str(collector.get_state()))
+        collector.close()
     assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"eta": 2.0}, "dpo.eta is 2.0, and dpo.loss=dpo does not look at it; these do: rpo"),
+        ({"eta": 2.0}, "dpo.eta is 2, and dpo.loss=dpo does not look at it; these do: rpo"),
         ({"loss": "rpo", "eta": 0.0}, "dpo.loss=rpo needs dpo.eta"),
         ({"loss": "orpo", "alpha": 0.1, "beta": 0.2}, "dpo.beta is 0.2, and dpo.loss=orpo does not look"),
         ({"loss": "slic", "alpha": 0.1, "gamma": 1.0, "beta": 0.2}, "dpo.loss=slic does not look at it"),
@@ -304,11 +303,7 @@ def test_a_reference_in_memory_is_part_of_the_data(tmp_path, monkeypatch):
 )
 def test_numbers_that_the_loss_ignores_are_refused(keys, message):
     with pytest.raises(InputError, match=message):
-        dpo.options_from_config(config_of(**keys))
-
-
-def test_the_defaults_are_the_configs():
-    assert preference_config().dpo.to_dict() == dpo.DEFAULTS
+        experiment_of(config_of(**keys))
 
 
 def test_the_reference_is_computed_once(data, tmp_path, capsys, caplog):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contracts.tiny import make_mesh
+from tasks import experiment_of, task_of
 
 from algorithms.tiny import assert_same, tiny_model, tiny_params
 from configs.dpo.smollm2_135m_kto import get_config
@@ -146,13 +147,13 @@ def test_micro_batches_and_meshes_do_not_change_the_step(data):
     assert_same(run((2, 1, 1), 4), want)
 
 
-@pytest.mark.parametrize(("name", "value"), [("beta", 0.5), ("loss", "ipo"), ("reference", "memory")])
-def test_keys_of_dpo_are_refused(name, value):
+def test_the_config_has_the_keys_of_kto_alone():
     config = get_config("tiny")
-    assert kto.options_from_config(config).beta == 0.1
-    config.dpo[name] = value
-    with pytest.raises(InputError, match=f"dpo.{name} is {value}, and algorithm=kto does not look at it"):
-        kto.options_from_config(config)
+    assert experiment_of(config).options.beta == 0.1
+    assert "dpo" not in config and "reward" not in config
+    config.dpo = {"loss": "ipo"}
+    with pytest.raises(InputError, match="has the section 'dpo', which algorithm=kto does not read"):
+        experiment_of(config)
 
 
 def test_the_batches_of_an_evaluation_do_not_change_it(tmp_path, monkeypatch):
@@ -164,7 +165,7 @@ def test_the_batches_of_an_evaluation_do_not_change_it(tmp_path, monkeypatch):
         config.mesh.data = config.train.rows_per_step = 8
         config.kto.beta = 3.0
         config.data.eval, config.eval.batch_rows, config.eval.prompts = "split:16", rows, ()
-        task = kto.from_config(config, tmp_path)
+        task = task_of(config, tmp_path)
         state = task.init_state()
         moved = dataclasses.replace(state, params=jax.tree.map(lambda leaf: 0.5 * leaf, state.params))
         assert task.evaluate is not None

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from tasks import experiment_of, spec_of, task_of
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -20,9 +21,8 @@ from transformers import PreTrainedTokenizerFast
 from configs.dpo.smollm2_135m import get_config as pairs_config
 from configs.ppo.instructgpt import get_config as instructgpt
 from configs.ppo.letters import get_config
-from launch.config import check_values
-from launch.train import algorithms, run
-from posttrain_jax.algorithms import ppo
+from launch.config import with_algorithm
+from launch.train import run
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.sharding import make_mesh
 from posttrain_jax.core.trees import combine
@@ -37,7 +37,6 @@ from posttrain_jax.models.transformer import make_model
 from posttrain_jax.rollouts.experience import policy_params
 from posttrain_jax.sampling.generate import GenerateOptions, generate
 from posttrain_jax.sampling.prompts import encode_text
-from posttrain_jax.wiring.experiment import model_spec_from_config
 from posttrain_jax.wiring.networks import ValueNetwork
 
 WORDS = ("<end>", "a", "b", "c", "d")
@@ -108,10 +107,9 @@ def optimum(reference: np.ndarray) -> np.ndarray:
 
 
 def enumerable(model: Path, algorithm: str, seed: int, folder: Path) -> ConfigDict:
-    config = get_config()
-    config.algorithm = algorithm
+    config = get_config("rloo" if algorithm == "rloo" else "")
     config.seed = seed
-    config.model.init, config.model.tokenizer, config.model.config = str(model), "", ConfigDict()
+    config.model.init, config.model.tokenizer, config.model.config = str(model), "", {}
     prompts = folder / "prompts.jsonl"
     prompts.write_text('{"prompt": "b c"}\n')
     config.data.train, config.data.eval, config.data.max_length = str(prompts), "", 8
@@ -119,10 +117,10 @@ def enumerable(model: Path, algorithm: str, seed: int, folder: Path) -> ConfigDi
     config.rollout.samples = 32
     config.score.functions = (REWARDS,)
     config.train.rows_per_step, config.train.steps = 8, 60
-    config.ppo.kl_coefficient = config.rloo.kl_coefficient = BETA
-    config.ppo.lam, config.ppo.value, config.ppo.whiten_advantages = 1.0, "policy", False
-    config.ppo.epochs, config.ppo.minibatches = 2, 2
-    config.rloo.epochs, config.rloo.minibatches = 2, 2
+    config[algorithm].kl_coefficient = BETA
+    config[algorithm].epochs, config[algorithm].minibatches = 2, 2
+    if algorithm == "ppo":
+        config.ppo.lam, config.ppo.value, config.ppo.whiten_advantages = 1.0, "policy", False
     config.optim.lr, config.optim.schedule = 2e-2, "linear"
     config.log.tensorboard = False
     config.log.every = 20
@@ -178,7 +176,7 @@ def test_dpo_reaches_the_same_optimum(five_words, tmp_path):
     best /= best.sum()
     assert 0.5 * np.abs(start - best).sum() > 0.5
     config = pairs_config("tiny")
-    config.model.init, config.model.tokenizer, config.model.config = str(five_words), "", ConfigDict()
+    config.model.init, config.model.tokenizer, config.model.config = str(five_words), "", {}
     config.data.train, config.data.eval, config.data.max_length = str(pairs), "", 8
     config.data.chat_template = ""
     config.train.rows_per_step, config.train.micro_rows, config.train.steps = len(rows), 38, 60
@@ -267,7 +265,7 @@ def test_a_reward_model_becomes_a_linear_value_head(tmp_path):
     model = save_reward_model(tmp_path / "reward")
     before = load_model(model).params["score_head"]
     config = short(ppo__value=model)
-    network = ValueNetwork(model, config, model_spec_from_config(config), make_mesh())
+    network = ValueNetwork(model, experiment_of(config), spec_of(config), make_mesh())
     scaled = {**before, "gain": jnp.float32(3), "bias": jnp.float32(-0.5)}
     head = network._with_value({}, {"score_head": scaled})["value"]["score_head"]
     np.testing.assert_array_equal(head["kernel"], 3 * np.asarray(before["kernel"]))
@@ -277,8 +275,8 @@ def test_a_reward_model_becomes_a_linear_value_head(tmp_path):
 def test_an_evaluation_may_draw_at_a_temperature_of_its_own(tmp_path):
     """At 0 its answers are the engine's greedy ones, while an iteration's are drawn at 1."""
     config = short(data__eval="split:3", eval__temperature=0.0, rollout__samples=2)
-    policy = model_spec_from_config(config)
-    task = ppo.from_config(config, tmp_path)
+    policy = spec_of(config)
+    task = task_of(config, tmp_path)
     state = task.init_state()
     rows = task.sample(state)
     task.collector.close()
@@ -327,14 +325,14 @@ def test_the_normalization_of_scores_is_part_of_what_is_saved(tmp_path, capsys):
     completions are sampled to find others. The state of an earlier version is refused."""
     config = short(data__eval="split:3", score__normalize=16)
     config.score.functions = ("tests.algorithms.letter_rewards:mean_token",)
-    task = ppo.from_config(config, tmp_path)
+    task = task_of(config, tmp_path)
     assert task.collector.get_state().arrays["normalization"].tolist() == [1.0, 0.0]
     task.init_state()
     saved = task.collector.get_state()
     task.collector.close()
     assert saved.arrays["normalization"].tolist() != [1.0, 0.0]
     assert "Scores are" in capsys.readouterr().out
-    resumed = ppo.from_config(config, tmp_path)
+    resumed = task_of(config, tmp_path)
     with pytest.raises(InputError, match="in the middle of a run of an earlier version"):
         resumed.collector.set_state(CollectorState({"prompts": saved.values["prompts"]}))
     arrays = {"normalization": np.asarray([0.0, 7.0])}
@@ -399,8 +397,7 @@ def test_a_mesh_changes_nothing(tmp_path):
 
 def start(config: ConfigDict, workdir: Path) -> None:
     """As far as `launch.train` comes before the first answer."""
-    check_values(config)
-    algorithms()[config.algorithm](config, workdir)
+    task_of(config, workdir)
 
 
 @pytest.mark.parametrize(
@@ -446,7 +443,7 @@ def start(config: ConfigDict, workdir: Path) -> None:
         ),
         ({"ppo.value_lr": -1.0}, "ppo.value_lr is -1.0; it must be 0 or more"),
         ({"optim.lr": 0.0, "ppo.value_warmup": 1}, "ppo.value_lr and ppo.value_warmup need optim.lr above 0"),
-        ({"stop.kl": -1.0}, "stop.kl is -1.0; it must be at least 0"),
+        ({"stop.kl": -1.0}, "stop.kl is -1.0; it must be 0 or more"),
         ({"stop.gold_errors": 1.0}, "stop.gold_errors watches the gold score; set score.gold_function"),
         ({"stop.gold_errors": 1.0, "score.gold_model": "x", "eval.every": 0}, "eval.every is 0"),
         ({"ppo.clip_high": -0.1}, "ppo.clip_high is -0.1; it must be 0 or more"),
@@ -465,7 +462,7 @@ def start(config: ConfigDict, workdir: Path) -> None:
         ),
         ({"score.gold_model": "x", "data.eval": ""}, "score held-out completions; set data.eval"),
         ({"score.gold_model": "x", "score.gold_function": "y"}, "the gold score is one of them"),
-        ({"score.normalize": -1}, "score.normalize is -1; it must be at least 0"),
+        ({"score.normalize": -1}, "score.normalize is -1; it must be 0 or more"),
         (
             {"score.aggregate": "piecewise", "score.weights": (1.0,)},
             "score.weights is set, but score.aggregate=piecewise chooses",
@@ -484,7 +481,7 @@ def start(config: ConfigDict, workdir: Path) -> None:
     ],
 )
 def test_bad_values_are_one_sentence(changes, words, tmp_path):
-    config = get_config("tiny")
+    config = with_algorithm(get_config("tiny"), changes.get("algorithm", "ppo"))
     for name, value in changes.items():
         section, _, key = name.rpartition(".")
         (config[section] if section else config)[key] = value

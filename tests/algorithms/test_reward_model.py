@@ -16,10 +16,12 @@ import optax
 import pytest
 from contracts.tiny import make_mesh
 from ml_collections import ConfigDict
+from tasks import experiment_of, spec_of, task_of
 
 from algorithms import tiny
 from algorithms.tiny import assert_same, batch_of, data_of, ranked_data, tiny_model, tiny_params
 from configs.reward_model.smollm2_135m import get_config
+from launch.config import with_algorithm
 from launch.export import export
 from launch.train import run
 from posttrain_jax.algorithms import reward_model
@@ -27,7 +29,7 @@ from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.types import PreferenceBatch, PyTree
 from posttrain_jax.core.updates import used_micro_batches
 from posttrain_jax.data.preference_groups import PreferenceData
-from posttrain_jax.data.preference_rows import PreferenceRows, row_shape
+from posttrain_jax.data.preference_rows import PreferenceRows, Preferences, row_shape
 from posttrain_jax.data.tokenized import TokenizeOptions
 from posttrain_jax.data.tokenized_preferences import build_preferences
 from posttrain_jax.forward.completions import map_completions, reward_scores
@@ -35,18 +37,19 @@ from posttrain_jax.losses import reward as losses
 from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 from posttrain_jax.models.io.load import load_members, load_model
 from posttrain_jax.models.reward_head import score_head_params
-from posttrain_jax.wiring.data import Preferences, preferences_from_config
-from posttrain_jax.wiring.experiment import model_spec_from_config
+from posttrain_jax.wiring.offline import preferences_of
 
-OPTIONS = reward_model.Options(
-    loss="bradley_terry",
-    label_smoothing=0.1,
-    center=0.0,
-    margin_scale=0.5,
-    members=1,
-    bootstrap=False,
-    seed=0,
-)
+OPTIONS = reward_model.Options(normalize="none", bootstrap=False)
+
+
+def options_of(loss: str) -> reward_model.Options:
+    """The loss with the numbers that it looks at."""
+    return dataclasses.replace(
+        OPTIONS,
+        loss=loss,
+        label_smoothing=0.1 if loss == "smoothed_label" else 0.0,
+        margin_scale=0.5 if loss == "margin" else 1.0,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +264,7 @@ def scoring(options: reward_model.Options):
 def test_packed_rows_give_the_loss_of_plain_arrays(mixed, loss):
     """Also where a bootstrap drew some prompts not at all and others more than once."""
     plain = plain_rows()
-    score = scoring(dataclasses.replace(OPTIONS, loss=loss))
+    score = scoring(options_of(loss))
     for counts_G in (np.ones(6), np.asarray([3, 1, 0, 2, 1, 2])):
         rows, scores_BN = packed(mixed, plain.scores_GK, [4, 0, 3, 5, 2, 1])
         _, counts_BN = packed(mixed, np.repeat(counts_G[:, None], 4, axis=1), [4, 0, 3, 5, 2, 1])
@@ -287,7 +290,7 @@ def test_losses_by_hand(mixed):
     scores_GK[0, :2], scores_GK[3] = [1, 0], [2, 1, 0, 0]
     rows, scores_BN = packed(mixed, scores_GK, [0, 3])
     for loss, total, count in (("bradley_terry", 3.200050, 7), ("kwise", 1.055444, 3)):
-        score = scoring(dataclasses.replace(OPTIONS, loss=loss))
+        score = scoring(options_of(loss))
         got, metrics = score(scores_BN, rows, jnp.ones_like(scores_BN))
         np.testing.assert_allclose(got, total, rtol=2e-6)
         assert float(metrics["loss"].count) == count
@@ -319,7 +322,7 @@ def test_ranks_are_those_of_the_data_where_completions_are_the_same(texts, max_l
         ("kwise", np.asarray([[1, 3, 1, 0, 2]], np.float32), 0.3688828),
     ):
         rows, scores_BN = packed(data, scores_GK, [0])
-        score = scoring(dataclasses.replace(OPTIONS, loss=loss))
+        score = scoring(options_of(loss))
         got, metrics = score(scores_BN, rows, jnp.ones_like(scores_BN))
         np.testing.assert_allclose(got, want, rtol=2e-6)
         assert float(metrics["loss"].count) == 1
@@ -344,7 +347,7 @@ def test_centering_of_rankings_is_a_mean_over_prompts_too(mixed):
     rows, scores_BN = packed(mixed, scores_GK, [3])
     ones_BN = jnp.ones_like(scores_BN)
     for loss in ("kwise", "plackett_luce"):
-        options = dataclasses.replace(OPTIONS, loss=loss)
+        options = options_of(loss)
         plain, _ = scoring(options)(scores_BN, rows, ones_BN)
         centered, _ = scoring(dataclasses.replace(options, center=0.01))(scores_BN, rows, ones_BN)
         np.testing.assert_allclose(centered - plain, 0.005, rtol=1e-4, err_msg=loss)
@@ -397,8 +400,7 @@ def test_a_reward_model_to_start_from_loses_its_gain():
             model=tiny_model("llama"),
             optimizer=optax.with_extra_args_support(optax.sgd(0.1)),
             ema_decay=0.0,
-            options=dataclasses.replace(OPTIONS, loss=loss),
-            head_init="normal",
+            options=options_of(loss),
         )
         head = state.params["score_head"]
         assert (float(head["gain"]), float(head["bias"])) == (1, bias)
@@ -450,7 +452,9 @@ def test_the_bootstrap_draws_prompts():
             sequence_ids=jnp.asarray(ids),
             group_ids=jnp.asarray(groups),
         )
-        return np.asarray(jax.jit(reward_model.draws_of, static_argnums=2)(batch, jnp.int32(member), options))
+        return np.asarray(
+            jax.jit(reward_model.prompt_draws, static_argnums=2)(batch, jnp.int32(member), options)
+        )
 
     each = [draws(ids, groups, member) for member in range(3)]
     for drawn in each:
@@ -493,7 +497,7 @@ def config_of(**reward) -> ConfigDict:
 
 
 def data_of_run(config: ConfigDict, folder: Path) -> Preferences:
-    return preferences_from_config(config, byte_tokenizer(), folder, attention="xla")
+    return preferences_of(experiment_of(config), spec_of(config), folder)
 
 
 @pytest.fixture(scope="module")
@@ -583,10 +587,10 @@ def test_an_ensemble_is_no_single_model(ensemble, tmp_path):
 def test_a_language_model_does_not_start_from_a_reward_model(single):
     config = config_of()
     config.model.init = str(single.workdir)
-    assert model_spec_from_config(config, reward=True).source is not None
-    config.algorithm = "dpo"
+    assert spec_of(config, is_reward=True).source is not None
+    config = with_algorithm(config, "dpo")
     with pytest.raises(InputError, match="is a reward model.*algorithm=dpo starts from a language model"):
-        model_spec_from_config(config)
+        spec_of(config)
 
 
 @pytest.mark.slow
@@ -616,7 +620,7 @@ def test_transformers_gives_the_exported_scores(single, tmp_path):
         ({"members": 0}, "reward.members is 0"),
         (
             {"margin_scale": 2.0},
-            "reward.margin_scale is 2.0, and reward.loss=bradley_terry does not look at it",
+            "reward.margin_scale is 2, and reward.loss=bradley_terry does not look at it",
         ),
         ({"loss": "regression", "normalize": "unit"}, "reward.normalize=unit would change the ratings"),
     ],
@@ -626,16 +630,16 @@ def test_bad_options_are_named(changes, message):
     for name, value in changes.items():
         config.reward[name] = value
     with pytest.raises(InputError, match=message):
-        reward_model.options_from_config(config)
+        experiment_of(config)
 
 
 def test_an_ensemble_does_not_start_from_one_head(tmp_path):
-    policy = model_spec_from_config(get_config("tiny"))
+    policy = spec_of(get_config("tiny"))
     policy.describe(tmp_path / "model", reward=True)
     config = config_of(members=2)
     config.model.init = str(tmp_path / "model")
     with pytest.raises(InputError, match="is a reward model, whose head every member would start with"):
-        reward_model.from_config(config, tmp_path)
+        task_of(config, tmp_path)
 
 
 @pytest.mark.parametrize("normalize", ["demonstrations", "none"])
@@ -646,7 +650,7 @@ def test_a_regression_is_left_as_it_predicts(normalize, tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = config_of(loss="regression", normalize=normalize)
     config.data.train, config.data.eval = str(tmp_path / "rows.jsonl"), ""
-    assert reward_model.from_config(config, tmp_path).finish is None
+    assert task_of(config, tmp_path).finish is None
 
 
 @pytest.mark.parametrize(
@@ -659,8 +663,8 @@ def test_a_regression_is_left_as_it_predicts(normalize, tmp_path, monkeypatch):
 def test_data_that_do_not_fit_the_loss_are_refused(loss, row, message, tmp_path, monkeypatch):
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    config = get_config("tiny")
+    config = config_of()
     config.data.train, config.data.eval = str(tmp_path / "rows.jsonl"), ""
     config.reward.loss = loss
     with pytest.raises(InputError, match=message):
-        reward_model.from_config(config, tmp_path)
+        task_of(config, tmp_path)

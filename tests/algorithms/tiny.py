@@ -14,8 +14,8 @@ import numpy as np
 from contracts.tiny import GEMMA, LLAMA
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from tasks import task_of
 
-from posttrain_jax.algorithms import reward_model
 from posttrain_jax.core.sharding import jit_step, put_batch, replicated, tree_shardings
 from posttrain_jax.core.types import Array, Metrics, PreferenceBatch, PyTree
 from posttrain_jax.core.updates import gradient_sums, used_micro_batches
@@ -108,7 +108,7 @@ def untrained_reward_run(config: ConfigDict, workdir: Path) -> dict[str, float]:
     """
     workdir.mkdir()
     (workdir / "config.json").write_text(json.dumps(config.to_dict()))
-    task = reward_model.from_config(config, workdir)
+    task = task_of(config, workdir)
     state = task.init_state()
     if task.finish is not None:
         state = task.finish(state)

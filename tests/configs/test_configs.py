@@ -12,19 +12,17 @@ import pytest
 from contracts.conftest import Processes
 from write_golden import GOLDEN, ROOT, golden_path, render, specs
 
-from configs.base import base_config, online_config, preference_config
+from configs.dpo.smollm2_135m import get_config as preferences
 from configs.ppo.letters import get_config as letters
-from launch.config import changes, check_allowed, check_values, flatten, load_file, resolve, write
+from configs.sft.smollm2_135m import get_config as smollm2
+from launch.config import changes, check_allowed, flatten, load_file, resolve, write
 from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.schema import all_leaves
+from posttrain_jax.wiring.algorithms import ALGORITHMS, read_experiment, sections_of
+from posttrain_jax.wiring.saved_config import read_run
 
 SPECS = specs()
-FOLDERS = {
-    "sft": base_config,
-    "dpo": preference_config,
-    "reward_model": preference_config,
-    "ppo": online_config,
-}
-TRAINED = [spec for spec in SPECS if spec.split("/")[1] in FOLDERS]
+TRAINED = [spec for spec in SPECS if "/eval/" not in spec]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -47,12 +45,11 @@ def test_every_config_has_a_tiny_variant():
 
 
 @pytest.mark.parametrize("spec", TRAINED)
-def test_a_config_has_no_key_of_its_own_and_only_legal_values(spec: str):
+def test_a_config_has_the_keys_of_its_algorithm_and_legal_values(spec: str):
     config = load_file(str(ROOT / spec))
-    own = {key for key in flatten(config) if not key.startswith("model.config.")}
-    known = FOLDERS[spec.split("/")[1]]()
-    assert own == {key for key in flatten(known) if not key.startswith("model.config.")}
-    check_values(config)
+    if config.algorithm in ALGORITHMS:
+        assert flatten(config).keys() == all_leaves(sections_of(config.algorithm)).keys()
+        read_experiment(config.to_dict())
     assert (config.train.steps > 0) != (config.train.epochs > 0)
     template = config.data.chat_template
     assert not template or (ROOT / template).is_file()
@@ -121,7 +118,8 @@ def test_what_a_resume_may_change_where_it_is_said(tmp_path, capsys):
     with pytest.raises(InputError, match=r"another config: eval.every .*--allow_change=eval.every to go on"):
         changes(config, tmp_path, ("optim.lr", "train.steps"))
     with pytest.raises(
-        InputError, match="--allow_change=optim.lrate: there is no such key; the nearest is 'optim.lr'"
+        InputError,
+        match="--allow_change=optim.lrate: There is no config key 'optim.lrate'; the nearest is 'optim.lr'",
     ):
         check_allowed(config, ("train.steps", "optim.lrate"))
     changed = changes(config, tmp_path, ("optim.lr", "train.steps", "eval.every", "optim.eps"))
@@ -151,16 +149,37 @@ def test_what_the_best_checkpoint_was_judged_by_stays(tmp_path):
         changes(config, tmp_path, ("data.eval",))
 
 
-def test_a_key_of_a_newer_version_is_allowed_by_name(tmp_path):
-    config = letters("tiny")
+def test_a_key_that_the_runs_version_did_not_have_has_its_default(tmp_path):
+    config = smollm2("tiny")
     old = resolve(config)
     del old["eval"]["weights"]
     write(old, tmp_path)
-    with pytest.raises(
-        InputError, match=r"eval.weights \(absent then, 'raw' now\).*--allow_change=eval.weights"
-    ):
+    assert changes(config, tmp_path) == []
+    config.eval.weights, config.optim.ema = "ema", 0.9
+    with pytest.raises(InputError, match=r"eval.weights \('raw' then, 'ema' now\).*optim.ema"):
         changes(config, tmp_path)
-    assert [change.key for change in changes(config, tmp_path, ("eval.weights",))] == ["eval.weights"]
+
+
+def test_the_config_of_a_run_of_the_last_version(tmp_path):
+    """It held the sections of all algorithms, JSON in texts, and some keys under other names."""
+    config = preferences("tiny")
+    old = resolve(config)
+    mixture = [["a.jsonl", 3], ["b.jsonl", 1]]
+    old["data"] |= {"train": json.dumps(mixture), "chat_template_kwargs": '{"greeting": "x"}'}
+    old["dpo"] = {"skip_end" if name == "skip_eos" else name: value for name, value in old["dpo"].items()}
+    old |= {"kto": {"beta": 0.1}, "reward": {"normalise": "unit", "members": 1}}
+    del old["data"]["columns"], old["data"]["text_as"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    config.data.train, config.data.chat_template_kwargs = mixture, {"greeting": "x"}
+    assert changes(config, tmp_path) == []
+    run = read_run(tmp_path)
+    assert run["data"]["train"] == [["a.jsonl", 3.0], ["b.jsonl", 1.0]]
+    assert run["data"]["chat_template_kwargs"] == {"greeting": "x"}
+    assert (run["dpo"]["skip_eos"], run["data"]["text_as"]) == (False, "plain")
+    assert "kto" not in run
+    config.dpo.skip_eos = True
+    with pytest.raises(InputError, match=r"another config: dpo.skip_eos \(False then, True now\)"):
+        changes(config, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -174,21 +193,22 @@ def test_a_config_file_that_is_not_what_was_written(tmp_path, text: str):
 
 @pytest.mark.parametrize(("weights", "ema"), [("ema", 0.0), ("average", 0.9)])
 def test_weights_to_evaluate_that_are_not_there(weights: str, ema: float):
-    config = letters("tiny")
+    config = smollm2("tiny")
     config.eval.weights, config.optim.ema = weights, ema
     with pytest.raises(InputError, match="eval.weights is"):
-        check_values(config)
+        read_experiment(config.to_dict())
 
 
 def test_a_workdir_keeps_no_secrets_of_a_reward_functions_urls(tmp_path: Path):
     """So a run goes on with a new password; with another host it does not."""
     config = letters("tiny")
-    config.score.arguments = '{"m:f": {"url": "http://anna:hunter22@h/v1?key=swordfish"}}'
+    config.score.functions = ("m:f",)
+    config.score.arguments = {"m:f": {"url": "http://anna:hunter22@h/v1?key=swordfish"}}
     write(resolve(config), tmp_path)
     assert not re.search("hunter22|swordfish", (tmp_path / "config.json").read_text())
-    config.score.arguments = config.score.arguments.replace("hunter22", "hunter33")
+    config.score.arguments = {"m:f": {"url": "http://anna:hunter33@h/v1?key=swordfish"}}
     assert changes(config, tmp_path) == []
-    config.score.arguments = config.score.arguments.replace("@h/", "@other/")
+    config.score.arguments = {"m:f": {"url": "http://anna:hunter33@other/v1?key=swordfish"}}
     with pytest.raises(InputError, match="score.arguments") as raised:
         changes(config, tmp_path)
     assert "hunter33" not in str(raised.value)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from entry_points import ROOT
+from tasks import spec_of, task_of
 
 from configs.sft.smollm2_135m import TINY_MODEL, get_config
 from contracts.tiny import LLAMA, make_mesh, make_trainer, random_rows
@@ -30,7 +31,6 @@ from posttrain_jax.models.io.load import load_model
 from posttrain_jax.models.transformer import make_model
 from posttrain_jax.run import checkpoint
 from posttrain_jax.run.checkpoint import Checkpoints
-from posttrain_jax.wiring.experiment import model_spec_from_config
 
 
 def tiny_config(**changes):
@@ -47,7 +47,7 @@ def tiny_config(**changes):
 
 
 def shapes_of(config):
-    return model_spec_from_config(config).model.abstract_params()
+    return spec_of(config).model.abstract_params()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,9 +73,8 @@ def workdir(finished: Path, tmp_path: Path) -> Path:
 
 
 def abstract_state(workdir: Path) -> TrainState:
-    from posttrain_jax.algorithms import sft
 
-    return sft.from_config(tiny_config(checkpoint__every=2, checkpoint__keep=3), workdir).abstract_state
+    return task_of(tiny_config(checkpoint__every=2, checkpoint__keep=3), workdir).abstract_state
 
 
 @pytest.fixture(scope="module")
@@ -490,7 +489,7 @@ def test_a_full_disk_stops_the_run_and_spares_the_last_checkpoint(size: str, tmp
 
 
 def test_layouts_of_a_state_are_those_of_a_trainer():
-    """Guards the helper above: `make_trainer` and `sft.from_config` agree on what a state is."""
+    """Guards the helper above: `make_trainer` and `task_of` agree on what a state is."""
     state = make_trainer(make_mesh(1, 1, 1), ema=0.5).state
     model = make_model(LLAMA, attention="xla")
     assert jax.tree.structure(state.params) == jax.tree.structure(model.abstract_params())

@@ -13,12 +13,12 @@ import jax
 import numpy as np
 import pytest
 from entry_points import ROOT
+from tasks import spec_of
 
 from configs.sft.smollm2_135m import get_config
 from posttrain_jax.core.checkpoint_params import restore_params
 from posttrain_jax.core.workdir import completed_steps
 from posttrain_jax.models.io.load import load_members, load_model
-from posttrain_jax.wiring.experiment import model_spec_from_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
@@ -46,7 +46,7 @@ def rows(workdir: Path, name: str) -> list[dict]:
 
 
 def params(workdir: Path, *, ema: bool):
-    shapes = model_spec_from_config(get_config("tiny")).model.abstract_params()
+    shapes = spec_of(get_config("tiny")).model.abstract_params()
     tree, step = restore_params(workdir, shapes, ema=ema)
     assert step == STEPS
     return jax.device_get(tree)

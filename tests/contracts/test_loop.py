@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from tasks import experiment_of, task_of
 
 from configs.sft.smollm2_135m import get_config
 from launch.train import run
@@ -35,7 +36,7 @@ from posttrain_jax.run.metrics import (
     wandb_id,
 )
 from posttrain_jax.run.options import CheckpointOptions, LogOptions, OfflineEvalOptions
-from posttrain_jax.wiring.experiment import steps_from_config
+from posttrain_jax.wiring.task import run_steps
 
 SPEED = {"train/tokens_per_second", "train/seconds_per_step", "train/mfu"}
 
@@ -70,7 +71,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 def make_task(config: ConfigDict, workdir: Path) -> Task:
     workdir.mkdir(parents=True, exist_ok=True)
-    return sft.from_config(config, workdir)
+    return task_of(config, workdir)
 
 
 def lines(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
@@ -586,10 +587,10 @@ def test_epochs_are_counted_exactly():
     config = tiny_config(train__steps=0, train__rows_per_step=1)
     for epochs, steps in ((1.1, 110), (0.07, 7), (2.0, 200), (0.005, 1), (0.011, 2), (1e-9, 1)):
         config.train.epochs = epochs
-        assert steps_from_config(config, [range(60), range(40)]) == steps, epochs
+        assert run_steps(experiment_of(config).train, [range(60), range(40)]) == steps, epochs
     config.train.epochs = math.inf
     with pytest.raises(InputError, match="train.epochs is inf"):
-        steps_from_config(config, [range(100)])
+        experiment_of(config)
 
 
 def test_the_name_at_wandb_is_of_the_run_and_not_of_the_folder(tmp_path: Path):

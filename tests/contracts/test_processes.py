@@ -14,11 +14,11 @@ import jax
 import numpy as np
 import pytest
 from entry_points import EntryPoint, run_together
+from tasks import spec_of
 
 from configs.sft.smollm2_135m import get_config
 from posttrain_jax.core.checkpoint_params import restore_params
 from posttrain_jax.core.workdir import completed_steps
-from posttrain_jax.wiring.experiment import model_spec_from_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
@@ -53,7 +53,7 @@ def losses(workdir: Path) -> list[tuple]:
 
 
 def params(workdir: Path):
-    shapes = model_spec_from_config(get_config("tiny")).model.abstract_params()
+    shapes = spec_of(get_config("tiny")).model.abstract_params()
     tree, step = restore_params(workdir, shapes)
     assert step == 6
     return jax.device_get(tree)

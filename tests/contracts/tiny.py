@@ -142,7 +142,7 @@ def _gradient_step(model: Model, mesh: Mesh) -> Callable[[PyTree, Batch], tuple[
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """A first state and the jitted step on a mesh, wired as `sft.from_config` wires them."""
+    """A first state and the jitted step on a mesh, wired as `wiring.offline` wires them."""
 
     state: TrainState
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]

@@ -125,7 +125,7 @@ def test_a_config_is_read_section_by_section():
         ({"model": 3}, r"^model is 3, but it is a section"),
         (
             {"model": {"adapter": {"targets": [1]}}},
-            r"^model\.adapter\.targets is \[1\]; it must be a list of texts",
+            r"^model\.adapter\.targets is \[1\]; it must be a list of text",
         ),
         ({"model": {"init": "x" * 3000}}, r"^model\.init has 3000 characters \('x.* \.\.\.\); at most 1000"),
         ({"model": {"init": "a\0b"}}, "null character"),
@@ -134,7 +134,7 @@ def test_a_config_is_read_section_by_section():
             r"^model\.source is \[\['a', 1, 2\]\]; it must be a text or a list",
         ),
         ({"model": {"source": "[[1"}}, r"^model\.source is '\[\[1', which is no JSON"),
-        ({"model": {"source": [["a", math.inf]]}}, r"^model\.source is inf; it must be a finite number"),
+        ({"model": {"source": [["a", math.inf]]}}, r"^model\.source holds inf; it must be a finite number"),
         ({"model": {"fields": {"a": math.nan}}}, r"^model\.fields is .*finite numbers"),
         ({"model": {"fields": {"a": "x" * 200_000}}}, r"^model\.fields has 2000\d\d characters"),
         ({"model": {"rankk": 1}}, r"^There is no config key 'model\.rankk'; the nearest is"),

@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch.config import check_arguments, load_file
+from launch.config import load_file, override, take_overrides
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.demo.assets import ASSETS
 
@@ -185,7 +185,10 @@ def entry_problems(command: str, module: str, arguments: list[str]) -> list[str]
             found.append(f"{command}: --{name} takes {kind}, not {value!r}")
     if "config" in known:
         try:
-            check_arguments([module, *arguments])
+            left, overrides = take_overrides([module, *arguments])
+            specs = [word.partition("=")[2] for word in left if word.startswith("--config=")]
+            if specs:
+                override(load_file(specs[-1]), overrides)
         except InputError as error:
             found.append(f"{command}: {error}")
     return found

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from algorithms.tiny import untrained_reward_run
 from ml_collections import ConfigDict
+from tasks import task_of
 from tiny_model import launch, save_tiny_model
 
 from configs.reward_model.smollm2_135m import get_config
 from launch.export import export
 from launch.reward_report import IN_DISTRIBUTION, Options, read_sections, report
-from posttrain_jax.algorithms import reward_model
 from posttrain_jax.core.errors import InputError
 
 RATED = [
@@ -187,7 +187,7 @@ def test_losses_of_scores_of_variance_1_are_of_the_scale_of_training(tmp_path):
     """The run's own evaluation has the same loss, also before its scores were rescaled."""
     config = config_of(normalize="unit")
     metrics = untrained_reward_run(config, tmp_path / "run")
-    task = reward_model.from_config(config, tmp_path / "run")
+    task = task_of(config, tmp_path / "run")
     assert task.evaluate is not None
     assert metrics["eval/loss"] == pytest.approx(task.evaluate(task.init_state())["eval/loss"], rel=1e-4)
     result = report(Options(str(tmp_path / "run"), str(tmp_path / "out"), resamples=0))

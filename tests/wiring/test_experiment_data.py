@@ -6,19 +6,21 @@ import datetime
 import json
 
 import pytest
+from tasks import experiment_of, spec_of
 
 from configs.dpo.smollm2_135m import get_config as dpo
 from configs.ppo.letters import get_config as ppo
 from configs.sft.smollm2_135m import get_config as sft
 from posttrain_jax.core.errors import InputError
+from posttrain_jax.data.options import as_source
 from posttrain_jax.data.packing import pack
 from posttrain_jax.data.preference_rows import PreferenceRows, row_shape
 from posttrain_jax.data.sources import source_files, weighted_sources
 from posttrain_jax.data.tokenized import build
 from posttrain_jax.data.tokenized_preferences import build_preferences
 from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
-from posttrain_jax.wiring.data import data_spec, preferences_from_config, rows_from_config
-from posttrain_jax.wiring.experiment import model_spec_from_config, say_longer_than_context
+from posttrain_jax.wiring.data import read_texts
+from posttrain_jax.wiring.offline import preferences_of, warn_longer_than_context
 from posttrain_jax.wiring.rollouts import prompts_from_config
 
 ROWS = {
@@ -30,11 +32,11 @@ ROWS = {
 
 def read_rows_of(get_config, config, workdir):
     if get_config is sft:
-        rows_from_config(config, byte_tokenizer(), workdir)
+        read_texts(experiment_of(config).data, byte_tokenizer(), workdir, seed=0)
     elif get_config is dpo:
-        preferences_from_config(config, byte_tokenizer(), workdir, attention="xla")
+        preferences_of(experiment_of(config), spec_of(config), workdir)
     else:
-        prompts_from_config(config, model_spec_from_config(config), workdir)
+        prompts_from_config(experiment_of(config), spec_of(config), workdir)
 
 
 @pytest.mark.parametrize("get_config", ROWS, ids=["sft", "dpo", "ppo"])
@@ -58,19 +60,19 @@ def test_rows_of_the_evaluation_that_are_trained_are_said(get_config, tmp_path, 
     ("value", "message"),
     [
         ('[["", 1]]', "a data source is empty"),
-        ('[["a.jsonl", 1e999]]', "weight inf"),
-        ('[["a.jsonl", null]]', "weight None"),
-        ("[[null, 1]]", "holds .None, 1.; write"),
-        ('["a.jsonl"]', "holds 'a.jsonl'; write"),
-        ("[" * 5000, "is no mixture of data"),
+        ('[["a.jsonl", 1e999]]', "data.train holds inf; it must be a finite number"),
+        ('[["a.jsonl", null]]', r"must be a text or a list of \[text, number\]"),
+        ("[[null, 1]]", r"\[\[None, 1\]\]; it must be"),
+        ('["a.jsonl"]', r"\['a.jsonl'\]; it must be"),
+        ("[" * 5000, "is no JSON; it must be"),
         ("[]", "is empty"),
-        ("[7, 8]", "holds 7; write"),
-        (f'[["a", {"9" * 5000}]]', "an integer of 5,000 digits"),
+        ("[7, 8]", r"\[7, 8\]; it must be"),
+        (f'[["a", {"9" * 5000}]]', "is no JSON"),
     ],
 )
 def test_mixtures_that_are_none_are_refused_in_one_line(value, message):
     with pytest.raises(InputError, match=message) as error:
-        [source_files(source) for source, _ in weighted_sources(data_spec(value))]
+        [source_files(source) for source, _ in weighted_sources(as_source(value, "data.train"))]
     assert len(str(error.value)) < 700
 
 
@@ -79,14 +81,14 @@ def test_sequences_beyond_the_context_of_the_model_are_said(capsys, tmp_path):
     texts = tmp_path / "rows.jsonl"
     texts.write_text("".join(json.dumps({"text": "x" * n}) + "\n" for n in (2, 4, 8)))
     rows = pack(build(str(texts), byte_tokenizer(), cache_dir=tmp_path), 16)
-    say_longer_than_context(rows, 9)
+    warn_longer_than_context(rows, 9)
     assert not capsys.readouterr().out
-    say_longer_than_context(rows, 4)
+    warn_longer_than_context(rows, 4)
     assert "2 of 3 sequences are longer (up to 9 tokens) than the 4 tokens" in capsys.readouterr().out
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(json.dumps({"prompt": "abcd", "chosen": "e", "rejected": "efg"}))
     data = build_preferences(str(pairs), byte_tokenizer(), cache_dir=tmp_path)
-    say_longer_than_context([PreferenceRows(data.sources[0], row_shape([data], groups=1))], 6)
+    warn_longer_than_context([PreferenceRows(data.sources[0], row_shape([data], groups=1))], 6)
     assert "1 of 2 sequences are longer (up to 8 tokens)" in capsys.readouterr().out
 
 
@@ -130,7 +132,7 @@ def test_a_run_keeps_the_date_that_its_template_shows(tmp_path, monkeypatch, cap
         monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / start))
         if start == "fresh":
             (workdir / "template_date.txt").unlink()
-        (part,) = rows_from_config(config, policy, workdir).train
+        (part,) = read_texts(experiment_of(config).data, policy, workdir, seed=0).train
         tokens.append(part.source.sequence(0).tokens.tolist())
     assert tokens[0] == tokens[1] != tokens[2]
     assert "26 Jul 2024 13:05:09<|im_start|>user" in capsys.readouterr().out
@@ -138,7 +140,7 @@ def test_a_run_keeps_the_date_that_its_template_shows(tmp_path, monkeypatch, cap
     assert policy.decode(tokens[2]).startswith(kept.strftime("%d %b %Y %H:%M:%S"))
     (workdir / "template_date.txt").write_text("yesterday\n")
     with pytest.raises(InputError, match=r"template_date\.txt holds no date .*write one such as"):
-        rows_from_config(config, policy, workdir)
+        read_texts(experiment_of(config).data, policy, workdir, seed=0)
 
 
 def test_variables_of_the_template_come_from_the_config(tmp_path, monkeypatch):
@@ -150,9 +152,9 @@ def test_variables_of_the_template_come_from_the_config(tmp_path, monkeypatch):
     tokens = []
     for text in ("", '{"greeting": "Hello. "}'):
         config.data.chat_template_kwargs = text
-        (part,) = rows_from_config(config, policy, tmp_path).train
+        (part,) = read_texts(experiment_of(config).data, policy, tmp_path, seed=0).train
         tokens.append(policy.decode(part.source.sequence(0).tokens))
     assert tokens[1] == "Hello. " + tokens[0]
     config.data.chat_template_kwargs = '{"greetings": "x"}'
     with pytest.raises(InputError, match="no variable 'greetings'; it has greeting"):
-        rows_from_config(config, policy, tmp_path)
+        read_texts(experiment_of(config).data, policy, tmp_path, seed=0)

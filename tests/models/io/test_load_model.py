@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tasks import spec_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -25,7 +26,6 @@ from posttrain_jax.models.io.peft import save_adapter
 from posttrain_jax.models.io.source import base_name, has_adapter, load_config, resolve
 from posttrain_jax.models.transformer import make_model
 from posttrain_jax.run.checkpoint import Checkpoints
-from posttrain_jax.wiring.experiment import model_spec_from_config
 
 CONFIG = ModelConfig(
     "llama", 6, 16, 2, 4, 2, 4, 32, query_scale=0.5, bos_token_id=0, eos_token_ids=(1,), pad_token_id=1
@@ -163,7 +163,7 @@ def test_an_adapter_is_a_model(exported: pathlib.Path, tmp_path: pathlib.Path) -
     config.model.init, config.model.lora.rank = str(tmp_path / "adapter"), 4
     config.model.tokenizer = str(exported)
     with pytest.raises(InputError, match=r"adapter of rank 2, alpha 4, .* the config says rank 4, alpha 16"):
-        model_spec_from_config(config).init_params(make_mesh(), jax.random.key(0))
+        spec_of(config).init_params(make_mesh(), jax.random.key(0))
     for base, message in (
         ("", "names no base_model_name_or_path"),
         (str(tmp_path / "adapter"), "the adapter itself; write the base model there"),
