@@ -134,9 +134,10 @@ def report(workdir: Path) -> None:
     for prompt in after:
         print(f"{LINE}\nPrompt: {prompt}")
         for name, row in (("before", before[prompt]), ("after", after[prompt])):
-            end = "" if row["finish_reason"] == "stop" else " ..."
-            text = textwrap.fill(row["answer"].strip() + end, 68, initial_indent="  ", subsequent_indent="  ")
-            print(f"{name}:\n{text}")
+            text = row["answer"].strip() + ("" if row["finish_reason"] == "stop" else " ...")
+            print(f"{name}:")
+            for line in filter(str.strip, text.split("\n")):
+                print(textwrap.fill(line, 74, initial_indent="  ", subsequent_indent="  "))
     print(LINE)
     print(f"{'SFT':34}{'before':>14}{'after ' + str(last['step']) + ' steps':>22}")
     print(f"{'held-out loss (nats per token)':34}{first['eval/loss']:14.4f}{last['eval/loss']:22.4f}")
