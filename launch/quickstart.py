@@ -77,14 +77,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _write_identity(config: ConfigDict, path: Path) -> None:
-    """Where the mixture has the identity rows, puts in their place a file of them with --name and --author."""
-    if IDENTITY not in config.data.train:
+    """Where the data are a mixture, puts in the place of its identity rows a file of them with --name and --author."""
+    if isinstance(config.data.train, str):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(identity_en([fetch("identity").read_bytes()], name=NAME.value, author=AUTHOR.value))
-    mixture = json.loads(config.data.train)
-    config.data.train = json.dumps(
-        [[str(path) if source == IDENTITY else source, weight] for source, weight in mixture]
+    config.data.train = tuple(
+        (str(path) if source == IDENTITY else source, weight) for source, weight in config.data.train
     )
 
 
