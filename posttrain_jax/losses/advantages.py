@@ -125,9 +125,8 @@ def per_token_rewards(
     mask_BT: Array,
     *,
     kl_coefficient: float | Array,
-    score_at_B: Array | None = None,
 ) -> Array:
-    """r_t = -beta (log pi(y_t) - log pi_ref(y_t)), plus the completion's score at exactly one token; float32 `[B, T]`.
+    """r_t = -beta (log pi(y_t) - log pi_ref(y_t)), plus the completion's score at its last token; float32 `[B, T]`.
 
     Ziegler et al. (arXiv:1909.08593) and InstructGPT (arXiv:2203.02155, eq. 2 and C.4): the penalty is k1 of every
     token, the score stands at the end. A row without any action gets 0 everywhere.
@@ -138,27 +137,20 @@ def per_token_rewards(
       reference_logps_BT: the same under the reference.
       mask_BT: non-zero on actions, the end-of-text token among them.
       kl_coefficient: beta; a scalar, which may be traced (see `kl.adapted_kl_coefficient`).
-      score_at_B: int, the index in the row of the token that gets the score; None = the last action. If that token is
-        masked, the action nearest to it gets the score (the earlier of two), so padding never does and no score is
-        lost.
 
     Raises:
       ValueError: shapes that do not fit.
     """
     actions = rows_of_mask(mask_BT)
-    batch, time = actions.weights_B.shape
-    if score_at_B is None:
-        score_at_B = jnp.full((batch,), time, jnp.int32)
-    if jnp.shape(scores_B) != (batch,) or jnp.shape(score_at_B) != (batch,):
-        raise ValueError(
-            f"A mask of shape {actions.weights_B.shape} needs one score per row; there are scores of shape "
-            f"{jnp.shape(scores_B)}, for the tokens of shape {jnp.shape(score_at_B)}."
-        )
-    index_BT = jax.lax.broadcasted_iota(jnp.int32, (batch, time), 1)
-    distance_BT = jnp.abs(index_BT - jnp.asarray(score_at_B, jnp.int32)[:, None])
     is_action_BT = actions.weights_B != 0
-    nearest_B = jnp.argmin(jnp.where(is_action_BT, distance_BT, jnp.iinfo(jnp.int32).max), axis=1)
-    is_scored_BT = is_action_BT & (index_BT == nearest_B.astype(jnp.int32)[:, None])
+    if jnp.shape(scores_B) != is_action_BT.shape[:1]:
+        raise ValueError(
+            f"A mask of shape {is_action_BT.shape} needs one score per row; there are scores of shape "
+            f"{jnp.shape(scores_B)}."
+        )
+    # From the last action on there is one action.
+    remaining_BT = jnp.cumsum(is_action_BT[:, ::-1], axis=1)[:, ::-1]
+    is_last_BT = is_action_BT & (remaining_BT == 1)
     penalty_BT = kl_coefficient * k1(actions.keep(policy_logps_BT), actions.keep(reference_logps_BT))
-    score_BT = jnp.where(is_scored_BT, jnp.asarray(scores_B).astype(jnp.float32)[:, None], 0.0)
+    score_BT = jnp.where(is_last_BT, jnp.asarray(scores_B).astype(jnp.float32)[:, None], 0.0)
     return score_BT - penalty_BT

@@ -156,14 +156,11 @@ def test_per_token_rewards_by_hand():
     np.testing.assert_array_equal(got, [[-0.5, 0.0, 5.0]])
 
 
-def scored(score_at=None, scores=(1.0, 2.0, 3.0, 4.0, NAN)):
+def scored(scores=(1.0, 2.0, 3.0, 4.0, NAN)):
     """Rewards of `MASKS` without a penalty, so that only the scores are left; garbage where masked."""
     garbage = jnp.where(jnp.asarray(MASKS) != 0, -1.0, NAN)
-    at = None if score_at is None else jnp.asarray(score_at)
     return np.asarray(
-        per_token_rewards(
-            jnp.array(scores), garbage, garbage, jnp.asarray(MASKS), kl_coefficient=0.5, score_at_B=at
-        )
+        per_token_rewards(jnp.array(scores), garbage, garbage, jnp.asarray(MASKS), kl_coefficient=0.5)
     )
 
 
@@ -174,32 +171,18 @@ def test_the_score_lands_on_the_last_token_and_nowhere_else():
     assert scored().dtype == np.float32
 
 
-def test_the_score_lands_where_it_is_told():
-    """Row 1's place 6 is padding: the nearest action is 2. Row 2's 0: 2. Row 3's 3: 2 is one away, 5 is two."""
-    want = np.zeros((5, 7))
-    want[0, 3], want[1, 2], want[2, 2], want[3, 2] = 1.0, 2.0, 3.0, 4.0
-    np.testing.assert_array_equal(scored([3, 6, 0, 3, 2]), want)
-
-
 @pytest.mark.parametrize("seed", range(20))
 def test_the_score_is_never_on_padding_and_never_lost(seed):
     rng = np.random.default_rng(seed)
     mask = rng.random((16, 9)) < rng.random((16, 1))
-    scores, at = rng.normal(size=16).astype(np.float32), rng.integers(-3, 12, size=16)
-    for place in (None, jnp.asarray(at)):
-        got = np.asarray(
-            per_token_rewards(
-                jnp.asarray(scores),
-                jnp.zeros((16, 9)),
-                jnp.zeros((16, 9)),
-                jnp.asarray(mask),
-                kl_coefficient=0.1,
-                score_at_B=place,
-            )
-        )
-        assert not got[~mask].any()
-        np.testing.assert_array_equal(got.sum(axis=1), np.where(mask.any(axis=1), scores, 0.0))
-        assert ((got != 0).sum(axis=1) == mask.any(axis=1)).all()
+    scores = rng.normal(size=16).astype(np.float32)
+    zeros = jnp.zeros((16, 9))
+    got = np.asarray(
+        per_token_rewards(jnp.asarray(scores), zeros, zeros, jnp.asarray(mask), kl_coefficient=0.1)
+    )
+    assert not got[~mask].any()
+    np.testing.assert_array_equal(got.sum(axis=1), np.where(mask.any(axis=1), scores, 0.0))
+    assert ((got != 0).sum(axis=1) == mask.any(axis=1)).all()
 
 
 def test_the_penalty_of_an_answer_is_beta_times_its_log_ratio_in_float32():
