@@ -109,8 +109,9 @@ class PreferenceAlgorithm:
       options: the dataclass of this section.
       steps: (options, setup) -> its functions.
       reference: options -> where the reference's log-probabilities come from: "none"; "cached" before the first step
-        and kept on disk; or computed in every step, by a second copy of the parameters ("memory") or by the same ones
-        with the LoRA adapter left out ("adapter").
+        and kept on disk; or computed in every step, by parameters of its own ("memory") or by the policy's with the
+        LoRA adapter left out ("adapter").
+      reference_model: options -> the MODEL that is "cached" or in "memory"; "" = the policy that training starts from.
       check_model: raises InputError where the model does not fit the options, before any data are read.
       change_data: (data, *, seed, max_length) -> what is added to the data after the split.
       is_reward: it trains a reward model: checkpoints hold a `score_head`, and no completions can be sampled.
@@ -120,6 +121,7 @@ class PreferenceAlgorithm:
     options: type
     steps: Callable[[Any, PreferenceSetup], Steps]
     reference: Callable[[Any], str] = lambda options: "none"
+    reference_model: Callable[[Any], str] = lambda options: ""
     check_model: Callable[[Any, ModelSpec], None] = no_model_check
     change_data: Callable[..., PreferenceData] | None = None
     is_reward: bool = False

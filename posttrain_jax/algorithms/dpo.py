@@ -6,10 +6,11 @@ log-probability of every completion -> the two of every comparison -> a loss of 
 reference-free siblings) -> gradient sums over the micro-batches that are not empty -> one division by the global
 weight of the comparisons -> clip, optimizer, EMA, unless something is not finite.
 
-The reference is the model that training starts from. By `dpo.reference` its log-probabilities are
+The reference is the model that training starts from, or `dpo.reference_model`. By `dpo.reference` its log-probabilities
+are
 
     cached    computed before the first step and kept on disk (posttrain_jax/forward/reference_cache.py); the default
-    memory    computed in every step by a second copy of the parameters
+    memory    computed in every step by parameters of its own
     adapter   computed in every step by the same parameters with the LoRA adapter left out
     none      not there, as for all losses that need no reference
 
@@ -168,6 +169,9 @@ class Options:
         "cached",
         "where its log-probabilities come from: kept on disk, a second copy, the model without its adapter",
         choices=("cached", "memory", "adapter", "none"),
+    )
+    reference_model: str = setting(
+        "", 'the MODEL that is cached or in memory; "" = the policy that training starts from'
     )
     end_ids: tuple[int, ...] = ()
 
@@ -447,4 +451,5 @@ ALGORITHM = PreferenceAlgorithm(
     options=Options,
     steps=steps,
     reference=lambda options: "none" if options.loss in REFERENCE_FREE else options.reference,
+    reference_model=lambda options: options.reference_model,
 )

@@ -1,4 +1,4 @@
-"""Networks beside the policy: the reference, and the value network of PPO."""
+"""Networks beside the policy: the reference of DPO and of reinforcement learning, and the value network of PPO."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from posttrain_jax.models.reward_head import score_head_params
 from posttrain_jax.models.spec import ModelSpec, is_adapter
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.rewards.scorer import check_tokenizer
-from posttrain_jax.wiring.experiment import OnlineExperiment
+from posttrain_jax.wiring.experiment import Experiment, OnlineExperiment
 from posttrain_jax.wiring.model import define_model
 
 VALUES = ("none", "policy", "shared")
 
 
-def reference_from_config(
-    key: str, kind: str, experiment: OnlineExperiment, policy: ModelSpec, mesh: Mesh, random: Array
+def reference_policy(
+    key: str, kind: str, experiment: Experiment, policy: ModelSpec, mesh: Mesh, random: Array
 ) -> ReferencePolicy | None:
     """What `key` names (forward/reference.py says what there is); nothing is loaded for "none".
 
@@ -156,6 +156,6 @@ def check_context(key: str, name: str, model: ModelConfig, length: int) -> None:
         )
 
 
-def without_adapter(experiment: OnlineExperiment, policy: ModelSpec) -> Model:
+def without_adapter(experiment: Experiment, policy: ModelSpec) -> Model:
     """The policy's definition for parameters without LoRA leaves."""
     return define_model(experiment, policy.model.config, LoraConfig())

@@ -78,7 +78,9 @@ def preference_task(experiment: Experiment, algorithm: PreferenceAlgorithm, work
     setup = PreferenceSetup(
         spec=spec,
         data=data,
-        reference=make_reference(kind, algorithm.section, experiment, spec, data, mesh, workdir),
+        reference=make_reference(
+            kind, algorithm.reference_model(options), algorithm.section, experiment, spec, data, mesh, workdir
+        ),
         map_completions=lambda function, params, source: map_completions(
             function, params, source, data.shape, mesh, groups=train.rows_per_step, micro_batches=micro
         ),

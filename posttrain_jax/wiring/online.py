@@ -31,7 +31,7 @@ from posttrain_jax.rollouts.trajectory import TrajectoryBatch
 from posttrain_jax.sampling.score import Difference
 from posttrain_jax.wiring.experiment import OnlineExperiment
 from posttrain_jax.wiring.model import mesh_of, model_spec
-from posttrain_jax.wiring.networks import ValueNetwork, reference_from_config
+from posttrain_jax.wiring.networks import ValueNetwork, reference_policy
 from posttrain_jax.wiring.rollouts import (
     batch_shape,
     check_score,
@@ -105,7 +105,7 @@ def online_task(experiment: OnlineExperiment, algorithm: OnlineAlgorithm, workdi
     schedule, optimizer = _optimizer(experiment, steps, online)
     value = ValueNetwork(online.value, experiment, policy, mesh)
     kind = reference_kind(experiment, online, has_new_adapter=policy.has_new_adapter)
-    reference = reference_from_config("rollout.reference", kind, experiment, policy, mesh, key)
+    reference = reference_policy("rollout.reference", kind, experiment, policy, mesh, key)
     text = None
     if online.text is not None:
         text = text_batches(online.text, experiment, policy, mesh, workdir, minibatches=online.minibatches)
