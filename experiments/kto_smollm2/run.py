@@ -22,6 +22,7 @@ from posttrain_jax.evaluate.statistics import Estimate, bootstrap_counts, interv
 from posttrain_jax.forward.completions import map_completions, policy_logps_of
 from posttrain_jax.models.io.load import load_model
 from posttrain_jax.wiring.algorithms import read_experiment
+from posttrain_jax.wiring.experiment import PreferenceExperiment
 from posttrain_jax.wiring.model import mesh_of, model_spec
 from posttrain_jax.wiring.offline import preferences_of
 from posttrain_jax.wiring.task import micro_batches, seed_key
@@ -62,6 +63,7 @@ def record(workdir: Path) -> dict[str, Any]:
 def held_out_rewards(config: ConfigDict, workdir: Path) -> tuple[np.ndarray, np.ndarray]:
     """The rewards of the held-out completions that are good, and of those that are bad, in nats times beta."""
     experiment = read_experiment(config.to_dict())
+    assert isinstance(experiment, PreferenceExperiment)
     mesh = mesh_of(experiment.mesh)
     policy = model_spec(experiment)
     model = policy.model

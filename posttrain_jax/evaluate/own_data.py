@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from posttrain_jax.algorithms.contract import OnlineAlgorithm, PreferenceAlgorithm
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.schema import read
 from posttrain_jax.data.chat_template import ChatOptions
@@ -20,11 +21,9 @@ from posttrain_jax.data.tokenized_preferences import build_preferences
 from posttrain_jax.models.io.load import LoadedModel
 from posttrain_jax.rollouts.sampling import encode_prompt
 from posttrain_jax.sampling.prompts import need_tokenizer
+from posttrain_jax.wiring.algorithms import algorithm_named
 from posttrain_jax.wiring.data import data_spec, kept_date, tokenize_options
 from posttrain_jax.wiring.saved_config import read_run
-
-ON_PROMPTS = ("ppo", "rloo")
-ON_PREFERENCES = ("dpo", "kto", "reward_model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +65,7 @@ def run_chat(loaded: LoadedModel, run: dict[str, Any]) -> ChatOptions:
 def run_rules(loaded: LoadedModel, run: dict[str, Any]) -> TokenizeOptions:
     """How the rows of a workdir's run become sequences."""
     rules: TextDataOptions | PreferenceDataOptions
-    if run["algorithm"] in ON_PREFERENCES:
+    if isinstance(algorithm_named(run["algorithm"]), PreferenceAlgorithm):
         rules = read(PreferenceDataOptions, run["data"], "data")
     else:
         rules = read(TextDataOptions, run["data"], "data")
@@ -103,8 +102,9 @@ def held_out_prompts(run: dict[str, Any], loaded: LoadedModel, source: HeldOutDa
     """
     tokenizer = need_tokenizer(loaded)
     spec = data_spec(source.data)
+    algorithm = algorithm_named(run["algorithm"])
     data: Any
-    if run["algorithm"] in ON_PROMPTS:
+    if isinstance(algorithm, OnlineAlgorithm):
         encode = functools.partial(
             encode_prompt,
             tokenizer=tokenizer,
@@ -121,7 +121,7 @@ def held_out_prompts(run: dict[str, Any], loaded: LoadedModel, source: HeldOutDa
             columns=ColumnNames(run["data"]["columns"], run["data"]["ignore_columns"]),
         )
     else:
-        build_data = build_preferences if run["algorithm"] in ON_PREFERENCES else build
+        build_data = build_preferences if isinstance(algorithm, PreferenceAlgorithm) else build
         data = build_data(spec, tokenizer, run_rules(loaded, run))
     amount = split_amount(source.part)
     if amount is not None:
@@ -129,10 +129,11 @@ def held_out_prompts(run: dict[str, Any], loaded: LoadedModel, source: HeldOutDa
     prompts: dict[str, np.ndarray] = {}
     for part in data.sources:
         for i in range(len(part)):
-            if run["algorithm"] in ON_PROMPTS:
+            if isinstance(algorithm, OnlineAlgorithm):
                 tokens = part.prompts[i].tokens
             else:
-                first = part.group(i).sequences[0] if run["algorithm"] in ON_PREFERENCES else part.sequence(i)
+                on_preferences = isinstance(algorithm, PreferenceAlgorithm)
+                first = part.group(i).sequences[0] if on_preferences else part.sequence(i)
                 tokens = np.asarray(first.tokens[: int(np.argmax(first.loss_mask))], np.int32)
             if tokens.size:
                 prompts.setdefault(part.row_id(i), tokens)  # a row may make several groups

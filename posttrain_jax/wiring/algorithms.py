@@ -16,8 +16,14 @@ from posttrain_jax.rewards.score_options import ScoreOptions
 from posttrain_jax.rollouts.sampling import RolloutOptions
 from posttrain_jax.run.options import OfflineEvalOptions, OnlineEvalOptions
 from posttrain_jax.run.stop_rules import StopRules
-from posttrain_jax.wiring.experiment import SHARED, Experiment, OnlineExperiment
-from posttrain_jax.wiring.key_names import OWN_SECTIONS, SYNONYMS
+from posttrain_jax.wiring.experiment import (
+    SHARED,
+    Experiment,
+    OnlineExperiment,
+    PreferenceExperiment,
+    TextExperiment,
+)
+from posttrain_jax.wiring.key_names import SYNONYMS
 from posttrain_jax.wiring.offline import preference_task, text_task
 from posttrain_jax.wiring.online import online_task
 
@@ -42,6 +48,11 @@ def algorithm_named(name: object) -> Algorithm:
     if not isinstance(name, str) or name not in ALGORITHMS:
         raise InputError(f"algorithm is {shown(name)}; use one of {', '.join(ALGORITHMS)}.")
     return ALGORITHMS[name]
+
+
+def own_sections() -> set[str]:
+    """The names of the algorithms' own sections: an earlier version's run wrote those of others too."""
+    return {one.section for one in ALGORITHMS.values() if not isinstance(one, TextAlgorithm)}
 
 
 def sections_of(name: object) -> Sections:
@@ -81,7 +92,7 @@ def read_experiment(values: Mapping[str, Any]) -> Experiment:
     name = values.get("algorithm", "sft")
     algorithm, sections = algorithm_named(name), sections_of(name)
     for section in values:
-        if section in OWN_SECTIONS and section not in sections:
+        if section in own_sections() and section not in sections:
             raise InputError(
                 f"The config has the section {section!r}, which algorithm={name} does not read; start it from "
                 f"configs.base.experiment_config({name!r})."
@@ -91,9 +102,9 @@ def read_experiment(values: Mapping[str, Any]) -> Experiment:
     shared = {name: part for name, part in parts.items() if name in SHARED and name}
     shared |= {"algorithm": run.algorithm, "seed": run.seed, "sections": parts}
     if isinstance(algorithm, TextAlgorithm):
-        return Experiment(options=None, **shared)
+        return TextExperiment(options=None, **shared)
     if isinstance(algorithm, PreferenceAlgorithm):
-        return Experiment(options=parts[algorithm.section], **shared)
+        return PreferenceExperiment(options=parts[algorithm.section], **shared)
     return OnlineExperiment(
         options=parts[algorithm.section],
         rollout=parts["rollout"],
@@ -111,8 +122,10 @@ def make_task(experiment: Experiment, workdir: Path) -> Task:
     """
     algorithm = ALGORITHMS[experiment.algorithm]
     if isinstance(algorithm, TextAlgorithm):
+        assert isinstance(experiment, TextExperiment)
         return text_task(experiment, algorithm, workdir)
-    if isinstance(algorithm, OnlineAlgorithm):
-        assert isinstance(experiment, OnlineExperiment)
-        return online_task(experiment, algorithm, workdir)
-    return preference_task(experiment, algorithm, workdir)
+    if isinstance(algorithm, PreferenceAlgorithm):
+        assert isinstance(experiment, PreferenceExperiment)
+        return preference_task(experiment, algorithm, workdir)
+    assert isinstance(experiment, OnlineExperiment)
+    return online_task(experiment, algorithm, workdir)

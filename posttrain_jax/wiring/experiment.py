@@ -10,7 +10,7 @@ from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.optim import OptimOptions
 from posttrain_jax.core.schema import Sections, check, setting
 from posttrain_jax.core.sharding import MeshOptions
-from posttrain_jax.data.options import DataOptions, PromptDataOptions
+from posttrain_jax.data.options import DataOptions, PreferenceDataOptions, PromptDataOptions, TextDataOptions
 from posttrain_jax.models.options import ModelOptions
 from posttrain_jax.rewards.score_options import ScoreOptions
 from posttrain_jax.rollouts.sampling import RolloutOptions
@@ -18,6 +18,7 @@ from posttrain_jax.run.options import (
     CheckpointOptions,
     EvalOptions,
     LogOptions,
+    OfflineEvalOptions,
     OnlineEvalOptions,
     TrainOptions,
 )
@@ -80,6 +81,27 @@ class Experiment:
             raise InputError(
                 "eval.weights is 'ema', but optim.ema is 0, so no moving average of the weights is kept."
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class OfflineExperiment(Experiment):
+    """An experiment whose algorithm learns from rows on disk."""
+
+    eval: OfflineEvalOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class TextExperiment(OfflineExperiment):
+    """From texts and conversations."""
+
+    data: TextDataOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceExperiment(OfflineExperiment):
+    """From preferences."""
+
+    data: PreferenceDataOptions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,6 @@ RENAMED = {
     "dpo.skip_end": "dpo.skip_eos",
 }
 
-OWN_SECTIONS = ("dpo", "kto", "reward", "ppo", "rloo")
-"""Of all algorithms: a run of an earlier version wrote those of others too."""
-
 # The keys of a config as other libraries call them.
 SYNONYMS = {
     "learning_rate": "optim.lr",

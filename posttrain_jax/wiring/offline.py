@@ -23,17 +23,15 @@ from posttrain_jax.core.sharding import (
 from posttrain_jax.core.trees import combine
 from posttrain_jax.core.types import Metrics, PyTree, Task, TrainState
 from posttrain_jax.data.loader import RowSource, eval_batches
-from posttrain_jax.data.options import PreferenceDataOptions, TextDataOptions
 from posttrain_jax.data.preference_groups import PreferenceData
 from posttrain_jax.data.preference_rows import Preferences
 from posttrain_jax.forward.completions import map_completions
 from posttrain_jax.models.spec import ModelSpec
 from posttrain_jax.run.batches import RowBatches
 from posttrain_jax.run.metrics import Accumulator, to_host
-from posttrain_jax.run.options import OfflineEvalOptions
 from posttrain_jax.sampling.fixed_prompts import complete_fixed_prompts
 from posttrain_jax.wiring.data import chat_options, eval_rows, read_preferences, read_texts
-from posttrain_jax.wiring.experiment import Experiment
+from posttrain_jax.wiring.experiment import OfflineExperiment, PreferenceExperiment, TextExperiment
 from posttrain_jax.wiring.model import mesh_of, model_spec
 from posttrain_jax.wiring.preference_reference import make_reference
 from posttrain_jax.wiring.task import (
@@ -47,14 +45,13 @@ from posttrain_jax.wiring.task import (
 )
 
 
-def text_task(experiment: Experiment, algorithm: TextAlgorithm, workdir: Path) -> Task:
+def text_task(experiment: TextExperiment, algorithm: TextAlgorithm, workdir: Path) -> Task:
     """Of an algorithm that learns from texts and conversations.
 
     Raises:
       InputError: a bad row, a model that cannot be used, sizes that do not divide.
     """
     data = experiment.data
-    assert isinstance(data, TextDataOptions)
     mesh = mesh_of(experiment.mesh)
     spec = model_spec(experiment)
     rows = read_texts(data, spec.tokenizer, workdir, seed=experiment.seed)
@@ -62,7 +59,7 @@ def text_task(experiment: Experiment, algorithm: TextAlgorithm, workdir: Path) -
     return _task(experiment, workdir, spec, mesh, steps, is_reward=False)
 
 
-def preference_task(experiment: Experiment, algorithm: PreferenceAlgorithm, workdir: Path) -> Task:
+def preference_task(experiment: PreferenceExperiment, algorithm: PreferenceAlgorithm, workdir: Path) -> Task:
     """Of an algorithm that learns from preferences.
 
     Raises:
@@ -91,23 +88,20 @@ def preference_task(experiment: Experiment, algorithm: PreferenceAlgorithm, work
 
 
 def preferences_of(
-    experiment: Experiment,
+    experiment: PreferenceExperiment,
     spec: ModelSpec,
     workdir: Path,
     *,
     change: Callable[..., PreferenceData] | None = None,
 ) -> Preferences:
     """The preferences of an experiment, as `read_preferences` reads them."""
-    data, evaluation = experiment.data, experiment.eval
-    assert isinstance(data, PreferenceDataOptions)
-    assert isinstance(evaluation, OfflineEvalOptions)
     return read_preferences(
-        data,
+        experiment.data,
         spec.tokenizer,
         workdir,
         seed=experiment.seed,
         rows_per_step=experiment.train.rows_per_step,
-        eval_rows=eval_rows(experiment.train, evaluation)[0],
+        eval_rows=eval_rows(experiment.train, experiment.eval)[0],
         attention=spec.model.module.implementation,
         change=change,
     )
@@ -126,7 +120,7 @@ def warn_longer_than_context(rows: Sequence[RowSource], context: int) -> None:
 
 
 def _task(
-    experiment: Experiment,
+    experiment: OfflineExperiment,
     workdir: Path,
     spec: ModelSpec,
     mesh: Mesh,
@@ -136,7 +130,6 @@ def _task(
 ) -> Task:
     """The algorithm's functions, jitted and sharded, with its loader, optimizer, evaluation and samples."""
     evaluation = experiment.eval
-    assert isinstance(evaluation, OfflineEvalOptions)
     key = seed_key(experiment.seed)
     warn_longer_than_context(steps.train, spec.model.config.max_length)
     loader = make_loader(experiment.train, steps.train, mesh, seed=experiment.seed)

@@ -21,9 +21,8 @@ from posttrain_jax.forward.completions import policy_logps
 from posttrain_jax.forward.reference import ReferencePolicy
 from posttrain_jax.forward.reference_cache import reference_logps
 from posttrain_jax.models.spec import ModelSpec
-from posttrain_jax.run.options import OfflineEvalOptions
 from posttrain_jax.wiring.data import eval_rows
-from posttrain_jax.wiring.experiment import Experiment
+from posttrain_jax.wiring.experiment import PreferenceExperiment
 from posttrain_jax.wiring.networks import reference_policy
 from posttrain_jax.wiring.task import micro_batches, seed_key
 
@@ -32,7 +31,7 @@ def make_reference(
     kind: str,
     model: str,
     section: str,
-    experiment: Experiment,
+    experiment: PreferenceExperiment,
     spec: ModelSpec,
     data: Preferences,
     mesh: Mesh,
@@ -73,9 +72,8 @@ def make_reference(
 
 
 def _cached(
-    policy: ReferencePolicy, experiment: Experiment, data: Preferences, mesh: Mesh, workdir: Path
+    policy: ReferencePolicy, experiment: PreferenceExperiment, data: Preferences, mesh: Mesh, workdir: Path
 ) -> Reference:
-    assert isinstance(experiment.eval, OfflineEvalOptions)
     logps_of = functools.partial(reference_logps, policy.model, policy.params, mesh=mesh, workdir=workdir)
     train = logps_of(
         data.train.sources,

@@ -8,8 +8,8 @@ from typing import Any
 
 from posttrain_jax.core.errors import InputError, shown
 from posttrain_jax.core.schema import Leaf, all_leaves, convert, flat_keys
-from posttrain_jax.wiring.algorithms import sections_of
-from posttrain_jax.wiring.key_names import OWN_SECTIONS, RENAMED
+from posttrain_jax.wiring.algorithms import own_sections, sections_of
+from posttrain_jax.wiring.key_names import RENAMED
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def read_saved(path: Path) -> dict[str, Any]:
         for old, value in flat_keys(saved, known).items():
             key = RENAMED.get(old, old)
             section = key.partition(".")[0]
-            if section in own or section not in OWN_SECTIONS:
+            if section in own or section not in own_sections():
                 read[key] = _value(known[key], value) if key in known else value
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
