@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from posttrain_jax.core.schema import all_defaults
+from posttrain_jax.core.schema import Sections, all_defaults
 from posttrain_jax.wiring.algorithms import sections_of
 
 # What a chat model is asked at every evaluation, so that its change can be read.
@@ -19,8 +19,14 @@ PROMPTS = (
 
 def experiment_config(algorithm: str) -> ConfigDict:
     """Every key of an algorithm's config with its default; `launch.train --describe` says what each means."""
-    sections = sections_of(algorithm)
-    values = all_defaults(sections) | {"algorithm": algorithm}
+    config = config_dict(sections_of(algorithm))
+    config.algorithm = algorithm
+    return config
+
+
+def config_dict(sections: Sections) -> ConfigDict:
+    """Sections with their defaults; the schema checks the types when a config is read."""
+    values = all_defaults(sections)
     values |= {name: _section(values[name]) for name in sections if name}
     return ConfigDict(values, type_safe=False, convert_dict=False)
 

@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from posttrain_jax.core.errors import InputError, without_secrets
-from posttrain_jax.core.schema import Leaf, Rule, all_leaves, all_values, flat_keys, from_text, unknown_key
+from posttrain_jax.core.schema import Leaf, all_leaves, all_values, flat_keys, from_text, unknown_key
 from posttrain_jax.wiring.key_names import RENAMED, SYNONYMS
 
 
@@ -141,26 +141,17 @@ def with_algorithm(config: ConfigDict, algorithm: str) -> ConfigDict:
 
 
 def known_leaves(config: ConfigDict) -> dict[str, Leaf]:
-    """Every key of a config: of an experiment from its schema, of an evaluation from its defaults."""
-    from posttrain_jax.wiring.algorithms import ALGORITHMS, sections_of
+    """Every key of the config of an experiment or an evaluation.
 
-    if config.get("algorithm") in ALGORITHMS:
+    Raises:
+      InputError: it has neither an algorithm nor a task.
+    """
+    from posttrain_jax.evaluate.options import sections_of_task
+    from posttrain_jax.wiring.algorithms import sections_of
+
+    if "algorithm" in config:
         return all_leaves(sections_of(config.algorithm))
-    kinds: dict[type, Any] = {tuple: tuple[str, ...], dict: dict[str, Any]}
-    return {
-        key: Leaf(key, kinds.get(type(value), type(value)), value, Rule("", longest=1_000_000))
-        for key, value in _by_value(config, "").items()
-    }
-
-
-def _by_value(config: ConfigDict, prefix: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            flat |= _by_value(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+    return all_leaves(sections_of_task(config.eval.task if "eval" in config else None))
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:

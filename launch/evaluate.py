@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from launch import config as config_flag
 from launch import entry
 from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.schema import all_values, read_all
+from posttrain_jax.wiring.key_names import SYNONYMS
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
-    from ml_collections import ConfigDict
 
     from posttrain_jax.evaluate.tasks import TaskResult
     from posttrain_jax.models.io.load import LoadedModel
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 EXAMPLE = (
     "python -m launch.evaluate --model=runs/smollm2 --config=configs/eval/held_out.py --out=runs/smollm2-eval"
 )
-TASKS = ("held_out", "ifeval", "math", "multiple_choice", "kl")
 
 
 def define_flags() -> None:
@@ -39,12 +40,17 @@ def define_flags() -> None:
     flags.DEFINE_string("model", None, "A Hugging Face folder or name, a .gguf file, or a workdir.")
     flags.DEFINE_string("out", None, "Folder for results.json and rows.jsonl; older ones there are replaced.")
     config_flag.define()
+    flags.declare_key_flag("config")
+    flags.DEFINE_bool("describe", False, "Prints every key of the config, and evaluates nothing.")
 
 
 def main(argv: Sequence[str]) -> int:
     """Evaluates, writes the two files, and prints a table."""
     del argv
     given = flags.FLAGS
+    if given.describe and given.config is not None:
+        print(config_flag.describe(given.config))
+        return 0
     if given.model is None or given.config is None or given.out is None:
         raise InputError(f"--model, --config and --out are needed; an example: {EXAMPLE}")
     entry.set_up_jax()
@@ -61,17 +67,11 @@ def evaluate(name: str, config: ConfigDict, out: Path) -> dict[str, Any]:
     import jax
 
     from posttrain_jax.core.sharding import make_mesh
+    from posttrain_jax.evaluate.options import sections_of_task
     from posttrain_jax.models.io.load import load_model
 
-    task = config.eval.task if "task" in config.eval else ""
-    if task not in TASKS:
-        raise InputError(f"eval.task is {task!r}; it must be one of {', '.join(TASKS)}.")
-    if config.eval.bootstrap < 0:
-        raise InputError(f"eval.bootstrap is {config.eval.bootstrap}; it must be 0 (off) or more.")
-    if not 0 <= config.seed < 2**31:
-        raise InputError(f"seed is {config.seed}; it must be between 0 and 2147483647.")
-    if "max_length" in config.data and config.data.max_length < 2 and config.data.max_length != -1:
-        raise InputError(f"data.max_length is {config.data.max_length}; it must be at least 2.")
+    sections = sections_of_task(config.eval.task if "eval" in config else None)
+    config = ConfigDict(all_values(read_all(sections, config.to_dict(), SYNONYMS)))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -84,12 +84,12 @@ def evaluate(name: str, config: ConfigDict, out: Path) -> dict[str, Any]:
         attention=config.model.attention,
         ema=config.model.ema or None,
     )
-    result = run(task, config, loaded, out, mesh)
+    result = run(config.eval.task, config, loaded, out, mesh)
     record = {
         "model": name,
         "step": loaded.source.step,
         "weights": loaded.source.weights,
-        "task": task,
+        "task": config.eval.task,
         "data": result.data,
         "metrics": {key: dataclasses.asdict(value) for key, value in result.metrics.items()},
         "counts": result.counts,

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs.eval.base import answers, eval_config
+from configs.eval.base import eval_config
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The evaluation; see the module's docstring for the variants."""
     config = eval_config("ifeval")
-    answers(config, max_new_tokens=1280)
+    config.eval.max_new_tokens = 1280
     config.data.eval = "asset:ifeval"  # or any rows with prompt, instruction_id_list, kwargs
     config.data.prompt = "{prompt}"  # {column} of the row
-    config.data.first = 0  # only so many prompts; 0 = all
-    config.data.on_bad_row = "stop"  # stop, skip
 
     if variant == "tiny":
         config.data.eval = "configs/tiny/instructions.jsonl"

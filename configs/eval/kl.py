@@ -17,14 +17,9 @@ from configs.eval.base import eval_config
 def get_config(variant: str = "") -> ConfigDict:
     """The evaluation; see the module's docstring for the variants."""
     config = eval_config("kl")
-    config.reference = ConfigDict()
-    config.reference.model = ""  # a MODEL with the same tokens; "" = what the run in a workdir started from
     config.data.eval = ""  # rows to ask: asset:NAME, path, folder, hf:NAME, tfds:NAME; "" = as said above
     config.data.prompt = "{instruction}"  # {column} of a row of data.eval
-    config.data.render = "auto"  # chat, text, auto (chat where the tokenizer has a template)
-    config.data.chat_template_kwargs = ""  # variables of the template, as JSON: {"enable_thinking": false}
     config.data.first = 32  # only so many rows; 0 = all
-    config.data.on_bad_row = "stop"  # stop, skip
     config.eval.max_new_tokens = 128  # the KL is that of answers cut off here
     config.eval.num_samples = 1  # answers to each prompt, drawn at temperature 1
     if variant == "tiny":

@@ -10,19 +10,16 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs.eval.base import answers, eval_config
+from configs.eval.base import eval_config
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The evaluation; see the module's docstring for the variants."""
     config = eval_config("math")
-    answers(config, max_new_tokens=512)
     ask = "\nSolve it step by step, and end with the result in a line of its own: #### RESULT"
     config.data.eval = "asset:gsm8k_100"  # arithmetic:COUNT, asset:NAME, path, folder, hf:NAME, tfds:NAME
     config.data.prompt = "{text_clean}" + ask  # {column} of the row
     config.data.answer = "target_answer"  # the column of the right result, "42" or "... #### 42"
-    config.data.first = 0  # only so many rows; 0 = all
-    config.data.on_bad_row = "stop"  # stop, skip
 
     if variant == "asdiv":
         config.data.eval, config.data.prompt = "asset:asdiv", "{passage} {question}" + ask

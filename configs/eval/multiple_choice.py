@@ -20,10 +20,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.choices = "options"  # the column of the choices
     config.data.answer = "answer"  # the column of the right one: text, letter, or place
     config.data.count_from = "auto"  # places count from 0 or 1; auto: as all rows together say
-    config.data.first = 0  # only so many rows; 0 = all
-    config.data.on_bad_row = "stop"  # stop, skip
     config.data.render = "text"  # text, chat, auto (chat where the tokenizer has a template)
-    config.data.chat_template_kwargs = ""  # variables of the template, as JSON: {"enable_thinking": false}
 
     if variant == "commonsenseqa":
         config.data.eval, config.data.prompt = "asset:commonsenseqa", "Question: {question}\nAnswer:"

@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict as Config
 
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.data.chat_template import ChatOptions, read_variables
+from posttrain_jax.data.chat_template import ChatOptions
 from posttrain_jax.data.sources import Row, RowError, read_rows
 from posttrain_jax.demo.assets import fetch
 from posttrain_jax.evaluate.statistics import Estimate, ratio_estimates
@@ -219,7 +219,5 @@ class PromptTemplate:
 
 
 def chat_options(config: Config) -> ChatOptions:
-    """How a task's prompts are rendered, where they are chats. Raises InputError."""
-    return ChatOptions(
-        variables=read_variables(config.data.chat_template_kwargs, "data.chat_template_kwargs")
-    )
+    """How a task's prompts are rendered, where they are chats."""
+    return ChatOptions(variables=dict(config.data.chat_template_kwargs))

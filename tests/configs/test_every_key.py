@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from launch.config import describe, flatten, known_leaves, load_file, override, take_overrides
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.core.schema import all_leaves, from_text
+from posttrain_jax.core.schema import all_defaults, all_leaves, from_text, read_all
+from posttrain_jax.evaluate.options import TASKS, sections_of_task
 from posttrain_jax.wiring.algorithms import ALGORITHMS, SYNONYMS, read_experiment, sections_of
 
 CONFIGS = {
@@ -92,6 +93,18 @@ def test_numbers_that_are_not_finite_are_always_refused(algorithm: str):
             for text in ("nan", "inf", "-inf"):
                 with pytest.raises(InputError, match=key):
                     from_text(leaf, text)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_key_of_every_evaluation(task: str):
+    """The same for what is evaluated: values and texts."""
+    sections = sections_of_task(task)
+    nested, known = all_defaults(sections), all_leaves(sections)
+    for key, leaf in known.items():
+        for value in VALUES:
+            refused_or_not(read_all, sections, nested_with(nested, key, value))
+        for text in TEXTS:
+            refused_or_not(from_text, leaf, text)
 
 
 @pytest.mark.parametrize("algorithm", CONFIGS)
