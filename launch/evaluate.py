@@ -71,7 +71,14 @@ def evaluate(name: str, config: ConfigDict, out: Path) -> dict[str, Any]:
     from posttrain_jax.models.io.load import load_model
 
     sections = sections_of_task(config.eval.task if "eval" in config else None)
-    config = ConfigDict(all_values(read_all(sections, config.to_dict(), SYNONYMS)))
+    values = all_values(read_all(sections, config.to_dict(), SYNONYMS))
+    config = ConfigDict(
+        {
+            name: ConfigDict(values[name], convert_dict=False) if name in sections else values[name]
+            for name in values
+        },
+        convert_dict=False,
+    )
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
