@@ -1,4 +1,4 @@
-"""PPO and RLOO from scratch on a task whose optimum is known: five seeds each, and what the KL's price does.
+"""PPO and RLOO from scratch on a task whose optimum is known: five seeds each, and what the KL coefficient does.
 
 python -m experiments.ppo_letters.run --workdir=runs/ppo_letters [--seeds=5] [--steps=60]
 
@@ -18,7 +18,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 CONFIG = "configs/ppo/letters.py"
 OPTIMUM = 1.0  # every letter an "e"
-PRICES = "0.0,0.01,0.03,0.1"
+COEFFICIENTS = "0.0,0.01,0.03,0.1"
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--prices", default=PRICES, help="of the KL")
+    parser.add_argument("--coefficients", "--prices", default=COEFFICIENTS, help="of the KL")
     parser.add_argument("--out", type=Path, default=HERE)
     arguments = parser.parse_args()
     steps = f"--config.train.steps={arguments.steps}"
@@ -40,13 +40,16 @@ def main() -> None:
         ]
         for name, variant in (("ppo", ""), ("rloo", ":rloo"))
     }
-    priced = {
-        price: _train(
-            arguments.workdir / f"kl-{price}", CONFIG, steps, f"--config.ppo.kl_coefficient={price}"
+    by_coefficient = {
+        coefficient: _train(
+            arguments.workdir / f"kl-{coefficient}",
+            CONFIG,
+            steps,
+            f"--config.ppo.kl_coefficient={coefficient}",
         )
-        for price in arguments.prices.split(",")
+        for coefficient in arguments.coefficients.split(",")
     }
-    results = {"optimum": OPTIMUM, "learnt": learnt, "by_kl_coefficient": priced}
+    results = {"optimum": OPTIMUM, "learnt": learnt, "by_kl_coefficient": by_coefficient}
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     (arguments.out / "results.md").write_text(table(results), "utf-8")
@@ -58,6 +61,9 @@ def _train(workdir: Path, config: str, *flags: str) -> dict[str, Any]:
     seconds = workdir / "seconds"
     if not seconds.is_file():
         command = [sys.executable, "-m", "launch.train", f"--config={config}", f"--workdir={workdir}", *flags]
+        command.append(
+            "--config.rollout.reference=frozen"
+        )  # the KL to it is measured where it costs nothing, too
         started = time.time()
         done = subprocess.run(command, check=False)
         if done.returncode:
@@ -89,10 +95,10 @@ def table(results: dict[str, Any]) -> str:
                 f"| {name.upper()} | {seed} | {run['score_before']:.3f} | {run['score_after']:.3f} "
                 f"| {run['iterations_to_95'] or 'not reached'} | {run['seconds']:.0f} |"
             )
-    lines += ["", "| KL coefficient (PPO, seed 0) | score at the end | KL at the end, nats per answer |"]
+    lines += ["", "| KL coefficient (PPO, seed 0) | score at the end | KL at the end, nats per completion |"]
     lines.append("|---:|---:|---:|")
-    for price, run in results["by_kl_coefficient"].items():
-        lines.append(f"| {price} | {run['last_train_score']:.3f} | {run['last_train_kl']:.2f} |")
+    for coefficient, run in results["by_kl_coefficient"].items():
+        lines.append(f"| {coefficient} | {run['last_train_score']:.3f} | {run['last_train_kl']:.2f} |")
     return "\n".join(lines) + "\n"
 
 

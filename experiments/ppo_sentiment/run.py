@@ -17,7 +17,15 @@ from experiments.training import read_lines, train, write_result
 HERE = Path(__file__).resolve().parent
 CONFIG = "configs/ppo/smollm2_sentiment.py"
 SHOWN = 6  # prompts in samples.md
-WATCHED = ("score", "kl", "entropy", "clip_fraction", "explained_variance", "completion_tokens", "repetition")
+WATCHED = (
+    "score",
+    "kl_per_sequence",
+    "entropy_per_token",
+    "clip_fraction",
+    "explained_variance",
+    "completion_tokens",
+    "repeated_4gram_share",
+)
 
 
 def main() -> None:
@@ -44,8 +52,8 @@ def record(workdir: Path) -> dict[str, Any]:
     kept = (
         "eval/score",
         "eval/score_standard_error",
-        "eval/no_eos",
-        "eval/repetition",
+        "eval/no_eos_share",
+        "eval/repeated_4gram_share",
         "eval/completion_tokens",
     )
     return {
@@ -66,7 +74,7 @@ def record(workdir: Path) -> dict[str, Any]:
 
 
 def samples(workdir: Path) -> str:
-    """Answers to the first held-out prompts, before and after."""
+    """Completions of the first held-out prompts, before and after."""
     rows = read_lines(workdir / "samples.jsonl")
     steps = sorted({row["step"] for row in rows})
     first, last = ([row for row in rows if row["step"] == step] for step in (steps[0], steps[-1]))

@@ -152,7 +152,7 @@ def test_the_readme_of_reward_models_says_what_was_recorded():
 
 @pytest.mark.slow
 def test_ppo_letters_runs_short_and_records_its_table(tmp_path):
-    run_tiny("ppo_letters", tmp_path, "--seeds=1", "--steps=2", "--prices=0.1")
+    run_tiny("ppo_letters", tmp_path, "--seeds=1", "--steps=2", "--coefficients=0.1")
     results = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
     assert {name: len(runs) for name, runs in results["learnt"].items()} == {"ppo": 1, "rloo": 1}
     assert results["learnt"]["ppo"][0]["iterations_to_95"] is None
@@ -180,8 +180,8 @@ def test_the_readmes_of_ppo_say_what_was_recorded():
     assert json.loads((ROOT / "experiments" / "ppo_letters" / "expected.json").read_text("utf-8")) == {
         name: min(run["score_after"] for run in runs) for name, runs in letters["learnt"].items()
     }
-    prices = [run["last_train_kl"] for run in letters["by_kl_coefficient"].values()]
-    assert prices == sorted(prices, reverse=True)
+    kls = [run["last_train_kl"] for run in letters["by_kl_coefficient"].values()]
+    assert kls == sorted(kls, reverse=True)
     folder = ROOT / "experiments" / "ppo_sentiment"
     result = json.loads((folder / "result.json").read_text("utf-8"))
     expected = json.loads((folder / "expected.json").read_text("utf-8"))
