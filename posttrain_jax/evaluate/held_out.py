@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
+from posttrain_jax.algorithms.contract import TextAlgorithm
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.schema import read
 from posttrain_jax.core.sharding import shard_multiple
@@ -33,6 +34,7 @@ from posttrain_jax.models.io.load import LoadedModel
 from posttrain_jax.models.transformer import Model
 from posttrain_jax.sampling.prompts import need_tokenizer
 from posttrain_jax.sampling.sequence_sums import sequence_sums
+from posttrain_jax.wiring.algorithms import algorithm_named
 from posttrain_jax.wiring.data import data_spec, kept_date, tokenize_options
 
 DEMO = ("asset:alpaca_en_demo", "split:99")
@@ -257,7 +259,7 @@ def data_of(config: Config, loaded: LoadedModel) -> HeldOutData:
         return HeldOutData(given.train, given.eval, seed)
     if run is None:
         return HeldOutData(*DEMO, config.seed)
-    if run["algorithm"] != "sft":
+    if not isinstance(algorithm_named(run["algorithm"]), TextAlgorithm):
         raise InputError(
             f"The run in {loaded.source.name} ({run['algorithm']}) held out no rows of the kind that this evaluation "
             "reads, texts or conversations; give some in data.eval."
