@@ -11,6 +11,7 @@ import numpy as np
 from posttrain_jax.core.sharding import RowBatch
 from posttrain_jax.core.types import Array, Metrics, PreferenceBatch, PyTree, TrainState
 from posttrain_jax.data.loader import RowSource
+from posttrain_jax.data.options import Source
 from posttrain_jax.data.preference_groups import PreferenceData, PreferenceSource
 from posttrain_jax.data.preference_rows import Preferences
 from posttrain_jax.models.spec import ModelSpec
@@ -131,7 +132,7 @@ class PreferenceAlgorithm:
 class TextOptions:
     """What text, how many packed rows of it in an iteration, and how many tokens a row has."""
 
-    data: str
+    data: Source
     rows: int
     length: int
 

@@ -66,6 +66,7 @@ from posttrain_jax.core.types import (
     PyTree,
     TrainState,
 )
+from posttrain_jax.data.options import Source
 from posttrain_jax.forward.heads import sum_logps
 from posttrain_jax.forward.packed_rows import PackedRows
 from posttrain_jax.losses.advantages import gae
@@ -112,7 +113,7 @@ class Options:
     whiten_rewards: bool = setting(False, "rewards of a minibatch get variance 1")
     whiten_advantages: bool = setting(True, "advantages of a minibatch get mean 0 and variance 1")
     ptx_coefficient: float = setting(0.0, "of the pretraining loss (InstructGPT: 27.8); 0 = off")
-    ptx_data: str = setting("", "pretraining text, as data.train of SFT", longest=3000)
+    ptx_data: Source = setting("", "pretraining text, as data.train of SFT")
     ptx_rows: int = setting(0, "packed rows of text in an iteration (InstructGPT: 8 for each completion)")
     ptx_length: int = setting(0, "tokens in such a row; 0 = data.max_length")
 

@@ -14,7 +14,6 @@ from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.log import log_on_host0
 from posttrain_jax.core.sharding import host_data_shards, put_batch
 from posttrain_jax.data.loader import Loader
-from posttrain_jax.data.options import as_source
 from posttrain_jax.data.packing import pack
 from posttrain_jax.data.rows import ColumnNames
 from posttrain_jax.data.tokenized import TokenizeOptions, build
@@ -59,7 +58,7 @@ def text_batches(
         progress=jax.process_index() == 0,
     )
     data = build(
-        data_spec(as_source(text.data, "ppo.ptx_data")),
+        data_spec(text.data),
         policy.tokenizer,
         options,
         rejected_path=workdir / "rejected-ptx.jsonl",
