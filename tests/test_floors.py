@@ -31,6 +31,8 @@ FLOORS = {
     "experiments": 11,
 }
 PACKAGES = ("posttrain_jax", "configs", "launch", "experiments")
+# What an algorithm says of itself, and the half of the reward model that is no step.
+SHARED_BY_ALGORITHMS = ("posttrain_jax.algorithms.contract", "posttrain_jax.algorithms.reward_scale")
 FORBIDDEN_NAMES = {"utils", "util", "misc", "common", "helpers", "helper"}
 
 
@@ -87,6 +89,8 @@ def violations(module: str, source: str, is_package: bool = False) -> list[str]:
         if top in ("jax", "jaxlib", "flax", "optax") and room == "posttrain_jax.data":
             wrong.append(f"{where}: data is host NumPy, without jax")
         target = room_of(imported)
+        if target == room == "posttrain_jax.algorithms" and imported not in SHARED_BY_ALGORITHMS:
+            wrong.append(f"{where}: an algorithm imports no other algorithm")
         if target is None or target == room:
             continue
         if target not in FLOORS:
@@ -132,6 +136,12 @@ def test_importing_the_package_loads_no_room():
         ("posttrain_jax.algorithms.sft", "from ..wiring import data", "looks up"),
         ("posttrain_jax.run.loop", "import launch.train", "looks up"),
         ("posttrain_jax.data.loader", "from ..demo import assets", "share floor 1"),
+        (
+            "posttrain_jax.algorithms.kto",
+            "from posttrain_jax.algorithms.dpo import Options",
+            "no other algorithm",
+        ),
+        ("posttrain_jax.algorithms.kto", "from posttrain_jax.algorithms import dpo", "no other algorithm"),
         ("posttrain_jax.attic.thing", "", "does not place"),
     ],
 )
@@ -145,6 +155,7 @@ def test_the_rules_bite(module, source, reason):
     [
         ("posttrain_jax.models.io.gguf", "from posttrain_jax.models.config import ModelConfig\nimport flax"),
         ("posttrain_jax.core.masking", "from posttrain_jax.core.types import Array"),
+        ("posttrain_jax.algorithms.kto", "from posttrain_jax.algorithms.contract import Steps"),
         ("launch.train", "from configs.sft import smollm2_135m"),
         ("experiments.bench.sft", "import launch.train, torch"),
         ("posttrain_jax.run.loop", "from posttrain_jax.run import checkpoint, metrics"),
