@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from launch import config as config_flag
-from launch import entry, processes
+from launch import entry, processes, resume
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.run.preemption import asked_to_end
 
@@ -97,13 +97,13 @@ def _run(config: ConfigDict, workdir: Path, allowed: Sequence[str]) -> None:
     from posttrain_jax.wiring.algorithms import make_task, read_experiment
 
     experiment = read_experiment(config.to_dict())
-    config_flag.check_allowed(config, allowed)
-    resolved = config_flag.resolve(config)
+    resume.check_allowed(config, allowed)
+    resolved = resume.resolve(config)
     steps = completed_steps(workdir)
     first = jax.process_index() == 0
-    changed = config_flag.changes(config, workdir, allowed) if steps else []
+    changed = resume.changes(config, workdir, allowed) if steps else []
     if first and not steps:
-        config_flag.write(resolved, workdir)
+        resume.write(resolved, workdir)
     options = LoopOptions(
         log=experiment.log,
         eval=experiment.eval,
@@ -118,7 +118,7 @@ def _run(config: ConfigDict, workdir: Path, allowed: Sequence[str]) -> None:
             "or a new --workdir."
         )
     if first and steps:
-        config_flag.write(resolved, workdir, step=steps[-1], changed=changed)
+        resume.write(resolved, workdir, step=steps[-1], changed=changed)
     (workdir / "summary.json").unlink(missing_ok=True)
     train(task, options, workdir)
 

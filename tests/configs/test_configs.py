@@ -15,7 +15,8 @@ from write_golden import GOLDEN, ROOT, golden_path, render, specs
 from configs.dpo.smollm2_135m import get_config as preferences
 from configs.ppo.letters import get_config as letters
 from configs.sft.smollm2_135m import get_config as smollm2
-from launch.config import changes, check_allowed, flatten, load_file, resolve, write
+from launch.config import flatten, load_file
+from launch.resume import changes, check_allowed, resolve, write
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.schema import all_leaves
 from posttrain_jax.wiring.algorithms import ALGORITHMS, read_experiment, sections_of
