@@ -11,6 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from launch.config import describe, flatten, known_leaves, load_file, override, take_overrides
+from launch.resume import CHANGEABLE, FREE_KEYS, JUDGED_BY
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.schema import all_defaults, all_leaves, from_text, read_all
 from posttrain_jax.evaluate.options import TASKS, sections_of_task
@@ -133,6 +134,12 @@ def test_every_key_is_described(algorithm: str):
 def test_synonyms_name_keys_that_there_are():
     known = {key for name in ALGORITHMS for key in all_leaves(sections_of(name))}
     assert {meant for meant in SYNONYMS.values() if not meant.startswith("--")} <= known
+
+
+def test_keys_that_may_change_are_keys():
+    known = [key for name in ALGORITHMS for key in all_leaves(sections_of(name))]
+    for key in (*FREE_KEYS, *CHANGEABLE, *JUDGED_BY):
+        assert any(name == key or (key.endswith(".") and name.startswith(key)) for name in known), key
 
 
 TINY = f"--config={CONFIGS['dpo']}"
