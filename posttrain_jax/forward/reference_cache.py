@@ -1,7 +1,8 @@
 """Log-probabilities of completions under a frozen reference model, computed once and kept on disk.
 
-DPO and its family compare the policy with the model it started from. That model does not change, so what it says of
-every completion is computed before the first step, in the rows that training uses, and found again by the next run on
+DPO and its family compare the policy with the model it started from. That model does not change, so its
+log-probability of every completion is computed before the first step, in the rows that training uses, and read again by
+the next run on
 the same model and data: no second model in memory, no second forward pass in a step. A run keeps its own copy, so that
 it resumes with the same bits when the cache was emptied or JAX is another version.
 """
@@ -78,14 +79,14 @@ def reference_logps(
         own = workdir / "reference_logps" / f"{name}.npz"
         shared = root / f"{_digest(name, jax.__version__, jax.default_backend())}.npz"
         kept = _read(own, len(source.store.lines))
-        found = _read(shared, len(source.store.lines)) if kept is None else kept
-        if not _everywhere(found is not None) or found is None:
+        logps = _read(shared, len(source.store.lines)) if kept is None else kept
+        if not _everywhere(logps is not None) or logps is None:
             log_on_host0(
                 f"Reference log-probabilities of {len(source):,} prompts are computed once and kept in {shared}."
             )
-            logps = policy_logps_of(model, shape.share_prompt)
-            found = map_completions(
-                logps,
+            of_rows = policy_logps_of(model, shape.share_prompt)
+            logps = map_completions(
+                of_rows,
                 params,
                 source,
                 shape,
@@ -94,11 +95,11 @@ def reference_logps(
                 micro_batches=micro_batches,
                 in_order=in_order,
             )
-            _require_finite(found, source)
-            _write(shared, found)
-        if found is not kept:
-            _write(own, found)
-        results.append(found)
+            _require_finite(logps, source)
+            _write(shared, logps)
+        if logps is not kept:
+            _write(own, logps)
+        results.append(logps)
     return results
 
 
@@ -106,9 +107,9 @@ def _digest(*parts: object) -> str:
     return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:32]
 
 
-def _everywhere(found: bool) -> bool:
-    """Whether every process has found it; they compute together or not at all."""
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(found))))
+def _everywhere(is_cached: bool) -> bool:
+    """Whether every process has it in the cache; they compute together or not at all."""
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(is_cached))))
 
 
 def _require_finite(logps: np.ndarray, source: PreferenceSource) -> None:
@@ -123,16 +124,16 @@ def _require_finite(logps: np.ndarray, source: PreferenceSource) -> None:
 
 
 def _read(path: Path, sequences: int) -> np.ndarray | None:
-    """What `_write` wrote; None where it is not there, or (which is said) is not that any more."""
+    """What `_write` wrote; None where it is not there, or (with a warning) is not that any more."""
     if not path.exists():
         return None
     try:
         with np.load(path, allow_pickle=False) as file:
-            found, digest = file["logps"], str(file["sha256"])
+            logps, digest = file["logps"], str(file["sha256"])
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, TypeError):
-        found, digest = np.zeros(0, np.float32), ""
-    if found.shape == (sequences, 2) and found.dtype == np.float32 and _sha256(found) == digest:
-        return found
+        logps, digest = np.zeros(0, np.float32), ""
+    if logps.shape == (sequences, 2) and logps.dtype == np.float32 and _sha256(logps) == digest:
+        return logps
     log.warning(
         "The reference log-probabilities in %s are not as they were written; they are computed again.", path
     )

@@ -17,7 +17,7 @@ from posttrain_jax.core.errors import InputError, StepNotTaken
 from posttrain_jax.core.masking import whiten_biased
 from posttrain_jax.core.sharding import jit_step, replicated
 from posttrain_jax.core.types import Array, PyTree
-from posttrain_jax.forward.packed_rows import PackedRows, hidden_states, map_rows, pack_places, row_indices
+from posttrain_jax.forward.packed_rows import PackedRows, every_index, hidden_states, map_rows, pack_indices
 from posttrain_jax.models.io.load import LoadedModel, load_members
 from posttrain_jax.models.reward_head import scores
 from posttrain_jax.models.transformer import Model
@@ -223,7 +223,7 @@ class Scorer:
         tokens_NS = np.zeros((len(texts), int(lengths_N.max())), np.int32)
         for number, text in enumerate(texts):
             tokens_NS[number, : text.size] = text
-        places_MRT = pack_places(
+        indices_MRT = pack_indices(
             lengths_N,
             np.arange(len(texts)),
             length=tokens_NS.shape[1],
@@ -236,7 +236,7 @@ class Scorer:
             member.params,
             tokens_NS,
             np.zeros_like(tokens_NS),
-            places_MRT,
+            indices_MRT,
             self._mesh,
         )
         return scores_NS[np.arange(len(texts)), lengths_N - 1]
@@ -250,7 +250,7 @@ class Scorer:
         return combine.piecewise_safety(safety, helpfulness, is_safety, threshold=options.safety_threshold)
 
     def _shaped(self, score: Array, completions: Sequence[Completion]) -> np.ndarray:
-        """Less the price of length, clipped, and with what a missing end costs."""
+        """Less the penalty of length, clipped, and with what a missing EOS costs."""
         options = self._options
         if options.per_token:
             lengths = np.asarray([len(one.token_ids) for one in completions], np.float32)
@@ -330,6 +330,6 @@ def _name(tokenizer: PreTrainedTokenizerBase | None) -> str:
 def _score_rows(model: Model, mesh: Mesh) -> Callable[[PyTree, PackedRows], Array]:
     def step(params: PyTree, rows: PackedRows) -> Array:
         hidden_RTD = hidden_states(params, rows, model)
-        return scores(params["score_head"], hidden_RTD, row_indices(rows.tokens))
+        return scores(params["score_head"], hidden_RTD, every_index(rows.tokens))
 
     return jit_step(step, mesh, in_shardings=None, out_shardings=replicated(mesh))

@@ -1,1 +1,1 @@
-"""From prompts to scored answers: what algorithms that sample learn from."""
+"""From prompts to scored trajectories: what algorithms that sample learn from."""

@@ -61,7 +61,7 @@ class Evaluation:
                 temperature=self._temperature,
             )
             self._step = int(state.step)
-            if self._step == 0:  # said now, not after days; later a function may be out of reach for a while
+            if self._step == 0:  # at once, not after days; later a function may be out of reach for a while
                 self._latest.scored.require_scores()
             texts = [text_of(one, self._sampler.tokenizer) for one in self._latest.trajectories]
             warning = empty_warning(sum(not text.strip() for text in texts), len(texts))

@@ -13,9 +13,9 @@ from posttrain_jax.core.types import Array, Maximum, Metric, Metrics, PyTree
 from posttrain_jax.core.updates import map_micro_batches, used_micro_batches
 from posttrain_jax.forward.packed_rows import (
     PackedRows,
+    every_index,
     hidden_states,
     packed_rows,
-    row_indices,
     scatter,
     target_logps,
 )
@@ -80,7 +80,7 @@ def logps_and_values(params: PyTree, rows: PackedRows, networks: Networks) -> tu
         return logps_RT, jnp.zeros_like(logps_RT)
     if "embed" in params["value"]:
         hidden_RTD = hidden_states(params["value"], rows, networks.value)
-    values_RT = scores(params["value"]["score_head"], hidden_RTD, row_indices(rows.tokens))
+    values_RT = scores(params["value"]["score_head"], hidden_RTD, every_index(rows.tokens))
     return logps_RT, jnp.where(rows.mask != 0, values_RT, 0.0)
 
 
@@ -100,14 +100,14 @@ def experience_of(
     """
     shape, size = batch.tokens.shape, batch.tokens.size
 
-    def of_minibatch(places_MRT: Array) -> tuple[Array, Array]:
-        def of_rows(places_RT: Array) -> tuple[Array, Array]:
-            rows = packed_rows(places_RT, batch.tokens, batch.response_mask)
+    def of_minibatch(indices_MRT: Array) -> tuple[Array, Array]:
+        def of_rows(indices_RT: Array) -> tuple[Array, Array]:
+            rows = packed_rows(indices_RT, batch.tokens, batch.response_mask)
             return logps_and_values(params, rows, networks)
 
-        return map_micro_batches(of_rows, places_MRT, used_micro_batches(places_MRT < size))
+        return map_micro_batches(of_rows, indices_MRT, used_micro_batches(indices_MRT < size))
 
-    first_epoch_KMRT = batch.places[0]
+    first_epoch_KMRT = batch.indices[0]
     logps_KMRT, values_KMRT = jax.lax.map(of_minibatch, first_epoch_KMRT)
     counted_KMRT = packed_rows(first_epoch_KMRT, batch.tokens, batch.response_mask).mask
     logps = scatter(logps_KMRT, first_epoch_KMRT, counted_KMRT, shape)
@@ -128,7 +128,7 @@ def _metrics(batch: TrajectoryBatch, experience: Experience) -> Metrics:
     trajectories = jnp.sum(jnp.any(sampled, axis=-1), dtype=jnp.float32)
     tokens = jnp.sum(sampled, dtype=jnp.float32)
     scored = jnp.sum(batch.has_score, dtype=jnp.float32)
-    filled = batch.places[0] < batch.tokens.size
+    filled = batch.indices[0] < batch.tokens.size
 
     def total(values: Array) -> Array:
         return jnp.sum(jnp.where(sampled, values, 0.0))

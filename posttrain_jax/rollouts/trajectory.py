@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from posttrain_jax.core.sharding import BATCH_AXES
 from posttrain_jax.core.types import Array, PyTree
 from posttrain_jax.data.prompts import Prompt
-from posttrain_jax.forward.packed_rows import pack_places, put_on
+from posttrain_jax.forward.packed_rows import pack_indices, put_on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ class TrajectoryBatch:
       sampler_logps, reference_logps: float32 `[N, S]`; the latter None where there is no reference.
       scores: float32 `[N]`.
       has_score, groups, policy_steps: int32 `[N]`.
-      places: int32 `[E, K, M, R, T]`: the packed rows of every minibatch (see `forward/packed_rows.py`).
+      indices: int32 `[E, K, M, R, T]`: the packed rows of every minibatch (see `forward/packed_rows.py`).
       auxiliary: other rows that are learned from beside them, a `Batch` (`[M', B, T']`); or {}.
     """
 
@@ -102,7 +102,7 @@ class TrajectoryBatch:
     has_score: Array
     groups: Array
     policy_steps: Array
-    places: Array
+    indices: Array
     auxiliary: PyTree
 
 
@@ -111,12 +111,12 @@ class HostTrajectories:
     """Trajectories as arrays on the host, with their packed rows; `TrajectoryBatch` says what is what."""
 
     arrays: dict[str, np.ndarray]
-    places: np.ndarray
+    indices: np.ndarray
 
     @property
     def first_epoch(self) -> np.ndarray:
         """Rows that hold every trajectory once, int32 `[K * M, R, T]`: those of the first epoch's minibatches."""
-        return self.places[0].reshape(-1, *self.places.shape[3:])
+        return self.indices[0].reshape(-1, *self.indices.shape[3:])
 
 
 def stack(trajectories: Sequence[Trajectory], shape: BatchShape, orders_EN: np.ndarray) -> HostTrajectories:
@@ -147,11 +147,11 @@ def stack(trajectories: Sequence[Trajectory], shape: BatchShape, orders_EN: np.n
     lengths = np.zeros(shape.trajectories, np.int64)
     lengths[: len(trajectories)] = [one.tokens.size for one in trajectories]
     sets = np.sort(orders_EN.reshape(shape.epochs, shape.minibatches, -1), axis=-1)
-    places = np.stack(
+    indices = np.stack(
         [
             np.stack(
                 [
-                    pack_places(
+                    pack_indices(
                         lengths,
                         members,
                         length=shape.length,
@@ -165,7 +165,7 @@ def stack(trajectories: Sequence[Trajectory], shape: BatchShape, orders_EN: np.n
             for epoch in sets
         ]
     )
-    return HostTrajectories(arrays, places)
+    return HostTrajectories(arrays, indices)
 
 
 def put(host: HostTrajectories, mesh: Mesh, *, has_reference: bool, auxiliary: PyTree) -> TrajectoryBatch:
@@ -184,6 +184,6 @@ def put(host: HostTrajectories, mesh: Mesh, *, has_reference: bool, auxiliary: P
     return TrajectoryBatch(
         **{name: put_on(mesh, array) for name, array in arrays.items()},
         reference_logps=put_on(mesh, reference_logps) if has_reference else None,
-        places=put_on(mesh, host.places, P(None, None, None, BATCH_AXES, None)),
+        indices=put_on(mesh, host.indices, P(None, None, None, BATCH_AXES, None)),
         auxiliary=auxiliary,
     )

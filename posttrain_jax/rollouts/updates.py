@@ -46,7 +46,7 @@ def minibatch_updates(
     ema_decay: float,
     auxiliary: AuxiliaryLoss | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One update for each minibatch of `batch.places`, one epoch after the other.
+    """One update for each minibatch of `batch.indices`, one epoch after the other.
 
     Args:
       state: as `wiring.online.init_state` makes it.
@@ -60,7 +60,7 @@ def minibatch_updates(
     Returns:
       The state one step later, and metrics over all updates, named "train/..." (the schedule's is of the first).
     """
-    epochs, minibatches, micro_batches, micro_rows, row_length = batch.places.shape
+    epochs, minibatches, micro_batches, micro_rows, row_length = batch.indices.shape
     trajectories, size = batch.tokens.shape[0], batch.tokens.size
 
     def add_auxiliary(
@@ -78,20 +78,20 @@ def minibatch_updates(
         return jax.tree.map(lambda own, other: own + factor * other, gradients, more), metrics
 
     def update(state: TrainState, turn: tuple[Array, Array]) -> tuple[TrainState, PartMetrics]:
-        number, places_MRT = turn
+        number, indices_MRT = turn
         member_N = (
             jnp.zeros(trajectories, bool)
-            .at[places_MRT.reshape(-1) // batch.tokens.shape[1]]
+            .at[indices_MRT.reshape(-1) // batch.tokens.shape[1]]
             .set(True, mode="drop")
         )
         of_minibatch = targets(member_N)
 
-        def loss_sum(params: PyTree, places_RT: Array) -> tuple[Array, PartMetrics]:
-            rows = packed_rows(places_RT, batch.tokens, mask_NS)
+        def loss_sum(params: PyTree, indices_RT: Array) -> tuple[Array, PartMetrics]:
+            rows = packed_rows(indices_RT, batch.tokens, mask_NS)
             return losses(combine(params, state.frozen), rows, of_minibatch)
 
-        used = used_micro_batches(places_MRT < size)
-        gradients, metrics = gradient_sums(loss_sum, state.params, places_MRT, used=used)
+        used = used_micro_batches(indices_MRT < size)
+        gradients, metrics = gradient_sums(loss_sum, state.params, indices_MRT, used=used)
         loss = metrics["loss"]
         assert isinstance(loss, Metric)
         if auxiliary is not None:
@@ -104,7 +104,7 @@ def minibatch_updates(
             state, gradients, loss.sum, optimizer=optimizer, count=loss.count, ema_decay=ema_decay
         )
         computed = jnp.float32(micro_rows * row_length) * used
-        padding = computed - jnp.sum(places_MRT < size, dtype=jnp.float32)
+        padding = computed - jnp.sum(indices_MRT < size, dtype=jnp.float32)
         named: PartMetrics = {f"train/{name}": metric for name, metric in metrics.items()}
         named |= {**update_metrics, "train/padding_share": Metric(padding, computed)}
         kept = state.skipped == before
@@ -121,7 +121,7 @@ def minibatch_updates(
     inner = dataclasses.replace(state, opt_state=state.opt_state["optimizer"])
     turns = (
         jnp.arange(epochs * minibatches),
-        batch.places.reshape(epochs * minibatches, micro_batches, micro_rows, row_length),
+        batch.indices.reshape(epochs * minibatches, micro_batches, micro_rows, row_length),
     )
     inner, stacked = jax.lax.scan(update, inner, turns)
     joined = {name: metric.over_leading_axis() for name, metric in stacked.items()}

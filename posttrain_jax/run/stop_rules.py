@@ -1,4 +1,4 @@
-"""When a run that learns from its own answers should end before its last step, read from what is logged anyway."""
+"""When a run that learns from its own completions should end before its last step, read from what is logged anyway."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_nothing_is_learned_from_a_completion_without_a_score():
         has_score=jnp.asarray([1, 0]),
         groups=jnp.zeros(2, jnp.int32),
         policy_steps=jnp.zeros(2, jnp.int32),
-        places=jnp.arange(8)[None, None, None, None],
+        indices=jnp.arange(8)[None, None, None, None],
         auxiliary={},
     )
     made, metrics = experience_of(params, jnp.float32(0.5), batch, networks=networks)
@@ -174,7 +174,7 @@ def updated(
     """Four trajectories of two tokens each with a number, two of them in a micro-batch."""
     shape = (4, 2)
     rows = np.arange(8).reshape(4, 1, 2)
-    places = np.stack([rows.reshape(minibatches, -1, 2, 2)] * epochs)  # E, K, M, 2 rows of 2 tokens
+    indices = np.stack([rows.reshape(minibatches, -1, 2, 2)] * epochs)  # E, K, M, 2 rows of 2 tokens
     one = jnp.ones(shape, jnp.int32)
     batch = TrajectoryBatch(
         tokens=one,
@@ -185,7 +185,7 @@ def updated(
         has_score=jnp.ones(4, jnp.int32),
         groups=jnp.zeros(4, jnp.int32),
         policy_steps=jnp.zeros(4, jnp.int32),
-        places=jnp.asarray(places, jnp.int32),
+        indices=jnp.asarray(indices, jnp.int32),
         auxiliary={},
     )
     return minibatch_updates(

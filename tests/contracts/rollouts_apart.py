@@ -45,7 +45,7 @@ def main() -> None:
     shape = BatchShape(ROWS, 2, epochs=1, minibatches=1, micro_batches=2, micro_rows=4, row_length=2)
     batch = put(stack(trajectories, shape, np.arange(ROWS)[None]), mesh, has_reference=False, auxiliary={})
     whole = jit_step(lambda rows: rows, mesh, in_shardings=None, out_shardings=replicated(mesh))(batch)
-    rows = packed_rows(whole.places, whole.tokens, whole.response_mask)
+    rows = packed_rows(whole.indices, whole.tokens, whole.response_mask)
     scorer = Scorer(
         byte_tokenizer(),
         functions={DRAWS: PythonReward(DRAWS)},

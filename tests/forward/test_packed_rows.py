@@ -9,7 +9,7 @@ import pytest
 from contracts.tiny import LLAMA, make_mesh, params_of
 
 from posttrain_jax.core.types import TrainState
-from posttrain_jax.forward.packed_rows import map_rows, pack_places, packed_rows, scatter
+from posttrain_jax.forward.packed_rows import map_rows, pack_indices, packed_rows, scatter
 from posttrain_jax.forward.reference import ReferencePolicy, row_logps
 from posttrain_jax.models.transformer import make_model
 
@@ -21,11 +21,11 @@ def test_packed_rows_by_hand():
     come back to the token that they are of."""
     tokens = np.asarray([[10, 11, 12, 0], [20, 21, 0, 0]], np.int32)
     mask = np.asarray([[0, 1, 1, 0], [0, 1, 0, 0]], np.int32)
-    places = pack_places(
+    indices = pack_indices(
         np.asarray([3, 2]), np.arange(2), length=4, row_length=6, micro_batches=1, micro_rows=1
     )[0]
-    assert places.tolist() == [[0, 1, 2, 4, 5, 8]]
-    rows = packed_rows(jnp.asarray(places), jnp.asarray(tokens), jnp.asarray(mask))
+    assert indices.tolist() == [[0, 1, 2, 4, 5, 8]]
+    rows = packed_rows(jnp.asarray(indices), jnp.asarray(tokens), jnp.asarray(mask))
     assert rows.tokens.tolist() == [[10, 11, 12, 20, 21, 0]]
     assert rows.segment_ids.tolist() == [[1, 1, 1, 2, 2, 0]]
     assert rows.positions.tolist() == [[0, 1, 2, 0, 1, 0]]
@@ -33,10 +33,10 @@ def test_packed_rows_by_hand():
     assert rows.targets[0, :2].tolist() == [11, 12] and rows.targets[0, 3] == 21
     values = jnp.asarray([[1.0, 2.0, 9.0, 3.0, 9.0, 9.0]])
     assert rows.sums(values).tolist() == [3.0, 3.0] and rows.present().tolist() == [True, True]
-    back = scatter(values, rows.places, rows.mask, tokens.shape)
+    back = scatter(values, rows.indices, rows.mask, tokens.shape)
     assert back.tolist() == [[0, 1, 2, 0], [0, 3, 0, 0]]
     assert rows.at_targets(back).tolist() == [[1, 2, 0, 3, 0, 0]]
-    jax.tree.map(np.testing.assert_array_equal, packed_rows(places, tokens, mask, np), rows)
+    jax.tree.map(np.testing.assert_array_equal, packed_rows(indices, tokens, mask, np), rows)
 
 
 def test_log_probabilities_stand_at_the_token_before():
@@ -48,9 +48,9 @@ def test_log_probabilities_stand_at_the_token_before():
     real = np.arange(6) < lengths[:, None]
     tokens = np.where(real, rng.integers(1, 64, (3, 6)), 0).astype(np.int32)
     mask = ((np.arange(6) >= 2) & real).astype(np.int32)
-    places = pack_places(lengths, np.arange(3), length=6, row_length=8, micro_batches=2, micro_rows=1)
-    assert [np.unique(row[row < 18] // 6).tolist() for row in places[:, 0]] == [[0, 1], [2]]
-    logps = map_rows(row_logps(MODEL, 0.7, mesh), params, tokens, mask, places, mesh)
+    indices = pack_indices(lengths, np.arange(3), length=6, row_length=8, micro_batches=2, micro_rows=1)
+    assert [np.unique(row[row < 18] // 6).tolist() for row in indices[:, 0]] == [[0, 1], [2]]
+    logps = map_rows(row_logps(MODEL, 0.7, mesh), params, tokens, mask, indices, mesh)
     alone = jax.jit(lambda row: jax.nn.log_softmax(MODEL.apply(params, row).logits_BTV[0] / 0.7))
     for number, length in enumerate(lengths.tolist()):
         want = alone(jnp.asarray(tokens[number, :length])[None])

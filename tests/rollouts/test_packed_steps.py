@@ -69,16 +69,16 @@ def packed() -> HostTrajectories:
 def one_a_row(host: HostTrajectories) -> HostTrajectories:
     """The same minibatches, every trajectory in a row of its own: two micro-batches of four rows."""
     lengths = [one.tokens.size for one in trajectories()]
-    places = np.full((2, 2, 2, 4, 2 * S), SHAPE.trajectories * S, np.int32)
+    indices = np.full((2, 2, 2, 4, 2 * S), SHAPE.trajectories * S, np.int32)
     for epoch in range(2):
         for minibatch in range(2):
-            there = host.places[epoch, minibatch]
+            there = host.indices[epoch, minibatch]
             members = np.unique(there[there < SHAPE.trajectories * S] // S)
             assert len(members) == 8
             for at, number in enumerate(members.tolist()):
-                row = places[epoch, minibatch, at // 4, at % 4]
+                row = indices[epoch, minibatch, at // 4, at % 4]
                 row[: lengths[number]] = number * S + np.arange(lengths[number])
-    return dataclasses.replace(host, places=places)
+    return dataclasses.replace(host, indices=indices)
 
 
 @functools.cache
@@ -151,11 +151,11 @@ def test_minibatches_are_those_of_the_permutation():
     host = stack(trajectories(), SHAPE, orders)
     for epoch in range(2):
         for minibatch in range(2):
-            places = host.places[epoch, minibatch]
-            members = np.unique(places[places < 16 * S] // S)
+            indices = host.indices[epoch, minibatch]
+            members = np.unique(indices[indices < 16 * S] // S)
             assert set(members) == set(orders[epoch].reshape(2, -1)[minibatch])
     lengths = [one.tokens.size for one in trajectories()]
-    for epoch in host.places:
+    for epoch in host.indices:
         filled = np.sort(epoch[epoch < 16 * S])
         np.testing.assert_array_equal(
             filled, np.concatenate([n * S + np.arange(length) for n, length in enumerate(lengths)])

@@ -85,11 +85,11 @@ def test_a_batch_on_the_devices():
     assert batch.tokens[:, 1].tolist() == list(range(16)) and batch.scores.tolist() == list(range(16))
     assert batch.has_score.tolist() == [1, 1, 1, 1, 0, *(1 for _ in range(11))]
     assert set(batch.policy_steps.tolist()) == {2} and batch.reference_logps is None
-    assert batch.tokens.sharding.is_fully_replicated and not batch.places.sharding.is_fully_replicated
+    assert batch.tokens.sharding.is_fully_replicated and not batch.indices.sharding.is_fully_replicated
     # Two of three tokens in a row of eight; trajectory n begins at 4 n, and 64 is padding.
-    assert batch.places[0, 0, 0, 0].tolist() == [0, 1, 2, 4, 5, 6, 64, 64]
-    assert batch.places[0, 1, 0, 0].tolist() == [32, 33, 34, 36, 37, 38, 64, 64]
-    assert (batch.places[0, :, 0, 4:] == 64).all()
+    assert batch.indices[0, 0, 0, 0].tolist() == [0, 1, 2, 4, 5, 6, 64, 64]
+    assert batch.indices[0, 1, 0, 0].tolist() == [32, 33, 34, 36, 37, 38, 64, 64]
+    assert (batch.indices[0, :, 0, 4:] == 64).all()
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this C library is not glibc")
