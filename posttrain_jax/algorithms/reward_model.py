@@ -292,7 +292,7 @@ def init_state(
 
 
 def _unscaled(head: PyTree, options: Options) -> PyTree:
-    """A head that has a normalization already, on the scale that is trained: its gain becomes part of the kernel, and
+    """The head of a normalized reward model, on the scale that is trained: its gain becomes part of the kernel, and
     only a regression keeps its bias, which comparisons do not see."""
     kernel = (head["gain"] * head["kernel"]).astype(head["kernel"].dtype)
     bias = head["bias"] if options.loss == "regression" else jnp.zeros_like(head["bias"])

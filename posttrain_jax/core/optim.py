@@ -198,11 +198,11 @@ def scale_by_adam_tf(beta1: float, beta2: float, eps: float) -> optax.GradientTr
 def scale_and_delay(
     is_scaled: Callable[[str], bool], *, scale: float, delay: int
 ) -> optax.GradientTransformation:
-    """A learning rate of their own for some parameters, and a start without the others: the last link of a chain.
+    """Gives some parameters another learning rate, and trains them alone at first; the last link of an optax chain.
 
-    The updates of the named parameters are multiplied by `scale`, in every update. Those of all others are 0 in the
-    first `delay` updates; the moments of an optimizer before this link are gathered meanwhile, so the first update that
-    counts is of the usual size.
+    The updates of these parameters are multiplied by `scale`. The updates of all others are 0 in the first `delay`
+    updates. The optimizer before this link gathers its moments meanwhile, so the first update that counts has the
+    usual size.
 
     Args:
       is_scaled: by a parameter's path.

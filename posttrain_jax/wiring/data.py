@@ -57,7 +57,7 @@ def column_names(data: DataOptions) -> ColumnNames:
 
 
 def chat_options(data: DataOptions, tokenizer: PreTrainedTokenizerBase, workdir: Path) -> ChatOptions:
-    """How the rows become text; the template of `data.chat_template` is the tokenizer's by now.
+    """How the rows become text. `data.chat_template` was set as the tokenizer's template before.
 
     The date that a template shows is that of the run's first start, kept in the workdir: what was tokenized belongs to
     the run, on whatever day it is resumed.

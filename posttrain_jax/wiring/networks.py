@@ -138,7 +138,7 @@ class ValueNetwork:
 
 
 def check_context(key: str, name: str, model: ModelConfig, length: int) -> None:
-    """Refuses rows that are longer than a model was made for: positions beyond mean nothing to it.
+    """Refuses rows that are longer than a model's context.
 
     Args:
       key: of the experiment, where the model is named.

@@ -46,7 +46,7 @@ from posttrain_jax.wiring.task import (
 
 
 def text_task(experiment: TextExperiment, algorithm: TextAlgorithm, workdir: Path) -> Task:
-    """Of an algorithm that learns from texts and conversations.
+    """The task of an algorithm that learns from texts and conversations.
 
     Raises:
       InputError: a bad row, a model that cannot be used, sizes that do not divide.
@@ -60,7 +60,7 @@ def text_task(experiment: TextExperiment, algorithm: TextAlgorithm, workdir: Pat
 
 
 def preference_task(experiment: PreferenceExperiment, algorithm: PreferenceAlgorithm, workdir: Path) -> Task:
-    """Of an algorithm that learns from preferences.
+    """The task of an algorithm that learns from preferences.
 
     Raises:
       InputError: a bad row, a model that cannot be used, sizes that do not divide.

@@ -115,7 +115,7 @@ def sampling_options(experiment: OnlineExperiment, policy: ModelSpec) -> Rollout
 def prompts_from_config(
     experiment: OnlineExperiment, policy: ModelSpec, workdir: Path
 ) -> tuple[PromptData, list[Prompt]]:
-    """Prompts to learn on, and held-out ones; rows that are skipped go into `workdir`'s rejected.jsonl.
+    """Prompts to learn from, and held-out ones; rows that are skipped go into `workdir`'s rejected.jsonl.
 
     Raises:
       InputError: bad rows, a missing file, prompts that are too long.
