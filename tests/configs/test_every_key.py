@@ -71,7 +71,7 @@ def refused_or_not(function: Any, *arguments: Any) -> None:
         function(*arguments)
     except InputError as error:
         text = str(error)
-        assert len(text) <= 420, text
+        assert len(text) <= 300, text
         assert "\n" not in text, text
     assert time.perf_counter() - started < 2.0
 
