@@ -29,9 +29,9 @@ from posttrain_jax.wiring.data import chat_options, column_names, data_spec, log
 from posttrain_jax.wiring.experiment import OnlineExperiment
 from posttrain_jax.wiring.networks import check_context
 
-MAX_ROW_LENGTH = (
-    2048  # tokens of a packed row of several completions; a longer completion has a row of its own
-)
+# Tokens of a packed row of several completions; a longer completion has a row of its own. Longer rows leave a little
+# less padding, but attention that cannot skip the blocks between sequences (XLA's) grows with them.
+MAX_ROW_LENGTH = 1024
 
 
 def batch_shape(
