@@ -124,7 +124,7 @@ def log_prompts(
     prompts: list[PromptFileRow], encoded: list[np.ndarray], tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
     """Shows the first prompt as the model reads it, and counts the columns that it does not read."""
-    from posttrain_jax.data.columns import unused_text
+    from posttrain_jax.data.rows import unused_text
     from posttrain_jax.data.shown_row import plain_text_warning, shown_row
 
     if tokenizer is None:

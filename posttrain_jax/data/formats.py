@@ -11,7 +11,7 @@ A row's format follows from its columns (a null column counts as absent), the fi
 
 Chats may have `system` (or `system_prompt`), `tools` (or `functions`) and, where the user's turn is a column,
 `history`, pairs of texts. `text_as="chat"` makes a chat of a text prompt and its completion: a user's turn and an
-assistant's. What becomes of other columns says `columns.py`; how a message is read says `messages.py`.
+assistant's. What becomes of other columns says `rows.py`; how a message is read says `messages.py`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from posttrain_jax.data.columns import Columns, same_text
 from posttrain_jax.data.messages import Message, describe_kind, is_same_turn, read_text
 from posttrain_jax.data.messages import read_messages as read_messages
 from posttrain_jax.data.messages import read_tools as read_tools
-from posttrain_jax.data.rows import RowError
+from posttrain_jax.data.rows import Columns, RowError, same_text
 
 # The user's turn where columns make it up: those that are there, in this order, on lines of their own.
 USER_COLUMNS = ("instruction", "context", "input", "question", "query")
@@ -42,7 +41,7 @@ class Conversation:
       prompt, completion: text, encoded without a template.
       text: plain text, trained whole.
       repeated: whether the completion repeated the prompt, which is taken once.
-      unused: columns of the row that were not used, see `columns.py`.
+      unused: columns of the row that were not used, see `rows.py`.
     """
 
     messages: tuple[dict[str, Any], ...] = ()

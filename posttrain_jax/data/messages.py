@@ -6,7 +6,7 @@ its thoughts under `reasoning_content`, `reasoning` or `thinking`; calls under `
 `function_call` (then `content` may be null), with arguments as an object or as JSON text; and whether it is trained:
 `weight` or `loss_weight` 0 or 1, `train` or `training` true or false. A role `function` is a `tool`; what a `developer`
 is to a template says `chat_template.py`. `name` and `tool_call_id` go to the template. A key that would change the
-training and is not known is refused; others that hold something are counted (`columns.py`).
+training and is not known is refused; others that hold something are counted (`rows.py`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from posttrain_jax.data.columns import MESSAGE_KEYS, may_be_prompt, same_text
-from posttrain_jax.data.rows import RowError
+from posttrain_jax.data.rows import MESSAGE_KEYS, RowError, may_be_prompt, same_text
 from posttrain_jax.data.text_rows import parse
 
 ROLES = ("system", "developer", "user", "assistant", "tool")

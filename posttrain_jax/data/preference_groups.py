@@ -10,8 +10,8 @@ import itertools
 import numpy as np
 
 from posttrain_jax.data.chat import Encoded
-from posttrain_jax.data.columns import unused_text
 from posttrain_jax.data.preferences import Comparison
+from posttrain_jax.data.rows import unused_text
 from posttrain_jax.data.shown_row import plain_text_warning
 from posttrain_jax.data.store import StoredSequences
 

@@ -13,7 +13,7 @@ first that matches:
 The prompt is `prompt` (text, or messages), `conversations` (ShareGPT), `messages`, or the user's turn that columns make
 up (`question`, `instruction` with `input`, see `formats.py`). Text after a text `prompt` is plain text unless `text_as`
 is "chat"; all else are chats, with `system`, `history` and `tools` as in `formats.py`. A completion that repeats the
-prompt is taken without it, and counted. What becomes of other columns says `columns.py`.
+prompt is taken without it, and counted. What becomes of other columns says `rows.py`.
 
 A pair may say how much better: `margin`, a number or one of MARGINS; or `chosen_score` and `rejected_score`
 (`score_chosen`, `score_rejected`), whose difference is the margin; `probability` that chosen is the better one (a soft
@@ -29,11 +29,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from posttrain_jax.data.columns import Columns
 from posttrain_jax.data.formats import Conversation, texts_of
 from posttrain_jax.data.messages import describe_kind, read_messages
 from posttrain_jax.data.prompt_completions import PromptCompletions, last_turn, read_completions
-from posttrain_jax.data.rows import RowError
+from posttrain_jax.data.rows import Columns, RowError
 
 # Llama 2's four degrees of preference (arXiv:2307.09288, table 27, "margin small").
 MARGINS = {
@@ -79,7 +78,7 @@ class Preference:
       ties: how many pairs are equally good.
       subset: which part of a benchmark the row belongs to (its column `subset`), or "".
       repeated: whether the completions repeated the prompt, which is taken once.
-      unused: columns of the row that were not used, see `columns.py`.
+      unused: columns of the row that were not used, see `rows.py`.
     """
 
     completions: tuple[Conversation, ...]

@@ -12,7 +12,6 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from posttrain_jax.data.columns import Columns
 from posttrain_jax.data.formats import (
     USER_COLUMNS,
     Conversation,
@@ -26,7 +25,7 @@ from posttrain_jax.data.formats import (
     with_system,
 )
 from posttrain_jax.data.messages import SPEAKERS, Message, is_same_turn, read_messages
-from posttrain_jax.data.rows import RowError
+from posttrain_jax.data.rows import Columns, RowError
 
 Prompt = str | list[Message]
 _PROMPT_COLUMNS = ("prompt", "conversations", "messages", *USER_COLUMNS)

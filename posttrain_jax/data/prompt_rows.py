@@ -17,10 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.chat_template import DEFAULT_CHAT, ChatOptions, has_template
-from posttrain_jax.data.columns import Columns
 from posttrain_jax.data.formats import USER_COLUMNS, tools_of, user_text, user_turns, with_system
 from posttrain_jax.data.messages import Message, describe_kind, read_messages
-from posttrain_jax.data.rows import RowError
+from posttrain_jax.data.rows import Columns, RowError
 from posttrain_jax.data.spans import ChatTemplate
 
 SOURCES = ("prompt", "messages", "prompt_ids")

@@ -23,9 +23,8 @@ from posttrain_jax.core.cache import cache_root
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.data.chat import TRAIN_ON, Encoded, ParallelEncoder
 from posttrain_jax.data.chat_template import DEFAULT_CHAT, ChatOptions
-from posttrain_jax.data.columns import unused_text
 from posttrain_jax.data.formats import to_conversation
-from posttrain_jax.data.rows import AS_IN_THE_FILE, ColumnNames, Row, RowError
+from posttrain_jax.data.rows import AS_IN_THE_FILE, ColumnNames, Row, RowError, unused_text
 from posttrain_jax.data.shown_row import plain_text_warning
 from posttrain_jax.data.sources import Spec, weighted_sources
 from posttrain_jax.data.store import (

@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.log import log_on_host0
-from posttrain_jax.data.columns import unused_text
 from posttrain_jax.data.prompt_rows import is_plain_text, other_columns
 from posttrain_jax.data.prompts import Prompt, PromptData, read_prompts
+from posttrain_jax.data.rows import unused_text
 from posttrain_jax.data.shown_row import plain_text_warning, shown_row
 from posttrain_jax.data.split import hold_out, split_amount
 from posttrain_jax.models.io.tokenizer import stop_token_ids

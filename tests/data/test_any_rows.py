@@ -12,10 +12,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.data.columns import texts_in
 from posttrain_jax.data.formats import to_conversation
 from posttrain_jax.data.preferences import to_preference
-from posttrain_jax.data.rows import RowError
+from posttrain_jax.data.rows import RowError, texts_in
 from posttrain_jax.data.tokenized import TokenizeOptions, build
 from posttrain_jax.data.tokenized_preferences import build_preferences
 from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer

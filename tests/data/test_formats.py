@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from posttrain_jax.data.columns import unused_text
 from posttrain_jax.data.formats import to_conversation
-from posttrain_jax.data.rows import RowError
+from posttrain_jax.data.rows import RowError, unused_text
 from posttrain_jax.data.sources import read_rows
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
