@@ -58,8 +58,8 @@ def to_conversation(row: Mapping[str, Any], *, text_as: str = "plain") -> Conver
     """Converts one row of any known format. Raises RowError with the column and the reason."""
     columns = Columns(row)
     conversation = _read(columns, text_as)
-    prompt, answers = texts_of(conversation)
-    unused = columns.unused(prompt, answers, is_chat=bool(conversation.messages))
+    prompt, trained = texts_of(conversation)
+    unused = columns.unused(prompt, trained, is_chat=bool(conversation.messages))
     return dataclasses.replace(conversation, unused=unused) if unused else conversation
 
 

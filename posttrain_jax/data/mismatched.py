@@ -1,7 +1,7 @@
-"""KTO's reference point needs answers to other prompts: each labeled group gets the completion of another prompt.
+"""KTO's reference point needs completions of other prompts: each labeled group gets the completion of another prompt.
 
-The pairing is drawn once, by seed, so that the reference's log-probabilities of the mismatched answers can be kept on
-disk like the others. (HALOs and TRL pair each row with the next of its batch, which may answer the same prompt.)
+The pairing is drawn once, by seed, so that the reference's log-probabilities of the mismatched completions can be kept
+on disk like the others. (HALOs and TRL pair each row with the next of its batch, which may have the same prompt.)
 """
 
 from __future__ import annotations

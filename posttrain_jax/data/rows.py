@@ -193,7 +193,7 @@ class Columns(Mapping[str, Any]):
     def unused(
         self,
         prompt: Sequence[str],
-        answers: Sequence[str],
+        trained: Sequence[str],
         *,
         is_chat: bool,
         needs_prompt: bool = False,
@@ -203,9 +203,9 @@ class Columns(Mapping[str, Any]):
 
         Args:
           prompt: the texts of the prompt, as the row was read.
-          answers: those of what is trained.
+          trained: those that are trained.
           is_chat: whether the row was read as a chat.
-          needs_prompt: whether answers without a prompt make no sense.
+          needs_prompt: whether completions without a prompt make no sense.
           refuse_of_chats_only: whether other columns go elsewhere, so that only those are refused that a chat would
             have shown.
 
@@ -220,7 +220,7 @@ class Columns(Mapping[str, Any]):
             elif value not in (None, "", [], {}):
                 is_suspect = may_be_prompt(name) or (is_missing and _words(name).isdisjoint(ABOUT_WORDS))
                 is_lost = not is_chat and name in _OF_CHATS if refuse_of_chats_only else is_suspect
-                if is_lost and any(texts_in(value)) and not _repeats(value, prompt, answers):
+                if is_lost and any(texts_in(value)) and not _repeats(value, prompt, trained):
                     raise RowError(name, _refusal(name, self._read, is_chat))
                 unused.append(name)
         return tuple(unused)
@@ -257,13 +257,13 @@ def same_text(text: str) -> str:
     return " ".join(text.split())
 
 
-def _repeats(value: Any, prompt: Sequence[str], answers: Sequence[str]) -> bool:
+def _repeats(value: Any, prompt: Sequence[str], trained: Sequence[str]) -> bool:
     lines = [same_text(line) for text in prompt for line in text.splitlines()]
-    prompt, answers = [same_text(text) for text in prompt], [same_text(text) for text in answers]
-    if all(any(same_text(text) in read for read in (*prompt, *answers)) for text in texts_in(value)):
+    prompt, trained = [same_text(text) for text in prompt], [same_text(text) for text in trained]
+    if all(any(same_text(text) in read for read in (*prompt, *trained)) for text in texts_in(value)):
         return True
     whole = same_text(value) if isinstance(value, str) else ""
-    return any(lines) and all(line in whole for line in lines) and any(text in whole for text in answers)
+    return any(lines) and all(line in whole for line in lines) and any(text in whole for text in trained)
 
 
 def _refusal(name: str, read: set[str], is_chat: bool) -> str:

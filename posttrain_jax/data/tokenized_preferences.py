@@ -238,7 +238,7 @@ def _fit(
     """The row under the truncation policy; None when it is dropped.
 
     What a template writes after the end of the last turn (ChatML: a newline) goes first: a sequence ends with the last
-    token that is trained, the one at which a reward model is read, here as when answers of a policy are scored.
+    token that is trained, the one at which a reward model is read, here as when completions of a policy are scored.
     """
     limit = options.max_length
     sequences = [until_the_end(encoded) for encoded in sequences]

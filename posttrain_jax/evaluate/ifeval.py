@@ -1,11 +1,11 @@
-"""IFEval (arXiv:2311.07911): does an answer follow instructions that a program can check?
+"""IFEval (arXiv:2311.07911): does a completion follow instructions that a program can check?
 
-541 prompts with 834 instructions of 25 types. An answer follows an instruction strictly if the check passes on the
-answer as it is, and loosely if it passes on any of its eight variants: as it is, without its first line, without its
+541 prompts with 834 instructions of 25 types. A completion follows an instruction strictly if the check passes on the
+text as it is, and loosely if it passes on any of its eight variants: as it is, without its first line, without its
 last, without both; and each of these without asterisks. A prompt is followed if all its
 instructions are. The checks are those of the package if-verifiable (Google's, Apache-2.0).
 
-Departures: the language detector is seeded for every check, so that a verdict depends on the answer alone; a thought is
+Departures: the language detector is seeded for every check, so that a verdict depends on the text alone; a thought is
 left out (`rewards/thoughts.py`); a check that raises is counted, and not followed.
 """
 
@@ -108,23 +108,23 @@ class Checkers:
         with _quiet_root_logger():
             return [self._check_one(prompt, place, text) for place in range(len(prompt.instructions))]
 
-    def _check_one(self, prompt: IfevalPrompt, place: int, answer: str) -> Check:
-        instruction = prompt.instructions[place]
+    def _check_one(self, prompt: IfevalPrompt, index: int, text: str) -> Check:
+        instruction = prompt.instructions[index]
         try:
-            checker = self.checker(instruction, prompt.arguments[place], prompt.text)
+            checker = self.checker(instruction, prompt.arguments[index], prompt.text)
             followed = [
-                bool(text.strip() and checker.check_following(text)) for text in loose_variants(answer)
+                bool(variant.strip() and checker.check_following(variant)) for variant in loose_variants(text)
             ]
         except Exception as error:  # whatever a check of a text written by a model stumbles over
             return Check(instruction, strict=False, loose=False, error=f"{type(error).__name__}: {error}")
         return Check(instruction, strict=followed[0], loose=any(followed))
 
 
-def loose_variants(answer: str) -> list[str]:
-    """The eight texts of the loose criterion; the first is the answer itself."""
-    lines = answer.split("\n")
-    texts = [answer, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
-    return [*texts, *(text.replace("*", "") for text in texts)]
+def loose_variants(text: str) -> list[str]:
+    """The eight texts of the loose criterion; the first is the text itself."""
+    lines = text.split("\n")
+    texts = [text, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
+    return [*texts, *(variant.replace("*", "") for variant in texts)]
 
 
 def provide_sentence_model() -> None:
@@ -251,7 +251,7 @@ def ifeval(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> TaskResult:
-    """Answers the prompts and checks the answers.
+    """Completes the prompts and checks the completions.
 
     Returns:
       metrics prompt_strict, prompt_loose (share of prompts with every instruction followed), instruction_strict,

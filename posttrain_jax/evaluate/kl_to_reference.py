@@ -1,9 +1,9 @@
-"""How far a policy has moved from its reference: KL(policy || reference) on answers that the policy writes now.
+"""How far a policy has moved from its reference: KL(policy || reference) on completions that the policy writes now.
 
-Answers are drawn at temperature 1 without filters or penalties, for only then are they draws from the policy, and both
-models score them by the training forward pass. `losses.kl` says what k1 and k3 are; both are unbiased here, summed over
-an answer or divided by tokens. k1 is the plain one, k3 varies less and is never negative; where they disagree by more
-than their standard errors, the answers are too few to trust either.
+Completions are drawn at temperature 1 without filters or penalties, for only then are they draws from the policy, and
+both models score them by the training forward pass. `losses.kl` says what k1 and k3 are; both are unbiased here, summed
+over a completion or divided by tokens. k1 is the plain one, k3 varies less and is never negative; where they disagree
+by more than their standard errors, the completions are too few to trust either.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ class Mean:
 
 @dataclasses.dataclass(frozen=True)
 class KlToReference:
-    """KL(policy || reference) in nats, on `samples` answers to `prompts` prompts.
+    """KL(policy || reference) in nats, on `samples` completions of `prompts` prompts.
 
     Attributes:
-      k1_per_sequence, k3_per_sequence: of whole answers: the sum over an answer's tokens, mean over answers.
-      k1_per_token, k3_per_token: the same sums divided by the number of tokens of all answers.
-      tokens_per_sequence: mean length of an answer, its stop token included.
+      k1_per_sequence, k3_per_sequence: of whole completions: the sum over a completion's tokens, mean over completions.
+      k1_per_token, k3_per_token: the same sums divided by the number of tokens of all completions.
+      tokens_per_sequence: mean length of a completion, its stop token included.
       samples, prompts: how many there were.
     """
 
@@ -89,9 +89,9 @@ def kl_to_reference(
     stop_token_ids: tuple[int, ...] = (),
     batch_size: int = 8,
 ) -> KlToReference:
-    """Samples answers from the policy and estimates its KL from the reference.
+    """Samples completions from the policy and estimates its KL from the reference.
 
-    The KL is that of answers cut off after `max_new_tokens`.
+    The KL is that of completions cut off after `max_new_tokens`.
 
     Args:
       model, params: the policy.
@@ -105,7 +105,9 @@ def kl_to_reference(
     if not prompts:
         raise InputError("There are no prompts, so there is nothing to estimate the KL from.")
     if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; an empty answer has no KL, so give 1 or more.")
+        raise InputError(
+            f"max_new_tokens is {max_new_tokens}; an empty completion has no KL, so give 1 or more."
+        )
     sizes = model.config.vocab_size, reference_model.config.vocab_size
     if sizes[0] != sizes[1]:
         raise InputError(
@@ -131,7 +133,7 @@ def kl_to_reference(
 def estimate(
     samples: Sequence[Sample], policy_logps: Sequence[np.ndarray], reference_logps: Sequence[np.ndarray]
 ) -> KlToReference:
-    """The estimates from answers that were drawn and scored already (as a run has them).
+    """The estimates from completions that were drawn and scored already (as a run has them).
 
     Args:
       samples: drawn from the policy at temperature 1, without filters.
@@ -193,7 +195,7 @@ class _Prompt:
 
 
 def from_config(config: Config, loaded: LoadedModel, *, mesh: Mesh, progress: Progress) -> TaskResult:
-    """`launch.evaluate` with eval.task "kl": the estimates with bootstrap intervals over prompts, and every answer.
+    """`launch.evaluate` with eval.task "kl": the estimates with bootstrap intervals over prompts, and every completion.
 
     Raises:
       InputError: the reference cannot be loaded or has another vocabulary, or a row cannot be used.
@@ -298,12 +300,12 @@ def _row(
     reference_logps: Sequence[np.ndarray],
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any]:
-    """One prompt's answers and sums; a prompt is what is drawn again by the bootstrap."""
+    """One prompt's completions and sums; a prompt is what is drawn again by the bootstrap."""
     policy_N = np.concatenate([policy_logps[n] for n in numbers])
     reference_N = np.concatenate([reference_logps[n] for n in numbers])
     if not (np.isfinite(policy_N).all() and np.isfinite(reference_N).all()):
         raise InputError(
-            f"{item.where}: a log-probability of its answer is not finite; the weights cannot be right."
+            f"{item.where}: a log-probability of its completion is not finite; the weights cannot be right."
         )
     sum_k1 = float(np.sum(np.asarray(k1(jnp.asarray(policy_N), jnp.asarray(reference_N)), np.float64)))
     sum_k3 = float(np.sum(np.asarray(k3(jnp.asarray(policy_N), jnp.asarray(reference_N)), np.float64)))

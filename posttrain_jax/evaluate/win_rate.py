@@ -1,10 +1,12 @@
 """Win rates from pairwise judgments: with intervals, paired tests, position bias, and controlled for length.
 
-A judgment is of one pair of answers to one prompt, by models A and B, in both orders; all numbers here are of B over A.
-Prompts are what was drawn independently: several answers to one prompt are averaged before anything is counted.
+A judgment is of one pair of completions of one prompt, by models A and B, in both orders; all numbers here are of B
+over A. Prompts are what was drawn independently: several completions of one prompt are averaged before anything is
+counted.
 
-Judges like long answers. The length-controlled win rate is what a logistic model of the judgments says of two answers
-of equal length: AlpacaEval 2 (arXiv:2404.04475, section 3), in the form without the difficulty of each instruction,
+Judges like long completions. The length-controlled win rate is what a logistic model of the judgments says of two
+completions of equal length: AlpacaEval 2 (arXiv:2404.04475, section 3), in the form without the difficulty of each
+instruction,
 
     logit P(B preferred) = w_len * tanh(d / std(d)) + w_base,    d = characters of B - characters of A,
 
@@ -12,9 +14,9 @@ fitted to preferences in [0, 1] (a tie is 0.5); its win rate is sigma(w_base). W
 the other sign, which changes the sign of w_len alone; the published difficulties and the rows of two verbose and
 concise baselines, which belong to its own 805 prompts and its own baseline, are left out; and instead of a
 cross-validated L1 penalty on both weights there is a small ridge on w_len alone. So w_base is not shrunk, the result
-equals the plain win rate where length plays no part, and there is always one solution. Where the longer answer (or the
-shorter one) is preferred in every single pair, w_base would say only how many of each there are; the win rate is then
-0.5, with an interval from 0 to 1.
+equals the plain win rate where length plays no part, and there is always one solution. Where the longer completion (or
+the shorter one) is preferred in every single pair, w_base would say only how many of each there are; the win rate is
+then 0.5, with an interval from 0 to 1.
 """
 
 from __future__ import annotations
@@ -46,12 +48,12 @@ BLOCK = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class LengthControlled:
-    """The win rate of B over A as it would be with answers of equal length.
+    """The win rate of B over A as it would be with completions of equal length.
 
     Attributes:
       win_rate: sigma(w_base), with its interval (bootstrap over prompts, std(d) as in the whole data); None where the
         model says nothing, and then `note` says why.
-      length_weight: w_len; positive where longer answers are preferred. None where length plays no part.
+      length_weight: w_len; positive where longer completions are preferred. None where length plays no part.
       base_weight: w_base; None where it is infinite or says nothing.
       note: "" or what is special about these data, in a sentence.
     """
@@ -68,15 +70,15 @@ class WinRate:
 
     Attributes:
       win_rate: mean preference for B, ties as half, with its interval.
-      length_controlled: the same for answers of equal length.
+      length_controlled: the same for completions of equal length.
       prompts, pairs: how many there were.
       wins, losses, ties: prompts whose mean preference for B is above, below and at 0.5.
       sign_p: exact sign test of wins against losses.
       permutation_p: paired permutation test of the mean preference being 0.5.
-      first_preferred: mean preference for the answer shown first; 0.5 = the order plays no part.
-      flipped: share of pairs whose verdict goes from one model to the other when the answers change places.
+      first_preferred: mean preference for the completion shown first; 0.5 = the order plays no part.
+      flipped: share of pairs whose verdict goes from one model to the other when the completions change places.
       unparsed: verdicts, of 2 * pairs, that could not be read and count as ties.
-      mean_length_a, mean_length_b: characters of an answer.
+      mean_length_a, mean_length_b: characters of a completion.
     """
 
     win_rate: Estimate
@@ -98,7 +100,7 @@ class WinRate:
 def win_rate(judgments: Sequence[Judgment], *, resamples: int = 10_000, seed: int = 0) -> WinRate:
     """The win rate of B over A and what belongs to it.
 
-    Every prompt weighs the same, however many answers to it were judged.
+    Every prompt weighs the same, however many of its completions were judged.
 
     Args:
       judgments: one for each pair.
@@ -197,7 +199,10 @@ def length_controlled(
     if not longer_S.any():
         weight = math.log(raw_R[0] / (1 - raw_R[0]))
         return LengthControlled(
-            interval(raw_R), None, weight, "All answers are as long as their rivals: this is the win rate."
+            interval(raw_R),
+            None,
+            weight,
+            "All completions are as long as their rivals: this is the win rate.",
         )
     if np.ptp(longer_S) == 0:
         longer = "B" if longer_S[0] > 0 else "A"
@@ -205,8 +210,8 @@ def length_controlled(
             None,
             None,
             None,
-            f"{longer}'s answers are longer by {abs(longer_S[0]):g} characters everywhere, so length cannot be told "
-            "from quality.",
+            f"{longer}'s completions are longer by {abs(longer_S[0]):g} characters everywhere, so length "
+            "cannot be told from quality.",
         )
     length_S = np.tanh(longer_S / longer_S.std(ddof=1))
     own = np.ones((1, len(length_S)))
@@ -216,7 +221,7 @@ def length_controlled(
             Estimate(0.5, 0.0, 1.0),
             None,
             None,
-            f"The {which} answer is preferred everywhere, so nothing is known of answers of equal length.",
+            f"The {which} completion is preferred everywhere, so nothing is known of completions of equal length.",
         )
     fitted_R2 = np.concatenate(
         [fit_length(length_S, preference_S, draw_RS, ridge=ridge) for draw_RS in draws]
@@ -243,7 +248,7 @@ def _preference(preference_S: np.ndarray, weights_RS: np.ndarray) -> np.ndarray:
 
 
 def explained_by_length(length_S: np.ndarray, preference_S: np.ndarray, weights_RS: np.ndarray) -> np.ndarray:
-    """Whether the longer answer is preferred in every pair with a weight, or in every one the shorter, bool `[R]`."""
+    """Whether in every pair with a weight the longer completion is preferred, or in every one the shorter, `[R]`."""
     as_longer_S = preference_S == np.heaviside(length_S, 0.5)
     as_shorter_S = preference_S == np.heaviside(-length_S, 0.5)
     equal_S = length_S == 0
@@ -307,7 +312,7 @@ def table(result: WinRate, *, a: str = "A", b: str = "B") -> str:
     rows: list[tuple[str, Estimate | None]] = [
         ("win rate", result.win_rate),
         ("win rate, length-controlled", controlled.win_rate),
-        ("answer shown first preferred", result.first_preferred),
+        ("preferred when shown first", result.first_preferred),
         ("verdicts that flip", result.flipped),
     ]
     lines = [f"B ({b}) against A ({a})", f"{'':30}{'value':>10}{'95 % interval':>22}"]

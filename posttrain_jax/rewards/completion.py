@@ -1,4 +1,4 @@
-"""An answer as a reward function sees it. Imports nothing heavy, for the processes of reward functions import it."""
+"""A completion as a reward function sees it. Imports nothing heavy, for the processes of reward functions import it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Messages = list[dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """One answer of a model, with the prompt that it answers and the data row that the prompt came from.
+    """One completion of a model, with its prompt and the data row that the prompt came from.
 
     Attributes:
       prompt: the prompt's text, or its messages ({"role", "content"}).
       prompt_ids: the tokens that the model read.
-      text: the answer's text, without the token that ended it.
-      token_ids: the answer's tokens; the stop token that ended it is the last of them.
+      text: the completion's text, without the token that ended it.
+      token_ids: the completion's tokens; the stop token that ended it is the last of them.
       finish_reason: "stop" (the model ended its turn) or "length" (it was cut off).
       row: the data row's columns, such as the reference answer of a problem.
       in_thought: the prompt's last word is `<think>`, so the text starts inside a thought.
@@ -40,4 +40,4 @@ class Completion:
 
 
 RewardFunction = Callable[[list[Completion]], Sequence[float]]
-"""A reward: answers to numbers, as many, in their order. A number may depend on its own answer only."""
+"""A reward: completions to numbers, as many, in their order. A number may depend on its own completion only."""

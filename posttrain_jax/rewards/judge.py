@@ -85,7 +85,7 @@ class Reply:
     """A judge's reply.
 
     Attributes:
-      second: preference for the answer shown second, in [0, 1]; None where its words are no verdict.
+      second: preference for the completion shown second, in [0, 1]; None where its words are no verdict.
       text: its words.
       prompt_tokens, completion_tokens: what it read and wrote, as far as it says.
     """
@@ -98,14 +98,14 @@ class Reply:
 
 @dataclasses.dataclass(frozen=True)
 class Judgment:
-    """What a judge thinks of one pair of answers, in both orders.
+    """What a judge thinks of one pair of completions, in both orders.
 
     Attributes:
       prompt: the prompt's id; judgments with the same one are of several samples.
-      a_first: preference for B in [0, 1] when A's answer was shown first; 0.5 = a tie.
-      b_first: preference for B (not for the first one) in [0, 1] when B's answer was shown first.
-      length_a, length_b: characters of the answers.
-      sample: which answer to the prompt.
+      a_first: preference for B in [0, 1] when A's completion was shown first; 0.5 = a tie.
+      b_first: preference for B (not for the first one) in [0, 1] when B's completion was shown first.
+      length_a, length_b: characters of the completions.
+      sample: which completion to the prompt.
       unparsed: in how many of the two orders the judge's words could not be read, so that they count as a tie.
     """
 
@@ -150,7 +150,7 @@ def request_text(row: Mapping[str, Any]) -> str | None:
 
 
 def questions_of(pair: Pair) -> tuple[Question, Question]:
-    """The two questions about a pair: A's answer first, then B's first."""
+    """The two questions about a pair: A's completion first, then B's first."""
     texts = [
         TEMPLATE.format(request=pair.request, first=first, second=second)
         for first, second in ((pair.a, pair.b), (pair.b, pair.a))
@@ -159,7 +159,7 @@ def questions_of(pair: Pair) -> tuple[Question, Question]:
 
 
 def parse_verdict(text: str) -> float | None:
-    """A judge's words as preference for the answer shown second: A = 0, tie = 0.5, B = 1; None for anything else.
+    """A judge's words as preference for the completion shown second: A = 0, tie = 0.5, B = 1; None for anything else.
 
     The word may stand in quotes, brackets or asterisks and end with a full stop; nothing else may stand beside it.
     """
@@ -234,7 +234,7 @@ def judge_pairs(
     """
     questions = [question for pair in pairs for question in questions_of(pair)]
     keys = [cache_key(judge, question) for question in questions]
-    # Two equal answers make the same question in both orders.
+    # Two equal completions make the same question in both orders.
     missing = {key: question for key, question in zip(keys, questions, strict=True) if key not in cache}
     waiting = list(missing)
     read = written = 0
@@ -264,7 +264,7 @@ def _judgment(pair: Pair, a_first: Reply, b_first: Reply) -> Judgment:
 
 
 def cache_key(judge: Judge, question: Question) -> str:
-    """sha256 of the judge, the template's version and the question, which holds prompt, answers and their order."""
+    """sha256 of the judge, the template's version and the question, which holds prompt, completions and their order."""
     return hashlib.sha256(json.dumps([VERSION, judge.name, question.text]).encode()).hexdigest()
 
 

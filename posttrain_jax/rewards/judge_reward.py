@@ -1,4 +1,4 @@
-"""A reward model as the judge: it scores both answers, and the higher score is preferred.
+"""A reward model as the judge: it scores both completions, and the higher score is preferred.
 
 Nothing is asked twice, for a score does not know of an order. Several members of an ensemble are combined as in
 `launch.reward_report`.
@@ -39,26 +39,26 @@ def judge_by_reward(
     Args:
       members: of an ensemble, or a single reward model.
       pairs: about what.
-      rows: JSON Lines of the answers are written here, A's and B's in turn, and named in errors.
+      rows: JSON Lines of the completions are written here, A's and B's in turn, and named in errors.
       mesh: where the members' parameters are.
       ensemble: how the members' scores become one.
-      batch_rows: answers at once; rounded up to the devices that split rows.
+      batch_rows: completions at once; rounded up to the devices that split rows.
 
     Raises:
-      InputError: the model has no tokenizer or no template for these prompts; an answer is too long.
+      InputError: the model has no tokenizer or no template for these prompts; a completion is too long.
     """
     first = members[0]
     if first.tokenizer is None:
-        raise InputError(f"{first.source.name} has no tokenizer, so it cannot read the answers.")
-    answers = [(pair.prompt_row, text) for pair in pairs for text in (pair.a, pair.b)]
-    scores = np.full(len(answers), -np.inf)
-    written = [place for place, (_, text) in enumerate(answers) if text.strip()]
+        raise InputError(f"{first.source.name} has no tokenizer, so it cannot read the completions.")
+    completions = [(pair.prompt_row, text) for pair in pairs for text in (pair.a, pair.b)]
+    scores = np.full(len(completions), -np.inf)
+    written = [place for place, (_, text) in enumerate(completions) if text.strip()]
     read = 0
     if written:
         scores[written], read = _scores(
-            members, [answers[place] for place in written], rows, mesh, ensemble, batch_rows
+            members, [completions[place] for place in written], rows, mesh, ensemble, batch_rows
         )
-    # Where they stand in a row changes the last bits of two equal answers' scores, and must not decide.
+    # Where they stand in a row changes the last bits of two equal completions' scores, and must not decide.
     equal = [pair.a == pair.b for pair in pairs]
     preferences = np.where(equal, 0.5, preferences_of_scores(scores[::2], scores[1::2]))
     judgments = [
@@ -73,18 +73,19 @@ def judge_by_reward(
 
 def _scores(
     members: Sequence[LoadedModel],
-    answers: Sequence[tuple[str | list[dict[str, Any]], str]],
+    completions: Sequence[tuple[str | list[dict[str, Any]], str]],
     rows: Path,
     mesh: Mesh,
     ensemble: Ensemble,
     batch_rows: int,
 ) -> tuple[np.ndarray, int]:
-    """The score of every (prompt, answer), and how many tokens were read."""
+    """The score of every (prompt, completion), and how many tokens were read."""
     first = members[0]
     assert first.tokenizer is not None  # checked by judge_by_reward
     rows.write_text(
         "".join(
-            json.dumps({"prompt": prompt, "completion": text, "rating": 0}) + "\n" for prompt, text in answers
+            json.dumps({"prompt": prompt, "completion": text, "rating": 0}) + "\n"
+            for prompt, text in completions
         ),
         "utf-8",
     )
@@ -95,6 +96,6 @@ def _scores(
     shape = row_shape([data], groups=groups, share_prompt=False)
     scores_SE = member_scores(members, source, shape, mesh, groups=groups)
     scores_N = ensemble(scores_SE)[[source.group(i).first_sequence for i in range(len(source))]]
-    if len(scores_N) != len(answers):
-        raise InputError(f"{rows}: only {len(scores_N)} of {len(answers)} answers could be scored.")
+    if len(scores_N) != len(completions):
+        raise InputError(f"{rows}: only {len(scores_N)} of {len(completions)} completions could be scored.")
     return scores_N, int(source.store.offsets[-1])

@@ -35,12 +35,12 @@ def prompt_opens_thought(tokenizer: PreTrainedTokenizerBase | None, prompt_ids: 
 def answer_text(
     tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int] | np.ndarray, *, stop_at: int | None = None
 ) -> str:
-    """An answer's text without special tokens, but with `<think>` and `</think>` where the tokenizer has these as such:
-    without them nobody could tell the thought from the answer.
+    """A completion's text without special tokens, but with `<think>` and `</think>` where the tokenizer has these as
+    such: without them nobody could tell the thought from the answer.
 
     Args:
       tokenizer: of the model that wrote it.
-      tokens: of the answer.
+      tokens: of the completion.
       stop_at: where a stop string begins in the text without any special token; the text ends there.
     """
     marks, ids = _special_marks(tokenizer), [int(token) for token in tokens]
@@ -66,11 +66,11 @@ def _special_marks(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 
 def after_thought(text: str, *, in_thought: bool = False) -> str | None:
-    """The part of an answer that is meant for the reader: what follows the last `</think>`, or all of an answer without
+    """The part of a completion that is meant for the reader: what follows the last `</think>`, or all of one without
     a thought; None where a thought was begun and not ended, for then there is no answer.
 
     Args:
-      text: of the answer.
+      text: of the completion.
       in_thought: the prompt opened the thought (see `prompt_opens_thought`).
     """
     _, closed, rest = text.rpartition(CLOSE)

@@ -131,7 +131,7 @@ def test_where_the_longer_one_always_wins_nothing_is_known_of_equal_lengths(sign
     assert found.win_rate.value == pytest.approx(0.8)
     controlled = found.length_controlled
     assert (controlled.win_rate.value, controlled.win_rate.low, controlled.win_rate.high) == (0.5, 0.0, 1.0)
-    assert f"The {which} answer is preferred everywhere" in controlled.note
+    assert f"The {which} completion is preferred everywhere" in controlled.note
 
 
 def test_a_judge_that_does_not_look_at_length_keeps_its_win_rate():
@@ -202,7 +202,7 @@ def test_answers_of_equal_length_leave_the_win_rate_as_it_is():
 def test_one_difference_everywhere_cannot_be_told_from_quality():
     found = win_rate(with_lengths((1.0, 7), (0.0, 7), (1.0, 7)), resamples=50)
     assert found.length_controlled.win_rate is None
-    assert "B's answers are longer by 7 characters everywhere" in found.length_controlled.note
+    assert "B's completions are longer by 7 characters everywhere" in found.length_controlled.note
     assert "none" in table(found)
     json.dumps(dataclasses.asdict(found), allow_nan=False)
 
