@@ -19,6 +19,7 @@ from posttrain_jax.data.preferences import to_preference
 from posttrain_jax.data.rows import ColumnNames, read_columns
 from posttrain_jax.data.sources import read_rows
 from posttrain_jax.data.tokenized import TokenizeOptions, build
+from posttrain_jax.data.tokenized_preferences import build_preferences
 from posttrain_jax.models.io.byte_tokenizer import byte_tokenizer
 
 SETTINGS = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
@@ -249,3 +250,24 @@ def test_roles_of_tools_and_developers():
     for role in ("function", "tool", "observation", "tool_response", "function_response", "ipython"):
         chat = [turns[1], turns[2], {"from": role, "value": "R"}, turns[2]]
         assert to_conversation({"conversations": chat}).messages[2] == {"role": "tool", "content": "R"}
+
+
+def test_a_packed_csv_becomes_preferences_as_its_json_lines_do(tmp_path):
+    rows = [
+        {"question": f"Q{n}?", "good": f'yes, "{n}"\n', "bad": "no", "margin": n / 2, "is": n % 2 == 0}
+        for n in range(6)
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(csv_text(rows).encode()))
+    options = TokenizeOptions(
+        columns=ColumnNames({"prompt": "question", "chosen": "good", "rejected": "bad"}, "is")
+    )
+    stored = []
+    for name in ("a.jsonl", "a.csv.gz"):
+        data = build_preferences(str(tmp_path / name), byte_tokenizer(), options, cache_dir=tmp_path)
+        (source,) = data.sources
+        stored.append(
+            (source.store.tokens.tolist(), source.arrays.margin.tolist(), data.text().partition(": ")[2])
+        )
+    assert stored[0] == stored[1]
+    assert stored[0][1] == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
