@@ -245,7 +245,9 @@ def texts_in(value: Any) -> Iterator[str]:
         for item in value:
             yield from texts_in(item)
     elif isinstance(value, dict):
-        contents = [value[key] for key in ("content", "value") if key in value]
+        is_message = "role" in value or "from" in value
+        keys = ("content", "value", "text") if is_message else ("content", "value")
+        contents = [value[key] for key in keys if key in value]
         for item in contents or value.values():
             yield from texts_in(item)
     elif value is not None and not isinstance(value, bool | int | float):

@@ -44,8 +44,11 @@ CALL = st.fixed_dictionaries({}, optional={"name": TEXTS, "arguments": ANY, "fun
 MESSAGE = st.fixed_dictionaries(
     {},
     optional={
-        "role": st.sampled_from(["system", "user", "assistant", "tool", "function", None, 3, ["user"]]),
-        "from": st.sampled_from(["human", "gpt", "function_call", {}, None]),
+        "role": st.sampled_from(
+            ["system", "developer", "user", "assistant", "tool", "function", "human", None, 3, ["user"]]
+        ),
+        "from": st.sampled_from(["human", "gpt", "ChatGPT", "observation", "function_call", {}, None]),
+        "text": TEXTS | ANY,
         "content": TEXTS
         | st.lists(
             st.fixed_dictionaries(
