@@ -183,9 +183,28 @@ class Template:
         *,
         prompt: bool = False,
     ) -> Rendered:
-        """The conversation; with `prompt`, up to where the assistant starts to write. Raises TemplateRefusalError."""
+        """The conversation; with `prompt`, up to where the assistant starts to write. Raises TemplateRefusalError.
+
+        Where a template cannot do without the content of a message that only calls tools, that content is empty.
+        """
         if not messages:
             raise TemplateRefusalError("there are no messages")
+        try:
+            return self._render(messages, tools, prompt)
+        except TemplateLimitError:
+            raise
+        except TemplateRefusalError:
+            if all(message.get("content") is not None for message in messages):
+                raise
+        filled = [
+            message if message.get("content") is not None else {**message, "content": ""}
+            for message in messages
+        ]
+        return self._render(filled, tools, prompt)
+
+    def _render(
+        self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None, prompt: bool
+    ) -> Rendered:
         running.begin(time.thread_time() + self._seconds)
         blocks = []
         try:

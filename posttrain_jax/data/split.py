@@ -66,7 +66,9 @@ def hold_out(data: Data, amount: float, *, seed: int) -> tuple[Data, Data]:
     for source, chosen in zip(data.sources, held, strict=True):
         if chosen.all():
             raise InputError(
-                f"data.eval={PREFIX}{amount:g} leaves nothing of {source.report.source} to train on"
+                f"data.eval={PREFIX}{amount:g} would hold out all {len(source):,} sequences or prompts of "
+                f"{source.report.source}; set a smaller part, such as data.eval={PREFIX}0.1, a file of its own, or "
+                'data.eval="" for no evaluation'
             )
     pairs = list(zip(data.sources, held, strict=True))
     train = tuple(source.select(np.flatnonzero(~chosen)) for source, chosen in pairs)

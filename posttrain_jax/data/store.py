@@ -20,6 +20,7 @@ nothing, and of two processes that build the same folder one wins and both read 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -269,14 +270,19 @@ def check_sources(
         folder = next(folder for count, folder in zip(counts, folders, strict=True) if count)
         with (folder / "rejected.jsonl").open(encoding="utf-8") as file:
             first = json.loads(file.readline())
+            others = collections.Counter(json.loads(line)["column"] for line in file)
         more = f" ({bad - 1:,} more bad rows)" if bad > 2 else " (1 more bad row)" if bad == 2 else ""
+        if len(others) > 1:
+            named = ", ".join(f"{count:,} in {name}" for name, count in others.most_common(4))
+            more = more[:-1] + f": {named}{', ...' if len(others) > 4 else ''})"
         raise InputError(
             f"{first['source']}, line {first['line']}, {first['column']}: {first['reason']}{more}; "
             "fix the data, or set data.on_bad_row=skip to leave bad rows out"
         )
     for source in sources:
         if not len(source):
-            raise InputError(f"no row is left to train on: {source.report.text()}")
+            advice = "; raise data.max_length" if source.report.dropped else ""
+            raise InputError(f"no row is left to train on: {source.report.text()}{advice}")
     if rejected_path is not None and on_bad_row == "skip":
         _write_rejected(rejected_path, bad, folders)
 

@@ -105,8 +105,10 @@ class Evaluation:
 def _failures(scored: Scored) -> dict[str, float]:
     """How many held-out completions each reward function failed at; says the first error."""
     if scored.error:
+        mean = scored.scores[scored.has_score].mean() if scored.has_score.any() else float("nan")
         log_on_host0(
-            f"A reward function failed at {sum(scored.failures.values())} held-out completions; first: {scored.error}"
+            f"A reward function failed at {sum(scored.failures.values())} held-out completions, which count with "
+            f"score.failure in the mean (without them it is {mean:.4g}); first: {scored.error}"
         )
     return {f"eval/failed/{name}": float(number) for name, number in scored.failures.items()}
 

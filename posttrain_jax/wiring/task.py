@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.log import log_on_host0
 from posttrain_jax.core.optim import OptimOptions, make_optimizer, make_schedule
 from posttrain_jax.core.sharding import host_data_shards, tree_shardings
 from posttrain_jax.core.types import Array, PyTree
@@ -28,6 +29,12 @@ def make_loader(train: TrainOptions, rows: Sequence[RowSource], mesh: Mesh, *, s
       InputError: rows_per_step does not divide into micro-batches and devices; says which numbers would.
     """
     micro_batches(train, mesh)
+    total = sum(len(part) for part in rows)
+    if total < train.rows_per_step:
+        log_on_host0(
+            f"There are {total:,} rows to train on and train.rows_per_step={train.rows_per_step}, so every step has "
+            "some rows more than once; lower train.rows_per_step."
+        )
     index, count = host_data_shards(mesh)
     return Loader(rows, rows_per_step=train.rows_per_step, seed=seed, host_index=index, host_count=count)
 

@@ -133,6 +133,22 @@ def test_errors_are_one_sentence(source, reason, tokenizer):
     assert "\n" not in str(error.value)
 
 
+def test_a_call_without_content_is_rendered_where_the_template_reads_content(tokenizer):
+    """OpenAI's rows have `"content": null` beside tool_calls; R1's template asks for just that, others add it."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    reads = (
+        "{% for m in messages %}<{{ m.role }}>{{ m['content'] + (m.tool_calls[0].function.name if m.tool_calls else '')"
+        " }}{% endfor %}"
+    )
+    assert Template(reads, tokenizer).render(messages).text == "<user>hi<assistant>f"
+    asks = "{% for m in messages %}{{ 'no content' if m.content is not defined else m.content }} {% endfor %}"
+    assert Template(asks, tokenizer).render(messages).text == "hi no content "
+
+
 def test_an_error_never_echoes_a_long_text(tokenizer):
     with pytest.raises(TemplateRefusalError) as error:
         Template("{{ raise_exception(messages[0].content) }}", tokenizer).render(

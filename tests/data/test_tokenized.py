@@ -103,7 +103,10 @@ def test_bad_rows_stop_with_the_first_and_how_many_more(make, write_jsonl):
     path = write_jsonl(GOOD, NULL, {"text": 7}, {"messages": []})
     with pytest.raises(InputError) as error:
         make(path)
-    assert f"{path}, line 2, messages[0].content: is null (2 more bad rows); fix the data" in str(error.value)
+    assert (
+        f"{path}, line 2, messages[0].content: is null (2 more bad rows: 1 in text, 1 in messages); fix"
+        in str(error.value)
+    )
     with pytest.raises(InputError, match=r"is null \(2 more"):  # from the cache, too
         make(path)
 
@@ -151,7 +154,7 @@ def test_a_template_that_refuses_makes_a_bad_row(make, write_jsonl):
 
 
 def test_nothing_left_to_train_on(make, write_jsonl):
-    with pytest.raises(InputError, match="no row is left"):
+    with pytest.raises(InputError, match="no row is left .* raise data.max_length"):
         make(write_jsonl(LONG_QUESTION), max_length=32)
     with pytest.raises(InputError, match="no row is left"):
         make(write_jsonl(NULL, name="bad.jsonl"), on_bad_row="skip")

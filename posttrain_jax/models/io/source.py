@@ -90,6 +90,11 @@ def resolve(model: str) -> Source:
 
 def _folder(name: str, path: pathlib.Path) -> Source:
     if (path / "config.json").is_file():
+        config = read_json(path / "config.json")
+        if "model_type" not in config and "algorithm" in config:
+            raise InputError(
+                f"{name}: the run in this workdir has no checkpoint yet, so there is no model to load."
+            )
         return Source(name, "hf", path)
     if (path / "adapter_config.json").is_file():
         return Source(name, "adapter", path)

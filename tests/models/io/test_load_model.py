@@ -33,6 +33,12 @@ CONFIG = ModelConfig(
 TEMPLATE = "{% for m in messages %}{{ m.content }}<turn>{% endfor %}"
 
 
+def test_a_run_without_a_checkpoint_is_no_model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"algorithm": "sft", "model": {"init": "random"}}))
+    with pytest.raises(InputError, match="the run in this workdir has no checkpoint yet"):
+        resolve(str(tmp_path))
+
+
 @pytest.fixture(scope="module")
 def params() -> PyTree:
     return make_model(CONFIG).init(jax.random.key(0))
