@@ -130,16 +130,14 @@ class Attention(nn.Module):
         heads = {"q": config.n_heads, "k": config.n_kv_heads, "v": config.n_kv_heads}
         widths = {name: count * config.head_dim for name, count in heads.items()}
 
-        def project(name: str) -> Array:
-            return Linear(widths[name], config.qkv_bias, self.lora.of_layer(name), self.dtype, name=name)(
-                x_BTD
-            )
+        def linear(name: str, features: int, use_bias: bool) -> Linear:
+            return Linear(features, use_bias, self.lora.of_layer(name), self.dtype, name=name)
 
         if self.has_variable("params", "qkv"):  # joined by `decode_layers`
-            joined = Linear(sum(widths.values()), config.qkv_bias, None, self.dtype, name="qkv")(x_BTD)
+            joined = linear("qkv", sum(widths.values()), config.qkv_bias)(x_BTD)
             parts = jnp.split(joined, list(itertools.accumulate(widths.values()))[:-1], axis=-1)
         else:
-            parts = [project(name) for name in heads]
+            parts = [linear(name, widths[name], config.qkv_bias)(x_BTD) for name in heads]
         q_BTHK, k_BTGK, v_BTGK = (
             part.reshape(batch, time, count, config.head_dim)
             for part, count in zip(parts, heads.values(), strict=True)
@@ -183,8 +181,7 @@ class Attention(nn.Module):
                 config=config,
             )
         out_BTD = out_BTHK.reshape(batch, time, config.n_heads * config.head_dim)
-        o = Linear(config.d_model, config.o_bias, self.lora.of_layer("o"), self.dtype, name="o")
-        return o(out_BTD), cache
+        return linear("o", config.d_model, config.o_bias)(out_BTD), cache
 
 
 class GatedMLP(nn.Module):
@@ -202,7 +199,7 @@ class GatedMLP(nn.Module):
             return Linear(features, config.mlp_bias, self.lora.of_layer(name), self.dtype, name=name)
 
         if self.has_variable("params", "gate_up"):  # joined by `decode_layers`
-            joined = Linear(2 * config.d_ff, config.mlp_bias, None, self.dtype, name="gate_up")(x_BTD)
+            joined = linear("gate_up", 2 * config.d_ff)(x_BTD)
             gate_BTF, up_BTF = jnp.split(joined, 2, axis=-1)
         else:
             gate_BTF = checkpoint_name(linear("gate", config.d_ff)(x_BTD), "gate")
