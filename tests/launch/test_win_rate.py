@@ -347,7 +347,7 @@ def test_a_model_of_ours_as_the_judge_of_what_launch_generate_wrote(judge_folder
         read_pairs(asked)
     prompts.write_text(text)
     (tmp_path / "a.jsonl.options.json").unlink()
-    with pytest.raises(InputError, match=r"a\.jsonl\.options\.json beside it does not say"):
+    with pytest.raises(InputError, match=r"a\.jsonl\.options\.json beside it does not name"):
         read_pairs(asked)
     assert read_pairs(dataclasses.replace(asked, prompts=str(prompts))) == pairs
     os.rename(prompts, tmp_path / "gone.jsonl")
