@@ -147,7 +147,7 @@ def _export_adapter(loaded: LoadedModel, out: Path) -> None:
             "leave the flag out."
         )
     base = base_path(loaded.source)
-    if Path(base).is_file() or is_workdir(Path(re.sub(r"@\d+$", "", base))):
+    if base and (Path(base).is_file() or is_workdir(Path(re.sub(r"@\d+$", "", base)))):
         print(
             f"PEFT cannot load the base model {base} (it is no Hugging Face folder): export it with python -m "
             f"launch.export --workdir={base} --out=FOLDER, and write FOLDER into adapter_config.json.",

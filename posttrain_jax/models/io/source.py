@@ -199,13 +199,15 @@ def base_name(source: Source) -> str:
 
 def base_path(source: Source) -> str:
     """`base_name` for other programs: the absolute path of a base on this machine, also of an asset's file; a Hub name
-    as it is; "" where nothing names the base."""
+    as it is; "" where nothing names the base, or it was drawn at random."""
     name = base_name(source)
+    if name in ("", "random"):
+        return ""
     if name.startswith("asset:"):
         return str(resolve(name).path.resolve())
-    folder, step = re.fullmatch(r"(.*?)(@\d+)?", name).groups(default="")  # type: ignore[union-attr]
+    folder = re.sub(r"@\d+$", "", name)
     path = pathlib.Path(folder).expanduser()
-    return f"{path.resolve()}{step}" if name and path.exists() else name
+    return f"{path.resolve()}{name[len(folder) :]}" if path.exists() else name
 
 
 def _named_base(source: Source) -> str:
