@@ -146,25 +146,19 @@ def stack(trajectories: Sequence[Trajectory], shape: BatchShape, orders_EN: np.n
         arrays["groups"][number], arrays["policy_steps"][number] = one.group, one.policy_step
     lengths = np.zeros(shape.trajectories, np.int64)
     lengths[: len(trajectories)] = [one.tokens.size for one in trajectories]
-    sets = np.sort(orders_EN.reshape(shape.epochs, shape.minibatches, -1), axis=-1)
-    indices = np.stack(
-        [
-            np.stack(
-                [
-                    pack_indices(
-                        lengths,
-                        members,
-                        length=shape.length,
-                        row_length=shape.row_length,
-                        micro_batches=shape.micro_batches,
-                        micro_rows=shape.micro_rows,
-                    )
-                    for members in epoch
-                ]
-            )
-            for epoch in sets
-        ]
-    )
+    minibatches = np.sort(orders_EN.reshape(shape.epochs * shape.minibatches, -1), axis=-1)
+    packed = [
+        pack_indices(
+            lengths,
+            members,
+            length=shape.length,
+            row_length=shape.row_length,
+            micro_batches=shape.micro_batches,
+            micro_rows=shape.micro_rows,
+        )
+        for members in minibatches
+    ]
+    indices = np.stack(packed).reshape(shape.epochs, shape.minibatches, *packed[0].shape)
     return HostTrajectories(arrays, indices)
 
 
