@@ -1,4 +1,5 @@
-"""What every entry point does around its `main`: bad input becomes one sentence and exit code 2; caches are on."""
+"""What every entry point does around its `main`: bad input becomes one sentence and exit code 2, libraries are quiet,
+and the compilation cache is on."""
 
 from __future__ import annotations
 
@@ -20,46 +21,47 @@ from launch.config import Override, override, take_overrides
 from posttrain_jax.core.errors import InputError, file_error, without_secrets
 
 FOLDER_FLAGS = ("workdir", "out", "dir")
-"""What entry points call the folder or file that they write."""
+"""The flags by which entry points name the folder or file that they write."""
 
 
-def run(main: Callable[[Sequence[str]], int | None], *, example: str) -> None:
+def run(main: Callable[[Sequence[str]], int | None], *, example: str, takes_arguments: bool = False) -> None:
     """Runs an absl main; never returns.
 
     Args:
       main: takes the arguments left after flags, returns an exit code (None = 0).
       example: a command line that works, shown by `--help` and after a mistake in the flags.
+      takes_arguments: whether `main` takes arguments that are no flags; else they are refused.
     """
 
     def guarded(argv: Sequence[str]) -> None:
         absl_logging.set_verbosity(absl_logging.ERROR)
         quiet_libraries()
         try:
-            if len(argv) > 1:
+            if len(argv) > 1 and not takes_arguments:
                 raise InputError(f"The argument {argv[1]!r} is not a flag; an example: {example}")
             code = main(argv) or 0
         except (InputError, OSError, KeyboardInterrupt) as error:
-            told = tell(error)
-            if told is None:
+            exit_code = report_error(error)
+            if exit_code is None:
                 raise
-            code = told
+            code = exit_code
         sys.stdout.flush()
         sys.exit(code)
 
-    outlive_readers()
+    tolerate_closed_output()
     sys.modules["__main__"].__doc__ = f"{sys.modules['__main__'].__doc__ or ''}\nExample:\n  {example}\n"
     app.run(guarded, flags_parser=lambda argv: _parse(argv, example))
 
 
-def tell(error: BaseException) -> int | None:
-    """Says in one line what a person can put right, and gives the exit code; None for what is our own mistake."""
+def report_error(error: BaseException) -> int | None:
+    """Prints one line about an error that the user can fix and returns the exit code; None for any other error."""
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, InputError):
         print(f"error: {without_secrets(str(error))}", file=sys.stderr, flush=True)
         return 2
     if isinstance(error, OSError) and file_error(error) is error:
-        file = error.filename2 or error.filename  # of a renaming, the new name
+        file = error.filename2 or error.filename  # a rename has two names; the second is the new one
         where = f" ({file})" if file else ""
         print(
             f"error: {error.strerror}{where}; put that right, or use another folder.",
@@ -70,8 +72,8 @@ def tell(error: BaseException) -> int | None:
     return None
 
 
-class _Outliving(io.FileIO):
-    """A descriptor to write to; what nobody reads any more (`| head`, a closed terminal) is dropped."""
+class _TolerantFile(io.FileIO):
+    """A file descriptor that drops output whose reader is gone (`| head`, a closed terminal)."""
 
     def write(self, data: Any) -> int:
         try:
@@ -80,25 +82,24 @@ class _Outliving(io.FileIO):
             return len(data)
 
 
-def outlive_readers() -> None:
-    """A closed standard output or error does not end a command: its results are in files."""
+def tolerate_closed_output() -> None:
+    """Keeps a command alive when its standard output or error is closed: its results are in files."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
-        except (
-            OSError
-        ):  # closed (`>&-`): the next file to be opened would take its place, and get what is printed
+        except OSError:
+            # It is closed (`>&-`), and the next file to be opened would get its number, and what is printed.
             os.open(os.devnull, os.O_RDWR)
-    sys.stdout, sys.stderr = outliving(1, sys.stdout), outliving(2, sys.stderr)
+    sys.stdout, sys.stderr = tolerant_stream(1, sys.stdout), tolerant_stream(2, sys.stderr)
 
 
-def outliving(descriptor: int, stream: TextIO | None) -> io.TextIOWrapper:
-    """Text that is written to a descriptor, whether or not it is read; coded as in the stream that it replaces."""
+def tolerant_stream(descriptor: int, stream: TextIO | None) -> io.TextIOWrapper:
+    """A text stream on a descriptor that tolerates a reader that is gone; encoded as the stream that it replaces."""
     encoding, errors = (stream.encoding, stream.errors) if stream is not None else ("utf-8", "replace")
     if stream is not None:
         with contextlib.suppress(OSError):
             stream.flush()
-    buffer = io.BufferedWriter(_Outliving(descriptor, "wb", closefd=False))
+    buffer = io.BufferedWriter(_TolerantFile(descriptor, "wb", closefd=False))
     return io.TextIOWrapper(buffer, encoding, errors, line_buffering=descriptor == 2 or os.isatty(descriptor))
 
 
@@ -121,7 +122,7 @@ def _parse(argv: Sequence[str], example: str) -> Sequence[str]:
 
 
 def check_folders() -> None:
-    """Refuses a folder to write that has no name, or that is no folder of this machine.
+    """Refuses an output folder without a name, or one that is not on this machine.
 
     Raises:
       InputError: --workdir= would be the current folder; --workdir=gs://... would be made here, as `gs:`.
@@ -141,11 +142,11 @@ def check_folders() -> None:
 
 
 def quiet_libraries() -> None:
-    """Libraries speak only when something is wrong."""
+    """Silences libraries unless something is wrong."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     for name in ("orbax", "jax", "datasets", "transformers", "grain"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Orbax speaks through absl, and prints the trace of every thread of a save that then raises here as well.
+    # Orbax logs through absl, and prints the traceback of every thread of a failed save, which then raises here too.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -159,8 +160,8 @@ def set_up_jax() -> None:
     """Turns on JAX's compilation cache on disk, so that a second run starts without compiling; and gives XLA threads
     enough for virtual CPU devices.
 
-    A program's independent all-reduces each hold a thread of XLA's pool in every device until all devices have come.
-    With as many threads as devices two of them can wait for each other for ever.
+    In every device, each independent all-reduce of a program holds a thread of XLA's pool until all devices have
+    reached it. With as many threads as devices, two all-reduces can wait for each other forever.
 
     Raises:
       InputError: the cache's folder is a file.

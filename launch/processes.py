@@ -1,7 +1,7 @@
 """Several processes as one run: how they find each other, and how all of them end when one does.
 
-JAX ends a process whose coordinator is gone by aborting it from C++, with 60 lines on standard error; what it met in
-a collective is a traceback as long. `launch/held_stderr.py` and `ends_with_its_peers` make one sentence of both.
+When the coordinator is gone, JAX aborts a process from C++ with 60 lines on standard error; an error in a collective
+gives a traceback of the same length. `launch/stderr_filter.py` and `exits_with_its_peers` make one sentence of both.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launch import entry
-from launch.held_stderr import SENTENCE
+from launch.stderr_filter import PEER_ENDED
 from posttrain_jax.core.errors import InputError
 
-_OF_PEERS = re.compile(
+_PEER_ERROR = re.compile(
     r"gloo|nccl|coordination|heartbeat|barrier|by peer|UNAVAILABLE|DEADLINE_EXCEEDED", re.IGNORECASE
 )
-_GRACE_SECONDS = 3.0  # of process 0, for what the others have to say before its end aborts them
+_GRACE_SECONDS = 3.0  # process 0 waits so long before it exits, so that the others can still print
 
 
 def check(coordinator: str, processes: int, process: int) -> None:
-    """Whether the flags of several processes go together.
+    """Checks the flags of several processes.
 
     Raises:
-      InputError: they do not; says which, and how they are written.
+      InputError: they do not fit together; says which, and how to write them.
     """
     if not coordinator:
         if (processes, process) != (1, 0):
@@ -73,13 +73,13 @@ def connect(coordinator: str, processes: int, process: int, *, seconds: int) -> 
     """
     import jax
 
-    _hold_stderr()
+    _filter_stderr()
     who = "This process" if coordinator == "auto" else f"Process {process} of {processes}"
     print(f"{who} waits for the others, for up to {seconds} s.", flush=True, file=sys.stderr)
-    # JAX's own end of waiting is an abort, so ours comes before it.
-    patience = threading.Timer(seconds, _give_up, (who, coordinator, seconds))
-    patience.daemon = True
-    patience.start()
+    # At its own timeout JAX aborts the process, so this timer must fire first.
+    watchdog = threading.Timer(seconds, _give_up, (who, coordinator, seconds))
+    watchdog.daemon = True
+    watchdog.start()
     try:
         if coordinator == "auto":
             jax.distributed.initialize(initialization_timeout=seconds + 60)
@@ -97,7 +97,7 @@ def connect(coordinator: str, processes: int, process: int, *, seconds: int) -> 
             f"{who} cannot join --coordinator={coordinator}: {_first_line(error)}{hint}"
         ) from error
     finally:
-        patience.cancel()
+        watchdog.cancel()
 
 
 def _give_up(who: str, coordinator: str, seconds: int) -> None:
@@ -111,30 +111,30 @@ def _give_up(who: str, coordinator: str, seconds: int) -> None:
 
 
 @contextlib.contextmanager
-def ends_with_its_peers(*, is_first: bool) -> Iterator[None]:
-    """Ends this process at once where its part of the run fails, for the others wait for it; and says why in a line
-    where it is another that has ended.
+def exits_with_its_peers(*, is_first: bool) -> Iterator[None]:
+    """Ends this process at once when its part of the run fails, because the other processes would wait for it. If the
+    cause is another process that has ended, it says so in one line.
 
     Args:
-      is_first: whether it is process 0, whose end aborts the others.
+      is_first: whether this is process 0, whose exit aborts the others.
     """
     try:
         yield
     except SystemExit:
         raise
     except BaseException as error:
-        code = entry.tell(error)
+        code = entry.report_error(error)
         if code is None:
             code = 1
-            if _OF_PEERS.search(_first_line(error)):
-                print(f"error: {SENTENCE} ({_first_line(error)})", file=sys.stderr)
+            if _PEER_ERROR.search(_first_line(error)):
+                print(f"error: {PEER_ENDED} ({_first_line(error)})", file=sys.stderr)
             else:
                 traceback.print_exception(error)
         sys.stdout.flush()
         sys.stderr.flush()
         if is_first:
             time.sleep(_GRACE_SECONDS)
-        os._exit(code)  # an orderly exit waits for all processes
+        os._exit(code)  # a normal exit would wait for all processes
 
 
 def _first_line(error: BaseException) -> str:
@@ -142,11 +142,11 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0][:200] if text else type(error).__name__
 
 
-def _hold_stderr() -> None:
-    """Standard error goes through `held_stderr`, in a process of its own, from here on."""
-    held, ours = os.pipe()
-    script = Path(__file__).with_name("held_stderr.py")
-    subprocess.Popen([sys.executable, "-I", "-S", str(script)], stdin=held, start_new_session=True)
-    os.dup2(ours, 2)
-    os.close(held)
-    os.close(ours)
+def _filter_stderr() -> None:
+    """From here on, standard error goes through `stderr_filter`, a process of its own."""
+    filter_end, our_end = os.pipe()
+    script = Path(__file__).with_name("stderr_filter.py")
+    subprocess.Popen([sys.executable, "-I", "-S", str(script)], stdin=filter_end, start_new_session=True)
+    os.dup2(our_end, 2)
+    os.close(filter_end)
+    os.close(our_end)

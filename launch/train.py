@@ -1,4 +1,4 @@
-"""Trains. Run again with the same workdir, it resumes.
+"""Trains a model as a config says: SFT, reward models, DPO, KTO, PPO, RLOO. Run again, it resumes in the workdir.
 
 --config.KEY=VALUE changes a key of the config, such as --config.optim.lr=1e-6; --describe prints all of them.
 """
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from launch import config as config_flag
 from launch import entry, processes, resume
 from posttrain_jax.core.errors import InputError
-from posttrain_jax.run.preemption import asked_to_end
+from posttrain_jax.run.preemption import handled_signals
 
 EXAMPLE = "python -m launch.train --config=configs/sft/smollm2_135m.py --workdir=runs/smollm2"
 
@@ -51,19 +51,19 @@ def main(argv: Sequence[str]) -> int:
     if COORDINATOR.value:
         processes.connect(*several, seconds=CONNECT_SECONDS.value)
         # With "auto" each may be the first.
-        with processes.ends_with_its_peers(is_first=PROCESS.value == 0):
+        with processes.exits_with_its_peers(is_first=PROCESS.value == 0):
             entry.set_up_jax()
             run(CONFIG.value, workdir, allowed=ALLOW_CHANGE.value)
         return 0
-    for signum in asked_to_end():
+    for signum in handled_signals():
         if signum != signal.SIGINT:
-            signal.signal(signum, _leave)
+            signal.signal(signum, _exit)
     entry.set_up_jax()
     run(CONFIG.value, workdir, allowed=ALLOW_CHANGE.value)
     return 0
 
 
-def _leave(signum: int, frame: Any) -> None:
+def _exit(signum: int, frame: Any) -> None:
     """A signal before the training loop, which has handlers of its own: there is nothing to save yet."""
     raise SystemExit(0)
 

@@ -9,7 +9,7 @@ from typing import Any, Generic
 import numpy as np
 
 from posttrain_jax.core.sharding import RowBatch
-from posttrain_jax.core.types import Array, Metrics, PreferenceBatch, PyTree, TrainState
+from posttrain_jax.core.types import Array, Metrics, Panel, PreferenceBatch, ProgressField, PyTree, TrainState
 from posttrain_jax.data.loader import RowSource
 from posttrain_jax.data.options import Source
 from posttrain_jax.data.preference_groups import PreferenceData, PreferenceSource
@@ -33,7 +33,7 @@ class Steps(Generic[RowBatch]):
       constants: trees on the mesh that every step is handed and none changes.
       eval_first: as eval_step, for numbers of all held-out rows that eval_step needs: a pass that comes first.
       after_eval: warns of, or adds to, the values of an evaluation.
-      finish: as in `Task`.
+      finish, progress, panels: as in `Task`.
     """
 
     make_state: Callable[..., TrainState]
@@ -47,6 +47,8 @@ class Steps(Generic[RowBatch]):
     eval_first: Callable[..., Metrics] | None = None
     after_eval: Callable[[dict[str, float]], dict[str, float]] = lambda values: values
     finish: Callable[[TrainState], TrainState] | None = None
+    progress: tuple[ProgressField, ...] = ()
+    panels: tuple[Panel, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +152,7 @@ class Online:
       value_lr: the value network's peak learning rate; 0 = the policy's.
       value_warmup: iterations in which the value network alone is trained.
       text: rows of text that are learned from beside the trajectories; or None.
+      progress, panels: as in `Task`.
     """
 
     train_step: Callable[..., tuple[TrainState, Metrics]]
@@ -160,6 +163,8 @@ class Online:
     value_lr: float = 0.0
     value_warmup: int = 0
     text: TextOptions | None = None
+    progress: tuple[ProgressField, ...] = ()
+    panels: tuple[Panel, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

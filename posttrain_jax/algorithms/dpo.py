@@ -36,7 +36,17 @@ from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.log import log_on_host0
 from posttrain_jax.core.schema import check, setting
 from posttrain_jax.core.trees import combine
-from posttrain_jax.core.types import Array, LossOutput, Metric, Metrics, PreferenceBatch, PyTree, TrainState
+from posttrain_jax.core.types import (
+    Array,
+    LossOutput,
+    Metric,
+    Metrics,
+    Panel,
+    PreferenceBatch,
+    ProgressField,
+    PyTree,
+    TrainState,
+)
 from posttrain_jax.core.updates import TOTALS, eval_sums, padding_metrics, update, used_micro_batches
 from posttrain_jax.data.preference_groups import PreferenceSource
 from posttrain_jax.data.preference_rows import Preferences
@@ -46,6 +56,21 @@ from posttrain_jax.losses import anchored, reference_free
 from posttrain_jax.losses import dpo as losses
 from posttrain_jax.models.spec import init_state
 from posttrain_jax.models.transformer import Model
+from posttrain_jax.run import curves, progress
+
+PROGRESS = (
+    ProgressField("loss {:.4f}", ("train/loss",)),
+    ProgressField("accuracy {:.1%}", ("train/rewards/accuracies",)),
+    ProgressField("margin {:.3f}", ("train/rewards/margins",)),
+    *progress.RATES,
+)
+PANELS = (
+    Panel("loss (mean over pairs)", ("train/loss", "eval/loss")),
+    Panel("reward accuracy (share of pairs)", ("train/rewards/accuracies", "eval/reward_accuracy")),
+    Panel("reward margin (beta x nats)", ("train/rewards/margins", "eval/rewards/margins")),
+    Panel("log-probability (nats per completion)", ("train/logps/chosen", "train/logps/rejected")),
+    *curves.TRAINING,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,13 +266,16 @@ def pair_losses(
 ) -> tuple[Array, Metrics]:
     """Sum of the losses over the comparisons of rows `[B, ...]` (differentiable), and metrics.
 
-    In the first step the policy is the reference, and a difference between the two that rounding explains is none: the
-    cached reference was computed in other rows, and what bfloat16 gives depends on the place in a row.
+    A difference between policy and reference that float32's rounding explains counts as none, so that untrained pairs
+    are tied. In the first step of training this holds for the rounding of the compute dtype: the cached reference was
+    computed in other rows, and what bfloat16 gives depends on the place in a row.
     """
     logps_BN2 = policy_logps(params, batch, model=model, share_prompt=share_prompt)
     compared_BN = jax.lax.stop_gradient(_compared(logps_BN2, _skipped(batch, options)))
-    is_rounding_BN = jnp.abs(compared_BN - reference_BN) <= _rounding(compared_BN, batch.lengths, model)
-    reference_BN = jnp.where(is_first_step & is_rounding_BN, compared_BN, reference_BN)
+    own_eps, float32_eps = (float(jnp.finfo(dtype).eps) for dtype in (model.module.dtype, jnp.float32))
+    eps = jnp.where(is_first_step, own_eps, float32_eps)
+    is_rounding_BN = jnp.abs(compared_BN - reference_BN) <= _rounding(compared_BN, batch.lengths, eps)
+    reference_BN = jnp.where(is_rounding_BN, compared_BN, reference_BN)
     pairs = gather_pairs(logps_BN2, batch, reference_BN, options)
     output = LOSSES[options.loss](pairs, options)
     total = jnp.sum(output.loss)
@@ -329,9 +357,10 @@ def eval_step(
         )[1]
 
     metrics = eval_sums(micro_metrics, batch)
+    accuracy = metrics.pop("rewards/accuracies")
     counted = {name: metric for name, metric in metrics.items() if name not in TOTALS | {"padding_share"}}
     named = {f"eval/{name}": metric for name, metric in counted.items()}
-    return {**named, "eval/reward_accuracy": metrics["rewards/accuracies"]}
+    return {**named, "eval/reward_accuracy": accuracy}
 
 
 def steps(options: Options, setup: PreferenceSetup) -> Steps[PreferenceBatch]:
@@ -374,6 +403,8 @@ def steps(options: Options, setup: PreferenceSetup) -> Steps[PreferenceBatch]:
         row_tokens=data.shape.length,
         constants=(reference.params,),
         after_eval=_warn_of_displacement,
+        progress=PROGRESS,
+        panels=PANELS,
     )
 
 
@@ -399,10 +430,10 @@ def _compared(logps: Values, skipped: Values) -> Values:
     return logps[..., 0] - skipped * logps[..., 1]
 
 
-def _rounding(logps_BN: Array, lengths_BN: Array, model: Model) -> Array:
+def _rounding(logps_BN: Array, lengths_BN: Array, eps: Array) -> Array:
     """How far apart rounding alone may leave two log-probabilities of a completion of n tokens, nats: 32 eps sqrt(n) of
-    the compute dtype (SmolLM2-135M in bfloat16, at other places in a row: up to 10), and the rounding of the sum."""
-    eps, eps_of_sums = (float(jnp.finfo(dtype).eps) for dtype in (model.module.dtype, jnp.float32))
+    the dtype (SmolLM2-135M in bfloat16, at other places in a row: up to 10), and the rounding of the float32 sum."""
+    eps_of_sums = float(jnp.finfo(jnp.float32).eps)
     lengths_BN = jnp.maximum(lengths_BN.astype(jnp.float32), 1.0)
     return 32.0 * eps * jnp.sqrt(lengths_BN) + 4.0 * eps_of_sums * jnp.abs(logps_BN)
 

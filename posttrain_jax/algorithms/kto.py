@@ -23,7 +23,16 @@ import optax
 from posttrain_jax.algorithms.contract import PreferenceAlgorithm, PreferenceSetup, Steps
 from posttrain_jax.core.schema import check, setting
 from posttrain_jax.core.trees import combine
-from posttrain_jax.core.types import Array, Metric, Metrics, PreferenceBatch, PyTree, TrainState
+from posttrain_jax.core.types import (
+    Array,
+    Metric,
+    Metrics,
+    Panel,
+    PreferenceBatch,
+    ProgressField,
+    PyTree,
+    TrainState,
+)
 from posttrain_jax.core.updates import (
     eval_sums,
     map_micro_batches,
@@ -36,6 +45,23 @@ from posttrain_jax.forward.completions import policy_logps
 from posttrain_jax.losses.kto import kto_kl_baseline, kto_loss
 from posttrain_jax.models.spec import init_state
 from posttrain_jax.models.transformer import Model
+from posttrain_jax.run import curves, progress
+
+PROGRESS = (
+    ProgressField("loss {:.4f}", ("train/loss",)),
+    ProgressField(
+        "rewards {:.3f} chosen {:.3f} rejected", ("train/rewards/chosen", "train/rewards/rejected")
+    ),
+    ProgressField("KL {:.3f}", ("train/kl",)),
+    *progress.RATES,
+)
+PANELS = (
+    Panel("loss (mean over completions)", ("train/loss", "eval/loss")),
+    Panel("reward (beta x nats)", ("train/rewards/chosen", "train/rewards/rejected")),
+    Panel("held-out reward (beta x nats)", ("eval/rewards/chosen", "eval/rewards/rejected")),
+    Panel("KL estimate z0 (nats per completion)", ("train/kl", "eval/kl")),
+    *curves.TRAINING,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +179,8 @@ def steps(options: Options, setup: PreferenceSetup) -> Steps[PreferenceBatch]:
         held_out=data.held_out_rows([logps_S2[:, 0] for logps_S2 in setup.reference.held_out]),
         batch=PreferenceBatch,
         row_tokens=data.shape.length,
+        progress=PROGRESS,
+        panels=PANELS,
     )
 
 

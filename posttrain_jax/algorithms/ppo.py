@@ -62,6 +62,7 @@ from posttrain_jax.core.types import (
     Maximum,
     Metric,
     Metrics,
+    Panel,
     PartMetrics,
     PyTree,
     TrainState,
@@ -83,6 +84,14 @@ from posttrain_jax.rollouts.experience import (
 )
 from posttrain_jax.rollouts.trajectory import TrajectoryBatch
 from posttrain_jax.rollouts.updates import AuxiliaryLoss, minibatch_updates
+from posttrain_jax.run import curves, progress
+
+PROGRESS = progress.ROLLOUTS
+PANELS = (
+    *curves.ROLLOUTS,
+    Panel("clip fraction (share of tokens)", ("train/clip_fraction", "train/value_clip_fraction")),
+    Panel("explained variance of the returns", ("train/explained_variance",)),
+)
 
 VALUE_METRICS = ("returns", "returns_squared", "value_errors", "value_errors_squared")
 
@@ -302,6 +311,8 @@ def online(options: Options, sizes: OnlineSizes) -> Online:
         epochs=options.epochs,
         minibatches=options.minibatches,
         kl_coefficient=options.kl_coefficient,
+        progress=PROGRESS,
+        panels=PANELS,
         value=options.value,
         value_lr=options.value_lr,
         value_warmup=options.value_warmup,

@@ -31,7 +31,17 @@ from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.log import log_on_host0
 from posttrain_jax.core.schema import check, setting
 from posttrain_jax.core.trees import combine, partition
-from posttrain_jax.core.types import Array, LossOutput, Metric, Metrics, PreferenceBatch, PyTree, TrainState
+from posttrain_jax.core.types import (
+    Array,
+    LossOutput,
+    Metric,
+    Metrics,
+    Panel,
+    PreferenceBatch,
+    ProgressField,
+    PyTree,
+    TrainState,
+)
 from posttrain_jax.core.updates import eval_sums, new_state, padding_metrics, update, used_micro_batches
 from posttrain_jax.data.preference_rows import Preferences
 from posttrain_jax.forward.completions import decided_weights, reward_scores
@@ -40,6 +50,21 @@ from posttrain_jax.models.io.source import is_reward_model
 from posttrain_jax.models.reward_head import score_head_params
 from posttrain_jax.models.spec import ModelSpec, is_trained
 from posttrain_jax.models.transformer import Model
+from posttrain_jax.run import curves, progress
+
+PROGRESS = (
+    ProgressField("loss {:.4f}", ("train/loss",)),
+    ProgressField("accuracy {:.1%}", ("train/accuracy",)),
+    ProgressField("margin {:.3f}", ("train/margins",)),
+    *progress.RATES,
+)
+PANELS = (
+    Panel("loss (mean over comparisons)", ("train/loss", "eval/loss")),
+    Panel("accuracy (share of comparisons)", ("train/accuracy", "eval/reward_accuracy")),
+    Panel("score margin, chosen less rejected", ("train/margins", "eval/margins")),
+    Panel("score", ("train/scores/chosen", "train/scores/rejected")),
+    *curves.TRAINING,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -417,6 +442,8 @@ def steps(options: Options, setup: PreferenceSetup) -> Steps[PreferenceBatch]:
         held_out=data.held_out_rows(),
         batch=PreferenceBatch,
         row_tokens=data.shape.length,
+        progress=PROGRESS,
+        panels=PANELS,
         finish=finish,
     )
 

@@ -20,13 +20,21 @@ from posttrain_jax.algorithms.contract import Online, OnlineAlgorithm, OnlineSiz
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.schema import check, setting
 from posttrain_jax.core.trees import combine
-from posttrain_jax.core.types import Array, Maximum, Metric, Metrics, PartMetrics, PyTree, TrainState
+from posttrain_jax.core.types import Array, Maximum, Metric, Metrics, Panel, PartMetrics, PyTree, TrainState
 from posttrain_jax.forward.packed_rows import PackedRows
 from posttrain_jax.losses.advantages import leave_one_out
 from posttrain_jax.losses.ppo import clipped_policy_loss, ratio_max
 from posttrain_jax.rollouts.experience import Experience, Networks, experience_of, logps_and_values
 from posttrain_jax.rollouts.trajectory import TrajectoryBatch
 from posttrain_jax.rollouts.updates import minibatch_updates
+from posttrain_jax.run import curves, progress
+
+PROGRESS = progress.ROLLOUTS
+PANELS = (
+    *curves.ROLLOUTS,
+    Panel("clip fraction (share of completions)", ("train/clip_fraction",)),
+    Panel("gradient norm", ("train/grad_norm",)),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +135,8 @@ def online(options: Options, sizes: OnlineSizes) -> Online:
         epochs=options.epochs,
         minibatches=options.minibatches,
         kl_coefficient=options.kl_coefficient,
+        progress=PROGRESS,
+        panels=PANELS,
     )
 
 

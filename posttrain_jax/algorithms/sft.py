@@ -18,7 +18,7 @@ import optax
 from posttrain_jax.algorithms.contract import Steps, TextAlgorithm
 from posttrain_jax.core.masking import shift_left
 from posttrain_jax.core.trees import combine
-from posttrain_jax.core.types import Array, Batch, Metric, Metrics, PyTree, TrainState
+from posttrain_jax.core.types import Array, Batch, Metric, Metrics, Panel, ProgressField, PyTree, TrainState
 from posttrain_jax.core.updates import eval_sums, padding_metrics, update
 from posttrain_jax.data.loader import RowSource
 from posttrain_jax.forward.heads import sum_logps
@@ -26,6 +26,18 @@ from posttrain_jax.losses.logprobs import Projection
 from posttrain_jax.losses.sft import nll_loss
 from posttrain_jax.models.spec import init_state
 from posttrain_jax.models.transformer import Model, head_VD
+from posttrain_jax.run import curves, progress
+
+PROGRESS = (
+    ProgressField("loss {:.4f}", ("train/loss",)),
+    ProgressField("token accuracy {:.1%}", ("train/token_accuracy",)),
+    *progress.RATES,
+)
+PANELS = (
+    Panel("loss (nats per trained token)", ("train/loss", "eval/loss")),
+    Panel("token accuracy (share of trained tokens)", ("train/token_accuracy", "eval/token_accuracy")),
+    *curves.TRAINING,
+)
 
 
 def token_losses(params: PyTree, batch: Batch, *, model: Model) -> tuple[Array, Array, Metrics]:
@@ -106,6 +118,8 @@ def steps(
         held_out=held_out,
         batch=Batch,
         row_tokens=row_tokens,
+        progress=PROGRESS,
+        panels=PANELS,
         after_eval=lambda values: {**values, "eval/perplexity": math.exp(min(values["eval/loss"], 700.0))},
     )
 

@@ -10,7 +10,7 @@ Axis letters, used as suffixes of array names at public boundaries:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -262,6 +262,32 @@ class Collector(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class ProgressField:
+    """A part of the progress line.
+
+    Attributes:
+      text: a format string with one place for each metric, such as "score {:.3f} ± {:.3f}".
+      metrics: the logged names whose values fill the places; without one of them the part is left out.
+    """
+
+    text: str
+    metrics: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """A diagram of `curves.png`: logged metrics of one unit over the steps.
+
+    Attributes:
+      title: what the vertical axis shows, with its unit.
+      metrics: logged names, a line each.
+    """
+
+    title: str
+    metrics: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Task:
     """What an algorithm hands to the training loop; the loop knows nothing else of the algorithm.
 
@@ -278,6 +304,9 @@ class Task:
       stop: (what was just logged, the highest value so far of each metric of an evaluation) -> why the run should end
         here, or ""; None = it has all its steps.
       ahead: how many steps are dispatched before the metrics of one are read; 0 = each step is waited for.
+      progress: the parts of the progress line between the step and the time that is left.
+      panels: the diagrams of `curves.png`.
+      memory: bytes that a step needs on each device beside the state, estimated, by name.
     """
 
     steps: int
@@ -291,3 +320,6 @@ class Task:
     finish: Callable[[TrainState], TrainState] | None = None
     stop: Callable[[dict[str, float], dict[str, float]], str] | None = None
     ahead: int = 1
+    progress: tuple[ProgressField, ...] = ()
+    panels: tuple[Panel, ...] = ()
+    memory: Mapping[str, int] = dataclasses.field(default_factory=dict)

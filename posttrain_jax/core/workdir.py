@@ -27,7 +27,7 @@ LOCK = ".lock"
 
 
 def is_workdir(path: Path) -> bool:
-    """Whether a folder is a workdir of ours: a resolved `config.json` beside `checkpoints/`."""
+    """Whether a folder is a run's workdir: a resolved `config.json` beside `checkpoints/`."""
     return (path / "checkpoints").is_dir() and (path / "config.json").is_file()
 
 
@@ -83,8 +83,8 @@ def _differences(folder: Path, items: Sequence[str]) -> str | None:
                 return f"the contents of its file {name} have changed"
         except OSError as error:
             return f"its file {name} cannot be read ({error.strerror})"
-    unnamed = [name for name in _files(folder, items) if name not in sums and name != MANIFEST]
-    return f"its {MANIFEST} does not name its file {unnamed[0]}" if unnamed else None
+    unlisted = [name for name in _files(folder, items) if name not in sums and name != MANIFEST]
+    return f"its {MANIFEST} does not name its file {unlisted[0]}" if unlisted else None
 
 
 def _files(folder: Path, items: Sequence[str]) -> list[str]:
@@ -115,8 +115,8 @@ def locked(workdir: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             file = stack.enter_context((workdir / LOCK).open("a+"))
-            holder = _take(file)
-        if agree(bool(holder)):
+            holder = _lock_file(file)
+        if decided_by_host0(bool(holder)):
             raise InputError(
                 f"The workdir {workdir} is in use by {holder or 'another run'}; wait until that has ended (or stop "
                 "it), or use another --workdir."
@@ -124,14 +124,14 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
 
 
-def _take(file: IO[str]) -> str:
-    """Locks a file and writes this process into it; returns "", or who holds the lock."""
+def _lock_file(file: IO[str]) -> str:
+    """Locks a file, writes this process into it and returns ""; or returns who holds the lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         return file.read(200).strip() or "another run"
-    except OSError:  # there are no locks here
+    except OSError:  # this file system has no locks
         return ""
     file.truncate(0)
     started = datetime.datetime.now().isoformat(" ", "seconds")
@@ -140,8 +140,8 @@ def _take(file: IO[str]) -> str:
     return ""
 
 
-def agree(flag: bool) -> bool:
-    """Process 0's flag, in every process."""
+def decided_by_host0(flag: bool) -> bool:
+    """Process 0's `flag`, in every process."""
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))

@@ -30,6 +30,7 @@ from posttrain_jax.core.types import (
 )
 from posttrain_jax.data.prompts import Prompt, PromptData
 from posttrain_jax.rewards.scorer import Scored, Scorer
+from posttrain_jax.rewards.short_names import short_names
 from posttrain_jax.rollouts.batch import BatchMaker
 from posttrain_jax.rollouts.experience import policy_params
 from posttrain_jax.rollouts.sampling import Sampler, completion_of
@@ -224,11 +225,12 @@ def step_seed(seed: int, step: int) -> int:
 def _metrics(collected: ScoredRollouts, step: int) -> Metrics:
     """Of the scores' parts, of the completions, and where the time went; names without a prefix."""
     scored, trajectories = collected.scored, collected.trajectories
+    short = short_names(list(scored.components))
     metrics = {
-        f"score/{name}": _mean(values[~scored.failed[name]] if name in scored.failed else values)
+        f"score/{short[name]}": _mean(values[~scored.failed[name]] if name in scored.failed else values)
         for name, values in scored.components.items()
     }
-    metrics |= {f"failed/{name}": Metric.of(number) for name, number in scored.failures.items()}
+    metrics |= {f"failed/{short[name]}": Metric.of(number) for name, number in scored.failures.items()}
     metrics |= {name: Metric.of(value) for name, value in completion_metrics(trajectories).items()}
     metrics |= {
         "staleness": _mean(np.asarray([step - one.policy_step for one in trajectories])),

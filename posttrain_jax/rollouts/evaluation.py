@@ -12,6 +12,7 @@ from posttrain_jax.core.types import TrainState
 from posttrain_jax.data.prompts import Prompt
 from posttrain_jax.data.shown_row import empty_warning
 from posttrain_jax.rewards.scorer import Scored, Scorer
+from posttrain_jax.rewards.short_names import short_names
 from posttrain_jax.rollouts.collector import ScoredRollouts, current_weights, rollouts
 from posttrain_jax.rollouts.sampling import Sampler, completion_of, shown_prompt, text_of
 from posttrain_jax.rollouts.statistics import completion_metrics
@@ -76,7 +77,10 @@ class Evaluation:
         values = _with_error("eval/score", scored.scores, count)
         values |= {f"eval/{name}": value for name, value in completion_metrics(latest.trajectories).items()}
         values["eval/completion_tokens"] = float(np.mean([one.response.size for one in latest.trajectories]))
-        values |= {f"eval/score/{name}": float(part.mean()) for name, part in scored.components.items()}
+        short = short_names(list(scored.components))
+        values |= {
+            f"eval/score/{short[name]}": float(part.mean()) for name, part in scored.components.items()
+        }
         values |= _failures(scored)
         if self._gold is not None:
             completions = [completion_of(one, self._sampler.tokenizer) for one in latest.trajectories]
@@ -110,7 +114,8 @@ def _failures(scored: Scored) -> dict[str, float]:
             f"A reward function failed at {sum(scored.failures.values())} held-out completions, which count with "
             f"score.failure in the mean (without them it is {mean:.4g}); first: {scored.error}"
         )
-    return {f"eval/failed/{name}": float(number) for name, number in scored.failures.items()}
+    short = short_names(list(scored.components))
+    return {f"eval/failed/{short[name]}": float(number) for name, number in scored.failures.items()}
 
 
 def _with_error(name: str, scores: np.ndarray, prompts: int) -> dict[str, float]:

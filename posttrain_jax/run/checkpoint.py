@@ -6,7 +6,7 @@ A checkpoint at step S is the folder `checkpoints/S/` with the items
     optimizer   optimizer state, step, RNG key data, skip counters, EMA
     collector   arrays of the collector of batches, if it has any (a replay buffer, say)
     metrics     JSON: the metric by which the best is kept, if any
-    meta        JSON: the collector's position, metric sums not yet logged, git hash, anything the loop wants back
+    meta        JSON: the collector's position, metric sums not yet logged, git hash, and what else a resume needs
 
 and `manifest.json` with the size and CRC-32 of every file, written just before Orbax's atomic rename makes the
 folder visible under its name. Parameters that are not trained (LoRA's
@@ -42,9 +42,9 @@ from posttrain_jax.core.workdir import (
     COLLECTOR,
     ITEMS,
     METRICS,
-    agree,
     completed_steps,
     damage,
+    decided_by_host0,
     frozen_damage,
     write_manifest,
 )
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What `Checkpoints.restore` found; `arrays` are the collector's."""
+    """A state read by `Checkpoints.restore`, with its `meta` and step; `arrays` are the collector's."""
 
     state: TrainState
     meta: dict[str, Any]
@@ -80,7 +80,7 @@ class Checkpoints:
         worst = -math.inf if best_is_high else math.inf
 
         def value_of(metrics: dict[str, float]) -> float:
-            # A run that goes on with another best_metric has checkpoints without it.
+            # A run that was resumed with another best_metric has checkpoints without it.
             return metrics.get(best_metric, worst)
 
         if best_metric:
@@ -93,7 +93,7 @@ class Checkpoints:
             policies.append(best)
         self._best_metric = best_metric
         self._saving: int | None = None
-        self._drop_unreadable_metrics()
+        self._remove_unreadable_metrics()
         self._manager = ocp.CheckpointManager(
             self.folder.absolute(),
             item_names=(*ITEMS, COLLECTOR),
@@ -108,7 +108,7 @@ class Checkpoints:
             ),
         )
 
-    def _drop_unreadable_metrics(self) -> None:
+    def _remove_unreadable_metrics(self) -> None:
         """Orbax would fail on them before a good checkpoint can be found; the manifest shows that they are gone."""
         for step in completed_steps(self.workdir) if jax.process_index() == 0 else ():
             folder = self.folder / str(step) / METRICS
@@ -124,20 +124,22 @@ class Checkpoints:
     def _finalized(self) -> None:
         """Called by Orbax when every item is on disk and the folder still has its temporary name."""
         if jax.process_index() == 0:
-            (unnamed,) = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
-            write_manifest(unnamed)
+            (unfinished,) = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+            write_manifest(unfinished)
 
-    def start_anew(self) -> None:
-        """Before a run's first step: removes the `frozen/` of a start that ended before its first checkpoint, which may
-        be of another model."""
+    def remove_stale_frozen(self) -> None:
+        """Before a run's first step: removes a `frozen/` left by a start that ended before its first checkpoint. It may
+        belong to another model."""
         if jax.process_index() == 0 and (self.workdir / "frozen").is_dir():
             shutil.rmtree(self.workdir / "frozen")
-        multihost_utils.sync_global_devices("started anew")
+        multihost_utils.sync_global_devices("stale frozen removed")
 
     def save_frozen(self, frozen: PyTree) -> None:
         """Saves the parameters that are not trained, once per workdir; nothing if there are none."""
         target = self.workdir / "frozen"
-        if not frozen or not agree(jax.process_index() == 0 and frozen_damage(self.workdir) is not None):
+        if not frozen or not decided_by_host0(
+            jax.process_index() == 0 and frozen_damage(self.workdir) is not None
+        ):
             return
         with ocp.StandardCheckpointer() as writer:
             writer.save(target.absolute(), frozen, force=True)
@@ -145,10 +147,10 @@ class Checkpoints:
         if jax.process_index() == 0:
             write_manifest(target, (".",))
 
-    def mend_frozen(self, like: PyTree, make: Callable[[], PyTree]) -> None:
-        """Before a resume: saves the parameters that are not trained again if their files are damaged."""
+    def rewrite_damaged_frozen(self, like: PyTree, make: Callable[[], PyTree]) -> None:
+        """Before a resume: if the files of the untrained parameters are damaged, makes and saves these again."""
         problem = frozen_damage(self.workdir) if like and jax.process_index() == 0 else None
-        if not agree(problem is not None):
+        if not decided_by_host0(problem is not None):
             return
         if problem is not None:
             log.error(
@@ -185,7 +187,7 @@ class Checkpoints:
             "skipped_in_row": state.skipped_in_row,
             "ema": state.ema,
         }
-        # A NaN would be neither better nor worse than what was the best.
+        # A NaN cannot be compared with the best so far.
         has_best = math.isfinite(metrics.get(self._best_metric, math.nan))
         self.wait()
         self._check_space(byte_count((state.params, state.opt_state, state.ema, dict(arrays))))
@@ -207,14 +209,14 @@ class Checkpoints:
         return step
 
     def _check_space(self, needed: int) -> None:
-        """Before a save that cannot end well: TensorStore would print each write that fails."""
+        """Refuses a save that the disk has no room for: TensorStore would print an error for each failed write."""
         free = shutil.disk_usage(self.folder).free if jax.process_index() == 0 else needed
-        if agree(free < needed):
+        if decided_by_host0(free < needed):
             what = f"{free / 1e6:,.1f} MB are free and a checkpoint takes {needed / 1e6:,.1f} MB"
             raise disk_full(self.workdir, what)
 
     def wait(self) -> None:
-        """Waits until what was saved is on disk; raises what the saving threads met (see `explain`)."""
+        """Waits until what was saved is on disk; raises the errors of the saving threads (see `explain_file_error`)."""
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
 
@@ -224,12 +226,12 @@ class Checkpoints:
         self._manager.close()
 
     def abandon(self) -> None:
-        """Lets a save under way end, well or badly, when the run is over or already failing for another reason."""
+        """Waits for a save under way and ignores its errors: the run is over, or fails for another reason."""
         with contextlib.suppress(Exception):
             self._manager.wait_until_finished()
 
     def restore(self, like: TrainState) -> Restored | None:
-        """The newest undamaged checkpoint, placed like `like` (arrays or shapes with shardings); None if none.
+        """The newest undamaged checkpoint, sharded like `like` (arrays or shapes with shardings); None without one.
 
         Restoring onto another mesh or number of devices than it was saved from is allowed.
 
@@ -239,14 +241,14 @@ class Checkpoints:
         steps = completed_steps(self.workdir)
         for step in reversed(steps):
             problem = damage(self.folder / str(step)) if jax.process_index() == 0 else None
-            if agree(problem is not None):
+            if decided_by_host0(problem is not None):
                 if problem is not None:
                     log.error(
                         "Checkpoint %s is damaged: %s; the one before is used.",
                         self.folder / str(step),
                         problem,
                     )
-                self._set_aside(step)
+                self._rename_damaged(step)
                 continue
             return self._read(step, like)
         if steps:
@@ -256,7 +258,7 @@ class Checkpoints:
             )
         return None
 
-    def _set_aside(self, step: int) -> None:
+    def _rename_damaged(self, step: int) -> None:
         multihost_utils.sync_global_devices("damaged")
         if jax.process_index() == 0:
             target = self.folder / f"{step}.damaged"
@@ -326,41 +328,44 @@ class Checkpoints:
         saved = saved_shapes(self.folder / str(step) / "params")
         if saved is None:
             return
-        wanted = dict(zip(leaf_paths(like), [leaf.shape for leaf in jax.tree.leaves(like)], strict=True))
-        wrong = sorted(path for path in wanted.keys() | saved.keys() if wanted.get(path) != saved.get(path))
-        if wrong:
-            path = wrong[0]
+        expected = dict(zip(leaf_paths(like), [leaf.shape for leaf in jax.tree.leaves(like)], strict=True))
+        mismatched = sorted(
+            path for path in expected.keys() | saved.keys() if expected.get(path) != saved.get(path)
+        )
+        if mismatched:
+            path = mismatched[0]
             raise InputError(
                 f"Checkpoint {self.folder / str(step)} does not fit this config: {path} is "
-                f"{saved.get(path, 'absent')} on disk and {wanted.get(path, 'absent')} in the model "
-                f"({len(wrong)} such parameters); use the config that the run was started with, or a new --workdir."
+                f"{saved.get(path, 'absent')} on disk and {expected.get(path, 'absent')} in the model "
+                f"({len(mismatched)} such parameters); use the config that the run was started with, or a new "
+                "--workdir."
             )
 
 
-def explain(workdir: Path, error: Exception) -> InputError | None:
-    """What to do about an exception of a run, where a file system refused something; None for all others."""
-    refused = file_error(error)
-    if refused is None:
+def explain_file_error(workdir: Path, error: Exception) -> InputError | None:
+    """An exception of a run as an `InputError` that says what to do, if a file system caused it; else None."""
+    cause = file_error(error)
+    if cause is None:
         return None
-    if refused.errno in (errno.ENOSPC, errno.EDQUOT):
+    if cause.errno in (errno.ENOSPC, errno.EDQUOT):
         return disk_full(workdir, "a file could not be written")
-    file = refused.filename2 or refused.filename  # of a renaming, the new name
+    file = cause.filename2 or cause.filename  # a rename has two names; the second is the new one
     where = f": {file}" if file else ""
     return InputError(
-        f"The run in {workdir} met a file error ({refused.strerror}{where}); {_last_good(workdir)}. Put that right, "
-        "and run the same command again."
+        f"The run in {workdir} met a file error ({cause.strerror}{where}); {_newest_checkpoint(workdir)}. Put that "
+        "right, and run the same command again."
     )
 
 
 def disk_full(workdir: Path, what: str) -> InputError:
-    """The error that says so."""
+    """The error of a full disk; `what` says what did not fit."""
     return InputError(
-        f"The disk of {workdir} is full ({what}); {_last_good(workdir)}. Free some space and run the same "
+        f"The disk of {workdir} is full ({what}); {_newest_checkpoint(workdir)}. Free some space and run the same "
         "command again."
     )
 
 
-def _last_good(workdir: Path) -> str:
+def _newest_checkpoint(workdir: Path) -> str:
     try:
         steps = completed_steps(workdir)
     except OSError:

@@ -23,20 +23,21 @@ from posttrain_jax.core.errors import InputError, StepNotTaken
 from posttrain_jax.core.log import log_on_host0
 from posttrain_jax.core.types import CollectorState, Metric, Metrics, Task, TrainState
 from posttrain_jax.core.workdir import completed_steps
-from posttrain_jax.run.checkpoint import Checkpoints, explain
+from posttrain_jax.run.checkpoint import Checkpoints, explain_file_error
+from posttrain_jax.run.curves import plot_curves, read_metrics, write_panels
+from posttrain_jax.run.memory import device_memory, statement
 from posttrain_jax.run.metrics import (
     Accumulator,
     MetricsWriter,
     append_line,
     as_json,
     peak_flops,
-    plot_curves,
-    progress_line,
     to_host,
     truncate_after,
 )
 from posttrain_jax.run.options import CheckpointOptions, EvalOptions, LogOptions, profiled_steps
-from posttrain_jax.run.preemption import Preemption
+from posttrain_jax.run.preemption import PreemptionHandler
+from posttrain_jax.run.progress import progress_line
 from posttrain_jax.run.samples_page import write_page
 
 EXACT_METRICS = ("train/lr", "train/skipped", "train/skipped_in_row")
@@ -166,11 +167,11 @@ class _Run:
         self.writer.write(item.step, {**values, **speed})
         steps_done = item.step - self.start_step
         eta = (time.time() - self.started) / max(steps_done, 1) * (self.task.steps - item.step)
-        log_on_host0(progress_line(item.step, self.task.steps, {**values, **speed}, eta))
+        log_on_host0(progress_line(item.step, self.task.steps, self.task.progress, {**values, **speed}, eta))
         self.reset_window(item.step)
-        self._look_at(values, item.step)
+        self._check_stop_rules(values, item.step)
 
-    def _look_at(self, values: dict[str, float], step: int) -> None:
+    def _check_stop_rules(self, values: dict[str, float], step: int) -> None:
         """Whether the run should end here, before its last step."""
         if self.task.stop is not None and not self.stopped and step < self.task.steps:
             self.stopped = self.task.stop(values, self.best)
@@ -240,7 +241,7 @@ class _Run:
         if values:
             self.last.update(values)
             self.best.update({name: max(value, self.best.get(name, value)) for name, value in values.items()})
-            self._look_at(values, step)
+            self._check_stop_rules(values, step)
             self.writer.write(step, values)
             log_on_host0(
                 f"evaluation at step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items())
@@ -249,6 +250,7 @@ class _Run:
             for row in samples:
                 append_line(self.workdir / "samples.jsonl", {"step": step, **row})
             write_page(self.workdir / "samples.jsonl", self.workdir / "samples.html")
+            self.writer.write_samples(step, samples)
         self.reset_window(step)
         return values
 
@@ -271,7 +273,7 @@ def train(task: Task, options: LoopOptions, workdir: Path) -> Summary:
     Raises:
       InputError: too many non-finite updates in a row, a file that cannot be written, a checkpoint that does not fit.
     """
-    preemption = Preemption()
+    preemption = PreemptionHandler()
     try:
         kept = options.checkpoint
         checkpoints = Checkpoints(
@@ -284,7 +286,7 @@ def train(task: Task, options: LoopOptions, workdir: Path) -> Summary:
     except InputError:
         raise
     except Exception as error:
-        explained = explain(workdir, error)
+        explained = explain_file_error(workdir, error)
         if explained is None:
             raise
         raise explained from error
@@ -294,14 +296,16 @@ def train(task: Task, options: LoopOptions, workdir: Path) -> Summary:
 
 
 def _train(
-    task: Task, options: LoopOptions, workdir: Path, checkpoints: Checkpoints, preemption: Preemption
+    task: Task, options: LoopOptions, workdir: Path, checkpoints: Checkpoints, preemption: PreemptionHandler
 ) -> Summary:
+    for line in statement(task.abstract_state, task.memory, device_memory()):
+        log_on_host0(line)
     if completed_steps(workdir):
-        checkpoints.mend_frozen(task.abstract_state.frozen, lambda: task.init_state().frozen)
+        checkpoints.rewrite_damaged_frozen(task.abstract_state.frozen, lambda: task.init_state().frozen)
     restored = checkpoints.restore(task.abstract_state)
     if restored is None:
         state, start, meta = task.init_state(), 0, {}
-        checkpoints.start_anew()
+        checkpoints.remove_stale_frozen()
         checkpoints.save_frozen(state.frozen)
     else:
         state, start, meta = restored.state, restored.step, restored.meta
@@ -316,6 +320,8 @@ def _train(
     git_hash = _git_hash()
     run = _Run(task, options, workdir, start, meta, skipped=float(state.skipped))
     status = "complete"
+    if run.writer.active:
+        write_panels(workdir, task.panels)
     if start == 0:
         run.evaluate(state, 0)
     step = saved = start
@@ -332,7 +338,9 @@ def _train(
                     checkpoints.save(state, run.meta(git_hash, before), {}, before.arrays)
                     checkpoints.close()
                 raise
-            state, metrics = task.train_step(state, collected.batch)
+            # A step's arguments lie on the devices, and `to_host` fetches its metrics: no other transfer may wait here.
+            with jax.transfer_guard("disallow"):
+                state, metrics = task.train_step(state, collected.batch)
             step += 1
             run.pending.append(_Pending(step, {**collected.metrics, **metrics}, collected.row_ids))
             if len(run.pending) > task.ahead:
@@ -369,7 +377,8 @@ def _train(
     summary = Summary(status=status, final_step=step, metrics=run.last, reason=run.stopped)
     if jax.process_index() == 0:
         if (workdir / "metrics.jsonl").is_file():
-            plot_curves(workdir / "metrics.jsonl", workdir / "curves.png")
+            logged = read_metrics(workdir / "metrics.jsonl")
+            plot_curves({workdir.name: logged}, task.panels, workdir / "curves.png")
         _write_json(workdir / "summary.json", {**dataclasses.asdict(summary), "metrics": as_json(run.last)})
     log_on_host0(f"{status} at step {step}: {workdir}")
     return summary

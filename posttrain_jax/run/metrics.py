@@ -1,4 +1,4 @@
-"""Metrics on their way out: sums become numbers, numbers become JSON Lines, TensorBoard, W&B and a line of text.
+"""Metrics on their way out: sums become numbers, and numbers go to JSON Lines, TensorBoard and W&B.
 
 Only process 0 writes. `metrics.jsonl` is what a resumed run must continue without a trace, so a restart cuts off
 the lines that lie beyond the checkpoint it restarts from.
@@ -10,17 +10,18 @@ import json
 import math
 import os
 import secrets
-import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.log import log_on_host0
 from posttrain_jax.core.types import Metric, Metrics
+
+TENSORBOARD_SAMPLES = 16  # texts of an evaluation
 
 
 class Accumulator:
@@ -56,20 +57,20 @@ def to_host(metrics: Metrics) -> dict[str, Metric]:
 def truncate_after(path: Path, step: int) -> None:
     """Drops the lines of a JSON Lines file whose "step" lies beyond `step`, and a torn last line. Atomic.
 
-    Lines that are not as they were written (an object with a whole "step") are dropped too, and counted in a line.
+    A line that is not an object with an integer "step" is dropped too; how many there were is logged.
     """
     if not path.is_file():
         return
-    kept, odd = [], 0
-    *whole, torn = path.read_bytes().split(b"\n")
-    for line in [*whole, torn] if _step_of(torn) is not None else whole:
-        found = _step_of(line)
-        if found is None:
-            odd += bool(line.strip())
-        elif found <= step:
+    kept, malformed = [], 0
+    *complete, torn = path.read_bytes().split(b"\n")
+    for line in [*complete, torn] if _step_of(torn) is not None else complete:
+        line_step = _step_of(line)
+        if line_step is None:
+            malformed += bool(line.strip())
+        elif line_step <= step:
             kept.append(line)
-    if odd and step >= 0:
-        log_on_host0(f"{path}: {odd} lines that are no objects with a step were dropped.")
+    if malformed and step >= 0:
+        log_on_host0(f"{path}: {malformed} lines that are no objects with a step were dropped.")
     partial = path.with_suffix(".partial")
     partial.write_bytes(b"".join(line + b"\n" for line in kept))
     partial.replace(path)
@@ -77,10 +78,10 @@ def truncate_after(path: Path, step: int) -> None:
 
 def _step_of(line: bytes) -> int | None:
     try:
-        found = json.loads(line)["step"]
+        step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return found if isinstance(found, int) and not isinstance(found, bool) and found >= 0 else None
+    return step if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
@@ -94,18 +95,44 @@ def as_json(values: dict[str, float]) -> dict[str, float | str]:
     return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
 
 
+def sample_markdown(row: Mapping[str, Any]) -> str:
+    """A row of `samples.jsonl` as TensorBoard shows it: prompt and completion as they are, line by line, and the score.
+
+    TensorBoard reads texts as Markdown, in which a line indented by four spaces is shown as it is.
+    """
+
+    def verbatim(text: str) -> str:
+        return "\n".join(f"    {line}" for line in text.splitlines() or [""])
+
+    score = f"\n\nscore {row['score']:.4g}" if "score" in row else ""
+    prompt = (
+        row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"], ensure_ascii=False)
+    )
+    shown = f"{verbatim(prompt)}\n\n---\n\n{verbatim(row['answer'])}{score}"
+    return shown.encode("utf-8", "replace").decode(
+        "utf-8"
+    )  # half a character, as a cut completion may end with
+
+
 class _Board:
     """TensorBoard events, written here and now: tensorboardX's own writer has a thread that a full disk kills,
     after which the run would wait for it forever."""
 
     def __init__(self, folder: Path, *, last_kept: int):
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.summary import scalar
+        try:
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.summary import scalar, text
+        except ImportError as error:
+            raise InputError(
+                "log.tensorboard needs the package tensorboardX: pip install tensorboardX, or set "
+                "--config.log.tensorboard=false."
+            ) from error
 
         folder.mkdir(parents=True, exist_ok=True)
         self._event = Event
         self._scalar = scalar
+        self._text = text
         self._writer = EventsWriter(str(folder / "events"))
         # TensorBoard forgets what an earlier start of this run wrote beyond the checkpoint.
         restart = SessionLog(status=SessionLog.START)
@@ -117,6 +144,12 @@ class _Board:
                 self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value))
             )
 
+    def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The first samples as texts, each under a name of its own, so that a slider shows how it changes."""
+        for number, row in enumerate(rows[:TENSORBOARD_SAMPLES]):
+            summary = self._text(f"sample {number}", sample_markdown(row))
+            self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+
     def flush(self) -> None:
         self._writer.flush()
 
@@ -125,7 +158,7 @@ class _Board:
 
 
 def wandb_id(path: Path, *, new: bool) -> str:
-    """The run's name at W&B, drawn when it starts from the beginning: a folder's name may be used again."""
+    """The run's id at W&B, drawn when it starts from the beginning, for a folder's name may be used again."""
     if new or not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{secrets.token_hex(8)}\n")
@@ -137,8 +170,8 @@ class MetricsWriter:
 
     Args:
       workdir: the run's folder.
-      last_kept: what an earlier start logged beyond this step is cut off; -1 = all of it.
-      tensorboard: whether to write events for it.
+      last_kept: lines of an earlier start beyond this step are dropped; -1 = all of them.
+      tensorboard: whether to write TensorBoard events.
       wandb_project: "" = off.
       config: shown by W&B.
     """
@@ -171,10 +204,10 @@ class MetricsWriter:
                     dir=workdir,
                 )
             except wandb.Error as error:
-                said = " ".join(str(error).split())
+                message = " ".join(str(error).split())
                 raise InputError(
-                    f"log.wandb_project is {wandb_project!r}, and W&B says: {said} WANDB_MODE=offline writes into the "
-                    "workdir alone."
+                    f"log.wandb_project is {wandb_project!r}, and W&B says: {message} WANDB_MODE=offline writes into "
+                    "the workdir alone."
                 ) from error
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -186,6 +219,11 @@ class MetricsWriter:
             self._board.write(step, values)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
+
+    def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The samples of an evaluation, into TensorBoard's texts."""
+        if self._board is not None:
+            self._board.write_samples(step, rows)
 
     def sync(self) -> None:
         """Makes what was written survive a power cut."""
@@ -221,68 +259,3 @@ def peak_flops(device_kind: str) -> float | None:
     """Dense bfloat16 peak of a device kind, or None when it is not in the table."""
     matches = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
-
-
-def progress_line(step: int, steps: int, values: dict[str, float], eta_seconds: float) -> str:
-    """One line for a person: how far, how long still, how it goes."""
-    hours, rest = divmod(int(max(eta_seconds, 0)), 3600)
-    parts = [f"step {step}/{steps}"]
-    if "train/loss" in values:
-        parts.append(f"loss {values['train/loss']:.4f}")
-    if "train/lr" in values:
-        parts.append(f"lr {values['train/lr']:.2e}")
-    if "train/grad_norm" in values:
-        parts.append(f"grad norm {values['train/grad_norm']:.2f}")
-    if "train/tokens_per_second" in values:
-        parts.append(f"{values['train/tokens_per_second']:,.0f} tokens/s")
-    if "train/padding_share" in values:
-        parts.append(f"padding {values['train/padding_share']:.1%}")
-    if "train/mfu" in values:
-        parts.append(f"MFU {values['train/mfu']:.1%}")
-    if values.get("train/skipped"):
-        parts.append(f"skipped {values['train/skipped']:.0f}")
-    parts.append(f"ETA {hours:d}:{rest // 60:02d}:{rest % 60:02d}")
-    return "  ".join(parts)
-
-
-OFFLINE_PANELS = (
-    ("loss (nats per trained token)", ("train/loss", "eval/loss")),
-    ("learning rate", ("train/lr",)),
-    ("gradient norm", ("train/grad_norm",)),
-    ("tokens per second", ("train/tokens_per_second",)),
-)
-ONLINE_PANELS = (
-    ("score", ("train/score", "eval/score", "eval/gold")),
-    ("KL to the reference (nats per sequence)", ("train/kl_per_sequence",)),
-    ("entropy (nats per token)", ("train/entropy_per_token",)),
-    ("clip fraction, share without an end", ("train/clip_fraction", "train/no_eos_share")),
-)
-
-
-def _fits_a_float(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) < sys.float_info.max
-
-
-def plot_curves(metrics_path: Path, out: Path) -> None:
-    """`curves.png` from a `metrics.jsonl`: losses, learning rate, speed; where answers were scored, score and KL."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [json.loads(line) for line in metrics_path.read_bytes().split(b"\n") if line]
-    panels = ONLINE_PANELS if any("train/score" in row for row in rows) else OFFLINE_PANELS
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), constrained_layout=True)
-    for axis, (title, names) in zip(axes, panels, strict=True):
-        for name in names:
-            points = [(row["step"], row[name]) for row in rows if _fits_a_float(row.get(name))]
-            if points:
-                steps, values = np.asarray(points, dtype=float).T
-                axis.plot(steps, values, label=name, marker="o" if len(points) < 30 else None, markersize=3)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step", fontsize=9)
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
-    figure.savefig(out, dpi=110)
-    plt.close(figure)

@@ -28,10 +28,12 @@ from posttrain_jax.data.preference_rows import Preferences
 from posttrain_jax.forward.completions import map_completions
 from posttrain_jax.models.spec import ModelSpec
 from posttrain_jax.run.batches import RowBatches
+from posttrain_jax.run.memory import bytes_per_device
 from posttrain_jax.run.metrics import Accumulator, to_host
 from posttrain_jax.sampling.fixed_prompts import complete_fixed_prompts
 from posttrain_jax.wiring.data import chat_options, eval_rows, read_preferences, read_texts
 from posttrain_jax.wiring.experiment import OfflineExperiment, PreferenceExperiment, TextExperiment
+from posttrain_jax.wiring.memory import activation_bytes
 from posttrain_jax.wiring.model import mesh_of, model_spec
 from posttrain_jax.wiring.preference_reference import make_reference
 from posttrain_jax.wiring.task import (
@@ -119,6 +121,28 @@ def warn_longer_than_context(rows: Sequence[RowSource], context: int) -> None:
         )
 
 
+def jit_train_step(
+    step: Callable[..., tuple[TrainState, Metrics]], mesh: Mesh, state: TrainState, *constants: PyTree
+) -> Callable[[TrainState, PyTree], tuple[TrainState, Metrics]]:
+    """The compiled step of an algorithm that learns from rows: (state, batch) -> (state, metrics), the state donated.
+
+    Args:
+      step: (state, batch `[M, B, ...]`, *constants) -> (state, metrics).
+      mesh: rows are split over data and fsdp.
+      state: arrays or shapes, with the shardings that the state keeps.
+      constants: trees on the mesh that no step changes.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    compiled = jit_step(
+        step,
+        mesh,
+        in_shardings=(shardings, batch_sharding(mesh), *(None for _ in constants)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate=(0,),
+    )
+    return lambda state, batch: compiled(state, batch, *constants)
+
+
 def _task(
     experiment: OfflineExperiment,
     workdir: Path,
@@ -150,17 +174,11 @@ def _task(
 
     if jax.process_index() == 0:
         spec.describe(workdir / "model", reward=is_reward)
-    step = jit_step(
-        functools.partial(
-            steps.train_step,
-            optimizer=optimizer.transformation,
-            schedule=optimizer.schedule,
-            ema_decay=experiment.optim.ema,
-        ),
-        mesh,
-        in_shardings=(shardings, batch_sharding(mesh), *(None for _ in steps.constants)),
-        out_shardings=(shardings, replicated(mesh)),
-        donate=(0,),
+    step = functools.partial(
+        steps.train_step,
+        optimizer=optimizer.transformation,
+        schedule=optimizer.schedule,
+        ema_decay=experiment.optim.ema,
     )
     sample = None
     if evaluation.prompts and not is_reward:
@@ -182,13 +200,24 @@ def _task(
                 put_batch, mesh=mesh, micro_batches=micro_batches(experiment.train, mesh), kind=steps.batch
             ),
         ),
-        train_step=lambda state, batch: step(state, batch, *steps.constants),
+        train_step=jit_train_step(step, mesh, abstract, *steps.constants),
         evaluate=_evaluation(eval_rows(experiment.train, evaluation), steps, mesh)
         if steps.held_out
         else None,
         sample=sample,
         flops_per_token=flops_per_token(spec.model.config, steps.row_tokens),
         finish=steps.finish,
+        progress=steps.progress,
+        panels=steps.panels,
+        memory={
+            "activations": activation_bytes(
+                spec.model,
+                mesh,
+                rows=experiment.train.micro_rows or experiment.train.rows_per_step,
+                length=steps.row_tokens,
+            ),
+            "reference": bytes_per_device(steps.constants),
+        },
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from posttrain_jax.algorithms.contract import Online, OnlineAlgorithm, OnlineSizes
@@ -28,8 +29,10 @@ from posttrain_jax.rollouts.evaluation import SAMPLED_PROMPTS, Evaluation
 from posttrain_jax.rollouts.experience import Networks
 from posttrain_jax.rollouts.sampling import Sampler
 from posttrain_jax.rollouts.trajectory import TrajectoryBatch
+from posttrain_jax.run.memory import bytes_per_device
 from posttrain_jax.sampling.score import Difference
 from posttrain_jax.wiring.experiment import OnlineExperiment
+from posttrain_jax.wiring.memory import activation_bytes, cache_bytes
 from posttrain_jax.wiring.model import mesh_of, model_spec
 from posttrain_jax.wiring.networks import ValueNetwork, reference_policy
 from posttrain_jax.wiring.rollouts import (
@@ -174,6 +177,15 @@ def online_task(experiment: OnlineExperiment, algorithm: OnlineAlgorithm, workdi
         flops_per_token=0.0,  # an iteration is many passes over its tokens; the share of the peak is not told
         stop=stop.reason,
         ahead=0,
+        progress=online.progress,
+        panels=online.panels,
+        memory={
+            "activations": activation_bytes(
+                policy.model, mesh, rows=shape.micro_rows, length=shape.row_length
+            ),
+            "reference": bytes_per_device(reference.params) if reference is not None else 0,
+            "KV cache": cache_bytes(policy.model, mesh, rows=options.batch_size, length=shape.length),
+        },
     )
 
 
@@ -191,8 +203,9 @@ def _timed_step(
     started = time.perf_counter()
     state, metrics = step(state, batch)
     jax.block_until_ready(metrics)
-    seconds = Metric.of(time.perf_counter() - started)
-    gap, mean_gap = metrics["train/sampler_logp_gap_max"], metrics["train/sampler_logp_gap_per_token"]
+    seconds = Metric(*jax.device_put((np.float32(time.perf_counter() - started), np.float32(1))))
+    names = "train/sampler_logp_gap_max", "train/sampler_logp_gap_per_token"
+    gap, mean_gap = jax.device_get([metrics[name] for name in names])
     Difference(
         largest=float(gap.sum),
         mean=float(mean_gap.sum) / max(float(mean_gap.count), 1.0),

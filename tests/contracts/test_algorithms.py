@@ -1,105 +1,43 @@
-"""What every algorithm owes the loop, on the step that it ships: one compiled step each, two steps, one checkpoint."""
+"""What every algorithm owes the loop, on the step that it ships: one compiled step each, two steps, one checkpoint.
+
+The numbers of the two steps are golden: `tests/contracts/golden_steps.json`.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import json
+import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from tasks import task_of
 
-from launch.config import load_file
-from posttrain_jax.core.types import TrainState
-from posttrain_jax.run.checkpoint import Checkpoints
+from contracts.algorithm_steps import CONFIGS, Steps, golden_values, two_steps
 from posttrain_jax.wiring.algorithms import ALGORITHMS
 
-CONFIGS = {
-    "sft": "configs/sft/smollm2_135m.py:tiny",
-    "reward_model": "configs/reward_model/smollm2_135m.py:tiny",
-    "dpo": "configs/dpo/smollm2_135m.py:tiny",
-    "kto": "configs/dpo/smollm2_135m_kto.py:tiny",
-    "ppo": "configs/ppo/letters.py:tiny",
-    "rloo": "configs/ppo/letters.py:rloo",
-}
+GOLDEN = pathlib.Path(__file__).with_name("golden_steps.json")
+MAY_CHANGE = (
+    "\n{name} is {now:.8g} and was {then:.8g}. If the commit is meant to change what {algorithm} computes (its loss, "
+    "the order of its data, its random draws, its first parameters), say so in its message and write the file anew: "
+    "python -m tests.contracts.write_golden_steps {algorithm}. If it is not, it has a mistake. The tolerance stays."
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.every_python]
 
 
 def test_every_algorithm_is_here():
-    assert CONFIGS.keys() == {*ALGORITHMS, "ppo", "rloo"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Steps:
-    """Two steps of an algorithm, the second also from a checkpoint of the first.
-
-    Attributes:
-      abstract: the shapes and shardings that the task promises.
-      signatures: types and shardings of the states before the first and before the second step.
-      deleted: whether each array of the first state is gone after the step that took it.
-      metrics: of both steps, sums over counts.
-      second, resumed: the parameters and optimizer states after the second step.
-    """
-
-    abstract: Any
-    signatures: list[Any]
-    deleted: list[bool]
-    metrics: list[dict[str, float]]
-    second: Any
-    resumed: Any
-
-
-def signature(state: TrainState) -> Any:
-    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, str(leaf.sharding)), state)
+    assert CONFIGS.keys() == {*ALGORITHMS, "ppo", "rloo"} == json.loads(GOLDEN.read_text()).keys()
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def steps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Steps:
-    workdir = tmp_path_factory.mktemp(request.param) / "run"
-    workdir.mkdir()
-    config = load_file(CONFIGS[request.param])
-    config.train.steps, config.train.epochs = 4, 0.0
-    config.data.eval, config.eval.every = "", 0
-    if request.param not in ("ppo", "rloo"):
-        config.eval.prompts = ()
-        config.train.rows_per_step = config.train.micro_rows = config.eval.batch_rows = 8
-    task = task_of(config, workdir)
-    checkpoints = Checkpoints(workdir)
-    first = task.init_state()
-    checkpoints.save_frozen(first.frozen)
-    signatures = [signature(first)]
-    leaves = jax.tree.leaves((first.params, first.opt_state))
-    collected = task.collector.next(first)
-    second, metrics_1 = task.train_step(first, collected.batch)
-    metrics_1 = {**collected.metrics, **metrics_1}
-    signatures.append(signature(second))
-    checkpoints.save(second, {}, {})
-    checkpoints.wait()
-    restored = checkpoints.restore(task.abstract_state)
-    assert restored is not None
-    checkpoints.close()
-    position = task.collector.get_state()
-    ends = []
-    for state in (second, restored.state):
-        task.collector.set_state(position)
-        collected = task.collector.next(state)
-        after, metrics_2 = task.train_step(state, collected.batch)
-        metrics_2 = {**collected.metrics, **metrics_2}
-        ends.append(jax.device_get((after.params, after.opt_state)))
-    task.collector.close()
-    return Steps(
-        abstract=signature(task.abstract_state),
-        signatures=signatures,
-        deleted=[leaf.is_deleted() for leaf in leaves],
-        metrics=[
-            {name: float(m.sum) / max(float(m.count), 1.0) for name, m in metrics.items()}
-            for metrics in (metrics_1, metrics_2)
-        ],
-        second=ends[0],
-        resumed=ends[1],
-    )
+def algorithm(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def steps(algorithm: str, tmp_path_factory: pytest.TempPathFactory) -> Steps:
+    return two_steps(algorithm, tmp_path_factory.mktemp(algorithm) / "run")
 
 
 def test_the_second_step_is_not_traced_again(steps: Steps):
@@ -119,3 +57,20 @@ def test_the_metrics_are_finite_and_both_steps_have_the_same(steps: Steps):
     first, second = steps.metrics
     assert first.keys() == second.keys() and any("loss" in name for name in first)
     assert all(np.isfinite(value) for value in (*first.values(), *second.values())), steps.metrics
+
+
+def tolerance(name: str, golden: dict[str, Any]) -> float:
+    """Relative 1e-3 of a loss or a gradient norm: another order of float32 sums moves them by 1e-6, the second step a
+    little more. Of a parameter's change 2 % of its norm, for AdamW makes whole steps of gradients that are nearly 0."""
+    if name.endswith("of the change"):
+        return 0.02 * golden[f"{name.rsplit(',', 1)[0]}, norm of the change"]
+    return 1e-3 * abs(golden[name]) + 1e-6
+
+
+def test_the_steps_compute_what_they_did(algorithm: str, steps: Steps):
+    golden, now = json.loads(GOLDEN.read_text())[algorithm], golden_values(steps)
+    assert now.keys() == golden.keys()
+    for name, then in golden.items():
+        assert abs(now[name] - then) <= tolerance(name, golden), MAY_CHANGE.format(
+            name=name, now=now[name], then=then, algorithm=algorithm
+        )

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -22,19 +21,11 @@ from posttrain_jax.algorithms import sft
 from posttrain_jax.core.checkpoint_params import restore_params
 from posttrain_jax.core.errors import InputError, StepNotTaken
 from posttrain_jax.core.schema import read
-from posttrain_jax.core.types import Metric, Task
+from posttrain_jax.core.types import Task
 from posttrain_jax.core.workdir import completed_steps
 from posttrain_jax.run import loop as train_loop
 from posttrain_jax.run.checkpoint import Checkpoints
 from posttrain_jax.run.loop import LoopOptions, Summary, train
-from posttrain_jax.run.metrics import (
-    Accumulator,
-    as_json,
-    plot_curves,
-    progress_line,
-    truncate_after,
-    wandb_id,
-)
 from posttrain_jax.run.options import CheckpointOptions, LogOptions, OfflineEvalOptions
 from posttrain_jax.wiring.task import run_steps
 
@@ -372,7 +363,8 @@ def test_a_resumed_run_does_not_name_rows_of_updates_skipped_before_its_checkpoi
     def skipping_step(state, batch):
         first = int(state.step) == 0
         state, metrics = task.train_step(state, batch)
-        skipped = jax.device_put(state.skipped + 1, state.skipped.sharding) if first else state.skipped
+        more = jax.device_put(np.int32(first), state.skipped.sharding)
+        skipped = state.skipped + more
         return dataclasses.replace(state, skipped=skipped), metrics
 
     broken = dataclasses.replace(
@@ -385,6 +377,19 @@ def test_a_resumed_run_does_not_name_rows_of_updates_skipped_before_its_checkpoi
     assert [row["step"] for row in lines(tmp_path, "skipped.jsonl")] == [2]
 
 
+def test_a_step_that_moves_something_to_the_devices_by_the_way_is_refused(tmp_path: Path):
+    """A Python number added to an array on the devices is a transfer that nobody asked for."""
+    config = tiny_config(train__steps=1, eval__every=0)
+    config.data.eval = ""
+    task = make_task(config, tmp_path)
+
+    def step(state, batch):
+        return task.train_step(dataclasses.replace(state, step=state.step + 0), batch)
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        train(dataclasses.replace(task, train_step=step), options(config), tmp_path)
+
+
 def test_non_finite_steps_stop_the_run_and_name_the_rows(tmp_path: Path, capsys):
     config = tiny_config(train__steps=20, train__max_skipped=3, eval__every=0, checkpoint__every=2)
     task = make_task(config, tmp_path)
@@ -394,7 +399,7 @@ def test_non_finite_steps_stop_the_run_and_name_the_rows(tmp_path: Path, capsys)
         if int(state.step) == 3:
             scale = state.params["final_norm"]["scale"]
             state.params["final_norm"]["scale"] = jax.device_put(
-                jnp.full_like(scale, jnp.nan), scale.sharding
+                np.full(scale.shape, np.nan, scale.dtype), scale.sharding
             )
         return task.train_step(state, batch)
 
@@ -534,54 +539,6 @@ def test_a_profile_window_that_outlasts_the_run_is_still_written(tmp_path: Path)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
-def test_numbers_without_a_value_are_valid_json():
-    assert json.dumps(as_json({"a": math.nan, "b": math.inf, "c": 1.0}), allow_nan=False)
-    assert as_json({"a": math.nan, "b": -math.inf}) == {"a": "nan", "b": "-inf"}
-
-
-def test_truncate_drops_later_steps_and_a_torn_line(tmp_path: Path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(
-        '{"step": 0, "a": 1}\n{"step": 2, "text": "\u2028"}\n{"step": 3, "a": 1}\n{"step": 2, "a"'
-    )
-    truncate_after(path, 2)
-    assert path.read_text() == '{"step": 0, "a": 1}\n{"step": 2, "text": "\u2028"}\n'
-    truncate_after(path, -1)
-    assert path.read_text() == ""
-    truncate_after(tmp_path / "absent.jsonl", 2)
-
-
-def test_truncate_counts_the_lines_that_no_run_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    path = tmp_path / "metrics.jsonl"
-    odd = [
-        "5",
-        "[1]",
-        "null",
-        '"step"',
-        "{}",
-        '{"step": "1"}',
-        '{"step": null}',
-        '{"step": true}',
-        '{"step": -1}',
-        "[" * 100_000,
-    ]
-    path.write_bytes(b"\xff\n" + "\n".join(['{"step": 1}', *odd, '{"step": 2}', ""]).encode())
-    truncate_after(path, 2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-    assert f"{path}: 11 lines that are no objects with a step were dropped." in capsys.readouterr().out
-
-
-def test_curves_are_drawn_from_numbers_that_no_run_writes(tmp_path: Path):
-    rows = [
-        '{"step": 1, "train/loss": 1' + "0" * 400 + "}",
-        '{"step": 2, "train/loss": "nan"}',
-        '{"step": 3}',
-    ]
-    (tmp_path / "metrics.jsonl").write_text("\n".join([*rows, '{"step": 4, "train/loss": 2.5}', ""]))
-    plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 1000
-
-
 def test_epochs_are_counted_exactly():
     """1.1 epochs of 100 rows, one a step: 110 (1.1 * 100 is 110.00000000000001 in floating point)."""
     config = tiny_config(train__steps=0, train__rows_per_step=1)
@@ -591,29 +548,3 @@ def test_epochs_are_counted_exactly():
     config.train.epochs = math.inf
     with pytest.raises(InputError, match="train.epochs is inf"):
         experiment_of(config)
-
-
-def test_the_name_at_wandb_is_of_the_run_and_not_of_the_folder(tmp_path: Path):
-    first = wandb_id(tmp_path / "run/wandb_id", new=True)
-    assert wandb_id(tmp_path / "run/wandb_id", new=False) == first
-    shutil.rmtree(tmp_path / "run")
-    assert wandb_id(tmp_path / "run/wandb_id", new=True) != first
-
-
-def test_accumulator_comes_back_from_json():
-    sums = Accumulator()
-    sums.add({"loss": Metric(np.float32(0.1), np.float32(3)), "none": Metric(np.float32(0), np.float32(0))})
-    again = Accumulator(json.loads(json.dumps(sums.state())))
-    for accumulator in (sums, again):
-        accumulator.add({"loss": Metric(np.float32(7.0), np.float32(1))})
-    assert sums.flush() == again.flush() == {"loss": (float(np.float32(0.1)) + 7.0) / 4}
-    assert sums.flush() == {}
-
-
-def test_progress_line_reads_like_a_sentence():
-    values = {"train/loss": 1.5, "train/lr": 1e-4, "train/grad_norm": 2.0, "train/skipped": 1.0}
-    line = progress_line(3, 10, {**values, "train/padding_share": 0.25, "train/mfu": 0.4}, 3661)
-    assert (
-        line
-        == "step 3/10  loss 1.5000  lr 1.00e-04  grad norm 2.00  padding 25.0%  MFU 40.0%  skipped 1  ETA 1:01:01"
-    )

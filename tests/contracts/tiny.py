@@ -27,6 +27,7 @@ from posttrain_jax.core.updates import gradient_sums
 from posttrain_jax.data.packing import KEYS
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.transformer import Model, make_model
+from posttrain_jax.wiring.offline import jit_train_step
 
 LLAMA = ModelConfig(
     model_type="llama",
@@ -181,16 +182,11 @@ def make_trainer(
     state = sft.init_state(params_of(model, mesh), key, model=model, optimizer=rule, ema_decay=ema)
     places = tree_shardings(state, mesh)
     step = functools.partial(sft.train_step, model=model, optimizer=rule, schedule=rate, ema_decay=ema)
+    # Copied, for `new_state` uses one zero for three counters, and a donated buffer must have one owner.
+    state = jax.device_put(jax.tree.map(jnp.copy, state), places)
     return Trainer(
-        # Copied, for `new_state` uses one zero for three counters, and a donated buffer must have one owner.
-        state=jax.device_put(jax.tree.map(jnp.copy, state), places),
-        step=jit_step(
-            step,
-            mesh,
-            in_shardings=(places, batch_sharding(mesh)),
-            out_shardings=(places, replicated(mesh)),
-            donate=(0,),
-        ),
+        state=state,
+        step=jit_train_step(step, mesh, state),
         put=functools.partial(put_batch, mesh=mesh, micro_batches=micro_batches),
         places=places,
     )

@@ -11,7 +11,7 @@ from contracts.conftest import Processes
 from entry_points import ROOT
 
 from launch.config import load_file
-from launch.entry import outliving, set_up_jax
+from launch.entry import set_up_jax, tolerant_stream
 from posttrain_jax.core.errors import InputError
 
 TINY = "--config=configs/sft/smollm2_135m.py:tiny"
@@ -246,14 +246,14 @@ def test_processes_that_do_not_meet(processes, coordinator: str, process: str | 
 def test_what_is_printed_outlives_its_reader(tmp_path: Path):
     """`| head` and a closed terminal: what nobody reads is dropped, and the rest goes on."""
     reader, writer = os.pipe()
-    out = outliving(writer, None)
+    out = tolerant_stream(writer, None)
     print("first", file=out, flush=True)
     assert os.read(reader, 100) == b"first\n"
     os.close(reader)
     for _ in range(3):
         print("lost" * 5000, file=out, flush=True)
     with open("/dev/full", "wb") as full:
-        print("lost", file=outliving(full.fileno(), None), flush=True)
+        print("lost", file=tolerant_stream(full.fileno(), None), flush=True)
     os.close(writer)
     print("lost", file=out, flush=True)
 

@@ -9,13 +9,13 @@ import sys
 
 import pytest
 
-from posttrain_jax.run.preemption import Preemption, asked_to_end
+from posttrain_jax.run.preemption import PreemptionHandler, handled_signals
 
 TWICE = """
 import os, signal
-from posttrain_jax.run.preemption import Preemption
+from posttrain_jax.run.preemption import PreemptionHandler
 signal.signal(signal.SIGINT, signal.default_int_handler)
-preemption = Preemption()
+preemption = PreemptionHandler()
 os.kill(os.getpid(), signal.SIGINT)
 print(preemption.stop_after(1), flush=True)
 os.kill(os.getpid(), signal.SIGINT)
@@ -26,7 +26,7 @@ print("still there", flush=True)
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_is_noticed_and_given_back(signum: signal.Signals, capfd: pytest.CaptureFixture[str]):
     before = signal.getsignal(signum)
-    preemption = Preemption()
+    preemption = PreemptionHandler()
     assert not preemption.stop_after(1)
     os.kill(os.getpid(), signum)
     assert preemption.stop_after(2)
@@ -38,8 +38,8 @@ def test_a_signal_is_noticed_and_given_back(signum: signal.Signals, capfd: pytes
 def test_what_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert signal.SIGHUP not in asked_to_end()
-        preemption = Preemption()
+        assert signal.SIGHUP not in handled_signals()
+        preemption = PreemptionHandler()
         os.kill(os.getpid(), signal.SIGHUP)
         assert not preemption.stop_after(1)
         preemption.close()
