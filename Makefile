@@ -8,7 +8,7 @@ SHELL := /bin/sh
 MAKEFLAGS += --no-print-directory
 
 VENV ?= .venv
-# Any of "dev parity harness eval sentiment serve wandb tpu cuda", for `make test`; parity is PyTorch and PEFT, to
+# Any of "dev parity harness eval judge sentiment serve tensorboard wandb tpu cuda", for `make test`; parity is PyTorch and PEFT, to
 # compare against, harness is lm-eval, which asks launch.serve.
 EXTRAS ?= dev,parity,harness
 ASSETS ?= smollm2-135m-instruct gemma-3-270m alpaca_en_demo identity identity_en dpo_en_demo v1_sft_demo \

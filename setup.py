@@ -27,7 +27,9 @@ setup(
         *find_packages(include=["posttrain_jax", "posttrain_jax.*", "launch", "launch.*"]),
         *find_namespace_packages(include=["configs", "configs.*"]),
     ],
-    package_data={"posttrain_jax.demo": ["assets.toml"]},
+    # Chat templates and tiny data of configs/, the table of demo assets: found from any folder (core/installed.py).
+    package_data={"": ["*.jinja", "*.jsonl", "*.toml"]},
+    entry_points={"console_scripts": ["posttrain-jax = launch.__main__:main"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "absl-py>=2.1",
@@ -47,7 +49,7 @@ setup(
         "protobuf>=4.25",  # reads SentencePiece's tokenizer.model
         "safetensors>=0.5",
         "scipy>=1.14",  # statistics of evaluations
-        "tensorboardX>=2.6.2",
+        "tensorboardX>=2.6.2",  # writes events without TensorFlow
         "tensorflow-datasets>=4.9.9",  # its data_source readers, which need no TensorFlow
         "importlib_resources",  # tensorflow-datasets imports it without declaring it
         "tokenizers>=0.22",
@@ -62,6 +64,7 @@ setup(
         "harness": ["lm-eval[api]>=0.4.13"],  # lm-eval, as a client of launch.serve
         "sentiment": SENTIMENT,
         "serve": SERVE,
+        "tensorboard": ["tensorboard>=2.18"],  # shows the events that every run writes
         "wandb": ["wandb>=0.19"],
         "parity": ["peft>=0.18", "torch>=2.9"],
         "dev": [

@@ -8,14 +8,15 @@ import importlib.util
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.installed import CONFIGS, ROOT, find_config
 from posttrain_jax.core.schema import Leaf, all_leaves, flat_keys, from_text, unknown_key
+from posttrain_jax.data.rows import one_line
 from posttrain_jax.wiring.key_names import RENAMED, SYNONYMS
 
 
@@ -231,13 +232,20 @@ def load_file(spec: str) -> ConfigDict:
       InputError: no such file, no get_config in it, or a variant that it does not have.
     """
     name, _, variant = spec.partition(":")
-    path = Path(name)
-    if not path.is_file():
-        near = difflib.get_close_matches(
-            name, [str(p) for p in sorted(Path("configs").rglob("*.py"))], n=1, cutoff=0.0
-        )
+    try:
+        path = find_config(name)
+        is_file = path.is_file()
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # too long, a null byte, a home folder that nobody has
+        raise InputError(f"The config file {one_line(name, 100)!r} is no path: {error}.") from None
+    if not is_file:
+        shipped = [str(file.relative_to(ROOT)) for file in sorted((ROOT / CONFIGS).rglob("*.py"))]
+        near = difflib.get_close_matches(name, shipped, n=1, cutoff=0.0)
         hint = f"; the nearest is {near[0]}" if near else ""
-        raise InputError(f"There is no config file {name}{hint} (run from the repository's root).")
+        raise InputError(f"There is no config file {name}{hint}.")
     module_spec = importlib.util.spec_from_file_location("experiment_config", path)
     if module_spec is None or module_spec.loader is None:
         raise InputError(f"The config {name} is not a Python file.")

@@ -29,6 +29,7 @@ from launch import entry
 from launch.completion_file import append, completed_samples, options_path, put_in_order, write_description
 from launch.prompt_file import PromptFileRow, encode, log_prompts, read_prompts, sampling_id
 from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.installed import find_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -155,6 +156,7 @@ def generate(options: Options) -> None:
 
     # Refuses bad options before the model is loaded.
     _generate_options(options, stop_token_ids=(), bad_words=())
+    options = dataclasses.replace(options, prompts=str(find_file(options.prompts)))
     prompts = read_prompts(
         options.prompts,
         text_as=options.text_as,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import pathlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.installed import find_file
 from posttrain_jax.data.template_sandbox import (
     MOST_CHARACTERS,
     LimitError,
@@ -265,7 +265,7 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str = "", *, 
         if "{{" in template or "{%" in template:
             return template
         try:
-            return pathlib.Path(template).expanduser().read_text(encoding="utf-8")
+            return find_file(template).read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise InputError(f"data.chat_template {template!r} is not UTF-8 text") from None
         except (OSError, ValueError, RuntimeError):  # no such file, a folder, no name of a file at all

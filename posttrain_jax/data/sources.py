@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, cast
 
 from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.installed import find_file
 from posttrain_jax.data.csv_rows import csv_rows, typed
 from posttrain_jax.data.library_rows import library_rows, parquet_rows, saved_by_datasets
 from posttrain_jax.data.rows import AS_IN_THE_FILE, ColumnNames, one_line
@@ -72,7 +73,7 @@ def source_files(source: str) -> list[pathlib.Path] | None:
             "a data source is empty; give a path (. for the current folder), hf:NAME or tfds:NAME"
         )
     try:
-        path = pathlib.Path(source).expanduser()
+        path = find_file(source)
         if not path.exists():
             raise InputError(f"data file {_shown(source)} does not exist; check data.train and data.eval")
         if path.is_dir():
