@@ -25,8 +25,8 @@ def shape_of(prompts: int, micro: int, length: int, data: int = 1, minibatches: 
 @pytest.mark.parametrize(
     ("arguments", "micro_batches", "micro_rows", "row_length"),
     [
-        # 8 completions of 64 tokens at once: one row of 512, a multiple of 128; four micro-batches of them.
-        ({"prompts": 32, "micro": 8, "length": 64}, 4, 1, 512),
+        # 8 completions of 64 tokens at once: two rows of four; four micro-batches of them.
+        ({"prompts": 32, "micro": 8, "length": 64}, 4, 2, 256),
         # On 4 devices that split rows each has one row of 2 x 64.
         ({"prompts": 32, "micro": 8, "length": 64, "data": 4}, 4, 4, 128),
         # 2 x 400 tokens fit into 1024 and 4 x 400 do not: 4 rows of 800, rounded up to 896.
