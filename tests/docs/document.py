@@ -119,7 +119,9 @@ def command_problems(command: str) -> list[str]:
     if name == "pip":
         return pip_problems(command, words[1:])
     if name == "posttrain-jax":
-        return entry_problems(command, f"launch.{words[1]}", words[2:]) if len(words) > 1 else []
+        if len(words) == 1 or words[1].startswith("-"):
+            return []
+        return entry_problems(command, f"launch.{words[1]}", words[2:])
     if name == "python":
         if len(words) < 3 or words[1] != "-m":
             return [] if len(words) > 1 and (ROOT / words[1]).is_file() else [f"{command}: no such script"]
@@ -163,6 +165,8 @@ def entry_problems(command: str, module: str, arguments: list[str]) -> list[str]
     """The module is there, it has the flags, and its config has the keys and takes their values."""
     if module.split(".")[0] not in ("launch", "experiments", "configs", "posttrain_jax", "tests"):
         return []  # pytest, venv
+    if module.endswith(".NAME"):
+        return []  # stands for any of them
     file = ROOT / (module.replace(".", "/") + ".py")
     if not file.is_file():
         return [f"{command}: there is no module {module}"]

@@ -56,6 +56,7 @@ def test_the_commands_in_the_docstring_of_a_config(path: Path):
 SFT = "python -m launch.train --config=configs/sft/smollm2_135m.py"
 BROKEN = {
     "a module that is not there": ("```\npython -m launch.trian\n```", "no module launch.trian"),
+    "a command that is not there": ("```\nposttrain-jax trian\n```", "no module launch.trian"),
     "a flag that is not there": (f"```\n{SFT} --workdirr=x\n```", "no flag --workdirr"),
     "a flag on a continued line": (f"```bash\n{SFT} \\\n  --workdirr=x\n```", "no flag --workdirr"),
     "a flag after a variable": (f"```bash\nA=b .venv/bin/{SFT} --workdirr=x\n```", "no flag --workdirr"),
