@@ -13,13 +13,15 @@ from posttrain_jax.wiring.key_names import RENAMED
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
-    """The nested config of the run in a workdir; every key of today's is there.
+    """The nested config of the run in a workdir; every key of today's is there, and no other.
 
     Raises:
       InputError: the file is missing, or is not what a run writes.
     """
     path = workdir / "config.json"
     flat = read_saved(path)
+    known = all_leaves(sections_of(flat["algorithm"]))
+    flat = {key: value for key, value in flat.items() if key in known}  # not what another version had besides
     sections = {key.rpartition(".")[0] for key in flat}
     nested: dict[str, Any] = {}
     for key, value in flat.items():
