@@ -125,6 +125,7 @@ class _Run:
         self.window_started = time.perf_counter()
         self.window_tokens = 0.0
         self.window_first = start + 1
+        self.windows: collections.deque[tuple[float, float, int]] = collections.deque()
         self.first_profiled, self.last_profiled = profiled_steps(options.log.profile)
         self.profiling = False
 
@@ -182,10 +183,16 @@ class _Run:
         self.window_first = step + 1
 
     def _speed(self, step: int, seconds: float) -> dict[str, float]:
-        tokens_per_second = self.window_tokens / seconds
+        # Steps of milliseconds end in pairs: one that is ready when it is read took no time. So a rate is that of at
+        # least a second, over earlier windows too.
+        self.windows.append((self.window_tokens, seconds, max(step - self.window_first + 1, 1)))
+        while sum(seconds for _, seconds, _ in list(self.windows)[1:]) >= 1.0:
+            self.windows.popleft()
+        tokens, seconds, steps = (sum(part) for part in zip(*self.windows, strict=True))
+        tokens_per_second = tokens / seconds
         speed = {
             "train/tokens_per_second": tokens_per_second,
-            "train/seconds_per_step": seconds / max(step - self.window_first + 1, 1),
+            "train/seconds_per_step": seconds / steps,
         }
         peak = peak_flops(jax.devices()[0].device_kind)
         if peak is not None and self.task.flops_per_token:
