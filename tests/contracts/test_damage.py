@@ -251,7 +251,7 @@ def test_a_finished_run_goes_on_with_more_steps_and_another_rate(workdir: Path, 
 def test_several_changed_keys_are_all_named(workdir: Path):
     config = tiny_config(checkpoint__every=2, optim__lr=1e-2)
     config.seed = 7
-    config.model.config.hidden_size = 64
+    config.model.config["hidden_size"] = 64
     with pytest.raises(InputError) as caught:
         run(config, workdir)
     for says in (

@@ -167,7 +167,7 @@ def test_an_adapter_is_a_model(exported: pathlib.Path, tmp_path: pathlib.Path) -
     assert has_adapter(resolve(str(tmp_path / "adapter"))) and not has_adapter(resolve(str(exported)))
     config = base_config()
     config.model.init, config.model.lora.rank = str(tmp_path / "adapter"), 4
-    config.model.tokenizer = str(exported)
+    config.model.tokenizer, config.data.train = str(exported), "rows.jsonl"
     with pytest.raises(InputError, match=r"adapter of rank 2, alpha 4, .* the config says rank 4, alpha 16"):
         spec_of(config).init_params(make_mesh(), jax.random.key(0))
     for base, message in (
