@@ -133,7 +133,7 @@ def report(workdir: Path) -> None:
     for prompt in after:
         print(f"{LINE}\nPrompt: {prompt}")
         for name, row in (("before", before[prompt]), ("after", after[prompt])):
-            text = row["answer"].strip() + ("" if row["finish_reason"] == "stop" else " ...")
+            text = row["completion"].strip() + ("" if row["finish_reason"] == "stop" else " ...")
             print(f"{name}:")
             for line in filter(str.strip, text.split("\n")):
                 print(textwrap.fill(line, 74, initial_indent="  ", subsequent_indent="  "))

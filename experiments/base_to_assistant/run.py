@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from experiments.training import read_lines, train
+from posttrain_jax.run.samples_page import completion_of
 
 HERE = Path(__file__).resolve().parent
 CONFIG = "configs/sft/gemma3_270m_assistant.py"
@@ -36,7 +37,7 @@ def record(workdir: Path, out: Path) -> None:
             "of": len(after),
         },
         "answers": [
-            {"prompt": prompt, "before": before[prompt]["answer"], "after": after[prompt]["answer"]}
+            {"prompt": prompt, "before": completion_of(before[prompt]), "after": completion_of(after[prompt])}
             for prompt in after
         ],
     }

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.training import read_lines, train, write_result
+from posttrain_jax.run.samples_page import completion_of
 
 HERE = Path(__file__).resolve().parent
 CONFIG = "configs/ppo/smollm2_sentiment.py"
@@ -83,8 +84,8 @@ def samples(workdir: Path) -> str:
         "|---|---|---:|---|---:|",
     ]
     for before, after in list(zip(first, last, strict=True))[:SHOWN]:
-        cells = [before["prompt"], before["answer"], f"{before['score']:.2f}"]
-        cells += [after["answer"], f"{after['score']:.2f}"]
+        cells = [before["prompt"], completion_of(before), f"{before['score']:.2f}"]
+        cells += [completion_of(after), f"{after['score']:.2f}"]
         lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 

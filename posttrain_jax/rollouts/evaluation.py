@@ -97,7 +97,7 @@ class Evaluation:
         return [
             {
                 "prompt": shown_prompt(one.prompt, tokenizer),
-                "answer": text_of(one, tokenizer),
+                "completion": text_of(one, tokenizer),
                 "score": one.score,
                 "finish_reason": "stop" if one.ended else "length",
                 "tokens": int(one.response.size),

@@ -108,7 +108,7 @@ def sample_markdown(row: Mapping[str, Any]) -> str:
     prompt = (
         row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"], ensure_ascii=False)
     )
-    shown = f"{verbatim(prompt)}\n\n---\n\n{verbatim(row['answer'])}{score}"
+    shown = f"{verbatim(prompt)}\n\n---\n\n{verbatim(row['completion'])}{score}"
     return shown.encode("utf-8", "replace").decode(
         "utf-8"
     )  # half a character, as a cut completion may end with

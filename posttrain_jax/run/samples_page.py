@@ -1,4 +1,4 @@
-"""The samples of a run as a page to read in a browser: how the answers to the same prompts change over the steps."""
+"""The samples of a run as a page to read in a browser: how the completions of a prompt change over the steps."""
 
 from __future__ import annotations
 
@@ -12,37 +12,43 @@ body { font: 15px/1.45 system-ui, sans-serif; max-width: 70em; margin: 2em auto;
 section { margin: 2.5em 0 } h2 { font-size: 1em; white-space: pre-wrap; background: #f1f3f5; padding: .6em .8em }
 table { border-collapse: collapse; width: 100% } td, th { text-align: left; vertical-align: top; padding: .35em .8em }
 tr { border-top: 1px solid #d8dcdf } td.number { text-align: right; font-variant-numeric: tabular-nums }
-td.answer { white-space: pre-wrap; overflow-wrap: anywhere } .cut { color: #a33 }
+td.completion { white-space: pre-wrap; overflow-wrap: anywhere } .cut { color: #a33 }
 """
 
 
 def write_page(samples: Path, page: Path) -> None:
-    """Writes `page` from a run's `samples.jsonl`: a section for each prompt, a line for each of its answers, in order.
+    """Writes `page` from a run's `samples.jsonl`: a section for each prompt, a line for each completion, in order.
     What is no sample is left out.
 
     Args:
-      samples: rows with `step`, `prompt`, `answer`, `finish_reason`, `tokens`, and `score` where there is one.
+      samples: rows with `step`, `prompt`, `completion` (in runs of an earlier version `answer`), `finish_reason`,
+        `tokens`, and `score` where there is one.
       page: replaced at once, or not at all.
     """
     rows = [row for line in samples.read_bytes().split(b"\n") if line and _is_sample(row := json.loads(line))]
     prompts: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         prompts.setdefault(_shown(row["prompt"]), []).append(row)
-    sections = "\n".join(_section(prompt, answers) for prompt, answers in prompts.items())
+    sections = "\n".join(_section(prompt, completions) for prompt, completions in prompts.items())
     text = (
         f"<!doctype html>\n<html lang=en>\n<meta charset=utf-8>\n<title>Samples</title>\n<style>{STYLE}</style>\n"
         f"<h1>Samples of {len(prompts)} prompts</h1>\n{sections}\n</html>\n"
     )
     partial = page.with_suffix(".partial")
-    partial.write_text(text, "utf-8", errors="replace")  # half a character, as a cut answer may end with
+    partial.write_text(text, "utf-8", errors="replace")  # half a character, as a cut completion may end with
     partial.replace(page)
+
+
+def completion_of(row: dict[str, Any]) -> Any:
+    """The completion of a row of `samples.jsonl`, also of an earlier version's."""
+    return row.get("completion", row.get("answer"))
 
 
 def _is_sample(row: dict[str, Any]) -> bool:
     """Whether a run wrote this; by hand anything may have been."""
     prompt = row.get("prompt")
     return (
-        isinstance(row.get("answer"), str)
+        isinstance(completion_of(row), str)
         and isinstance(row.get("score", 0.0), int | float)
         and (
             isinstance(prompt, str) or (isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt))
@@ -56,9 +62,9 @@ def _shown(prompt: str | list[dict[str, Any]]) -> str:
     return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in prompt)
 
 
-def _section(prompt: str, answers: list[dict[str, Any]]) -> str:
-    lines = "\n".join(_line(row) for row in answers)
-    head = "<tr><th>step<th>score<th>tokens<th>answer</tr>"
+def _section(prompt: str, completions: list[dict[str, Any]]) -> str:
+    lines = "\n".join(_line(row) for row in completions)
+    head = "<tr><th>step<th>score<th>tokens<th>completion</tr>"
     return f"<section>\n<h2>{html.escape(prompt)}</h2>\n<table>\n{head}\n{lines}\n</table>\n</section>"
 
 
@@ -68,4 +74,4 @@ def _line(row: dict[str, Any]) -> str:
     numbers = "".join(
         f"<td class=number>{html.escape(str(value))}" for value in (row["step"], score, row.get("tokens", ""))
     )
-    return f"<tr>{numbers}<td class=answer>{html.escape(row['answer'])}{cut}</tr>"
+    return f"<tr>{numbers}<td class=completion>{html.escape(completion_of(row))}{cut}</tr>"

@@ -47,7 +47,7 @@ def complete_fixed_prompts(
         return [
             {
                 "prompt": prompt,
-                "answer": tokenizer.decode(sample.tokens, skip_special_tokens=True),
+                "completion": tokenizer.decode(sample.tokens, skip_special_tokens=True),
                 "finish_reason": sample.finish_reason,
                 "tokens": len(sample.tokens),
             }

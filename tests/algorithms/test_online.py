@@ -287,7 +287,7 @@ def test_an_evaluation_may_draw_at_a_temperature_of_its_own(tmp_path):
     whole = policy_params(combine(state.params, state.frozen))
     greedy = generate(policy.model, whole, prompts, asked)
     assert len(rows) == 3 * 2
-    assert [row["answer"] for row in rows] == [policy.tokenizer.decode(one.tokens) for one in greedy]
+    assert [row["completion"] for row in rows] == [policy.tokenizer.decode(one.tokens) for one in greedy]
 
 
 @pytest.mark.slow

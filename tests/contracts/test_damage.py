@@ -337,7 +337,7 @@ def test_a_checkpoint_moves_between_meshes_and_device_counts(saved_on, optimizer
             )
         )
         got = restored.state
-        assert restored.meta == {"rows": 8, "last": {"a": 0.1}}
+        assert restored.meta == {"rows": 8, "last": {"a": 0.1}, "collector": {}}
         plain = dataclasses.replace(got, key=jax.random.key_data(got.key))
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(plain), want)
         for path, leaf, place in zip(

@@ -32,7 +32,7 @@ class Cells(HTMLParser):
 
 def test_line_separators_in_a_text_do_not_cut_its_row(tmp_path: Path):
     """U+2028, U+2029 and U+0085 stand in JSON as they are."""
-    row = {"step": 0, "prompt": "a\u2028b\x85c", "answer": "d\u2029e", "finish_reason": "stop"}
+    row = {"step": 0, "prompt": "a\u2028b\x85c", "completion": "d\u2029e", "finish_reason": "stop"}
     (tmp_path / "samples.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", "utf-8")
     write_page(tmp_path / "samples.jsonl", tmp_path / "samples.html")
     assert "a\u2028b\x85c" in (tmp_path / "samples.html").read_text("utf-8")
@@ -43,13 +43,20 @@ def test_a_section_for_each_prompt_and_a_line_for_each_answer(tmp_path: Path):
         {
             "step": 0,
             "prompt": "1 < 2?",
-            "answer": "<b>yes</b>",
+            "completion": "<b>yes</b>",
             "score": 0.5,
             "finish_reason": "stop",
             "tokens": 3,
         },
         {"step": 0, "prompt": [{"role": "user", "content": "Hi"}], "answer": "A", "finish_reason": "length"},
-        {"step": 9, "prompt": "1 < 2?", "answer": "no", "score": -1.25, "finish_reason": "stop", "tokens": 2},
+        {
+            "step": 9,
+            "prompt": "1 < 2?",
+            "completion": "no",
+            "score": -1.25,
+            "finish_reason": "stop",
+            "tokens": 2,
+        },
     ]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_page(tmp_path / "samples.jsonl", tmp_path / "samples.html")
@@ -65,7 +72,7 @@ def test_a_section_for_each_prompt_and_a_line_for_each_answer(tmp_path: Path):
 def test_nothing_of_a_row_is_markup(tmp_path: Path):
     mark = "<script>alert('x')</script>"
     chat = [{"role": mark, "content": mark}, {"role": "user", "content": [{"text": mark}]}]
-    row = {"step": mark, "prompt": chat, "answer": mark + "\ud83d", "finish_reason": mark, "tokens": mark}
+    row = {"step": mark, "prompt": chat, "completion": mark + "\ud83d", "finish_reason": mark, "tokens": mark}
     (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n")
     write_page(tmp_path / "samples.jsonl", tmp_path / "samples.html")
     page = (tmp_path / "samples.html").read_text("utf-8")
@@ -73,10 +80,15 @@ def test_nothing_of_a_row_is_markup(tmp_path: Path):
 
 
 def test_what_is_no_sample_is_left_out(tmp_path: Path):
-    odd = [{}, {"prompt": 5, "answer": "x"}, {"prompt": "p", "answer": []}, {"prompt": ["p"], "answer": "x"}]
-    odd.append({"prompt": "p", "answer": "x", "score": "high"})
+    odd = [
+        {},
+        {"prompt": 5, "completion": "x"},
+        {"prompt": "p", "completion": []},
+        {"prompt": ["p"], "answer": "x"},
+    ]
+    odd.append({"prompt": "p", "completion": "x", "score": "high"})
     rows = [{"step": 1, **row} for row in [*odd, {"prompt": "p", "answer": "kept"}]]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_page(tmp_path / "samples.jsonl", tmp_path / "samples.html")
     page = (tmp_path / "samples.html").read_text("utf-8")
-    assert page.count("<td class=answer>") == 1 and "kept" in page
+    assert page.count("<td class=completion>") == 1 and "kept" in page
