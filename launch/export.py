@@ -147,6 +147,8 @@ def _export_adapter(loaded: LoadedModel, out: Path) -> None:
             "leave the flag out."
         )
     base = base_path(loaded.source)
+    if base and not Path(base).is_absolute() and not base.startswith("hf:"):
+        print(f"The adapter names its base model {base}, as a name on the Hugging Face Hub.", file=sys.stderr)
     if base and (Path(base).is_file() or is_workdir(Path(re.sub(r"@\d+$", "", base)))):
         print(
             f"PEFT cannot load the base model {base} (it is no Hugging Face folder): export it with python -m "

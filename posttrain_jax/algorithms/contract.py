@@ -33,6 +33,7 @@ class Steps(Generic[RowBatch]):
       constants: trees on the mesh that every step is handed and none changes.
       eval_first: as eval_step, for numbers of all held-out rows that eval_step needs: a pass that comes first.
       after_eval: warns of, or adds to, the values of an evaluation.
+      members: models that are trained side by side, for the memory of their activations.
       finish, progress, panels: as in `Task`.
     """
 
@@ -47,6 +48,7 @@ class Steps(Generic[RowBatch]):
     eval_first: Callable[..., Metrics] | None = None
     after_eval: Callable[[dict[str, float]], dict[str, float]] = lambda values: values
     finish: Callable[[TrainState], TrainState] | None = None
+    members: int = 1
     progress: tuple[ProgressField, ...] = ()
     panels: tuple[Panel, ...] = ()
 
@@ -99,6 +101,10 @@ class PreferenceSetup:
     seed: int
 
 
+def no_data_check(options: Any, data: Preferences) -> None:
+    """All data will do."""
+
+
 def no_model_check(options: Any, spec: ModelSpec) -> None:
     """Every model will do."""
 
@@ -116,6 +122,7 @@ class PreferenceAlgorithm:
         LoRA adapter left out ("adapter").
       reference_model: options -> the MODEL that is "cached" or in "memory"; "" = the policy that training starts from.
       check_model: raises InputError where the model does not fit the options, before any data are read.
+      check_data: raises InputError where the data do not fit the options, before anything is computed from them.
       change_data: (data, *, seed, max_length) -> what is added to the data after the split.
       is_reward: it trains a reward model: checkpoints hold a `score_head`, and no completions can be sampled.
     """
@@ -126,6 +133,7 @@ class PreferenceAlgorithm:
     reference: Callable[[Any], str] = lambda options: "none"
     reference_model: Callable[[Any], str] = lambda options: ""
     check_model: Callable[[Any, ModelSpec], None] = no_model_check
+    check_data: Callable[[Any, Preferences], None] = no_data_check
     change_data: Callable[..., PreferenceData] | None = None
     is_reward: bool = False
 

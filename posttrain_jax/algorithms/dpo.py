@@ -32,7 +32,7 @@ import optax
 from transformers import PreTrainedTokenizerBase
 
 from posttrain_jax.algorithms.contract import PreferenceAlgorithm, PreferenceSetup, Steps
-from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.errors import InputError, shown
 from posttrain_jax.core.log import log_on_host0
 from posttrain_jax.core.schema import check, setting
 from posttrain_jax.core.trees import combine
@@ -207,6 +207,11 @@ class Options:
                 f"dpo.loss={self.loss} compares with a reference, but dpo.reference is none; use cached, or one of the "
                 f"losses that need none: {', '.join(REFERENCE_FREE)}."
             )
+        if self.reference_model and (self.reference == "none" or self.loss in REFERENCE_FREE):
+            raise InputError(
+                f"dpo.reference_model is {shown(self.reference_model)}, but dpo.loss={self.loss} with "
+                f"dpo.reference={self.reference} compares with no reference; leave it empty."
+            )
         values = vars(self)
         for name, users in USED_BY.items():
             if self.loss in NEEDED_BY.get(name, ()) and not values[name]:
@@ -364,15 +369,10 @@ def eval_step(
 
 
 def steps(options: Options, setup: PreferenceSetup) -> Steps[PreferenceBatch]:
-    """The functions above, bound to a model and its reference.
-
-    Raises:
-      InputError: data that the loss cannot learn from.
-    """
+    """The functions above, bound to a model and its reference."""
     model, data = setup.spec.model, setup.data
     if options.skip_eos:
         options = dataclasses.replace(options, end_ids=end_token_ids(setup.spec.tokenizer))
-    _check_pairs(data, options)
 
     def compared(sources: Sequence[PreferenceSource], logps: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The cached log-probabilities `[S]` of each source; none where they are computed in every step."""
@@ -408,7 +408,8 @@ def steps(options: Options, setup: PreferenceSetup) -> Steps[PreferenceBatch]:
     )
 
 
-def _check_pairs(data: Preferences, options: Options) -> None:
+def check_pairs(options: Options, data: Preferences) -> None:
+    """Raises InputError for data that the loss cannot learn from."""
     sources = data.train.sources
     if options.loss == "rpo" and not any(source.arrays.margin.any() for source in sources):
         raise InputError("dpo.loss=rpo needs the data's margins, and data.train holds none.")
@@ -481,6 +482,7 @@ ALGORITHM = PreferenceAlgorithm(
     section="dpo",
     options=Options,
     steps=steps,
+    check_data=check_pairs,
     reference=lambda options: "none" if options.loss in REFERENCE_FREE else options.reference,
     reference_model=lambda options: options.reference_model,
 )

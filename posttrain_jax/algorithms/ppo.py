@@ -141,6 +141,10 @@ class Options:
             )
         if self.ptx_coefficient and not self.ptx_data:
             raise InputError("ppo.ptx_coefficient mixes pretraining text in, but ppo.ptx_data names none.")
+        if self.ptx_data and not self.ptx_coefficient:
+            raise InputError(
+                "ppo.ptx_data names pretraining text, but ppo.ptx_coefficient is 0, so nothing is learned from it."
+            )
 
 
 @jax.tree_util.register_dataclass
@@ -263,8 +267,8 @@ def train_step(
     known = jnp.isfinite(explained)
     metrics |= {
         "train/explained_variance": Metric(jnp.where(known, explained, 0.0), known.astype(jnp.float32)),
-        "train/returns_std": Metric.of(_deviation(metrics, "returns")),
-        "train/advantages_std": Metric.of(_deviation(metrics, "advantages")),
+        "train/returns_std": _deviation(metrics, "returns"),
+        "train/advantages_std": _deviation(metrics, "advantages"),
         "train/kl_coefficient": Metric.of(beta),
     }
     metrics = {name: metric for name, metric in metrics.items() if not name.endswith("_squared")}
@@ -284,11 +288,12 @@ def train_step(
     return state, metrics
 
 
-def _deviation(metrics: Metrics, name: str) -> Array:
-    """Standard deviation, from the means of a number and of its square."""
+def _deviation(metrics: Metrics, name: str) -> Metric:
+    """Standard deviation, from the means of a number and of its square; it counts nothing where they do."""
     first, second = metrics[f"train/{name}"], metrics[f"train/{name}_squared"]
-    variance = second.sum / second.count - jnp.square(first.sum / first.count)
-    return jnp.sqrt(jnp.maximum(variance, 0.0))
+    count = jnp.maximum(second.count, 1.0)
+    variance = second.sum / count - jnp.square(first.sum / count)
+    return Metric(jnp.sqrt(jnp.maximum(variance, 0.0)), (second.count > 0).astype(jnp.float32))
 
 
 def online(options: Options, sizes: OnlineSizes) -> Online:

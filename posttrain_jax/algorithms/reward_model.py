@@ -415,13 +415,8 @@ def check_model(options: Options, spec: ModelSpec) -> None:
 
 
 def steps(options: Options, setup: PreferenceSetup) -> Steps[PreferenceBatch]:
-    """The functions above, bound to a model.
-
-    Raises:
-      InputError: data that the loss cannot learn from.
-    """
+    """The functions above, bound to a model."""
     model, data = setup.spec.model, setup.data
-    _check_data(data, options)
     options = dataclasses.replace(options, seed=setup.seed)
     bind = functools.partial(
         functools.partial, model=model, options=options, share_prompt=data.shape.share_prompt
@@ -445,10 +440,12 @@ def steps(options: Options, setup: PreferenceSetup) -> Steps[PreferenceBatch]:
         progress=PROGRESS,
         panels=PANELS,
         finish=finish,
+        members=options.members,
     )
 
 
-def _check_data(data: Preferences, options: Options) -> None:
+def check_data(options: Options, data: Preferences) -> None:
+    """Raises InputError for data that the loss cannot learn from."""
     sources = data.train.sources
     if options.loss == "margin" and not any(source.arrays.margin.any() for source in sources):
         raise InputError("reward.loss=margin needs margins, and data.train holds none; use bradley_terry.")
@@ -473,5 +470,10 @@ def _check_data(data: Preferences, options: Options) -> None:
 
 
 ALGORITHM = PreferenceAlgorithm(
-    section="reward", options=Options, steps=steps, check_model=check_model, is_reward=True
+    section="reward",
+    options=Options,
+    steps=steps,
+    check_model=check_model,
+    check_data=check_data,
+    is_reward=True,
 )

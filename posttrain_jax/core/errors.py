@@ -26,7 +26,7 @@ def shown(value: object, limit: int = 80) -> str:
 
 
 class StepNotTaken(InputError):
-    """Raised by a train step in every process before it changes the state: the loop saves the state, then ends."""
+    """Raised by a collector in every process, before the step changes the state: the loop saves it, then ends."""
 
 
 def without_secrets(text: str) -> str:

@@ -62,8 +62,8 @@ class Maximum:
         return Maximum(jnp.max(self.value, axis=0))
 
     def as_metric(self) -> Metric:
-        """As a metric that is this single number; one that counts nothing where there was no number (-inf)."""
-        known = self.value > -jnp.inf
+        """As a metric that is this single number, NaN too; one that counts nothing where there was no number (-inf)."""
+        known = self.value != -jnp.inf
         return Metric(jnp.where(known, self.value, 0.0), known.astype(jnp.float32))
 
 

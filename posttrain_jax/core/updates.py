@@ -113,18 +113,20 @@ def apply_gradients(
     ema_decay: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step, or none: when the loss or the gradient norm is not finite, parameters, optimizer
-    state and EMA stay as they are, the step still counts, and `skipped` goes up.
+    state and EMA stay as they are, the step still counts, and `skipped` goes up. They stay as they are, too, where
+    nothing counted (count 0), which is no fault.
 
     Args:
       state: before the step.
       gradients: sums; the step uses gradients / count.
       loss: anything that is finite exactly when the loss is.
       optimizer: from `make_optimizer`.
-      count: what the sums are divided by, the global count (of trained tokens, or of weights); 0 counts as 1.
+      count: what the sums are divided by, the global count (of trained tokens, or of weights).
       ema_decay: of the moving average of the parameters; 0 = off.
     """
     count = jnp.asarray(count, jnp.float32)
-    count = jnp.where(count > 0, count, 1.0)
+    counted = count > 0
+    count = jnp.where(counted, count, 1.0)
     norm = global_norm(gradients) / count
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
@@ -140,7 +142,9 @@ def apply_gradients(
     def leave(params: PyTree, opt_state: PyTree, ema: PyTree) -> tuple[PyTree, PyTree, PyTree]:
         return params, opt_state, ema
 
-    params, opt_state, ema = jax.lax.cond(finite, take, leave, state.params, state.opt_state, state.ema)
+    params, opt_state, ema = jax.lax.cond(
+        finite & counted, take, leave, state.params, state.opt_state, state.ema
+    )
     skip = 1 - finite.astype(jnp.int32)
     state = TrainState(
         step=state.step + 1,

@@ -82,8 +82,8 @@ def length_penalty(lengths_B: Scores, *, free: int, per_token: float) -> Array:
 def replace_unfinished(scores_B: Scores, ended_B: Array | np.ndarray, *, value: float = -1.0) -> Array:
     """The score, or `value` for a completion that the model did not end, `[B]`.
 
-    The rule of Ziegler et al. (arXiv:1909.08593; there a completion ends with a '.', see `rollouts.draw.truncate`) and
-    the "EOS trick" of Huang et al. (arXiv:2403.17031, detail 23), both with -1.
+    The rule of Ziegler et al. (arXiv:1909.08593; there a completion ends with a '.', see `rollouts.sampling.truncate`)
+    and the "EOS trick" of Huang et al. (arXiv:2403.17031, detail 23), both with -1.
     """
     scores_B = _float32(scores_B)
     ended_B = jnp.asarray(ended_B) != 0

@@ -88,6 +88,10 @@ class ScoreOptions:
                 raise InputError(
                     f'score.arguments gives {name} {given!r}; write {{"module:function": {{"argument": value}}}}.'
                 )
+        if self.free_tokens and not self.per_token:
+            raise InputError(
+                f"score.free_tokens is {self.free_tokens}, but score.per_token is 0, so length costs nothing."
+            )
         if self.ensemble == "uncertainty" and not self.coefficient:
             raise InputError(
                 "score.ensemble=uncertainty needs score.coefficient above 0, times the variance."

@@ -69,7 +69,8 @@ class Scored:
         """Refuses scores of a reward function that gave none.
 
         Raises:
-          StepNotTaken: a function failed at every completion; says the first error and its place.
+          StepNotTaken: a function failed at every completion, or no completion has a score of all functions; says the
+            first error and its place.
         """
         for name, failed_N in self.failed.items():
             if failed_N.all():
@@ -78,6 +79,12 @@ class Scored:
                     f"{self.errors.get(name, 'an error that process 0 names')}. Correct it, then start the run again; "
                     "it goes on where it stopped."
                 )
+        if self.has_score.size and not self.has_score.any():
+            raise StepNotTaken(
+                f"Some reward function failed at every one of {self.has_score.size} completions, the first time by: "
+                f"{self.error or 'an error that process 0 names'}. Correct it, then start the run again; it goes on "
+                "where it stopped."
+            )
 
 
 class Scorer:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.schema import check, setting
 from posttrain_jax.core.types import PyTree
 from posttrain_jax.data.chat_template import DEFAULT_CHAT, ChatOptions
@@ -60,6 +61,10 @@ class RolloutOptions:
 
     def __post_init__(self) -> None:
         check(self, "rollout")
+        if self.truncate_after and self.truncate_token < 0:
+            raise InputError(
+                f"rollout.truncate_after is {self.truncate_after}, but rollout.truncate_token names no token."
+            )
 
 
 def encode_prompt(

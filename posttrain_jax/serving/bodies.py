@@ -218,10 +218,9 @@ class Message(pydantic.BaseModel):
             raise PydanticCustomError("unsupported", "is not supported by this server; leave it out")
 
     def for_template(self) -> dict[str, str]:
-        """As chat templates read it; `developer` is OpenAI's newer name of `system`."""
-        role = "system" if self.role == "developer" else self.role
+        """As chat templates read it; a developer is the system where the template knows no developer (see there)."""
         named = {"name": self.name} if self.name is not None else {}
-        return {"role": role, "content": self.content, **named}
+        return {"role": self.role, "content": self.content, **named}
 
 
 class ChatBody(Body):

@@ -21,15 +21,17 @@ from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.transformer import Model
 
 
-def kept_per_token(config: ModelConfig, remat: str) -> int:
-    """Elements that a layer keeps of a token for the backward pass."""
-    queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+def kept_per_token(config: ModelConfig, remat: str, tensor: int = 1) -> int:
+    """Elements that a layer keeps of a token for the backward pass, on one of the devices that split heads and the
+    MLP's width between them."""
+    queries, keys = (_share(n, tensor) * config.head_dim for n in (config.n_heads, config.n_kv_heads))
+    width = _share(config.d_ff, tensor)
     attention = 2 * config.d_model + 2 * queries + 2 * keys
     return {
         "full": config.d_model,
         "mlp": attention,
-        "elementwise": attention + 2 * config.d_ff,
-        "none": 8 * config.d_model + 4 * queries + 4 * keys + 5 * config.d_ff,
+        "elementwise": attention + 2 * width,
+        "none": 8 * config.d_model + 4 * queries + 4 * keys + 5 * width,
     }[remat]
 
 
@@ -43,8 +45,9 @@ def activation_bytes(model: Model, mesh: Mesh, *, rows: int, length: int) -> int
       length: tokens of a row.
     """
     config, itemsize = model.config, model.module.dtype.itemsize
-    tokens = -(-rows // (mesh.shape["data"] * mesh.shape["fsdp"])) * length
-    kept = config.n_layers * kept_per_token(config, model.module.remat) + kept_per_token(config, "none")
+    tokens, tensor = -(-rows // (mesh.shape["data"] * mesh.shape["fsdp"])) * length, mesh.shape["tensor"]
+    kept = config.n_layers * kept_per_token(config, model.module.remat, tensor)
+    kept += kept_per_token(config, "none", tensor)
     logits = chunk_rows(tokens, config.vocab_size) * config.vocab_size
     return tokens * kept * itemsize + 3 * 4 * (logits + tokens * config.d_model)
 
@@ -53,4 +56,10 @@ def cache_bytes(model: Model, mesh: Mesh, *, rows: int, length: int) -> int:
     """Of the engine's KV cache: keys and values of every layer, for rows that are written side by side."""
     config, itemsize = model.config, model.module.dtype.itemsize
     rows = -(-rows // (mesh.shape["data"] * mesh.shape["fsdp"]))
-    return 2 * config.n_layers * rows * length * config.n_kv_heads * config.head_dim * itemsize
+    heads = _share(config.n_kv_heads, mesh.shape["tensor"])
+    return 2 * config.n_layers * rows * length * heads * config.head_dim * itemsize
+
+
+def _share(count: int, devices: int) -> int:
+    """Of so many heads or columns those of one device; all where they do not divide."""
+    return count // devices if count % devices == 0 else count

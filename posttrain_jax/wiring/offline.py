@@ -73,6 +73,7 @@ def preference_task(experiment: PreferenceExperiment, algorithm: PreferenceAlgor
     spec = model_spec(experiment, is_reward=algorithm.is_reward)
     algorithm.check_model(options, spec)
     data = preferences_of(experiment, spec, workdir, change=algorithm.change_data)
+    algorithm.check_data(options, data)
     kind = algorithm.reference(options)
     setup = PreferenceSetup(
         spec=spec,
@@ -215,7 +216,8 @@ def _task(
                 mesh,
                 rows=experiment.train.micro_rows or experiment.train.rows_per_step,
                 length=steps.row_tokens,
-            ),
+            )
+            * steps.members,
             "reference": bytes_per_device(steps.constants),
         },
     )

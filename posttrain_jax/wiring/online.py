@@ -125,7 +125,11 @@ def online_task(experiment: OnlineExperiment, algorithm: OnlineAlgorithm, workdi
         policy.describe(workdir / "model")
     # After all that may be refused, for functions are in processes of their own from here on.
     scorer = make_scorer(score, experiment, policy, mesh, shape)
-    gold = make_scorer(score.gold, experiment, policy, mesh, shape) if score.gold is not None else None
+    try:
+        gold = make_scorer(score.gold, experiment, policy, mesh, shape) if score.gold is not None else None
+    except InputError:
+        scorer.close()
+        raise
     sampler = Sampler(policy.model, policy.tokenizer, options, length=shape.length, mesh=mesh)
     collector = PolicyCollector(
         prompts,

@@ -18,7 +18,7 @@ from posttrain_jax.core.trees import fingerprint
 from posttrain_jax.core.types import Array, PreferenceBatch, PyTree
 from posttrain_jax.data.preference_rows import Preferences
 from posttrain_jax.forward.completions import policy_logps
-from posttrain_jax.forward.reference import ReferencePolicy
+from posttrain_jax.forward.reference import KINDS, ReferencePolicy
 from posttrain_jax.forward.reference_cache import reference_logps
 from posttrain_jax.models.spec import ModelSpec
 from posttrain_jax.wiring.data import eval_rows
@@ -54,6 +54,11 @@ def make_reference(
         raise InputError(
             f"{section}.reference=adapter is the policy without its adapter, and {section}.reference_model is {model}; "
             'use cached or memory, or set the latter to "".'
+        )
+    if model in KINDS:
+        raise InputError(
+            f"{section}.reference_model is {model}, which is no MODEL; choose the kind by {section}.reference, and "
+            f"write a folder of this name as ./{model}."
         )
     key = f"{section}.reference_model" if model else f"{section}.reference"
     what = model or ("adapter" if kind == "adapter" else "frozen")

@@ -260,6 +260,12 @@ def test_a_maximum_is_one_over_all_micro_batches_and_updates():
     assert metrics["train/most"].sum == 4 and metrics["train/most"].count == 1
 
 
+def test_a_maximum_that_is_no_number_is_logged_and_one_of_nothing_is_not():
+    """So that rollout.max_logp_difference stops a run whose engine gives NaN."""
+    unknown, nothing = (Maximum(jnp.float32(value)).as_metric() for value in (np.nan, -np.inf))
+    assert np.isnan(unknown.sum) and unknown.count == 1 and nothing.count == 0
+
+
 @pytest.mark.parametrize(("delay", "policy"), [(0, -0.5), (1, -0.25), (2, 0.0)])
 def test_the_value_network_has_its_own_rate_and_starts_alone(delay, policy):
     """Two updates of 0.25 each, on all four answers; the value network's are times 3."""

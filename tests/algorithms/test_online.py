@@ -436,6 +436,9 @@ def start(config: ConfigDict, workdir: Path) -> None:
             "rollout.reference is 'old': use one of none, frozen, adapter, ema, or a MODEL",
         ),
         ({"rollout.reference": "ema"}, "rollout.reference=ema is the moving average .* but optim.ema is 0"),
+        ({"ppo.ptx_data": "configs/tiny/chats.jsonl"}, "but ppo.ptx_coefficient is 0, so nothing is learned"),
+        ({"score.free_tokens": 5}, "score.free_tokens is 5, but score.per_token is 0"),
+        ({"rollout.truncate_after": 5}, "rollout.truncate_after is 5, but rollout.truncate_token names"),
         ({"ppo.ptx_coefficient": 1.0}, "mixes pretraining text in, but ppo.ptx_data names none"),
         (
             {"ppo.ptx_coefficient": 1.0, "ppo.ptx_data": "configs/tiny/chats.jsonl", "ppo.ptx_rows": 9},

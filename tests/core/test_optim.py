@@ -80,6 +80,25 @@ def test_weights_below_one_still_give_the_mean():
     np.testing.assert_allclose(metrics["train/grad_norm"].sum, 4.0, rtol=1e-6)
 
 
+def test_what_counts_nothing_is_no_update():
+    """No momentum, no weight decay and no average moves; and it is no fault, so nothing is skipped."""
+    optimizer = make_optimizer(OptimOptions(name="adamw", weight_decay=0.5), lambda step: 0.1)
+    state = new_state({"kernel": jnp.ones(1)}, {}, jax.random.key(0), optimizer, ema=True)
+    first, _ = apply_gradients(
+        state, {"kernel": jnp.ones(1)}, jnp.float32(1), optimizer=optimizer, ema_decay=0.5
+    )
+    then, _ = apply_gradients(
+        first, {"kernel": jnp.zeros(1)}, jnp.float32(0), optimizer=optimizer, count=0.0, ema_decay=0.5
+    )
+    for before, after in (
+        (first.params, then.params),
+        (first.ema, then.ema),
+        (first.opt_state, then.opt_state),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert then.step == 2 and then.skipped == 0
+
+
 def test_adafactor_clips_each_matrix_by_itself():
     """Second step, equal entries g: beta2 = 1 - 2^-0.8 = 0.42565, v = 0.42565 g1^2 + 0.57435 g2^2.
 

@@ -99,6 +99,13 @@ def test_a_function_that_fails_at_every_answer_is_refused():
     with pytest.raises(StepNotTaken, match="wrong_column failed at all 2 completions") as raised:
         scored.require_scores()
     assert re.search(r"KeyError: 'solution' \(/.*letter_lengths\.py:\d+\)\. Correct it", str(raised.value))
+    none = dataclasses.replace(
+        scored,
+        failed={"f": np.array([True, False]), "g": np.array([False, True])},
+        has_score=np.zeros(2, bool),
+    )
+    with pytest.raises(StepNotTaken, match="Some reward function failed at every one of 2 completions"):
+        none.require_scores()
     solved = dataclasses.replace(drawn[0], row={"solution": 3})
     both([solved, drawn[1]], training=True).require_scores()
     both.close()

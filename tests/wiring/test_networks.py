@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from configs.ppo.letters import get_config
+from posttrain_jax.algorithms import dpo
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.sharding import make_mesh
 from posttrain_jax.forward.reference import ReferencePolicy
@@ -71,6 +72,18 @@ def test_references_that_cannot_be_used(tmp_path):
         InputError, match="rollout.reference is 'nowhere': use one of none, frozen, adapter, ema"
     ):
         reference("nowhere")
+
+
+@pytest.mark.parametrize("kind", ["none", "frozen", "adapter", "ema"])
+def test_a_kind_is_no_model(kind):
+    with pytest.raises(InputError, match=f"dpo.reference_model is {kind}, which is no MODEL"):
+        make_reference("cached", kind, "dpo", None, None, None, make_mesh(), Path())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("changes", [{"loss": "simpo", "beta": 2.0}, {"loss": "simpo", "reference": "none"}])
+def test_a_reference_that_nothing_is_compared_with_is_refused(changes):
+    with pytest.raises(InputError, match="dpo.reference_model is 'a/model', but dpo.loss=simpo"):
+        dpo.Options(reference_model="a/model", **changes)
 
 
 def test_an_adapter_is_no_other_model():
