@@ -77,7 +77,11 @@ class Options:
 def define_flags() -> None:
     """The command line; not at import, so that modules with like-named flags can be imported together."""
     flags.DEFINE_string("model", None, "A Hugging Face folder or name, a .gguf file, or a workdir.")
-    flags.DEFINE_string("prompts", None, "JSON Lines (or .json, .parquet) with the prompts.")
+    flags.DEFINE_string(
+        "prompts",
+        None,
+        "The prompts: .jsonl, .ndjson, .json, .csv, .tsv (each also with .gz) or .parquet.",
+    )
     flags.DEFINE_string("out", None, "JSON Lines file to write; an incomplete one is continued.")
     flags.DEFINE_integer("max_new_tokens", Options.max_new_tokens, "Most tokens of a completion.")
     flags.DEFINE_integer("min_new_tokens", Options.min_new_tokens, "No stop before this many tokens.")

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: raise the log-probability of the assistant's tokens, and of nothing else.
 
 The step, from top to bottom: rows of tokens -> hidden states -> log-probabilities of the trained tokens alone
-(`models/heads.py`) -> sum of the negative log-likelihoods -> gradient sums over micro-batches -> one division by
+(`forward/heads.py`) -> sum of the negative log-likelihoods -> gradient sums over micro-batches -> one division by
 the global count of trained tokens -> clip, optimizer, EMA, unless something is not finite.
 """
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -173,7 +174,7 @@ class Template:
                 raise InputError(
                     f"chat_template_kwargs: the chat template has no variable {name!r}; it {has}."
                 )
-        self._has_developer = "developer" in source
+        self._has_developer = re.search(r"""['"]developer['"]""", source) is not None
         self._variables = {"documents": None, **special, **variables}
 
     def render(

@@ -141,6 +141,15 @@ def one_line(text: str, limit: int) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
+_BOOLEANS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+def as_boolean(value: Any) -> bool | None:
+    """What a column says that holds true or false, 1 or 0, or one of these as text; None for anything else."""
+    known = isinstance(value, bool | int | float | str)
+    return _BOOLEANS.get(str(value).strip().lower()) if known else None
+
+
 # ---- what becomes of every column
 
 _PROMPT_WORDS = """
@@ -153,7 +162,7 @@ _ABOUT_WORDS = """
     id ids uid uuid idx index key hash fingerprint type types kind category class style level format version split
     source sources origin dataset model language lang license author url date time timestamp created name names meta
     metadata info length len tokens count num number score scores rating ratings label labels quality difficulty
-    perplexity embedding embeddings topic domain subject tag tags config configs window labeling labeling template"""
+    perplexity embedding embeddings topic domain subject tag tags config configs window labeling labelling template"""
 PROMPT_WORDS, ABOUT_WORDS = frozenset(_PROMPT_WORDS.split()), frozenset(_ABOUT_WORDS.split())
 # Columns that only a chat has a place for; `data.text_as=chat` makes chats of text rows.
 _OF_CHATS = ("system", "system_prompt", "history", "tools", "functions")

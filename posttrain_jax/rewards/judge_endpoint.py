@@ -1,6 +1,6 @@
 """A judge behind an OpenAI-compatible HTTP interface (`launch.serve`, vLLM, a hosted model), by the `openai` package.
 
-It lies here and not in serving/, which is the other side of that interface; nothing below evaluate/ asks a judge.
+It lies here and not in serving/, which is the other side of that interface; only `launch.win_rate` asks a judge.
 """
 
 from __future__ import annotations

@@ -57,6 +57,16 @@ def test_the_text_is_that_of_transformers(source, prompt, tokenizer):
     assert Template(source, tokenizer).render(MESSAGES, TOOLS, prompt=prompt).text == expected
 
 
+def test_a_developer_is_the_system_unless_the_template_knows_the_role(tokenizer):
+    """A comment, or a default prompt, with the word in it says nothing of roles."""
+    said = [{"role": "developer", "content": "D"}, *MESSAGES[:1]]
+    prose = "{# for the developer #}You help a developer. {% for m in messages %}{{ m.role }} {% endfor %}"
+    assert Template(prose, tokenizer).render(said).text == "You help a developer. system user "
+    for literal in ("'developer'", '"developer"'):
+        knows = f"{{% for m in messages if m.role in [{literal}, 'user'] %}}{{{{ m.role }}}} {{% endfor %}}"
+        assert Template(knows, tokenizer).render(said).text == "developer user "
+
+
 def test_places_of_generation_blocks(tokenizer):
     template = Template(
         "a{% for m in messages %}b{% generation %}{{ m.role }}{% endgeneration %}{% endfor %}c", tokenizer

@@ -197,6 +197,7 @@ def test_a_column_that_could_be_part_of_the_prompt_is_refused(row, column):
             {"question": "q", "answer": "a", "response": "b", "question_type": "x", "input_ids": [1]},
             ("answer", "question_type", "input_ids"),
         ),
+        ({"text": "t", "prompt_labelling": "y"}, ("prompt_labelling",)),
         ({"text": "one two", "prompt": "one "}, ("prompt",)),
         ({"instruction": "i", "input": "j", "output": "o", "text": "Do: i\nWith: j\nIs: o"}, ("text",)),
     ],
