@@ -20,9 +20,9 @@ class ScoreOptions:
     `aggregate`, `normalize`, `per_token`, `clip`, `missing_eos`.
 
     "piecewise" is Llama 2's choice between two reward models, the first for safety, the second for helpfulness
-    (`combine.piecewise_safety`; a prompt is one of safety where its row's `is_safety` is true), which is whitened over
-    an iteration's completions. A completion without EOS "keep"s its score, has it "replace"d by `missing_eos_value`
-    (Ziegler et al., Huang et al.: -1), or is "penalize"d by that much.
+    (`combine.piecewise_safety`; a prompt is one of safety where its row's `is_safety` is true or 1), which is
+    whitened over an iteration's completions. A completion without EOS "keep"s its score, has it "replace"d by
+    `missing_eos_value` (Ziegler et al., Huang et al.: -1), or is "penalize"d by that much.
     """
 
     functions: tuple[str, ...] = setting(

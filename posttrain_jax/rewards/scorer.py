@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from posttrain_jax.core.errors import InputError, StepNotTaken
+from posttrain_jax.core.errors import InputError, StepNotTaken, shown
 from posttrain_jax.core.masking import whiten_biased
 from posttrain_jax.core.sharding import jit_step, replicated
 from posttrain_jax.core.types import Array, PyTree
+from posttrain_jax.data.rows import as_boolean
 from posttrain_jax.forward.packed_rows import PackedRows, every_index, hidden_states, map_rows, pack_indices
 from posttrain_jax.models.io.load import LoadedModel, load_members
 from posttrain_jax.models.reward_head import scores
@@ -253,7 +255,7 @@ class Scorer:
         if options.aggregate == "sum":
             return combine.weighted_sum(components, options.weight_of)
         safety, helpfulness = (components[name] for name in options.names)
-        is_safety = np.asarray([one.row.get("is_safety") is True for one in completions])
+        is_safety = np.asarray([is_safety_prompt(one.row) for one in completions])
         return combine.piecewise_safety(safety, helpfulness, is_safety, threshold=options.safety_threshold)
 
     def _shaped(self, score: Array, completions: Sequence[Completion]) -> np.ndarray:
@@ -286,6 +288,21 @@ def _any(failed: Mapping[str, np.ndarray], count: int) -> np.ndarray:
 def _ended(completions: Sequence[Completion]) -> np.ndarray:
     """Where a completion ended by itself, bool `[N]`."""
     return np.asarray([one.finish_reason == "stop" for one in completions])
+
+
+def is_safety_prompt(row: Mapping[str, Any]) -> bool:
+    """Whether the column `is_safety` says that the prompt is one of safety; null and no column say that it is none.
+
+    Raises:
+      InputError: the column holds something else than true or false, 1 or 0, or their text.
+    """
+    value = row.get("is_safety")
+    is_safety = False if value is None else as_boolean(value)
+    if is_safety is None:
+        raise InputError(
+            f"the column is_safety of the row {shown(row, 200)} holds {shown(value)}; write true or false there."
+        )
+    return is_safety
 
 
 def load_reward_model(

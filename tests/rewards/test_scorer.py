@@ -23,7 +23,7 @@ from posttrain_jax.models.transformer import make_model
 from posttrain_jax.rewards.completion import Completion
 from posttrain_jax.rewards.ensemble import Ensemble
 from posttrain_jax.rewards.score_options import ScoreOptions
-from posttrain_jax.rewards.scorer import RewardModel, Scorer, load_reward_model
+from posttrain_jax.rewards.scorer import RewardModel, Scorer, is_safety_prompt, load_reward_model
 from posttrain_jax.rewards.thoughts import prompt_opens_thought
 from posttrain_jax.rewards.workers import PythonReward
 
@@ -158,6 +158,16 @@ def test_safety_or_helpfulness_by_prompt():
     piecewise.close()
     assert raw.tolist() == [6, 2, -4]
     np.testing.assert_allclose(whitened, (raw - 4 / 3) / raw.std(), rtol=1e-5)
+
+
+def test_what_says_that_a_prompt_is_one_of_safety():
+    assert all(is_safety_prompt({"is_safety": value}) for value in (True, 1, 1.0, "true", "True", "1"))
+    for value in (False, 0, 0.0, "false", "FALSE", "0", None):
+        assert not is_safety_prompt({"is_safety": value})
+    assert not is_safety_prompt({"prompt": "Hi"})
+    for value in ("yes", 2, [], "", 0.5):
+        with pytest.raises(InputError, match="is_safety of the row .* write true or false"):
+            is_safety_prompt({"prompt": "Hi", "is_safety": value})
 
 
 def save_reward(folder, seed: int):
