@@ -26,13 +26,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain_jax.data.formats import Conversation, texts_of
 from posttrain_jax.data.messages import describe_kind, read_messages
 from posttrain_jax.data.prompt_completions import PromptCompletions, last_turn, read_completions
-from posttrain_jax.data.rows import Columns, RowError
+from posttrain_jax.data.rows import Columns, RowError, as_boolean
 
 # Llama 2's four degrees of preference (arXiv:2307.09288, table 27, "margin small").
 MARGINS = {
@@ -43,6 +44,7 @@ MARGINS = {
     "unsure": 0.0,
 }
 _CHATS = ("messages", "conversations")
+_NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 _LARGEST = 1e38
 """Numbers are kept in 32 bits, and the difference of two must fit, too."""
 
@@ -160,10 +162,10 @@ def _pair(row: Columns, chosen: str, rejected: str, text_as: str) -> Preference:
 
 def _margin(row: Columns) -> float:
     margin = row.get("margin")
-    if isinstance(margin, str):
-        if margin.lower() not in MARGINS:
-            raise RowError("margin", f"is {margin!r}; use a number or one of {', '.join(MARGINS)}")
+    if isinstance(margin, str) and margin.lower() in MARGINS:
         return MARGINS[margin.lower()]
+    if isinstance(margin, str) and math.isnan(_from_text(margin)):
+        raise RowError("margin", f"is {margin!r}; use a number or one of {', '.join(MARGINS)}")
     if margin is not None:
         return _number(row, "margin", 0.0)
     for chosen, rejected in (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected")):
@@ -223,12 +225,11 @@ def _order(values: Sequence[float], *, margins: bool) -> tuple[tuple[Comparison,
 
 def _labeled(row: Columns, text_as: str) -> Preference:
     label = row["label"]
-    if isinstance(label, int) and label in (0, 1):
-        label = bool(label)
-    if not isinstance(label, bool):
+    is_good = as_boolean(label)
+    if is_good is None:
         raise RowError("label", f"is {label!r}, not a boolean (true = good, false = bad)")
     side = _one_completion(row, text_as)
-    return Preference(completions=side.completions, label=label, ranks=(0,), repeated=side.repeated)
+    return Preference(completions=side.completions, label=is_good, ranks=(0,), repeated=side.repeated)
 
 
 def _rated(row: Columns, text_as: str) -> Preference:
@@ -302,11 +303,17 @@ def _number(
     value = row.get(key)
     if value is None:
         return default
+    given = _from_text(value) if isinstance(value, str) else value
     number = math.nan
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST:
-        number = float(value)
+    if isinstance(given, int | float) and not isinstance(given, bool) and abs(given) <= _LARGEST:
+        number = float(given)
     if math.isnan(number):
         raise RowError(where or key, f"is {value!r}, not a finite number (at most {_LARGEST:g})")
     if not least <= number <= most:
         raise RowError(where or key, f"is {value!r}; it must lie between {least:g} and {most:g}")
     return number
+
+
+def _from_text(text: str) -> float:
+    """The number that a text is, as in a cell of a CSV file; NaN where it is none."""
+    return float(text) if _NUMBER.fullmatch(text.strip()) else math.nan

@@ -8,7 +8,6 @@ folder; or `tfds:NAME[?split=..&data_dir=..]`. How the text files are read say `
 
 from __future__ import annotations
 
-import functools
 import gzip
 import itertools
 import math
@@ -21,7 +20,7 @@ from typing import Any, BinaryIO, cast
 
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.installed import find_file
-from posttrain_jax.data.csv_rows import csv_rows, typed
+from posttrain_jax.data.csv_rows import csv_rows, tsv_rows, typed
 from posttrain_jax.data.library_rows import library_rows, parquet_rows, saved_by_datasets
 from posttrain_jax.data.rows import AS_IN_THE_FILE, ColumnNames, one_line
 from posttrain_jax.data.rows import Row as Row
@@ -173,7 +172,7 @@ _OPENED: dict[str, Callable[[BinaryIO, str], Iterator[Row]]] = {
     ".ndjson": json_lines,
     ".json": json_values,
     ".csv": csv_rows,
-    ".tsv": functools.partial(csv_rows, delimiter="\t"),
+    ".tsv": tsv_rows,
     ".txt": text_blocks,
 }
 _KINDS = f"{', '.join([*_OPENED, '.parquet'])} (all but the last also with .gz)"

@@ -301,7 +301,7 @@ def _write_rejected(path: pathlib.Path, bad: int, folders: Sequence[pathlib.Path
 
 # ---- the key
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 """Raise it when the same rows become other tokens, or the files another layout."""
 
 _HASHED_WHOLE = 256 * 2**20

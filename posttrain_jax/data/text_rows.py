@@ -14,7 +14,8 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
-from posttrain_jax.data.rows import Row, RowError
+from posttrain_jax.core.errors import InputError
+from posttrain_jax.data.rows import Row, RowError, one_line
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -35,6 +36,14 @@ def decode(data: bytes, offset: int, first: bool) -> str:
         raise RowError(
             "(encoding)", f"byte 0x{byte:02x} at byte offset {offset + start} of the file is not UTF-8{hint}"
         ) from None
+
+
+def unread(name: str, line: int, reason: str) -> InputError:
+    """The error of a file whose rest cannot be read. That is no bad row: skipping it would lose all that follows."""
+    return InputError(
+        f"data file {name}, line {line} {one_line(reason, 400)}; nothing after it can be read, so repair the file "
+        "(data.on_bad_row=skip leaves out single rows only)"
+    )
 
 
 def json_lines(file: BinaryIO, name: str) -> Iterator[Row]:
@@ -102,13 +111,16 @@ def _lines(lines: Iterable[bytes], name: str) -> Iterator[Row]:
 
 
 def _values(data: bytes, name: str) -> Iterator[Row]:
-    """Values of an array, or one after another; read one by one, so that each knows its line."""
+    """Values of an array, or one after another; read one by one, so that each knows its line.
+
+    Raises:
+      InputError: the text is broken, so that where the next value begins is not known.
+    """
     try:
         text = decode(data, 0, first=True)
     except RowError as error:
         start = int(error.reason.split("byte offset ")[1].split()[0])
-        yield Row({}, name, data.count(b"\n", 0, start) + 1, error)
-        return
+        raise unread(name, data.count(b"\n", 0, start) + 1, f"has an error: {error.reason}") from None
     at = skip_space(text, 0)
     is_array = text[at] == "["
     at = skip_space(text, at + 1) if is_array else at
@@ -126,17 +138,14 @@ def _values(data: bytes, name: str) -> Iterator[Row]:
                 at = skip_space(text, at + 1)
             elif is_array and text[at : at + 1] != "]":
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
-        except json.JSONDecodeError as error:  # where the next value begins is not known any more
-            reason = f"is broken at line {error.lineno}, column {error.colno}: {error.msg}; nothing after it was read"
-            yield Row({}, name, error.lineno, RowError("(json)", reason))
-            return
+        except json.JSONDecodeError as error:
+            raise unread(name, error.lineno, f"is broken at column {error.colno}: {error.msg}") from None
         except RecursionError:
-            yield Row({}, name, line, RowError("(json)", "is nested too deeply; nothing after it was read"))
-            return
+            raise unread(name, line, "is nested too deeply") from None
     rest = skip_space(text, at + 1)
     if rest < len(text):
-        reason = "goes on after the array's end; nothing after it was read (write one array, or JSON Lines)"
-        yield Row({}, name, 1 + text.count("\n", 0, rest), RowError("(json)", reason))
+        reason = "goes on after the array's end (write one array, or JSON Lines)"
+        raise unread(name, 1 + text.count("\n", 0, rest), reason)
 
 
 def text_blocks(file: BinaryIO, name: str) -> Iterator[Row]:

@@ -48,7 +48,7 @@ from posttrain_jax.data.tokenized import (
     in_chunks,
 )
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 """Raise it when the same rows become other groups, or `groups.npz` another layout."""
 
 

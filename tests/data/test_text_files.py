@@ -71,6 +71,10 @@ def test_every_kind_of_file_holds_the_same_rows(rows):
         for file, text in texts.items():
             (folder / file).write_bytes(text.encode())
             (folder / f"{file}.gz").write_bytes(gzip.compress(text.encode()))
+            if "tsv" in file and any(
+                mark in text for row in rows for text in row.values() for mark in "\t\n"
+            ):
+                continue  # there they end the cell
             if "csv" in file.lower() and "\r" in json.dumps(rows, ensure_ascii=False):
                 continue  # a lone carriage return ends a row in some dialects; what is refused is below
             assert rows_of(folder / file) == rows, file
@@ -86,10 +90,54 @@ def test_lines_of_a_csv_and_what_its_cells_are(tmp_path):
     rows = list(read_rows(str(path)))
     assert [row.line for row in rows] == [2, 5]
     assert [row.value for row in rows] == [
-        {"index": "0", "prompt": "one\nline", "completion": "yes", "label": True, "note": None},
-        {"index": "1", "prompt": "007", "completion": "[1, 2]", "label": 0, "note": "x"},
+        {"index": "0", "prompt": "one\nline", "completion": "yes", "label": "True", "note": None},
+        {"index": "1", "prompt": "007", "completion": "[1, 2]", "label": "0", "note": "x"},
     ]
-    assert to_preference(rows[0].value).label is True
+    assert [to_preference(row.value).label for row in rows] == [True, False]
+
+
+def test_a_tab_or_a_line_end_always_ends_a_cell_of_a_tsv(tmp_path):
+    """GLUE's files have texts with single quotes; a reader of CSV makes one row of the first two."""
+    path = tmp_path / "a.tsv"
+    path.write_text('text\toutput\n"A fine film\tgood\nbad film"\tbad\r\n"a ""b"""\t"x"y"\n\n""\t"\n')
+    assert rows_of(path) == [
+        {"text": '"A fine film', "output": "good"},
+        {"text": 'bad film"', "output": "bad"},
+        {"text": 'a "b"', "output": '"x"y"'},
+        {"text": None, "output": '"'},
+    ]
+    path.write_text('text\toutput\n"a\tb"\tx\n')
+    assert error_of(path) == (2, "(csv): has 3 cells, and the header has 2: text, output")
+
+
+def test_columns_without_a_name(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,completion,,\na,b,,\n")
+    assert rows_of(path) == [{"prompt": "a", "completion": "b"}]
+    path.write_text("prompt,completion,,\na,b,,\nc,d,,e\n")
+    assert error_of(path) == (
+        3,
+        "(csv): holds 'e' in cell 4, and the header has no name there; name the column",
+    )
+
+
+@pytest.mark.parametrize(
+    ("column", "cell"),
+    [
+        ("label", "True"),
+        ("rating", "1.50"),
+        ("history", "He was born in 1850."),
+        ("scores", "[none]"),
+        ("ratings", "4.50"),
+        ("completion", '{"value": 42}'),
+        ("completion", '[{"value": 42}]'),
+        ("prompt", "{'role': 'a dict of Python'}"),
+    ],
+)
+def test_cells_that_stay_text(column, cell, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(csv_text([{column: cell, "x": "y"}]), newline="")
+    assert rows_of(path) == [{column: cell, "x": "y"}]
 
 
 def test_chats_and_numbers_in_cells(tmp_path):
@@ -123,18 +171,13 @@ def test_chats_and_numbers_in_cells(tmp_path):
     [
         ("a,b\n1,2\n1,2,3\n1,2\n", 3, "has 3 cells, and the header has 2: a, b"),
         ("a,b\n1\n1,2\n", 2, "has 1 cells"),
-        ('a,b\n1,"2\n3,4\n', 2, "is broken (unexpected end of data); nothing after it was read"),
-        ('a,b\n1,"2"x\n3,4\n', 2, "is broken (',' expected after '\"')"),
-        ("a,a\n1,2\n", 1, "has the column 'a' twice"),
-        ("a;b\n1;2\n", 1, "separated by something else than commas"),
         (b"a,b\n1,caf\xe9\n1,2\n", 2, "b: holds the byte 0xe9, not UTF-8"),
-        ("a,b\n".encode("utf-16"), 1, "UTF-16"),
         (
             "prompt,completion\n\"[{'role': 'user', 'content': 'x'}]\",y\n",
             2,
             "begins like JSON messages, but it is broken",
         ),
-        ("messages\n[{'role': 'user'}]\n", 2, "messages: should hold JSON, but it is broken"),
+        ("messages\n[{'role': 'user'}]\n", 2, "messages: begins like JSON messages, but it is broken"),
     ],
 )
 def test_a_broken_csv_names_the_line(text, line, reason, tmp_path):
@@ -144,12 +187,28 @@ def test_a_broken_csv_names_the_line(text, line, reason, tmp_path):
     assert found[0] == line and reason in found[1]
 
 
-@pytest.mark.parametrize(("name", "suffix"), [("a.jsonl", "\n"), ("b.json", "]")])
-def test_json_over_several_lines_that_is_broken(name, suffix, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "text", "line", "reason"),
+    [
+        ("a.csv", 'text,b\n1,"2\n3,4\n', 2, r"is broken \(unexpected end of data; a quote inside"),
+        ("a.csv", 'text,b\n1,"2"x\n3,4\n', 2, r"is broken \(',' expected after '\"'"),
+        ("a.csv", "a,a\n1,2\n", 1, "has the column 'a' twice"),
+        ("a.csv", "a;b\n1;2\n", 1, "has the header .* something else than commas"),
+        ("a.csv", "a,b\n".encode("utf-16"), 1, "has an error: byte 0xff .* UTF-16"),
+        ("a.jsonl", '{\n "text": "a"\n}\n{\n "text": \n}\n{"text": "b"}\n', 6, "is broken at column 1"),
+        ("a.json", '{\n "text": "a"\n}\n{\n "text": \n}\n{"text": "b"}]', 6, "is broken at column 1"),
+        ("a.json", '{"text": "a"\n{"text": "b"}\n{"text": "c"}\n', 2, "is broken at column 1"),
+        ("a.json", '[{"text": "a"}]\n[{"text": "b"}]\n', 2, "goes on after the array's end"),
+        ("a.json", '[{"text": "a"},\n' + "[" * 200_000, 2, "is nested too deeply"),
+        ("a.json", b'[{"text": "a"},\n{"text": "\xff"}]', 2, "has an error: byte 0xff at byte offset 26"),
+    ],
+)
+def test_a_rest_that_cannot_be_read_is_never_skipped(name, text, line, reason, tmp_path):
     path = tmp_path / name
-    path.write_text('{\n "text": "a"\n}\n{\n "text": \n}\n{"text": "b"}' + suffix)
-    line, reason = error_of(path)
-    assert line == 6 and "is broken at line 6, column 1" in reason and "nothing after it was read" in reason
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    options = TokenizeOptions(on_bad_row="skip")
+    with pytest.raises(InputError, match=f"{path}, line {line} {reason}.*; nothing after it can be read, so"):
+        build(str(path), byte_tokenizer(), options, cache_dir=tmp_path, rejected_path=tmp_path / "rejected")
 
 
 def test_a_gzip_file_that_is_cut_off_or_none(tmp_path):
@@ -195,7 +254,7 @@ def test_cells_are_read_by_our_names(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("question,reply,is_good\nQ,A,true\n")
     columns = ColumnNames({"prompt": "question", "completion": "reply", "label": "is_good"})
-    assert rows_of(path, columns) == [{"prompt": "Q", "completion": "A", "label": True}]
+    assert rows_of(path, columns) == [{"prompt": "Q", "completion": "A", "label": "true"}]
 
 
 @pytest.mark.parametrize(
