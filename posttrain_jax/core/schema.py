@@ -18,6 +18,7 @@ number is finite and not negative unless its setting says otherwise, and fits th
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -330,24 +331,20 @@ def convert(leaf: Leaf, value: Any) -> Any:
 
 def _from_json(leaf: Leaf, text: str) -> Any:
     """What a text stands for where a list or an object is expected: JSON, or the same in Python's notation."""
-    takes_text = _is_union(leaf.type) and str in typing.get_args(leaf.type)
-    if not text.strip():
-        return text if takes_text else {} if typing.get_origin(leaf.type) is dict else ()
-    if text.strip()[0] not in "[{(":
-        # One text where several may be given stands for itself.
-        return (text,) if leaf.type == tuple[str, ...] else text
-    try:
-        if len(text) > MOST_JSON:
-            raise ValueError
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
+    start = text.strip()[:1]
+    if start != "[" and _is_union(leaf.type) and str in typing.get_args(leaf.type):
+        return text  # a file's name can begin with "(" or "{"
+    if not start:
+        return {} if typing.get_origin(leaf.type) is dict else ()
+    if start not in "[{(":
+        return (text,) if leaf.type == tuple[str, ...] else text  # one text stands for a list of one
+    with contextlib.suppress(ValueError, RecursionError):
+        if len(text) <= MOST_JSON:
+            return json.loads(text)
     try:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-        raise InputError(
-            f"{leaf.key} is {shown(text)}, which is no JSON; it must be {leaf.allowed()}."
-        ) from None
+        raise InputError(f"{leaf.key} is {shown(text)}, which is no JSON; give {leaf.allowed()}.") from None
 
 
 def _is_union(hint: Any) -> bool:

@@ -169,6 +169,9 @@ def test_one_sentence_for_a_mistake(values: dict[str, Any], message: str):
         ("model.fields", '{"a": {"b": 1}}', {"a": {"b": 1}}),
         ("model.fields", "", {}),
         ("model.source", "hf:x", "hf:x"),
+        ("model.source", "(old) rows.jsonl", "(old) rows.jsonl"),
+        ("model.source", "{new} rows.jsonl", "{new} rows.jsonl"),
+        ("model.source", " ", " "),
         ("model.source", '[["a", 1], ["b", 2]]', (("a", 1.0), ("b", 2.0))),
     ],
 )
