@@ -16,6 +16,8 @@ from posttrain_jax.core.types import Array, PyTree
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "rmsprop", "sgd", "adam_tf")
+LARGEST_DECAY = 0.9999999
+"""Of a moment: what is nearer to 1 is 1 in float32, and the first update 0 / 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +35,10 @@ class OptimOptions:
     )
     min_lr_ratio: float = setting(0.0, "lowest learning rate, as a share of lr", maximum=1)
     decay_share: float = setting(0.1, "wsd: the last share of the updates, in which lr falls", maximum=1)
-    beta1: float = setting(0.9, "decay of the first moment", below=1)
-    beta2: float = setting(0.999, "decay of the second moment (rmsprop: PyTorch's alpha)", below=1)
+    beta1: float = setting(0.9, "decay of the first moment", maximum=LARGEST_DECAY)
+    beta2: float = setting(
+        0.999, "decay of the second moment (rmsprop: PyTorch's alpha)", maximum=LARGEST_DECAY
+    )
     eps: float = setting(1e-8, "added to the root of the second moment", maximum=1e6)
     weight_decay: float = setting(0.0, "decoupled: lr x decay x parameter in every update", maximum=1e6)
     momentum: float = setting(0.0, "sgd", maximum=1)

@@ -13,6 +13,14 @@ from posttrain_jax.core.optim import OPTIMIZERS, OptimOptions, decay_mask, make_
 from posttrain_jax.core.updates import apply_gradients, new_state
 
 
+@pytest.mark.parametrize("name", ["beta1", "beta2"])
+def test_a_decay_that_is_1_in_float32_is_refused(name):
+    """The correction of the first update's bias would divide by 1 - 1 = 0."""
+    with pytest.raises(InputError, match=rf"optim.{name} is 0.99999999; it must be .* at most 0.9999999\."):
+        OptimOptions(**{name: 0.99999999})
+    assert np.float32(getattr(OptimOptions(**{name: 0.9999999}), name)) < 1
+
+
 def values(name, steps, **options):
     schedule = make_schedule(OptimOptions(schedule=name, lr=1.0, **options), steps=steps)
     return np.asarray([schedule(jnp.asarray(step)) for step in range(steps + 1)])
