@@ -106,7 +106,7 @@ def changes(config: ConfigDict, workdir: Path, allowed: Sequence[str] = ()) -> l
     Args:
       config: of this start.
       workdir: the run's folder, with a checkpoint to go on from.
-      allowed: keys that may differ besides FREE_KEYS, of those in CHANGEABLE (or that the run's version had not).
+      allowed: keys that may differ besides FREE_KEYS, of those in CHANGEABLE.
 
     Raises:
       InputError: another key differs; names all that do, with both values, and what to do.
@@ -156,7 +156,7 @@ def _expanded(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _may_change(change: Change) -> bool:
-    return change.before is None or change.key.startswith(CHANGEABLE)
+    return change.key.startswith(CHANGEABLE)
 
 
 def _check_change(change: Change, config: ConfigDict) -> None:

@@ -138,6 +138,17 @@ def test_what_a_resume_may_change_where_it_is_said(tmp_path, capsys):
     )
 
 
+def test_an_entry_that_is_new_in_a_json_object_may_not_change(tmp_path):
+    """And nothing advises to allow it, for it is no key by itself."""
+    config = preferences("tiny")
+    write(resolve(config), tmp_path)
+    config.data.columns = {"prompt": "question"}
+    with pytest.raises(
+        InputError, match=r"data.columns.prompt \(absent then, 'question' now\)\. Use .* new --workdir\.$"
+    ):
+        changes(config, tmp_path)
+
+
 def test_what_the_best_checkpoint_was_judged_by_stays(tmp_path):
     config = letters("tiny")
     config.checkpoint.best_metric = "eval/score"
