@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from posttrain_jax.core.errors import InputError
+from posttrain_jax.core.errors import InputError, shown
 from posttrain_jax.core.installed import CONFIGS, ROOT, find_config
 from posttrain_jax.core.schema import Leaf, all_leaves, flat_keys, from_text, unknown_key
 from posttrain_jax.data.rows import one_line
@@ -49,15 +49,18 @@ def take_overrides(argv: Sequence[str]) -> tuple[list[str], list[Override]]:
     """The command line without its overrides, and these, in order.
 
     A value can follow its flag as a word of its own; `--config.KEY` alone and `--noconfig.KEY` are of a key that is
-    true or false.
+    true or false, in the config of the algorithm that is given.
 
     Raises:
-      InputError: overrides without a config.
+      InputError: overrides without a config, or there is no such algorithm.
     """
     words = list(argv)
     if not any(re.match(r"--?(no)?config\.", word) for word in words):
         return words, []
-    flags_known = known_leaves(load_file(_config_spec(words)))
+    spec, algorithm = _last_value(words, "config"), _last_value(words, "config.algorithm")
+    if not spec:
+        raise InputError("--config.KEY=VALUE changes a key of a config, and there is no --config=FILE.py.")
+    flags_known = known_leaves(load_file(spec), algorithm)
     left, taken = [], []
     while words:
         word = words.pop(0)
@@ -80,16 +83,14 @@ def take_overrides(argv: Sequence[str]) -> tuple[list[str], list[Override]]:
     return [*left, *words], taken
 
 
-def _config_spec(words: Sequence[str]) -> str:
-    """The last `--config=FILE` or `--config FILE`."""
-    spec = ""
-    for index, word in enumerate(words):
+def _last_value(words: Sequence[str], flag: str) -> str:
+    """The last `--flag=VALUE` or `--flag VALUE`, "" where there is none."""
+    last = ""
+    for word, after in zip(words, [*words[1:], "--"], strict=True):
         name, equals, value = word.lstrip("-").partition("=")
-        if word.startswith("-") and name == "config":
-            spec = value if equals else words[index + 1] if index + 1 < len(words) else ""
-    if not spec:
-        raise InputError("--config.KEY=VALUE changes a key of a config, and there is no --config=FILE.py.")
-    return spec
+        if word.startswith("-") and name == flag:
+            last = value if equals else "" if after.startswith("--") else after
+    return last
 
 
 def override(config: ConfigDict, overrides: Sequence[Override]) -> ConfigDict:
@@ -103,55 +104,72 @@ def override(config: ConfigDict, overrides: Sequence[Override]) -> ConfigDict:
     given: dict[str, list[str | None]] = {}
     for one in overrides:
         given.setdefault(one.key, []).append(one.text)
-    algorithm = given.pop("algorithm", [None])[-1] if "algorithm" in config else None
-    if algorithm is not None:
-        config = with_algorithm(config, algorithm)
+    if "algorithm" in given and not _is_evaluation(config):
+        algorithm = given.pop("algorithm")[-1]
+        check_override("algorithm", algorithm, known_leaves(config))
+        config = with_algorithm(config, str(algorithm))
     known = known_leaves(config)
     for key, texts in given.items():
         for text in texts:
             check_override(key, text, known)
         _put(config, key, _value(known.get(key), [str(text) for text in texts]))
+    flat = flatten(config)
     for key, other in (("train.steps", "train.epochs"), ("train.epochs", "train.steps")):
-        if key in given and other not in given and config.train[key[6:]] and config.train[other[6:]]:
-            print(
-                f"{key}={config.train[key[6:]]:g} is given, so the config's {other} does not count.",
-                flush=True,
-            )
+        if key in given and other not in given and flat[key] and flat.get(other):
+            print(f"{key}={flat[key]:g} is given, so the config's {other} does not count.", flush=True)
             _put(config, other, type(known[other].default)(0))
     return config
 
 
 def with_algorithm(config: ConfigDict, algorithm: str) -> ConfigDict:
-    """The config of another algorithm, with the values of all keys that both have.
+    """The config of another algorithm, with the values of all keys that both have; prints which others were set.
 
     Raises:
-      InputError: there is no such algorithm.
+      InputError: there is no such algorithm, or neither has a key of the config.
     """
     from configs.base import experiment_config
 
-    if algorithm == config.algorithm:
+    before, other = known_leaves(config), experiment_config(algorithm)
+    if algorithm == config.get("algorithm", before["algorithm"].default):
         return config
-    other = experiment_config(algorithm)
-    known = known_leaves(other)
+    known, lost = known_leaves(other), []
     for key, value in flatten(config).items():
         if key in known:
             _put(other, key, value)
+        elif key not in before:
+            raise InputError(unknown_key(key, list(before), SYNONYMS))
+        elif value != before[key].default:
+            lost.append(f"{key}={shown(value, 40)}")
+    if lost:
+        print(
+            f"algorithm={algorithm} has no such keys, so these do not count: {', '.join(lost)}.", flush=True
+        )
     other.algorithm = algorithm
     return other
 
 
-def known_leaves(config: ConfigDict) -> dict[str, Leaf]:
+def known_leaves(config: ConfigDict, algorithm: str = "") -> dict[str, Leaf]:
     """Every key of the config of an experiment or an evaluation.
 
+    Args:
+      config: without an algorithm it is of the default one.
+      algorithm: instead of the experiment's; "" = its own.
+
     Raises:
-      InputError: it has neither an algorithm nor a task.
+      InputError: there is no such algorithm, or no such task.
     """
     from posttrain_jax.evaluate.options import sections_of_task
     from posttrain_jax.wiring.algorithms import sections_of
+    from posttrain_jax.wiring.experiment import RunOptions
 
-    if "algorithm" in config:
-        return all_leaves(sections_of(config.algorithm))
-    return all_leaves(sections_of_task(config.eval.task if "eval" in config else None))
+    if _is_evaluation(config):
+        return all_leaves(sections_of_task(config.eval.task))
+    return all_leaves(sections_of(algorithm or config.get("algorithm", RunOptions.algorithm)))
+
+
+def _is_evaluation(config: ConfigDict) -> bool:
+    """Whether it is of `launch.evaluate`: an experiment's has no `eval.task`."""
+    return "algorithm" not in config and isinstance(config.get("eval"), ConfigDict) and "task" in config.eval
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
@@ -165,8 +183,9 @@ def describe(config: ConfigDict) -> str:
     lines = []
     for key, leaf in known_leaves(config).items():
         unit = f" {leaf.rule.unit}" if leaf.rule.unit else ""
-        default = "" if flat[key] == leaf.default else f"  (default {leaf.default!r})"
-        lines.append(f"{key} = {flat[key]!r}{unit}{default}\n    {leaf.rule.help}; {leaf.allowed()}")
+        value = flat.get(key, leaf.default)
+        default = "" if value == leaf.default else f"  (default {leaf.default!r})"
+        lines.append(f"{key} = {value!r}{unit}{default}\n    {leaf.rule.help}; {leaf.allowed()}")
     return "\n".join(lines)
 
 
@@ -218,11 +237,25 @@ def _value(leaf: Leaf | None, texts: Sequence[str]) -> Any:
 
 
 def _put(config: ConfigDict, key: str, value: Any) -> None:
+    """Sets a key; sections and JSON objects in which it lies are made where they are not there.
+
+    Raises:
+      InputError: it lies in something else.
+    """
     *sections, name = key.split(".")
     place: Any = config
-    for section in sections:
-        place = place[section]
-    place[name] = value
+    with config.unlocked():
+        for depth, section in enumerate(sections, 1):
+            if section not in place:
+                place[section] = {}
+            place = place[section]
+            if not isinstance(place, Mapping | ConfigDict):
+                above = ".".join(sections[:depth])
+                raise InputError(
+                    f"{above[:80]} is {shown(place)}, so --config.{key[:80]} cannot be set in it; give the whole "
+                    f"object, as JSON: --config.{above[:80]}='{{...}}'."
+                )
+        place[name] = value
 
 
 def load_file(spec: str) -> ConfigDict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -142,13 +143,17 @@ def test_keys_that_may_change_are_keys():
         assert any(name == key or (key.endswith(".") and name.startswith(key)) for name in known), key
 
 
-TINY = f"--config={CONFIGS['dpo']}"
+def overridden(*words: str, file: str = CONFIGS["dpo"]) -> ConfigDict:
+    left, overrides = take_overrides(["train", f"--config={file}", *words])
+    assert left == ["train", f"--config={file}"]
+    return override(load_file(file), overrides)
 
 
-def overridden(*words: str) -> ConfigDict:
-    left, overrides = take_overrides(["train", TINY, *words])
-    assert left == ["train", TINY]
-    return override(load_file(CONFIGS["dpo"]), overrides)
+def written(folder: Path, *lines: str) -> str:
+    """A config file that does not start from `experiment_config`."""
+    text = "\n    ".join(["def get_config():", "config = ConfigDict()", *lines, "return config"])
+    (folder / "own.py").write_text(f"from ml_collections import ConfigDict\n\n{text}\n")
+    return str(folder / "own.py")
 
 
 @pytest.mark.parametrize(
@@ -181,6 +186,54 @@ def test_a_key_inside_a_json_object():
     assert (config.model.config["hidden_size"], config.model.config["model_type"]) == (64, "qwen3")
 
 
+def test_objects_and_sections_that_are_not_there_are_made(tmp_path: Path):
+    config = overridden("--config.model.config.rope_scaling.factor=8")
+    assert config.model.config["rope_scaling"] == {"factor": 8}
+    file = written(tmp_path, "config.algorithm = 'dpo'", "config.lock()")
+    config = overridden("--config.optim.lr=0.5", "--config.train.steps=3", file=file)
+    assert (config.optim.lr, config.train.steps, config.is_locked) == (0.5, 3, True)
+
+
+def test_a_key_inside_a_value_that_is_no_object():
+    message = r"model.config.a is 1, so --config.model.config.a.b cannot be set in it; give the whole object, as JSON"
+    with pytest.raises(InputError, match=message):
+        overridden("--config.model.config.a=1", "--config.model.config.a.b=2")
+
+
+def test_a_config_without_an_algorithm_is_of_the_default_one(tmp_path: Path):
+    """And an evaluation is what has a task."""
+    file = written(tmp_path, "config.eval = {'every': 3}")
+    config = overridden("--config.optim.lr=0.5", file=file)
+    assert known_leaves(config) == all_leaves(sections_of("sft"))
+    assert "\noptim.lr = 0.5  (default 1e-05)\n" in describe(config)
+    assert "\ntrain.steps = 0 " in describe(config)
+    assert overridden("--config.algorithm=kto", file=file).eval.every == 3
+    assert "\neval.task = 'math'" in describe(load_file(written(tmp_path, "config.eval = {'task': 'math'}")))
+
+
+def test_another_algorithm_says_what_it_drops(capsys):
+    config = overridden("--config.algorithm=kto", file="configs/dpo/tulu3_8b.py")
+    assert config.algorithm == "kto"
+    assert capsys.readouterr().out == (
+        "algorithm=kto has no such keys, so these do not count: dpo.beta=5.0, dpo.loss='normalized'.\n"
+    )
+
+
+def test_another_algorithm_does_not_drop_a_typing_error(tmp_path: Path):
+    file = written(tmp_path, "config.algorithm = 'dpo'", "config.optim = {'learning_rate': 1e-3}")
+    with pytest.raises(InputError, match=r"'optim.learning_rate'; what other libraries call so is optim.lr"):
+        overridden("--config.algorithm=kto", file=file)
+
+
+@pytest.mark.parametrize(
+    "algorithm", [["--config.algorithm=reward_model"], ["--config.algorithm", "reward_model"]]
+)
+def test_a_flag_of_another_algorithm(algorithm: list[str]):
+    """The word after it is no value, for the key is true or false there."""
+    config = overridden(*algorithm, "--config.reward.bootstrap", "--config.optim.lr=0.5")
+    assert (config.reward.bootstrap, config.optim.lr) == (True, 0.5)
+
+
 def test_another_algorithm_keeps_what_both_have():
     config = overridden("--config.kto.beta=0.5", "--config.algorithm=kto", "--config.optim.lr=0.5")
     assert (config.algorithm, config.kto.beta, config.optim.lr) == ("kto", 0.5, 0.5)
@@ -203,6 +256,7 @@ def test_another_algorithm_keeps_what_both_have():
         ("--config.optim.lr", "--config.optim.lr needs a value"),
         ("--noconfig.optim.lr", "--config.optim.lr needs a value"),
         ("--config.algorithm=ppoo", "algorithm is 'ppoo'; use one of sft, dpo"),
+        ("--config.algorithm", "--config.algorithm needs a value"),
         ("--config." + "x" * 3000 + "=1", "There is no config key"),
         ("--config.=1", "There is no config key ''"),
     ],
