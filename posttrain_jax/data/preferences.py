@@ -18,7 +18,7 @@ prompt is taken without it, and counted. What becomes of other columns says `row
 A pair may say how much better: `margin`, a number or one of MARGINS; or `chosen_score` and `rejected_score`
 (`score_chosen`, `score_rejected`), whose difference is the margin; `probability` that chosen is the better one (a soft
 label; below 1/2 the comparison is turned round, margin and all), and `weight`. `subset` names a part of a benchmark,
-for reports.
+for reports. A number or a label may be text, as all cells of a CSV file are.
 """
 
 from __future__ import annotations
