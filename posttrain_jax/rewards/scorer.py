@@ -226,15 +226,20 @@ class Scorer:
         )
 
     def _by_model(self, member: LoadedModel, completions: Sequence[Completion]) -> np.ndarray:
-        """Its score of every completion, `[N]`: at its last token."""
+        """Its score of every completion, `[N]`: at its last token.
+
+        Equal completions are scored once: what bfloat16 gives depends on the place in a row, and RLOO compares them.
+        """
         texts = [np.asarray([*one.prompt_ids, *one.token_ids], np.int32) for one in completions]
         lengths_N = np.asarray([text.size for text in texts])
         tokens_NS = np.zeros((len(texts), int(lengths_N.max())), np.int32)
         for number, text in enumerate(texts):
             tokens_NS[number, : text.size] = text
+        first: dict[bytes, int] = {}
+        scored_N = np.asarray([first.setdefault(text.tobytes(), number) for number, text in enumerate(texts)])
         indices_MRT = pack_indices(
             lengths_N,
-            np.arange(len(texts)),
+            np.unique(scored_N),
             length=tokens_NS.shape[1],
             row_length=self._row_length,
             micro_batches=-(-len(texts) // self._micro_rows),
@@ -248,7 +253,7 @@ class Scorer:
             indices_MRT,
             self._mesh,
         )
-        return scores_NS[np.arange(len(texts)), lengths_N - 1]
+        return scores_NS[scored_N, lengths_N - 1]
 
     def _joined(self, components: Mapping[str, np.ndarray], completions: Sequence[Completion]) -> Array:
         options = self._options

@@ -227,6 +227,16 @@ def test_an_ensemble_is_as_good_as_its_combination_says(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_equal_completions_have_equal_scores_in_bfloat16(tmp_path):
+    """Whatever else is in the batch: the advantage of equal completions is exactly 0 in RLOO."""
+    name = str(save_reward(tmp_path / "reward", 0))
+    options = ScoreOptions(models=(name,))
+    reward = load_reward_model(name, options, mesh=make_mesh(), dtype="bfloat16")
+    drawn = completions(["same words", "x", "same words", "other, longer words", "same words"], [True] * 5)
+    scores = scorer(options, functions={}, models={name: reward})(drawn, training=True).scores
+    assert scores[0] == scores[2] == scores[4] and len(set(scores.tolist())) == 3
+
+
 def test_a_reward_model_with_another_tokenizer_is_refused(tmp_path):
     name = str(save_reward(tmp_path / "reward", 0))
     options = ScoreOptions(models=(name,))
