@@ -334,13 +334,14 @@ def prompts_of(path: str, prompts: str) -> dict[str | int, PromptFileRow]:
     Raises:
       InputError: it is not known, or the file that holds it is missing or bad.
     """
-    columns = ignored = ""
+    columns, ignored, text_as = "", "", "plain"
     if not prompts:
         description = options_path(Path(path).expanduser())
         try:
             made = json.loads(description.read_text("utf-8"))
             prompts, sha256 = str(made["prompts"]), made.get("prompts_file_sha256")
             columns, ignored = str(made.get("columns", "")), str(made.get("ignore_columns", ""))
+            text_as = str(made.get("text_as", "plain"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{path}: its rows have no column prompt or messages, and {description.name} beside it does not name "
@@ -356,7 +357,9 @@ def prompts_of(path: str, prompts: str) -> dict[str | int, PromptFileRow]:
             )
     return {
         prompt.id: prompt
-        for prompt in read_prompts(prompts, columns=columns, ignore_columns=ignored, travels=True)
+        for prompt in read_prompts(
+            prompts, text_as=text_as, columns=columns, ignore_columns=ignored, travels=True
+        )
     }
 
 

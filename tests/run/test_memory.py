@@ -89,12 +89,13 @@ def test_devices_of_the_host_share_its_memory():
 
 
 def test_activations_by_hand():
-    """LLAMA of the tests: D 32, H K 64, G K 64, F 64, 2 layers, V 64; elementwise keeps 2 x 32 + 3 x 2 x 64 = 448
-    elements of a token and layer, "none" 8 x 32 + 4 x 64 + 4 x 64 + 5 x 64 = 1,088. 8 rows of 16 on data=2, fsdp=2
-    are 32 tokens: 32 x (2 x 448 + 1,088) x 4 bytes, and 3 x 4 x (32 x 64 logits + 32 x 32 of the hidden states)."""
+    """LLAMA of the tests: D 32, H K 64, G K 64, F 64, 2 layers, V 64; tensor=2 leaves 32 of H K, G K and F. So
+    elementwise keeps 2 x 32 + 3 x 2 x 32 = 256 elements of a token and layer, "none" 8 x 32 + 4 x 32 + 4 x 32 + 5 x 32
+    = 672. 8 rows of 16 on data=2, fsdp=2 are 32 tokens: 32 x (2 x 256 + 672) x 4 bytes, and 3 x 4 x (32 x 64 logits +
+    32 x 32 of the hidden states)."""
     mesh = make_mesh(2, 2, 2)
     model = make_model(LLAMA, attention="xla", remat="elementwise")
-    assert activation_bytes(model, mesh, rows=8, length=16) == 32 * (2 * 448 + 1088) * 4 + 12 * (
+    assert activation_bytes(model, mesh, rows=8, length=16) == 32 * (2 * 256 + 672) * 4 + 12 * (
         32 * 64 + 32 * 32
     )
-    assert cache_bytes(model, mesh, rows=6, length=10) == 2 * 2 * 2 * 10 * 8 * 8 * 4
+    assert cache_bytes(model, mesh, rows=6, length=10) == 2 * 2 * 2 * 10 * 4 * 8 * 4
