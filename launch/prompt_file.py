@@ -50,7 +50,6 @@ def read_prompts(
     Raises:
       InputError: the file is missing or empty, or a row is bad; names the file and the line.
     """
-    from posttrain_jax.data.prompt_rows import read_prompt_row
     from posttrain_jax.data.rows import ColumnNames, RowError, read_columns
     from posttrain_jax.data.sources import read_rows
 
@@ -65,15 +64,24 @@ def read_prompts(
             values = dict(row.columns())
             name = _row_id(values, number)
             values.pop("id", None)
-            read = read_prompt_row(values, text_as=text_as, travels=travels)
-            values |= {"messages": list(read.messages)} if read.messages else {}
-            prompt = PromptFileRow(name, where, values, read)
+            prompt = prompt_of_row(name, where, values, text_as=text_as, travels=travels)
             if first.setdefault(prompt.id, where) != where:
                 raise RowError("id", f"is {prompt.id!r}, which {first[prompt.id]} has already")
             prompts.append(prompt)
         except RowError as error:
             raise InputError(f"{where}: {error.column} {error.reason}.") from error
     return prompts
+
+
+def prompt_of_row(
+    name: str | int, where: str, values: dict[str, Any], *, text_as: str = "plain", travels: bool = False
+) -> PromptFileRow:
+    """A row's columns as a prompt, its messages with role and content. Raises RowError."""
+    from posttrain_jax.data.prompt_rows import read_prompt_row
+
+    read = read_prompt_row(values, text_as=text_as, travels=travels)
+    messages = {"messages": list(read.messages)} if read.messages else {}
+    return PromptFileRow(name, where, values | messages, read)
 
 
 def _row_id(row: dict[str, Any], number: int) -> str | int:

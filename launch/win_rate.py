@@ -29,7 +29,7 @@ from launch import entry
 from launch.completion_file import options_path
 from launch.evaluate import show_progress
 from launch.generate import file_sha256
-from launch.prompt_file import PromptFileRow, read_prompts
+from launch.prompt_file import PromptFileRow, prompt_of_row, read_prompts
 from posttrain_jax.core.errors import InputError, without_secrets
 
 if TYPE_CHECKING:
@@ -313,8 +313,10 @@ def read_answers(path: str, prompts: str) -> dict[Key, GeneratedRow]:
             if row.value.get("prompt") is None and row.value.get("messages") is None:
                 prompt_of = prompts_of(path, prompts) if prompt_of is None else prompt_of
                 prompt = prompt_of.get(key[0])
-            else:
+            elif row.value.get("messages") is None:
                 prompt = PromptFileRow(key[0], where, row.value)
+            else:
+                prompt = prompt_of_row(key[0], where, {"messages": row.value["messages"]})
             request = _request(prompt, key[0])
         except RowError as error:
             raise InputError(f"{where}: {error.column} {error.reason}.") from error

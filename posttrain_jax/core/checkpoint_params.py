@@ -80,7 +80,11 @@ def _read_params(
         abstract_params,
         shardings,
     )
-    saved = saved_shapes(step_dir / "params") or {}
+    saved = saved_shapes(step_dir / "params")
+    if saved is None:
+        raise InputError(
+            f"What the checkpoint {step_dir} holds cannot be read; was it written by another version of Orbax?"
+        )
     frozen_dir = workdir / "frozen"
 
     def subset(tree: dict, names: set[str], prefix: str = "") -> dict:

@@ -167,6 +167,13 @@ class Comparison:
     permutation_p: float
 
 
+def _own(values: np.ndarray, rows_N2: np.ndarray) -> Estimate:
+    """Of one model: a share where every row counts one thing that is right or wrong."""
+    if np.isin(rows_N2[:, 0], (0.0, 1.0)).all() and (rows_N2[:, 1] == 1.0).all():
+        return wilson(int(rows_N2[:, 0].sum()), len(rows_N2))
+    return interval(values)
+
+
 def compare(a_N2: np.ndarray, b_N2: np.ndarray, *, resamples: int = 10_000, seed: int = 0) -> Comparison:
     """Compares one metric of two models, row by row.
 
@@ -188,8 +195,8 @@ def compare(a_N2: np.ndarray, b_N2: np.ndarray, *, resamples: int = 10_000, seed
     differences_N = b_N2[:, 0] - a_N2[:, 0]
     better, worse = int((differences_N > 0).sum()), int((differences_N < 0).sum())
     return Comparison(
-        a=interval(sum_a / count),
-        b=interval(sum_b / count),
+        a=_own(sum_a / count, a_N2),
+        b=_own(sum_b / count, b_N2),
         difference=interval((sum_b - sum_a) / count),
         rows=len(a_N2),
         better=better,

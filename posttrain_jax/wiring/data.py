@@ -7,7 +7,7 @@ import datetime
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -28,6 +28,8 @@ from posttrain_jax.data.tokenized import TokenizedData, TokenizeOptions, build
 from posttrain_jax.data.tokenized_preferences import build_preferences
 from posttrain_jax.demo.assets import fetch
 from posttrain_jax.run.options import OfflineEvalOptions, TrainOptions
+
+Reported = TypeVar("Reported", TokenizedData, PreferenceData)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,18 +108,11 @@ def read_texts(
       InputError: bad rows, a missing file, nothing left to train on.
     """
     options = tokenize_options(data, chat_options(data, tokenizer, workdir))
-    train = build(data_spec(data.train), tokenizer, options, rejected_path=workdir / "rejected.jsonl")
-    _log_report(train)
-    held_out: TokenizedData | None = None
-    if data.eval:
-        amount = split_amount(data.eval)
-        if amount is not None:
-            train, held_out = hold_out(train, amount, seed=seed)
-        else:
-            rejected = workdir / "rejected-eval.jsonl"
-            held_out = build(data_spec(data.eval), tokenizer, options, rejected_path=rejected)
-            _log_report(held_out)
-            log_trained_rows(train, held_out)
+
+    def read(source: Source, rejected: Path) -> TokenizedData:
+        return _logged(build(data_spec(source), tokenizer, options, rejected_path=rejected))
+
+    train, held_out = train_and_held_out(data, read, workdir, seed=seed)
     first = train.sources[0]
     shown = first.sequence(0)
     log_on_host0(f"first row ({first.row_id(0)}), trained between [[ and ]]:")
@@ -158,20 +153,11 @@ def read_preferences(
       InputError: bad rows, a missing file, nothing left to train on, a group that does not fit.
     """
     options = tokenize_options(data, chat_options(data, tokenizer, workdir))
-    train = build_preferences(
-        data_spec(data.train), tokenizer, options, rejected_path=workdir / "rejected.jsonl"
-    )
-    _log_report(train)
-    held_out: PreferenceData | None = None
-    if data.eval:
-        amount = split_amount(data.eval)
-        if amount is not None:
-            train, held_out = hold_out(train, amount, seed=seed)
-        else:
-            rejected = workdir / "rejected-eval.jsonl"
-            held_out = build_preferences(data_spec(data.eval), tokenizer, options, rejected_path=rejected)
-            _log_report(held_out)
-            log_trained_rows(train, held_out)
+
+    def read(source: Source, rejected: Path) -> PreferenceData:
+        return _logged(build_preferences(data_spec(source), tokenizer, options, rejected_path=rejected))
+
+    train, held_out = train_and_held_out(data, read, workdir, seed=seed)
     first = train.sources[0]
     log_on_host0(f"first row ({first.row_id(0)}), compared or scored between [[ and ]]:")
     for shown in first.group(0).sequences[:2]:
@@ -191,10 +177,34 @@ def read_preferences(
     return Preferences(train=train, held_out=held_out, shape=shape, eval_shape=eval_shape)
 
 
-def _log_report(data: TokenizedData | PreferenceData) -> None:
+def train_and_held_out(
+    data: DataOptions, read: Callable[[Source, Path], Data], workdir: Path, *, seed: int
+) -> tuple[Data, Data | None]:
+    """What is trained on, and what is held out: a part of it (`split:`), or a source of its own; None = nothing.
+
+    Args:
+      data: the section.
+      read: (source, file in `workdir` that lists bad rows that are skipped) -> the data; logs what it read.
+      workdir: of the run.
+      seed: of the split.
+    """
+    train = read(data.train, workdir / "rejected.jsonl")
+    if not data.eval:
+        return train, None
+    amount = split_amount(data.eval)
+    if amount is not None:
+        return hold_out(train, amount, seed=seed)
+    held_out = read(data.eval, workdir / "rejected-eval.jsonl")
+    log_trained_rows(train, held_out)
+    return train, held_out
+
+
+def _logged(data: Reported) -> Reported:
+    """The data, after its report was logged."""
     log_on_host0(data.text())
     if data.warning():
         log_on_host0(data.warning())
+    return data
 
 
 def log_trained_rows(train: Data, held_out: Data) -> None:

@@ -6,18 +6,17 @@ import collections
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from posttrain_jax.core.errors import InputError
 from posttrain_jax.core.log import log_on_host0
+from posttrain_jax.data.options import Source
 from posttrain_jax.data.prompt_rows import is_plain_text, other_columns
 from posttrain_jax.data.prompts import Prompt, PromptData, read_prompts
 from posttrain_jax.data.rows import unused_text
 from posttrain_jax.data.shown_row import plain_text_warning, shown_row
-from posttrain_jax.data.split import hold_out, split_amount
 from posttrain_jax.models.io.tokenizer import stop_token_ids
 from posttrain_jax.models.spec import ModelSpec
 from posttrain_jax.rewards.score_options import ScoreOptions
@@ -25,7 +24,7 @@ from posttrain_jax.rewards.scorer import Scorer, load_reward_model
 from posttrain_jax.rewards.workers import PythonReward
 from posttrain_jax.rollouts.sampling import RolloutOptions, encode_prompt
 from posttrain_jax.rollouts.trajectory import BatchShape
-from posttrain_jax.wiring.data import chat_options, column_names, data_spec, log_trained_rows
+from posttrain_jax.wiring.data import chat_options, column_names, data_spec, train_and_held_out
 from posttrain_jax.wiring.experiment import OnlineExperiment
 from posttrain_jax.wiring.networks import check_context
 
@@ -125,9 +124,9 @@ def prompts_from_config(
 
     chat = chat_options(experiment.data, policy.tokenizer, workdir)
 
-    def read(spec: Any, rejected: str) -> PromptData:
-        return read_prompts(
-            data_spec(spec),
+    def read(source: Source, rejected: Path) -> PromptData:
+        data = read_prompts(
+            data_spec(source),
             functools.partial(
                 encode_prompt,
                 tokenizer=policy.tokenizer,
@@ -139,11 +138,12 @@ def prompts_from_config(
             long_prompts=experiment.data.long_prompts,
             on_bad_row=experiment.data.on_bad_row,
             columns=column_names(experiment.data),
-            rejected_path=workdir / rejected if jax.process_index() == 0 else None,
+            rejected_path=rejected if jax.process_index() == 0 else None,
         )
+        log_on_host0(data.text())
+        return data
 
-    train = read(experiment.data.train, "rejected.jsonl")
-    log_on_host0(train.text())
+    train, held_out = train_and_held_out(experiment.data, read, workdir, seed=experiment.seed)
     first = train.sources[0].prompts[0]
     log_on_host0(f"first prompt ({first.row_id}): {shown_row(policy.tokenizer, first.tokens)}")
     others = collections.Counter(
@@ -154,15 +154,8 @@ def prompts_from_config(
     plain = sum(is_plain_text(prompt.row, chat.text_as) for prompt in train.all())
     if plain and policy.tokenizer.chat_template:
         log_on_host0(plain_text_warning(plain, len(train), "data.text_as=chat"))
-    if not experiment.data.eval:
+    if held_out is None:
         return train, []
-    amount = split_amount(experiment.data.eval)
-    if amount is not None:
-        train, held_out = hold_out(train, amount, seed=experiment.seed)
-    else:
-        held_out = read(experiment.data.eval, "rejected-eval.jsonl")
-        log_on_host0(held_out.text())
-        log_trained_rows(train, held_out)
     log_on_host0(f"{len(train):,} prompts to learn from, {len(held_out):,} held out.")
     return train, held_out.all()
 

@@ -14,6 +14,14 @@ def rows_of(values):
     return [{"right": (float(value), 1.0)} for value in values]
 
 
+def test_what_is_always_right_has_wilsons_interval_in_a_comparison_too():
+    """54 of 54: z = 1.95996, 1 / (1 + z^2 / 54) = 0.93359."""
+    ones, zeros = np.ones((54, 2)), np.column_stack([np.zeros(54), np.ones(54)])
+    found = compare(ones, zeros, resamples=100)
+    assert (found.a.low, found.a.high) == (pytest.approx(0.93359, abs=1e-5), 1.0)
+    assert (found.b.low, found.b.high) == (0.0, pytest.approx(1 - 0.93359, abs=1e-5))
+
+
 def test_sign_test_by_hand():
     """1 win, 5 losses: P(at most 1 of 6) = (1 + 6) / 64, two-sided 14 / 64."""
     assert sign_test(1, 5) == sign_test(5, 1) == 14 / 64

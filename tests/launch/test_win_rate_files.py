@@ -39,6 +39,17 @@ def test_the_judge_sees_no_thoughts(tmp_path, capsys):
     assert pair.a == pair.b == ""
 
 
+def test_messages_may_have_the_keys_of_sharegpt(tmp_path):
+    chat = [{"from": "human", "value": "How?"}]
+    file = answers(tmp_path, "a.jsonl", ["so"] * 6, messages=chat, prompt=None)
+    pairs = read_pairs(options(tmp_path, "x", a=file, b=file))
+    assert all("How?" in pair.request for pair in pairs)
+    rows = read(file)
+    write(file, [{**rows[0], "messages": [{"from": "nobody", "value": "How?"}]}])
+    with pytest.raises(InputError, match=r"a\.jsonl:1: messages\[0\]"):
+        read_pairs(options(tmp_path, "x", a=file, b=file))
+
+
 GOOD = {"id": 1, "sample": 0, "text": "t", "prompt": "p"}
 
 
