@@ -127,7 +127,8 @@ def vader_movie_pairs(parts: list[bytes]) -> bytes:
             wins = sum((a > b) + 0.5 * (a == b) for a in high for b in low)
             yield {
                 "id": f"{better['id']}-{worse['id']}",
-                "prompt": f"Write sentence {number} of a page of favorable film reviews.",
+                # Data, not prose: its spelling is part of the pinned sha256 and of recorded runs.
+                "prompt": f"Write sentence {number} of a page of favourable film reviews.",
                 "chosen": better["completion"],
                 "rejected": worse["completion"],
                 "margin": better["rating"] - worse["rating"],

@@ -107,7 +107,7 @@ def test_vader_movie_pairs():
     assert rows == [
         {
             "id": "1-2",
-            "prompt": "Write sentence 1 of a page of favorable film reviews.",
+            "prompt": "Write sentence 1 of a page of favourable film reviews.",
             "chosen": "Good.",
             "rejected": "Poor.",
             "margin": 2.0,
